@@ -1,0 +1,1 @@
+"""CPU, CUDA and MPS devices for fulmen or for your own loop."""

@@ -1,0 +1,1 @@
+"""Crash-safe checkpoints on any fsspec storage, for fulmen or for your own loop."""

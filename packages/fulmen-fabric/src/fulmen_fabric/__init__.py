@@ -1,0 +1,1 @@
+"""Own your loop, keep the engineering: assembly of devices, precision, distribution and checkpoints."""

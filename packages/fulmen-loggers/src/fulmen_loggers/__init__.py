@@ -1,0 +1,1 @@
+"""CSV and TensorBoard loggers for fulmen or for your own loop."""

@@ -1,0 +1,72 @@
+"""CheckpointIO: one format of checkpoints at a path or URL. Member names are Lightning's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from os import PathLike
+
+    import torch
+
+__all__ = ["CheckpointIO", "SupportsAsyncSave", "SupportsVerification"]
+
+
+@runtime_checkable
+class CheckpointIO(Protocol):
+    """Writes and reads one checkpoint. Knows nothing about ranks, strategies or training."""
+
+    def save_checkpoint(
+        self,
+        checkpoint: Mapping[str, object],
+        path: str | PathLike[str],
+        storage_options: Mapping[str, object] | None = None,
+    ) -> None:
+        """Write ``checkpoint`` so that ``path`` holds either the old content or all of the new, whatever happens.
+
+        ``storage_options`` go to the storage (credentials of a bucket, for example).
+        """
+        ...
+
+    def load_checkpoint(
+        self,
+        path: str | PathLike[str],
+        map_location: torch.device | str | None = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, object]:
+        """Read a checkpoint; tensors go to ``map_location`` (None: CPU).
+
+        No code from the file runs unless ``weights_only`` is False; None means True.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            ValueError: it is damaged, or holds objects that only code could rebuild.
+        """
+        ...
+
+    def remove_checkpoint(self, path: str | PathLike[str]) -> None:
+        """Delete the checkpoint, file or folder. Removing what is not there is allowed."""
+        ...
+
+    def teardown(self) -> None:
+        """Finish pending writes and release resources. Calling it twice is allowed."""
+        ...
+
+
+@runtime_checkable
+class SupportsAsyncSave(Protocol):
+    """A checkpoint IO that returns from ``save_checkpoint`` before the file is complete."""
+
+    def wait(self) -> None:
+        """Return when every save so far is visible; raises the first error of any of them."""
+        ...
+
+
+@runtime_checkable
+class SupportsVerification(Protocol):
+    """A checkpoint IO that can tell a whole checkpoint from a damaged one without loading it."""
+
+    def verify_checkpoint(self, path: str | PathLike[str]) -> None:
+        """Raises ``FileNotFoundError`` or ``ValueError`` (naming the damaged part) unless the checkpoint is whole."""
+        ...

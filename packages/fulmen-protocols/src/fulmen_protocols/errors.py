@@ -1,0 +1,96 @@
+"""The one error tree of fulmen. Every class is also a builtin, so that nobody has to import ours to catch it.
+
+    FulmenError(Exception)
+    ├── MisconfigurationException(ValueError)     arguments that contradict each other or are out of range
+    │   └── MisconfigurationTypeError(TypeError)  an argument of the wrong type
+    ├── BackendNotFound(LookupError)              no installed backend has that name
+    ├── BackendUnavailable(RuntimeError)          installed, but it cannot run on this machine
+    ├── BrokenPlugin(ImportError)                 a third-party backend failed while it was imported
+    ├── MissingPackage(ImportError)               an optional library is not installed
+    ├── NotConforming(TypeError)                  an object does not satisfy the protocol it is used for
+    ├── CheckpointError(RuntimeError)
+    │   ├── CheckpointNotFound(FileNotFoundError)
+    │   └── CheckpointCorrupt(ValueError)         the bytes are not those that were written
+    └── RankFailure(RuntimeError)                 another process of the run failed first
+
+A message says what was asked, what was found and what to do, in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = [
+    "BackendNotFound",
+    "BackendUnavailable",
+    "BrokenPlugin",
+    "CheckpointCorrupt",
+    "CheckpointError",
+    "CheckpointNotFound",
+    "FulmenError",
+    "MisconfigurationException",
+    "MisconfigurationTypeError",
+    "MissingPackage",
+    "NotConforming",
+    "RankFailure",
+    "did_you_mean",
+]
+
+
+class FulmenError(Exception):
+    """Base of every error that fulmen itself raises."""
+
+
+class MisconfigurationException(FulmenError, ValueError):
+    """Arguments contradict each other or lie outside the allowed values. The name is Lightning's."""
+
+
+class MisconfigurationTypeError(MisconfigurationException, TypeError):
+    """An argument has the wrong type."""
+
+
+class BackendNotFound(FulmenError, LookupError):
+    """No installed backend of a seam has the requested name."""
+
+
+class BackendUnavailable(FulmenError, RuntimeError):
+    """A backend is installed but cannot run on this machine."""
+
+
+class BrokenPlugin(FulmenError, ImportError):
+    """A backend's module raised while it was imported."""
+
+
+class MissingPackage(FulmenError, ImportError):
+    """An optional library is not installed; the message holds the exact ``pip install``."""
+
+
+class NotConforming(FulmenError, TypeError):
+    """An object lacks members of the protocol it is used for."""
+
+
+class CheckpointError(FulmenError, RuntimeError):
+    """A checkpoint cannot be written or read."""
+
+
+class CheckpointNotFound(CheckpointError, FileNotFoundError):
+    """There is no checkpoint at that place."""
+
+    # FileNotFoundError formats (errno, text) pairs; ours is always one sentence.
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class CheckpointCorrupt(CheckpointError, ValueError):
+    """The checkpoint's bytes differ from those that were written."""
+
+
+class RankFailure(FulmenError, RuntimeError):
+    """Another process of the run failed first; the message carries its rank and traceback."""
+
+
+def did_you_mean(asked: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest of ``known``, or an empty string when none is close."""
+    close = get_close_matches(asked.lower(), sorted(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,237 @@
+"""Strategy: how one model is spread over the processes of one run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    import torch
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from fulmen_protocols.collectives import Collectives
+    from fulmen_protocols.precision import PrecisionPlan
+    from fulmen_protocols.topology import Topology
+
+__all__ = [
+    "OwnsAccumulation",
+    "OwnsBackward",
+    "OwnsOptimizerStep",
+    "Strategy",
+    "SupportsBoundMethods",
+    "SupportsCollectives",
+    "SupportsDataParallel",
+    "SupportsGradClipping",
+    "SupportsInferencePlacement",
+    "SupportsLaunch",
+    "SupportsLoaderProcessing",
+    "SupportsNoSync",
+    "SupportsPrecisionPlan",
+    "SupportsShardedState",
+]
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """Places a module on the devices of a run. Knows nothing about epochs, precision, logging or files.
+
+    Life, in order: ``setup_environment`` once per process, ``module_context`` while modules are created, ``place`` each
+    module, ``prepare_optimizers`` with optimizers made from the placed module's parameters, then any number of steps,
+    and ``teardown``. After ``teardown`` the cycle may start again.
+    """
+
+    @property
+    def root_device(self) -> torch.device:
+        """The device of this process; valid after ``setup_environment``."""
+        ...
+
+    def setup_environment(self, topology: Topology) -> None:
+        """Learn this process's place and join the process group, if there is one."""
+        ...
+
+    def module_context(self, *, empty: bool) -> AbstractContextManager[object]:
+        """Within the block, new modules are created where this strategy wants them.
+
+        With ``empty`` their values need not be initialised (a checkpoint will be loaded), and a sharding strategy
+        creates them on the meta device.
+        """
+        ...
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Return ``module`` on this process's device, wrapped or sharded as training needs it.
+
+        ``module`` itself stays usable and keeps sharing its parameters with what is returned, so that its
+        ``state_dict`` has the canonical names.
+        """
+        ...
+
+    def prepare_optimizers(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
+        """Return the optimizers to step, in the same order; usually the ones given. ``module`` is the placed one."""
+        ...
+
+    def teardown(self) -> None:
+        """Leave the process group and release the device. Calling it twice is allowed."""
+        ...
+
+
+@runtime_checkable
+class SupportsLaunch(Protocol):
+    """A strategy that runs in several processes."""
+
+    @property
+    def launcher(self) -> str:
+        """Name of the launcher that starts the processes when the environment has not, for example ``"local"``."""
+        ...
+
+
+@runtime_checkable
+class SupportsCollectives(Protocol):
+    """A strategy of several processes; without it the run must have one."""
+
+    @property
+    def collectives(self) -> Collectives:
+        """Communication among this run's ranks; valid after ``setup_environment``."""
+        ...
+
+
+@runtime_checkable
+class SupportsInferencePlacement(Protocol):
+    """A strategy that places a module differently when no gradient will be taken (DDP: no wrapper, equal weights)."""
+
+    def place_for_inference(self, module: nn.Module) -> nn.Module:
+        """Return ``module`` on this process's device with the weights of rank 0, ready for evaluation."""
+        ...
+
+
+@runtime_checkable
+class SupportsBoundMethods(Protocol):
+    """A strategy whose wrapper must be entered through its ``forward`` for its hooks to fire (DDP, FSDP)."""
+
+    def bind_method(self, placed: nn.Module, name: str) -> Callable[..., object]:
+        """A callable that runs the original module's method ``name`` through the wrapper that ``place`` returned."""
+        ...
+
+
+@runtime_checkable
+class SupportsNoSync(Protocol):
+    """A strategy whose gradient reduction can be held back while accumulating."""
+
+    def no_sync(self, module: nn.Module) -> AbstractContextManager[object]:
+        """Within the block, ``backward`` leaves gradients local to this rank. ``module`` is the placed one."""
+        ...
+
+
+@runtime_checkable
+class OwnsBackward(Protocol):
+    """A strategy whose engine runs the backward pass; without it ``loss.backward()`` is called."""
+
+    def backward(self, loss: Tensor, module: nn.Module | None, **kwargs: object) -> None:
+        """Accumulate d(loss)/d(parameter). ``module`` is the placed one, None where there is only one."""
+        ...
+
+
+@runtime_checkable
+class OwnsOptimizerStep(Protocol):
+    """A strategy whose engine steps the optimizer; without it ``optimizer.step()`` is called."""
+
+    def optimizer_step(
+        self, optimizer: Optimizer, module: nn.Module | None, closure: Callable[[], object] | None = None
+    ) -> object:
+        """Step once and return what the engine's step returns. ``module`` is the placed one."""
+        ...
+
+
+@runtime_checkable
+class OwnsAccumulation(Protocol):
+    """A strategy whose engine counts accumulation itself: every batch calls its step, and it decides."""
+
+    def set_accumulation(self, batches: int) -> None:
+        """Number of batches per optimizer step, at least 1. Called before ``place``."""
+        ...
+
+
+@runtime_checkable
+class SupportsGradClipping(Protocol):
+    """A strategy that must clip by itself because one rank does not hold whole gradients."""
+
+    def clip_grad_norm(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        max_norm: float,
+        *,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+    ) -> Tensor:
+        """Clip in place to ``max_norm`` and return the norm before clipping, shape ``()``, equal on every rank."""
+        ...
+
+    def clip_grad_value(self, module: nn.Module, optimizer: Optimizer, clip_value: float) -> None:
+        """Clamp every gradient element to ``[-clip_value, clip_value]`` in place."""
+        ...
+
+
+@runtime_checkable
+class SupportsPrecisionPlan(Protocol):
+    """A strategy that applies a precision itself (FSDP2's mixed precision policy, an engine's own casting)."""
+
+    def apply_precision_plan(self, plan: PrecisionPlan) -> None:
+        """Take over parameter, compute, reduction and output dtypes. Called before ``place``.
+
+        Raises:
+            ValueError: this strategy cannot honour ``plan``; the message names both.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsDataParallel(Protocol):
+    """A strategy in which not every rank reads its own part of the data (tensor parallel ranks share theirs)."""
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Index of this rank's part of the data."""
+        ...
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Number of parts into which the data is split."""
+        ...
+
+
+@runtime_checkable
+class SupportsLoaderProcessing(Protocol):
+    """A strategy that feeds its device through a loader of its own (XLA)."""
+
+    def process_loader(self, loader: Iterable[object]) -> Iterable[object]:
+        """Return an iterable over the same batches, already on the device."""
+        ...
+
+
+@runtime_checkable
+class SupportsShardedState(Protocol):
+    """A strategy whose module or optimizer state is not whole on one rank. Every method is called by every rank."""
+
+    @property
+    def state_kind(self) -> Literal["full", "sharded"]:
+        """Which of the two a checkpoint of this run holds."""
+        ...
+
+    def module_state(self, module: nn.Module, *, full: bool) -> Mapping[str, object]:
+        """State by canonical name. ``full``: whole CPU tensors on rank 0, empty elsewhere; otherwise local shards."""
+        ...
+
+    def load_module_state(self, module: nn.Module, state: Mapping[str, object], *, strict: bool) -> None:
+        """Load what ``module_state`` gave, of either kind."""
+        ...
+
+    def optimizer_state(self, module: nn.Module, optimizer: Optimizer, *, full: bool) -> Mapping[str, object]:
+        """Optimizer state in torch's ``state_dict`` layout; ``full`` as in ``module_state``."""
+        ...
+
+    def load_optimizer_state(self, module: nn.Module, optimizer: Optimizer, state: Mapping[str, object]) -> None:
+        """Load what ``optimizer_state`` gave, of either kind."""
+        ...

@@ -1,0 +1,1 @@
+"""PyTorch training without the engineering: the Trainer, LightningModule and callbacks of fulmen."""
