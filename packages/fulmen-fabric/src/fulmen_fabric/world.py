@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from fulmen_fabric.abilities import supports
 from fulmen_fabric.rank_zero import rank_zero_only
-from fulmen_protocols import SupportsCollectives, SupportsDataParallel, SupportsLaunch, Topology
+from fulmen_fabric.seed import reset_seed
+from fulmen_fabric.stopping import StopAgreement, group_store
+from fulmen_protocols import RankFailure, SupportsCollectives, SupportsDataParallel, SupportsLaunch, Topology
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     import torch
     from torch import Tensor
@@ -21,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["LocalCollectives", "World"]
 
 T = TypeVar("T")
+
+_FOREVER = timedelta(days=3650)
+_OK, _FAILED = b"ok", b"failed"
 
 
 class LocalCollectives:
@@ -61,6 +68,8 @@ class World:
         self._topology: Topology | None = None
         self._collectives: Collectives | None = None
         self._started_in: int | None = None
+        self._agreements = 0
+        self._firsts = 0
 
     def launch(self, function: Callable[[], T]) -> T:
         """Run ``function`` in every process of the run and return this process's (or rank 0's) value.
@@ -101,6 +110,7 @@ class World:
         self._topology = topology = self._read_topology()
         if topology.world_size > 1:
             rank_zero_only.rank = topology.rank
+            reset_seed()
         assembly.accelerator.setup_device(topology.device)
         assembly.strategy.setup_environment(topology)
         self._collectives = (
@@ -188,6 +198,57 @@ class World:
         """Number of parts into which the data is split."""
         strategy = self._assembly.strategy
         return strategy.data_parallel_size if supports(strategy, SupportsDataParallel) else self.world_size
+
+    def stop_agreement(self) -> StopAgreement:
+        """A new agreement on where to stop; every rank makes its own at the same place of the program.
+
+        Without a torch process group (an engine with one of its own) ranks have no store to agree through: then each
+        rank must be told to stop, by a signal to all of them.
+        """
+        self._agreements += 1
+        store = group_store()
+        return StopAgreement(
+            store,
+            self.rank,
+            self.world_size if store is not None else 1,
+            name=f"fulmen/stop/{self._agreements}",
+        )
+
+    @contextmanager
+    def rank_zero_first(self, local: bool = False) -> Generator[None, None, None]:
+        """Run the block on rank 0 (``local``: on the first rank of each node) before the others, however long it takes.
+
+        Every rank enters it. No collective runs, so no collective's timeout applies, provided the group has a store.
+
+        Raises:
+            RankFailure: in the ranks that waited, when the block failed on the rank they waited for.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        first = (self.local_rank if local else self.rank) == 0
+        self._firsts += 1
+        key = f"fulmen/first/{self._firsts}/{self.node_rank if local else 'all'}"
+        store = group_store()
+        if store is None:
+            if not first:
+                self.collectives.barrier(key)
+            yield
+            if first:
+                self.collectives.barrier(key)
+            return
+        if not first:
+            store.wait([key], _FOREVER)
+            if store.get(key) != _OK:
+                raise RankFailure(f"rank {self.rank} waited for another rank to go first, and that one failed.")
+            yield
+            return
+        try:
+            yield
+        except BaseException:
+            store.set(key, _FAILED)
+            raise
+        store.set(key, _OK)
 
     def _read_topology(self) -> Topology:
         assembly = self._assembly
