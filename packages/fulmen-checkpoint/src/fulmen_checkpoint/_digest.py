@@ -15,19 +15,20 @@ import struct
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import TracebackType
 
-__all__ = ["Damage", "DigestWriter", "check", "has_digest"]
+__all__ = ["Damage", "DigestWriter", "check", "has_digest", "on_disk"]
 
 CHUNK_BYTES = 1 << 20
 _END = struct.Struct("<4s4H2LH")  # zip's end of central directory; the last field is the comment's length
 _MAGIC = b"fulmen digest 1: sha256 of crc32 per MiB, "
 _COMMENT_BYTES = len(_MAGIC) + 16 + 1 + 64
 _TAIL_BYTES = _END.size + _COMMENT_BYTES
+_ZIP_ERRORS = (zipfile.BadZipFile, OSError, ValueError, struct.error)
 # Smaller writes are gathered: torch makes five of some 30 bytes for every tensor.
 _GATHER_BYTES = 1 << 16
 
@@ -142,6 +143,11 @@ class DigestWriter(io.RawIOBase):
             checksum.result()
 
 
+def on_disk(stream: IO[bytes]) -> bool:
+    """Whether ``stream`` is a file of the operating system, with a number and a name."""
+    return isinstance(stream, io.BufferedReader) and isinstance(cast("object", stream.raw), io.FileIO)
+
+
 def has_digest(stream: IO[bytes]) -> bool:
     """Whether the file says that it has a digest, right or wrong."""
     return _read_tail(stream)[1] is not None
@@ -159,7 +165,7 @@ def check(stream: IO[bytes]) -> bool:
     size, comment = _read_tail(stream)
     if comment is None:
         return _check_zip(stream)
-    if isinstance(stream, io.BufferedReader) and isinstance(stream.raw, io.FileIO):
+    if on_disk(stream):
         chunks = _checksums_of_file(stream.fileno(), size - _COMMENT_BYTES)
     else:
         chunks = _Chunks()
@@ -205,7 +211,7 @@ def _read_tail(stream: IO[bytes]) -> tuple[int, bytes | None]:
         with zipfile.ZipFile(stream) as archive:
             if stream.seek(0, os.SEEK_END) and archive.comment and _ends_with_comment(stream, archive.comment):
                 return size, None
-    except (zipfile.BadZipFile, OSError, ValueError, struct.error):
+    except _ZIP_ERRORS:
         pass
     raise Damage(f"the end is missing or overwritten: the file of {size} bytes does not end as a torch file does")
 

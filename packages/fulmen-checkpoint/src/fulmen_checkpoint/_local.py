@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING
 from fulmen_checkpoint.names import stages, staging_name, this_machine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
 if sys.platform != "win32":
     import fcntl
@@ -24,7 +24,7 @@ _ABANDONED_S = 86400.0
 
 
 @contextmanager
-def write_atomic(path: str) -> Iterator[IO[bytes]]:
+def write_atomic(path: str) -> Generator[IO[bytes]]:
     """See ``Storage.write_atomic``; ``path`` is absolute."""
     folder, name = os.path.split(path)
     if os.path.isdir(path) and not os.path.islink(path):

@@ -32,7 +32,13 @@ def find_unsafe(checkpoint: Mapping[str, object]) -> list[tuple[str, object]]:
 
 
 def _registered() -> frozenset[type]:
-    return frozenset(item for item in torch.serialization.get_safe_globals() if isinstance(item, type))
+    safe: set[type] = set()
+    # Functions are registered too, and (class, name) pairs.
+    for item in cast("list[object]", torch.serialization.get_safe_globals()):
+        first = cast("tuple[object, ...]", item)[0] if isinstance(item, tuple) else item
+        if isinstance(first, type):
+            safe.add(first)
+    return frozenset(safe)
 
 
 def _walk(value: object, place: str, seen: set[int], safe: frozenset[type]) -> Iterator[tuple[str, object]]:

@@ -87,7 +87,7 @@ def _list(folder: str, pattern: str) -> int:
 def _show(path: str, depth: int) -> int:
     # On the meta device: names, shapes and dtypes, but no values are read.
     checkpoint = TorchCheckpointIO().load_checkpoint(path, map_location="meta")
-    for line in _tree(checkpoint, 0, max(1, depth)):
+    for line in _tree(cast("dict[object, object]", checkpoint), 0, max(1, depth)):
         print(line)
     return 0
 
@@ -105,6 +105,11 @@ def _summary(value: object) -> str:
     if isinstance(value, dict):
         return f"dict of {len(cast('dict[object, object]', value))}"
     if isinstance(value, (list, tuple, set)):
-        return f"{type(value).__name__} of {len(cast('list[object]', value))}"
+        items = cast("list[object]", value)
+        return f"{_kind(items)} of {len(items)}"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__

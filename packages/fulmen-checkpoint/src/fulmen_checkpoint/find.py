@@ -92,7 +92,7 @@ def _newest_first(paths: Iterable[str], storage: Storage) -> list[str]:
         except (
             FileNotFoundError,
             IsADirectoryError,
-        ):  # deleted since it was listed, or a folder of an object store, which has no date
+        ):  # deleted meanwhile, or a folder without a date
             if not storage.exists(path):
                 continue
             when = 0.0

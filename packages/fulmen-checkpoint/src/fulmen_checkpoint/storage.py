@@ -6,18 +6,16 @@ import datetime
 import os
 import shutil
 from contextlib import contextmanager, suppress
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING
 
-from fsspec.core import url_to_fs
-from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
-
-from fulmen_checkpoint import _local
+from fulmen_checkpoint import _fsspec, _local
 from fulmen_checkpoint.names import is_staging, staging_name
-from fulmen_protocols.errors import BackendNotFound, MissingPackage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Generator, Mapping
     from contextlib import AbstractContextManager
+
+    from fulmen_checkpoint._fsspec import FileSystem
 
 __all__ = ["FsspecStorage", "local_path"]
 
@@ -53,16 +51,16 @@ class FsspecStorage:
         local = local_path(path)
         if local is not None:
             return open(local, "rb")
-        fs, inner = self._resolve(path)
-        return cast("AbstractContextManager[IO[bytes]]", fs.open(inner, "rb"))
+        fs, inner = _fsspec.resolve(path, self.storage_options)
+        return fs.open(inner, "rb")
 
     def write_atomic(self, path: str) -> AbstractContextManager[IO[bytes]]:
         """A stream whose bytes appear at ``path`` in one step when the block ends without an error."""
         local = local_path(path)
         if local is not None:
             return _local.write_atomic(local)
-        fs, inner = self._resolve(path)
-        if _protocols(fs) & _OBJECT_STORES:
+        fs, inner = _fsspec.resolve(path, self.storage_options)
+        if _fsspec.protocols(fs) & _OBJECT_STORES:
             return _upload(fs, inner)
         return _stage_and_move(fs, inner)
 
@@ -71,9 +69,9 @@ class FsspecStorage:
         local = local_path(path)
         if local is not None:
             return os.path.exists(local)
-        fs, inner = self._resolve(path)
+        fs, inner = _fsspec.resolve(path, self.storage_options)
         _forget_listings(fs, inner)
-        return bool(fs.exists(inner))
+        return fs.exists(inner)
 
     def list(self, path: str) -> list[str]:
         """Full paths of a folder's entries, sorted; staging files of unfinished writes are not among them."""
@@ -84,10 +82,10 @@ class FsspecStorage:
             except (FileNotFoundError, NotADirectoryError):
                 return []
         else:
-            fs, inner = self._resolve(path)
+            fs, inner = _fsspec.resolve(path, self.storage_options)
             _forget_listings(fs, inner)
             try:
-                names = cast("list[str]", fs.ls(inner, detail=False))
+                names = fs.ls(inner, detail=False)
             except (FileNotFoundError, NotADirectoryError):
                 return []
             # An object store lists a folder's own marker, and a file when asked for a file.
@@ -100,12 +98,12 @@ class FsspecStorage:
         local = local_path(path)
         if local is not None:
             return os.stat(local).st_mtime
-        fs, inner = self._resolve(path)
+        fs, inner = _fsspec.resolve(path, self.storage_options)
         _forget_listings(fs, inner)
-        moment: object = fs.modified(inner)
+        moment = fs.modified(inner)
         if isinstance(moment, datetime.datetime):
             return moment.timestamp() if moment.tzinfo else moment.replace(tzinfo=datetime.UTC).timestamp()
-        return float(cast("float", moment))
+        return float(moment)
 
     def remove(self, path: str) -> None:
         """Delete a file or folder with all it holds. Removing what is not there is allowed."""
@@ -118,30 +116,13 @@ class FsspecStorage:
                 with suppress(FileNotFoundError):
                     os.remove(local)
             return
-        fs, inner = self._resolve(path)
+        fs, inner = _fsspec.resolve(path, self.storage_options)
         _forget_listings(fs, inner)
         with suppress(FileNotFoundError):
             if fs.isfile(inner):
                 fs.rm_file(inner)
             elif fs.isdir(inner):
                 _remove_tree(fs, inner)
-
-    def _resolve(self, path: str) -> tuple[AbstractFileSystem, str]:
-        try:
-            fs, inner = url_to_fs(path, **cast("dict[str, Any]", self.storage_options))
-        except ImportError as error:
-            package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}.get(
-                path.split("://", 1)[0], "the package named above"
-            )
-            raise MissingPackage(f"{path!r} cannot be reached: {error}. Run: pip install {package}") from error
-        except ValueError as error:
-            if "Protocol not known" not in str(error):
-                raise
-            raise BackendNotFound(
-                f"{path!r} cannot be reached: fsspec knows no file system {path.split('://', 1)[0]!r}. "
-                "Use a local path or a URL whose fsspec package is installed."
-            ) from error
-        return cast("AbstractFileSystem", fs), cast("str", inner)
 
 
 def local_path(path: str) -> str | None:
@@ -155,58 +136,49 @@ def local_path(path: str) -> str | None:
 
 
 @contextmanager
-def _upload(fs: AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
-    stream = cast("IO[bytes]", fs.open(path, "wb"))
+def _upload(fs: FileSystem, path: str) -> Generator[IO[bytes]]:
+    stream = fs.open(path, "wb")
     try:
         yield stream
+        stream.close()
     except BaseException:
-        # Closing, which the stream's own __exit__ and __del__ do, would complete the upload of half a file.
-        if isinstance(stream, AbstractBufferedFile):
-            with suppress(Exception):
-                stream.discard()
-            stream.closed = True
+        _fsspec.abandon(stream)
         raise
-    stream.close()
     _forget_listings(fs, path)
 
 
 @contextmanager
-def _stage_and_move(fs: AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
+def _stage_and_move(fs: FileSystem, path: str) -> Generator[IO[bytes]]:
     folder, _, name = path.rpartition("/")
     if folder:
         fs.makedirs(folder, exist_ok=True)
     staging = f"{folder}/{staging_name(name)}"
     try:
-        with cast("AbstractContextManager[IO[bytes]]", fs.open(staging, "wb")) as stream:
+        with fs.open(staging, "wb") as stream:
             yield stream
-        if type(fs).mv is AbstractFileSystem.mv:
-            # The generic move expands "*" and "[" in names; these two take them as they are.
+        if _fsspec.has_own_move(fs):
+            fs.mv(staging, path)
+        else:
+            # fsspec's generic move expands "*" and "[" in names; these two take them as they are.
             fs.cp_file(staging, path)
             fs.rm_file(staging)
-        else:
-            fs.mv(staging, path)
     except BaseException:
         with suppress(Exception):
             fs.rm_file(staging)
         raise
 
 
-def _remove_tree(fs: AbstractFileSystem, path: str) -> None:
+def _remove_tree(fs: FileSystem, path: str) -> None:
     if not set("*?[") & set(path):
         fs.rm(path, recursive=True)
         return
     # rm expands such characters, and would delete the neighbours too.
-    for file in cast("list[str]", fs.find(path)):
+    for file in fs.find(path):
         fs.rm_file(file)
     with suppress(FileNotFoundError, NotImplementedError):
         fs.rmdir(path)
 
 
-def _forget_listings(fs: AbstractFileSystem, path: str) -> None:
+def _forget_listings(fs: FileSystem, path: str) -> None:
     # Other processes write here too: a cached listing would hide a checkpoint, or show one that is gone.
     fs.invalidate_cache(path)
-
-
-def _protocols(fs: AbstractFileSystem) -> set[str]:
-    protocol = fs.protocol
-    return {protocol} if isinstance(protocol, str) else set(protocol)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import re
@@ -18,7 +17,7 @@ from fulmen_checkpoint.storage import FsspecStorage
 from fulmen_protocols.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Generator, Mapping
 
     from fulmen_protocols.storage import Storage
 
@@ -153,7 +152,7 @@ class TorchCheckpointIO:
         """Nothing is pending: every save is complete when it returns."""
 
     @contextmanager
-    def _open(self, path: str) -> Iterator[IO[bytes]]:
+    def _open(self, path: str) -> Generator[IO[bytes]]:
         """The file as a stream; a remote one is fetched once, into a temporary file that is gone afterwards."""
         try:
             opened = self.storage.open_read(path)
@@ -165,7 +164,7 @@ class TorchCheckpointIO:
                 "the format that wrote the folder."
             ) from error
         with opened as stream:
-            if _on_disk(stream):
+            if _digest.on_disk(stream):
                 yield stream
                 return
             with tempfile.NamedTemporaryFile(prefix="fulmen-", suffix=".ckpt") as copy:
@@ -277,7 +276,3 @@ def _require_plain(checkpoint: Mapping[str, object], path: str) -> None:
 def _type_name(value: object) -> str:
     kind = type(value)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _on_disk(stream: IO[bytes]) -> bool:
-    return isinstance(stream, io.BufferedReader) and isinstance(stream.raw, io.FileIO)
