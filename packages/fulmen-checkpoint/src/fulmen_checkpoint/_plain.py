@@ -15,7 +15,7 @@ __all__ = ["find_unsafe"]
 
 _LEAVES: frozenset[type] = frozenset(
     {type(None), bool, int, float, complex, str, bytes, bytearray, torch.Size, torch.device, torch.dtype}
-    | {torch.layout, torch.memory_format, torch.qscheme}
+    | {torch.layout, torch.qscheme}
 )
 _MAPPINGS: frozenset[type] = frozenset({dict, OrderedDict, Counter})
 _SEQUENCES: frozenset[type] = frozenset({list, tuple, set})
