@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fulmen_fabric.steps import Gradients, StepHooks
     from torch.optim import Optimizer
 
+    from fulmen.optimizer import LightningOptimizer
     from fulmen.progress import Progress
 
 __all__ = ["ManualOptimization"]
@@ -41,6 +42,8 @@ class ManualOptimization:
         self._keep_outputs = keep_outputs
         self._backward_context = backward_context
         self._optimizer_steps = progress.updates
+        self.optimizers: list[LightningOptimizer] = []
+        """What ``self.optimizers()`` gives."""
 
     def updates(self) -> int:
         """Optimizer steps taken so far, all optimizers together."""

@@ -10,12 +10,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from fulmen_fabric import move_data_to_device, supports
+from fulmen_fabric import move_data_to_device
+from fulmen_fabric.abilities import supports
 from fulmen_fabric.steps import Gradients, StepHooks, automatic_step
 from fulmen_protocols import (
     SupportsBoundMethods,
+    SupportsForwardContext,
     SupportsInputConversion,
     SupportsLoaderProcessing,
+    SupportsNoSync,
 )
 
 from fulmen.fit import FitParts
@@ -61,6 +64,9 @@ class Session:
     train_loader: TrainLoader | None = None
     eval_loaders: dict[str, EvalLoaders] = field(default_factory=dict)
     manual: ManualOptimization | None = None
+    gradients: Gradients | None = None
+    resumed: dict[str, Any] | None = None
+    """What the checkpoint holds for an exact resume, until the loop has begun."""
 
     def scoped(self, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
         """``hook``, inside which ``self.log`` knows that it is in ``name``."""
@@ -150,7 +156,7 @@ class Session:
     ) -> dict[str, Any]:
         """``step``, ``accumulate`` and ``updates`` of ``FitParts`` for automatic or manual optimization."""
         module, strategy = self.module, self.assembly.strategy
-        gradients = Gradients(strategy, self.assembly.precision, self.placed)
+        self.gradients = gradients = Gradients(strategy, self.assembly.precision, self.placed)
         training_step = self.step_method("training_step")
         overridden_backward = binder.overridden("backward")
         hooks: dict[str, Any] = {
@@ -173,12 +179,21 @@ class Session:
                     else None
                 ),
             )
-            self.wrapped = [LightningOptimizer(optimizer, manual.step) for optimizer in self.optimizers]
+            hold_sync = strategy.no_sync if supports(strategy, SupportsNoSync) and self.placed is not None else None
+            self.wrapped = manual.optimizers = [
+                LightningOptimizer(
+                    optimizer,
+                    partial(manual.step, optimizer),
+                    toggle=module.toggled_optimizer,
+                    no_sync=None if hold_sync is None else partial(hold_sync, self.placed),
+                )
+                for optimizer in self.optimizers
+            ]
             return {"step": manual.batch_step, "accumulate": manual.batch_step, "updates": manual.updates}
 
         self.manual = None
         optimizer = self.optimizers[0]
-        wrapped = LightningOptimizer(optimizer, gradients.step)
+        wrapped = LightningOptimizer(optimizer, partial(gradients.step, optimizer))
         self.wrapped = [wrapped]
         hooks["on_before_zero_grad"] = binder.both("on_before_zero_grad")
         zero_grad = binder.overridden("optimizer_zero_grad")
@@ -207,6 +222,11 @@ class Session:
             world_size=self.world.world_size,
         )
         return {"step": step, "accumulate": accumulate_only}
+
+    def forward_context(self) -> Callable[[], AbstractContextManager[object]] | None:
+        """The context in which the precision wants every forward pass; None where it wants none."""
+        precision = self.assembly.precision
+        return precision.forward_context if supports(precision, SupportsForwardContext) else None
 
     def no_grad(self, *, inference_mode: bool) -> Callable[[], AbstractContextManager[object]]:
         """What evaluation runs under."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
+from fulmen_protocols import MisconfigurationException
 from torch import Tensor
 
 if TYPE_CHECKING:
     from fulmen_fabric import World
+    from fulmen_fabric.steps import Gradients
     from fulmen_protocols import CheckpointIO, ReduceOp, Strategy
     from torch import nn
+    from torch.optim import Optimizer
 
 __all__ = ["StrategyFacade"]
 
@@ -30,6 +33,7 @@ class StrategyFacade:
         self._world = world
         self.model: nn.Module | None = None
         """The placed module: wrapped or sharded, as the strategy needs it."""
+        self.gradients: Gradients | None = None
 
     @property
     def root_device(self) -> torch.device:
@@ -97,6 +101,12 @@ class StrategyFacade:
         if self._world.world_size == 1:
             return tensor
         return self._world.collectives.all_gather(tensor, differentiable=sync_grads)
+
+    def clip_gradients(self, optimizer: Optimizer, value: float, algorithm: Literal["norm", "value"]) -> Tensor | None:
+        """Clip in place; what ``LightningModule.clip_gradients`` calls. Returns the norm before, for ``"norm"``."""
+        if self.gradients is None:
+            raise MisconfigurationException("gradients can be clipped during fit only.")
+        return self.gradients.clip(optimizer, value, algorithm)
 
     def save_checkpoint(
         self,

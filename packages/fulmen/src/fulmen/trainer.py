@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from fulmen_fabric import Assembly, World, assemble, isolate_rng, rank_zero_info, rank_zero_warn
+from fulmen_fabric import Assembly, World, assemble, isolate_rng, move_data_to_device, rank_zero_info, rank_zero_warn
 from fulmen_protocols import (
     MisconfigurationException,
     MisconfigurationTypeError,
@@ -327,7 +327,8 @@ class Trainer(TrainerSurface):
         if datamodule is None and not any(value is not None for value in given.values()) and previous is not None:
             datamodule = previous.datamodule
         sources = {stage: LoaderSource(stage, given.get(stage), datamodule, model) for stage in _STAGES}
-        _callbacks.attach_to(self.callbacks, self._own_callbacks(model))
+        model.trainer = self
+        _callbacks.attach_to(self.callbacks, _callbacks.as_list(model.configure_callbacks()))
         _verify.run(fn, model, sources, self.callbacks, self.settings)
         session = Session(fn, model, datamodule, self.assembly, self.world, sources)
         self._session = session
@@ -335,17 +336,10 @@ class Trainer(TrainerSurface):
         self.state.stage = _FIRST_STAGE[fn]
         if fn is TrainerFn.FITTING:
             self._progress.stop_reason = None
-        model.trainer = self
         if datamodule is not None:
             datamodule.trainer = self
-        for callback in self.callbacks:
-            if callable(getattr(callback, "log", None)) is False or not hasattr(type(callback), "log"):
-                callback.log, callback.log_dict = model.log, model.log_dict
+        _callbacks.let_log(self.callbacks, model)
         return session
-
-    def _own_callbacks(self, model: LightningModule) -> list[Any]:
-        model._trainer_for_configuration(self)
-        return _callbacks.as_list(model.configure_callbacks())
 
     def _set_up(self, session: Session, weights_only: bool | None) -> None:
         """From prepared data to a placed module with its optimizers, restored if asked."""
@@ -380,8 +374,6 @@ class Trainer(TrainerSurface):
             _checkpointing.restore_training(self, session, checkpoint)
 
     def _module_context(self, session: Session) -> Any:
-        from contextlib import ExitStack
-
         stack = ExitStack()
         stack.enter_context(self.assembly.precision.init_context())
         stack.enter_context(self.assembly.strategy.module_context(empty=False))
@@ -422,8 +414,13 @@ class Trainer(TrainerSurface):
     # ------------------------------------------------------------------ training
 
     def _prepare_fit(self, session: Session) -> tuple[FitParts, Any]:
+        if session.train_loader is None:  # else configure_optimizers has asked for the number of steps
+            session.train_loader = self._train_loader(session)
+        return self._compose(session, first=True)
+
+    def _train_loader(self, session: Session) -> TrainLoader:
         settings = self.settings
-        session.train_loader = TrainLoader(
+        return TrainLoader(
             session.sources["train"],
             limit=self.limit_train_batches,
             limit_name="limit_train_batches" if not settings.overfit_batches else "overfit_batches",
@@ -432,7 +429,6 @@ class Trainer(TrainerSurface):
             reload_every_n_epochs=settings.reload_dataloaders_every_n_epochs,
             overfit=bool(settings.overfit_batches),
         )
-        return self._compose(session, first=True)
 
     def _replan(self, session: Session) -> tuple[FitParts, Any]:
         self._progress.replan = False
@@ -527,7 +523,8 @@ class Trainer(TrainerSurface):
         if self._plan.validates and "val" not in session.eval_loaders:
             self._eval_loaders(session, "val")
         self._use_store(session, session.store)
-        _checkpointing.restore_position(self, session)
+        if session.resumed is not None:
+            _checkpointing.restore_position(self, session)
         self._last_validation_s = time.monotonic()
         if self._plan.finished(self._progress):
             return
@@ -535,6 +532,10 @@ class Trainer(TrainerSurface):
         for hook in self._binder.both("on_train_start"):
             hook()
         self._trained = True
+        if session.resumed is not None:
+            if self._progress.epoch_started and not self._progress.epoch_ended:
+                self._epoch_batches()  # making the iterator draws random numbers that the saved run had drawn before
+            _checkpointing.restore_rng(self, session)
 
     _trained = False
 
@@ -561,6 +562,10 @@ class Trainer(TrainerSurface):
                 f"asked to stop ({progress.stop_reason}), but min_epochs={self._plan.min_epochs} or "
                 f"min_steps={self._plan.min_steps} is not reached: training goes on."
             )
+
+    def _early_train_loader(self, session: Session) -> None:
+        session.train_loader = self._train_loader(session)
+        session.train_loader.setup(self._progress.epoch)
 
     # ------------------------------------------------------------------ evaluation
 
@@ -783,3 +788,37 @@ _STORE = {
 
 def _nothing() -> None:
     """What the launcher runs: this process goes on by itself."""
+
+
+def _starting(store: MetricStore, transfer: Callable[[object, int], object]) -> Callable[[object], object]:
+    """``transfer`` that also tells the store which batch is being trained."""
+
+    def start(batch: object) -> object:
+        batch = transfer(batch, 0)
+        store.start_batch(batch, 0, None)
+        return batch
+
+    return start
+
+
+def _starting_eval(
+    store: MetricStore, transfer: Callable[[object, int], object], *, several: bool
+) -> Callable[[object, int], object]:
+    def start(batch: object, dataloader_idx: int) -> object:
+        batch = transfer(batch, dataloader_idx)
+        store.start_batch(batch, 0, dataloader_idx if several else None)
+        return batch
+
+    return start
+
+
+def _inside(context: Callable[[], AbstractContextManager[object]], step: Callable[..., object]) -> Callable[..., object]:
+    def run(*args: object) -> object:
+        with context():
+            return step(*args)
+
+    return run
+
+
+def _to_cpu(outputs: object) -> object:
+    return move_data_to_device(outputs, torch.device("cpu"))
