@@ -20,14 +20,14 @@ def environment(session: nox.Session, *groups: str) -> str:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Train on handwritten digits and write a report; run it again to resume. -- --devices 2, --accelerator cuda, ..."""
+    """Train on handwritten digits and write a report; run again to resume. [-- --devices 2 --accelerator cuda ...]."""
     python = environment(session, "demo")
     session.run(python, "docs/examples/digits.py", *session.posargs)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the tests of every package, of the tools, and those that need several packages; the slow ones are in `full`."""
+    """Run every package's tests and those that need several packages; the slow ones are in `full`."""
     python = environment(session, "test")
     where = session.posargs or ["packages", "integration_tests", "tools"]
     # Two processes; one thread each, or torch's threads fight for the same cores.
@@ -37,7 +37,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def alone(session: nox.Session) -> None:
-    """Install each package with nothing but its declared needs; import it, run its tests and its README. -- NAME ..."""
+    """Install each package with nothing but its declared needs; run its tests and its README. [-- NAME ...]."""
     python = environment(session)
     session.run(python, "-m", "tools.alone", *session.posargs)
 
@@ -51,7 +51,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting with ruff. -- --fix repairs what it can."""
+    """Check style and formatting with ruff. [-- --fix]."""
     python = environment(session, "lint")
     fix = "--fix" in session.posargs
     session.run(python, "-m", "ruff", "check", *(["--fix"] if fix else []), ".")
@@ -60,7 +60,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def layers(session: nox.Session) -> None:
-    """Check which package imports which, that the protocols import no torch, and that no package has an import cycle."""
+    """Check which package imports which, that the protocols import no torch, and that there is no import cycle."""
     python = environment(session, "layers")
     session.run("lint-imports", "--no-cache", "--config", "tools/layers.toml")
     session.run(python, "-m", "tools.check_cycles")
@@ -68,7 +68,7 @@ def layers(session: nox.Session) -> None:
 
 @nox.session
 def api(session: nox.Session) -> None:
-    """Compare each package's public API with its api.txt. -- --write accepts the changes."""
+    """Compare each package's public API with its api.txt. [-- --write] accepts the changes."""
     python = environment(session, "api")
     session.run(python, "-m", "tools.api", *session.posargs)
 
@@ -83,7 +83,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def features(session: nox.Session) -> None:
-    """Fill the status column of docs/features.md from the tests that say what they prove. -- --write"""
+    """Fill the status column of docs/features.md from the tests that say what they prove. [-- --write]."""
     python = environment(session)
     session.run(python, "-m", "tools.features", *session.posargs)
 
@@ -104,7 +104,7 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure against raw PyTorch: overhead of a step, import, start-up, memory. -- step_overhead --markdown, ..."""
+    """Measure against raw PyTorch: overhead of a step, import, start-up, memory. [-- step_overhead --markdown ...]."""
     python = environment(session, "test")
     session.run(python, "-m", "tools.bench", *session.posargs)
 

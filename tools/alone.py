@@ -1,4 +1,6 @@
-"""Install each package with nothing but its declared needs, and see that it works: ``python -m tools.alone [name ...]``.
+"""Install each package with nothing but its declared needs, and see that it works.
+
+``python -m tools.alone [name ...]``
 
 For each package, in an environment of its own under .nox/alone: its wheel, the wheels of ours that it declares, and the
 third-party libraries that those declare. In it every module is imported; then what its tests declare is added
@@ -126,8 +128,9 @@ def check(package: Package, wheels: dict[str, Path], tools: Path, torch: Path) -
             more_ours, more_theirs = closure([package.name, *package.test_dependencies], everything)
             lend = [tools, *([torch] if needs_torch(more_theirs) else [])]
             (site_packages(environment) / "lent.pth").write_text("".join(f"{site_packages(e)}\n" for e in lend))
-            step("install for tests", *install_command(environment, [*[wheels[p.name] for p in more_ours], *more_theirs]))
-            # From the package's folder the tests see the installed wheel and nothing of the workspace around it.
+            step(
+                "install for tests", *install_command(environment, [*[wheels[p.name] for p in more_ours], *more_theirs])
+            )
             step("tests", python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", str(tests))
     except Failed as failure:
         report.failed = str(failure)

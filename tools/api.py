@@ -1,4 +1,6 @@
-"""The public API of each package as text, so that a change of it is reviewed like code: ``python -m tools.api [--write]``.
+"""The public API of each package as text, so that a change of it is reviewed like code.
+
+``python -m tools.api`` compares with what is recorded, ``--write`` records.
 
 packages/NAME/api.txt has one line for every public name: its kind, where it lives, its signature with types. Public is
 what a public module lists in ``__all__`` (or, without one, defines without a leading underscore), and the public
@@ -110,7 +112,9 @@ def _signature(function: griffe.Function) -> str:
 
 def difference(recorded: str, found: str, name: str) -> str:
     """What changed, as a unified diff without context; empty if nothing did."""
-    rows = difflib.unified_diff(recorded.splitlines(), found.splitlines(), f"{name} recorded", f"{name} now", n=0, lineterm="")
+    rows = difflib.unified_diff(
+        recorded.splitlines(), found.splitlines(), f"{name} recorded", f"{name} now", n=0, lineterm=""
+    )
     return "\n".join(rows)
 
 

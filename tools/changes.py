@@ -31,7 +31,9 @@ def problems(package: Package) -> list[str]:
         match = NAME.fullmatch(fragment.name)
         if match is None or match["kind"] not in KINDS:
             kinds = ", ".join(KINDS)
-            found.append(f"{package.name}/changes/{fragment.name}: name it NUMBER.KIND.md or +topic.KIND.md; kinds: {kinds}")
+            found.append(
+                f"{package.name}/changes/{fragment.name}: name it NUMBER.KIND.md or +topic.KIND.md; kinds: {kinds}"
+            )
         elif not fragment.read_text(encoding="utf-8").strip():
             found.append(f"{package.name}/changes/{fragment.name} is empty")
     return found
@@ -41,10 +43,22 @@ def main() -> int:
     """Check every package and let towncrier draft its next entry; return 0 if all is well."""
     found = [problem for package in packages() for problem in problems(package)]
     for package in packages():
-        command = [sys.executable, "-m", "towncrier", "build", "--draft", "--version", "next", "--dir", str(package.path)]
+        command = [
+            sys.executable,
+            "-m",
+            "towncrier",
+            "build",
+            "--draft",
+            "--version",
+            "next",
+            "--dir",
+            str(package.path),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            found.append(f"towncrier cannot read {package.name}'s fragments: {done.stderr.strip() or done.stdout.strip()}")
+            found.append(
+                f"towncrier cannot read {package.name}'s fragments: {done.stderr.strip() or done.stdout.strip()}"
+            )
     print("\n".join(found) if found else f"All {len(packages())} packages tell what changed.")
     return int(bool(found))
 

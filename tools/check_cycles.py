@@ -105,7 +105,9 @@ def main() -> int:
     for package in packages():
         for cycle in package_cycles(package.source, package.module):
             failed = True
-            print(f"{package.name}: these modules import each other, directly or through one another: {', '.join(cycle)}")
+            print(
+                f"{package.name}: these modules import each other, directly or through one another: {', '.join(cycle)}"
+            )
     if not failed:
         print(f"No import cycle in {len(packages())} packages.")
     return int(failed)

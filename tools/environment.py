@@ -50,7 +50,9 @@ def ensure(groups: list[str], environment: Path = DEV) -> Path:
     root = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     requirements = {name: group(root, name) for name in ["build", *groups]}
     wanted = {name: fingerprint(pins, *listed) for name, listed in requirements.items()}
-    wanted["packages"] = fingerprint(pins, *[(p.path / "pyproject.toml").read_text(encoding="utf-8") for p in packages()])
+    wanted["packages"] = fingerprint(
+        pins, *[(p.path / "pyproject.toml").read_text(encoding="utf-8") for p in packages()]
+    )
 
     stamp_file = environment / "fulmen-stamp.json"
     stamp: dict[str, str] = json.loads(stamp_file.read_text(encoding="utf-8")) if stamp_file.exists() else {}
