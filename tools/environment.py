@@ -69,8 +69,9 @@ def ensure(groups: list[str], environment: Path = DEV) -> Path:
         pip_install(python, *requirements["build"])
     others = [name for name in outdated if name not in ("build", "packages")]
     if others or "packages" in outdated:
-        print(f"Installing {', '.join(['the packages', *others])} ...", flush=True)
-        editable = [part for package in packages() for part in ("-e", package.path)] if "packages" in outdated else []
+        listed = packages() if "packages" in outdated else []
+        print(f"Installing {', '.join([p.name for p in listed] + others)} ...", flush=True)
+        editable = [part for package in listed for part in ("-e", package.path)]
         # Together in one call, so that pip sees every requirement on a package at once.
         pip_install(python, "--no-build-isolation", *editable, *[r for name in others for r in requirements[name]])
     stamp_file.write_text(json.dumps(stamp | wanted, indent=1), encoding="utf-8")

@@ -14,7 +14,7 @@ STEPS: dict[str, list[list[str]]] = {
     "tests": [[PY, "-m", "pytest", "-n", "2", "--dist", "loadfile", "packages", "integration_tests", "tools"]],
     "types": [[PY, "-m", "tools.check_types"]],
     "lint": [[PY, "-m", "ruff", "check", "."], [PY, "-m", "ruff", "format", "--check", "."]],
-    "layers": [["lint-imports", "--no-cache", "--config", "tools/layers.toml"], [PY, "-m", "tools.check_cycles"]],
+    "layers": [[PY, "-m", "tools.check_layers"]],
     "api": [[PY, "-m", "tools.api"]],
     "alone": [[PY, "-m", "tools.alone"]],
     "docs": [[PY, "-m", "tools.docs"]],
