@@ -18,9 +18,10 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from tools.bench.child import contestant_parser, environment, finish, median, print_table
+from tools.bench.child import contestant_parser, environment, finish, print_table
 
 CONTESTANTS = ["raw", "fulmen", "fulmen-log", "lightning", "lightning-log"]
 LEARNING_RATE = 1e-4

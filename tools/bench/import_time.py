@@ -11,8 +11,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 
-from tools.bench.child import environment, median, print_table
+from tools.bench.child import environment, print_table
 
 TARGETS = {
     "fulmen_protocols (no torch)": ("", "import fulmen_protocols"),

@@ -7,13 +7,13 @@ import json
 import os
 import sys
 import time
+from statistics import median
 
 from tools.bench.child import (
     MeasurementFailed,
     contestant_parser,
     finish,
     installed,
-    median,
     print_table,
     pythons,
     spawn,

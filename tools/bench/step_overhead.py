@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from statistics import median
 from typing import Any
 
 from tools.bench.child import (
@@ -19,7 +20,6 @@ from tools.bench.child import (
     contestant_parser,
     finish,
     installed,
-    median,
     print_table,
     pythons,
     spawn,
