@@ -308,6 +308,7 @@ def test_files_of_something_else_are_damaged_checkpoints(tmp_path: Path, data: b
         ({"a": datetime.timedelta(1)}, "a", r"datetime\.timedelta"),
         ({"a": functools.partial(len)}, "a", r"functools\.partial"),
         ({"a": nn.Linear(1, 1)}, "a", r"torch\.nn\.modules\.linear\.Linear"),
+        ({"a": [b""]}, r"a\[0\]", "empty bytes"),
         ({3: {(1, OwnClass()): 2}}, r"\[3\]\[\(1, .*\)\] \(a key\)\[1\]", r"\S*OwnClass"),
     ],
 )
@@ -327,13 +328,13 @@ def test_everything_that_is_refused_would_not_have_loaded_and_the_rest_does(tmp_
     candidates: list[object] = [
         *_checkpoint().values(),
         *(len, OwnClass(), Path("x"), np.float64(1), np.zeros(3), defaultdict(list), frozenset(), Pair(1, 2)),
-        *(datetime.timedelta(1), datetime.datetime.now(), range(3), Ellipsis, slice(1), memoryview, int, torch.Tensor),
+        *(datetime.timedelta(1), datetime.datetime.now(), range(3), Ellipsis, slice(1), memoryview, int),
         *(torch.ones(2, device="meta"), torch.qint8),
         *(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.strided), torch.per_tensor_affine),
         *(torch.eye(3).to_sparse_csr(), torch.ones(2).requires_grad_(), torch.zeros(2, dtype=torch.complex64)),
         *(torch.zeros(2, dtype=torch.float8_e4m3fn), torch.Generator(), torch.ones(2).untyped_storage(), "x" * 70_000),
         *(torch.channels_last, torch.finfo(torch.float32), lambda: 0),
-        *(-(2**70), True, (), [], {}, set(), b"", "", [[[[1]]]], torch.nn.Buffer(torch.ones(1)), Ellipsis),
+        *(-(2**70), 2**1990, 2**2100, [1, -(2**2100)], [[1, 2], [b'']], True, (), [], {}, set(), b"", "", [[[[1]]]], torch.nn.Buffer(torch.ones(1)), Ellipsis),
     ]
     disagree = []
     for value in candidates:

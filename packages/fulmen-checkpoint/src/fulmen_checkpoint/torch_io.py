@@ -281,4 +281,6 @@ def _require_plain(checkpoint: Mapping[str, object], path: str) -> None:
 
 def _type_name(value: object) -> str:
     kind = type(value)
+    if kind is bytes or kind is int:
+        return "empty bytes" if kind is bytes else "an int of more than 2000 bits"
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
