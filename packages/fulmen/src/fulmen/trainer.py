@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -410,6 +410,69 @@ class Trainer(TrainerSurface):
         )
         assert session.placed is not None
         session.optimizers = list(self.assembly.strategy.prepare_optimizers(session.placed, optimizers))
+
+    @contextmanager
+    def _determinism(self) -> Iterator[None]:
+        """The run's settings of torch's global switches, given back afterwards."""
+        settings = self.settings
+        benchmark = settings.benchmark
+        if settings.deterministic and benchmark is None:
+            benchmark = False
+        before = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.backends.cudnn.benchmark,
+        )
+        if settings.deterministic:
+            # cuBLAS reads it when its first handle is made; without it torch refuses deterministic matrix products.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=settings.deterministic == "warn")
+        if benchmark is not None:
+            torch.backends.cudnn.benchmark = benchmark
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.backends.cudnn.benchmark = before[2]
+
+    def _share_log_dir(self) -> None:
+        """Rank 0 chooses the run's folder; the others take its word."""
+        self._shared_log_dir = None
+        if self.world.world_size > 1:
+            self._shared_log_dir = self.world.collectives.broadcast_object(self.log_dir)
+
+    def _resolve_ckpt_path(self, asked: str | os.PathLike[str] | None, *, model_given: bool) -> None:
+        """Turn ``best``, ``last``, a path or None into the path to load, before anything starts."""
+        fn = self.state.fn
+        if asked is None:
+            self._ckpt_path = None
+            callback = self.checkpoint_callback
+            if fn is not TrainerFn.FITTING and not model_given and getattr(callback, "best_model_path", ""):
+                self._ckpt_path = callback.best_model_path
+                rank_zero_info(
+                    f"trainer.{fn}() without a model uses the best checkpoint, {self._ckpt_path}. Pass the model to use its "
+                    "weights as they are."
+                )
+            return
+        text = os.fspath(asked)
+        if text == "best":
+            callback = self.checkpoint_callback
+            if self.settings.fast_dev_run:
+                raise MisconfigurationException("ckpt_path='best': fast_dev_run saves no checkpoint. Drop one of the two.")
+            if callback is None:
+                raise MisconfigurationException("ckpt_path='best', but there is no checkpoint callback. Add ModelCheckpoint.")
+            if not getattr(callback, "best_model_path", ""):
+                raise MisconfigurationException(
+                    "ckpt_path='best', but the checkpoint callback has saved nothing yet. Call fit first, or give a path."
+                )
+            self._ckpt_path = callback.best_model_path
+        elif text == "last":
+            candidates = [path for c in self.checkpoint_callbacks for path in c.last_checkpoints(self)]
+            self._ckpt_path = _checkpointing.newest_whole(self, candidates)
+            if self._ckpt_path is None:
+                rank_zero_warn("ckpt_path='last', but no checkpoint was found: nothing is loaded.")
+        else:
+            self._ckpt_path = text
 
     # ------------------------------------------------------------------ training
 
