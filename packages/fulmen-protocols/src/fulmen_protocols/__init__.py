@@ -4,7 +4,7 @@ from fulmen_protocols.accelerator import Accelerator, SupportsDeviceStats
 from fulmen_protocols.callback import HOOKS, Callback
 from fulmen_protocols.checkpoint_io import CheckpointIO, SupportsAsyncSave, SupportsVerification
 from fulmen_protocols.cluster_environment import ClusterEnvironment
-from fulmen_protocols.collectives import Collectives, ReduceOp
+from fulmen_protocols.collectives import Collectives, ReduceOp, SupportsPatientBarrier
 from fulmen_protocols.discovery import available, check, load, load_factory, missing_members
 from fulmen_protocols.errors import (
     BackendNotFound,
@@ -61,8 +61,10 @@ from fulmen_protocols.strategy import (
     SupportsInferencePlacement,
     SupportsLaunch,
     SupportsLoaderProcessing,
+    SupportsManualBackward,
     SupportsNoSync,
     SupportsPrecisionPlan,
+    SupportsReplicaCheck,
     SupportsShardedState,
 )
 from fulmen_protocols.topology import Topology
@@ -129,9 +131,12 @@ __all__ = [
     "SupportsLaunch",
     "SupportsLoaderProcessing",
     "SupportsLogDir",
+    "SupportsManualBackward",
     "SupportsNoSync",
     "SupportsOutputConversion",
+    "SupportsPatientBarrier",
     "SupportsPrecisionPlan",
+    "SupportsReplicaCheck",
     "SupportsShardedState",
     "SupportsVerification",
     "Topology",
