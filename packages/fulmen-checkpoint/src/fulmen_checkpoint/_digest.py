@@ -218,7 +218,8 @@ def _read_tail(stream: IO[bytes]) -> tuple[int, bytes | None]:
 
 def _ends_with_comment(stream: IO[bytes], comment: bytes) -> bool:
     stream.seek(-(_END.size + len(comment)), os.SEEK_END)
-    return stream.read(4) == b"PK\5\6"
+    end = stream.read(_END.size)
+    return end[:4] == b"PK\5\6" and int.from_bytes(end[-2:], "little") == len(comment)
 
 
 def _check_zip(stream: IO[bytes]) -> bool:

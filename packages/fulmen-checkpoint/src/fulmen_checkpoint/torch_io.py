@@ -82,6 +82,11 @@ class TorchCheckpointIO:
                 f"the checkpoint {target!r} cannot be written: {type(error).__name__}: {error}. "
                 "What the path held before is untouched; check free space, permissions and the connection."
             ) from error
+        except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
+            raise CheckpointError(
+                f"the checkpoint {target!r} was not written: torch.save cannot pickle an object in it: {error}. "
+                "Remove it, or store plain data in its place."
+            ) from error
 
     def load_checkpoint(
         self,
@@ -199,16 +204,17 @@ class TorchCheckpointIO:
                     "torch.serialization.add_safe_globals([...])."
                 ) from error
             raise _unreadable(path, error, whole=whole) from error
-        except (AttributeError, ImportError) as error:
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
             if safe:
                 raise _unreadable(path, error, whole=whole) from error
-            raise CheckpointError(
-                f"{path!r} holds an object whose class cannot be imported here: {error}. Install or import the code "
-                "that defines it, then load again."
-            ) from error
-        except (EOFError, RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
-            # With weights_only=False it may as well be the user's own code that failed.
-            if not safe and whole:
+            if isinstance(error, (AttributeError, ImportError)):
+                raise CheckpointError(
+                    f"{path!r} holds an object whose class cannot be imported here: {error}. Install or import the "
+                    "code that defines it, then load again."
+                ) from error
+            if whole:  # then it is the code from the file that failed
                 raise
             raise _unreadable(path, error, whole=whole) from error
 
@@ -275,4 +281,6 @@ def _require_plain(checkpoint: Mapping[str, object], path: str) -> None:
 
 def _type_name(value: object) -> str:
     kind = type(value)
+    if kind is bytes or kind is int:
+        return "empty bytes" if kind is bytes else "an int of more than 2000 bits"
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
