@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,6 +16,9 @@ from torch import Tensor, nn
 from fulmen._metric_entry import FOLD_EVERY
 from fulmen.metrics import MetricStore, scope_for
 from fulmen_protocols.errors import MisconfigurationException
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Alone:
@@ -260,7 +262,9 @@ def test_no_logged_value_is_read_by_the_host_before_a_declared_point() -> None:
             log(store, reduce_fx, torch.ones((), device="meta"), on_epoch=True, prog_bar=True, reduce_fx=reduce_fx)
     store.reduce_epoch()
 
-    assert set(store.callback_metrics) == {f"{op}{end}" for op in ("mean", "sum", "min", "max") for end in ("", "_epoch")}
+    assert set(store.callback_metrics) == {
+        f"{op}{end}" for op in ("mean", "sum", "min", "max") for end in ("", "_epoch")
+    }
     with pytest.raises(RuntimeError):
         float(store.callback_metrics["mean"])
 
@@ -498,8 +502,8 @@ def test_the_batch_size_is_the_first_tensors_leading_size(batch: object, size: i
 
 def test_a_batch_whose_tensors_differ_in_size_warns_once() -> None:
     store = make_store()
+    store.start_batch((torch.zeros(3), torch.zeros(4)), 0, None)
     with pytest.warns(UserWarning, match="batch_size="):
-        store.start_batch((torch.zeros(3), torch.zeros(4)), 0, None)
         log(store, "x", 1.0, on_epoch=True)
     store.start_batch((torch.zeros(3), torch.zeros(4)), 1, None)
     log(store, "x", 1.0, on_epoch=True)

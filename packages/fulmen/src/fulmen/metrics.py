@@ -20,7 +20,7 @@ from fulmen_fabric.rank_zero import PossibleUserWarning, rank_zero_warn
 from fulmen_protocols.errors import MisconfigurationException
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from fulmen_protocols.collectives import Collectives
 
@@ -409,9 +409,13 @@ class MetricStore:
 
     # Reading -----------------------------------------------------------------------------------------------------
 
-    def step_metrics(self) -> MetricView:
-        """The latest step values. In evaluation the callback view is empty: callbacks get epoch values there."""
-        return step_view(self._entries.values(), with_callback=self._training)
+    def step_metrics(self, dataloader_idx: int | None = None) -> MetricView:
+        """The latest step values. In evaluation the callback view is empty: callbacks get epoch values there.
+
+        Args:
+            dataloader_idx: only this loader's metrics and those of no loader; None: all.
+        """
+        return step_view(self._of_loader(dataloader_idx), with_callback=self._training)
 
     def epoch_metrics(self, dataloader_idx: int | None = None) -> MetricView:
         """The epoch's values that are known without communicating.
@@ -419,12 +423,14 @@ class MetricStore:
         Args:
             dataloader_idx: only this loader's metrics and those of no loader; None: all.
         """
-        wanted = (-1, dataloader_idx)
-        return epoch_view(
-            (entry, self._epoch_value(entry))
-            for entry in self._entries.values()
-            if entry.on_epoch and (dataloader_idx is None or entry.row.dataloader_idx in wanted)
-        )
+        entries = self._of_loader(dataloader_idx)
+        return epoch_view((entry, self._epoch_value(entry)) for entry in entries if entry.on_epoch)
+
+    def _of_loader(self, dataloader_idx: int | None) -> Iterable[MetricEntry]:
+        entries = self._entries.values()
+        if dataloader_idx is None:
+            return entries
+        return (entry for entry in entries if entry.row.dataloader_idx in (-1, dataloader_idx))
 
     def metrics(self) -> MetricView:
         """Step values while batches run; epoch values from ``reduce_epoch`` until the next batch."""
