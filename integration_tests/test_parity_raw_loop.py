@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fulmen
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
@@ -51,7 +54,12 @@ class Classifier(fulmen.LightningModule):
 
 
 def raw_loop(
-    net: nn.Module, loader: DataLoader[object], optimizer_name: str, accumulate: int, clip: float | None, schedule: str | None
+    net: nn.Module,
+    loader: DataLoader[object],
+    optimizer_name: str,
+    accumulate: int,
+    clip: float | None,
+    schedule: str | None,
 ) -> None:
     optimizer = OPTIMIZERS[optimizer_name](net.parameters())
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.7)

@@ -25,9 +25,7 @@ _HOME = {
     "Trainer": "fulmen.trainer",
     "seed_everything": "fulmen_fabric",
 }
-_MODULES = frozenset(
-    {"accelerators", "callbacks", "loggers", "plugins", "strategies", "utilities"}
-)
+_MODULES = frozenset({"accelerators", "callbacks", "loggers", "plugins", "strategies", "utilities"})
 
 
 def __getattr__(name: str) -> object:

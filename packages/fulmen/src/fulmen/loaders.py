@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+
 from fulmen_data import (
     CombinedLoader,
     LoaderPosition,
@@ -19,7 +21,6 @@ from fulmen_data import (
 )
 from fulmen_fabric import rank_zero_warn
 from fulmen_protocols import MisconfigurationException
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 if TYPE_CHECKING:
     from fulmen.datamodule import LightningDataModule
@@ -100,8 +101,10 @@ def _leaves(loaders: object) -> list[Any]:
 
 def _is_collection(loaders: object) -> bool:
     # A list or tuple of loaders; a list of batches is itself a loader.
-    return isinstance(loaders, (list, tuple)) and bool(loaders) and all(
-        isinstance(item, (DataLoader, CombinedLoader, Mapping)) or _is_collection(item) for item in loaders
+    return (
+        isinstance(loaders, (list, tuple))
+        and bool(loaders)
+        and all(isinstance(item, (DataLoader, CombinedLoader, Mapping)) or _is_collection(item) for item in loaders)
     )
 
 
@@ -284,7 +287,7 @@ def _with_last(iterator: Iterator[object], length: float, start: int) -> Iterato
     for batch in iterator:
         for following in iterator:
             yield batch, False
-            batch = following  # noqa: PLW2901  # the batch in hand is always one behind the iterator
+            batch = following  # the batch in hand is always one behind the iterator
         yield batch, True
 
 

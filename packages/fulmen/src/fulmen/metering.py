@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fulmen.metrics import MetricStore, scope_for
 
 if TYPE_CHECKING:
-    from fulmen_fabric import World
+    from collections.abc import Callable
 
     from fulmen.module import LightningModule
     from fulmen.progress import Progress
     from fulmen.reporting import Reporter
     from fulmen.session import Session
+    from fulmen_fabric import World
 
 __all__ = ["Metering"]
 
@@ -64,9 +64,7 @@ class Metering:
 
     def log_train_step(self) -> None:
         """A row of step values."""
-        self._reporter.report_step(
-            self.train, batches_that_stepped=self._progress.log_step, epoch=self._progress.epoch
-        )
+        self._reporter.report_step(self.train, batches_that_stepped=self._progress.log_step, epoch=self._progress.epoch)
 
     def sync_train_step(self) -> None:
         """Reduce the step values that the user wants reduced over ranks at every step."""
@@ -97,7 +95,7 @@ class Metering:
         seen, reporter, progress = self._seen, self._reporter, self._progress
 
         def end_batch(dataloader_idx: int) -> None:
-            if not store.logs_steps:
+            if not store.step_metrics().log:
                 return
             count = seen.get(dataloader_idx, 0)
             reporter.report_eval_step(
