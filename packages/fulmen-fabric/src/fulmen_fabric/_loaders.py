@@ -114,8 +114,10 @@ def _distributed(loader: Loader, own: object, num_replicas: int, rank: int) -> S
         )
     if isinstance(own, Sampler) and hasattr(cast("object", own), "__len__"):
         return _SplitSampler(cast("Sampler[int]", own), num_replicas, rank)
-    refused = own if own is not None else loader.batch_sampler
-    what = type(cast("object", refused)).__name__
+    refused: object = own
+    if refused is None:
+        refused = loader.batch_sampler
+    what = type(refused).__name__
     raise MisconfigurationException(
         f"{what} cannot be split over {num_replicas} ranks: it has no length, or no sampler to split. "
         "Split it yourself and pass use_distributed_sampler=False."
