@@ -65,8 +65,8 @@ class LocalLauncher:
         """
         asked = Request(num_processes, num_nodes, node_rank, main_address, main_port)
         if is_launched(os.environ, os.getppid(), process_exists):
+            become_rank()
             if LAUNCHED in os.environ:
-                become_rank()
                 _compare_with_environment(asked)
             return function()
         if num_processes == 1:
