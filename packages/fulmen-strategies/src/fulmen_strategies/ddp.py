@@ -254,8 +254,8 @@ def _outlive(reducer: object, group: object) -> None:
 
     A wrapper is often collected after teardown has destroyed the group. If its reducer then held the group's last
     reference, it would join the group's threads without releasing the GIL, while such a thread needs the GIL to drop
-    the Python state of its last piece of work: both wait for ever (seen with gloo in torch 2.13). The group's own Python
-    object releases the GIL when it goes.
+    the Python state of its last piece of work: both wait for ever (seen with gloo in torch 2.13). The group's own
+    Python object releases the GIL when it goes.
     """
     weakref.finalize(reducer, id, group).atexit = False
 

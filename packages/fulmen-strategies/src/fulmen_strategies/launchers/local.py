@@ -91,7 +91,7 @@ def _world_for(asked: Request) -> World:
     with _world_lock:
         if _world is not None:
             refuse_other_request(_world.request, asked)
-            _world.require_alive()
+            _world.resume()
             return _world
         if sys.platform == "win32":
             raise BackendUnavailable(
