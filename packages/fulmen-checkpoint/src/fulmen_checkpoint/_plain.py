@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 __all__ = ["find_unsafe"]
 
 _LEAVES: frozenset[type] = frozenset(
-    {type(None), bool, int, float, complex, str, bytes, bytearray, torch.Size, torch.device, torch.dtype}
-    | {torch.layout, torch.qscheme}
+    {type(None), bool, float, complex, str, bytearray, torch.Size, torch.device, torch.dtype}
+    | {torch.layout, torch.qscheme, torch.UntypedStorage}
 )
 _MAPPINGS: frozenset[type] = frozenset({dict, OrderedDict, Counter})
 _SEQUENCES: frozenset[type] = frozenset({list, tuple, set})
 _TENSORS: frozenset[type] = frozenset({Tensor, nn.Parameter})
+# torch's restricted reader knows no longer integers (pickle's LONG4).
+_GREATEST_INT = 1 << 2000
 
 
 def find_unsafe(checkpoint: Mapping[str, object]) -> list[tuple[str, object]]:
@@ -43,11 +45,15 @@ def _registered() -> frozenset[type]:
 
 def _walk(value: object, place: str, seen: set[int], safe: frozenset[type]) -> Iterator[tuple[str, object]]:
     kind = type(value)
-    if kind in _LEAVES:
+    if kind in _LEAVES or id(value) in seen:  # shared and cyclic containers
         return
-    if id(value) in seen:  # shared and cyclic containers
-        return
-    if kind in _TENSORS:
+    if kind is int:
+        if not -_GREATEST_INT < cast("int", value) < _GREATEST_INT:
+            yield place, value
+    elif kind is bytes:
+        if not value:  # pickled as a call of bytes(), which torch's restricted reader refuses
+            yield place, value
+    elif kind in _TENSORS:
         # Attributes set on a tensor are stored with it.
         if value.__dict__:
             seen.add(id(value))
@@ -55,18 +61,28 @@ def _walk(value: object, place: str, seen: set[int], safe: frozenset[type]) -> I
     elif kind in _MAPPINGS:
         seen.add(id(value))
         for key, item in cast("Mapping[object, object]", value).items():
-            inner = _join(place, key)
             if type(key) not in _LEAVES:
-                yield from _walk(key, f"{inner} (a key)", seen, safe)
+                yield from _walk(key, f"{_join(place, key)} (a key)", seen, safe)
             if type(item) not in _LEAVES:
-                yield from _walk(item, inner, seen, safe)
+                yield from _walk(item, _join(place, key), seen, safe)
     elif kind in _SEQUENCES:
         seen.add(id(value))
-        for index, item in enumerate(cast("list[object]", value)):
-            if type(item) not in _LEAVES:
-                yield from _walk(item, f"{place}[{index}]", seen, safe)
+        items = cast("list[object]", value)
+        if not _is_flat(items):
+            for index, item in enumerate(items):
+                if type(item) not in _LEAVES:
+                    yield from _walk(item, f"{place}[{index}]", seen, safe)
     elif kind not in safe:
         yield place or "the checkpoint itself", value
+
+
+def _is_flat(items: list[object]) -> bool:
+    """Whether a sequence holds only leaves; a sampler's order may have millions."""
+    kinds = set(map(type, items))
+    if kinds == {int}:
+        numbers = cast("list[int]", items)
+        return -_GREATEST_INT < min(numbers) and max(numbers) < _GREATEST_INT
+    return kinds <= _LEAVES
 
 
 def _join(place: str, key: object) -> str:

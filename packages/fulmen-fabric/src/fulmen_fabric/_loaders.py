@@ -7,7 +7,6 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from fulmen_protocols import MisconfigurationException
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -19,6 +18,7 @@ from torch.utils.data import (
 )
 
 from fulmen_fabric.seed import pl_worker_init_function
+from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sized
@@ -48,7 +48,8 @@ class FabricDataLoader:
         self._batches = batches
         self._move = move
         self._epoch = 0
-        samplers = [loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
+        batch_sampler = cast("object", loader.batch_sampler)
+        samplers: list[object] = [loader.sampler, batch_sampler, getattr(batch_sampler, "sampler", None)]
         self._with_epoch = list({id(one): one for one in samplers if isinstance(one, _HasEpoch)}.values())
 
     def __iter__(self) -> Iterator[object]:
@@ -83,7 +84,7 @@ def split_over_ranks(loader: Loader, num_replicas: int, rank: int) -> Loader:
     if isinstance(loader.dataset, IterableDataset):
         return loader
     batch_sampler = cast("object", loader.batch_sampler)
-    own = getattr(batch_sampler, "sampler", None) if batch_sampler is not None else loader.sampler
+    own = cast("object", loader.sampler if batch_sampler is None else getattr(batch_sampler, "sampler", None))
     if isinstance(own, DistributedSampler) or isinstance(batch_sampler, DistributedSampler):
         return loader
     sampler = _distributed(loader, own, num_replicas, rank)
@@ -111,9 +112,10 @@ def _distributed(loader: Loader, own: object, num_replicas: int, rank: int) -> S
         return DistributedSampler(
             cast("Any", loader.dataset), num_replicas, rank, shuffle=shuffle, seed=seed, drop_last=False
         )
-    if isinstance(own, Sampler) and hasattr(own, "__len__"):
+    if isinstance(own, Sampler) and hasattr(cast("object", own), "__len__"):
         return _SplitSampler(cast("Sampler[int]", own), num_replicas, rank)
-    what = type(loader.batch_sampler if own is None else own).__name__
+    refused = own if own is not None else loader.batch_sampler
+    what = type(cast("object", refused)).__name__
     raise MisconfigurationException(
         f"{what} cannot be split over {num_replicas} ranks: it has no length, or no sampler to split. "
         "Split it yourself and pass use_distributed_sampler=False."

@@ -27,7 +27,7 @@ __all__ = ["LocalCollectives", "World"]
 T = TypeVar("T")
 
 _FOREVER = timedelta(days=3650)
-_OK, _FAILED = b"ok", b"failed"
+_OK, _FAILED = "ok", "failed"
 
 
 class LocalCollectives:
@@ -239,7 +239,7 @@ class World:
             return
         if not first:
             store.wait([key], _FOREVER)
-            if store.get(key) != _OK:
+            if store.get(key).decode() != _OK:
                 raise RankFailure(f"rank {self.rank} waited for another rank to go first, and that one failed.")
             yield
             return

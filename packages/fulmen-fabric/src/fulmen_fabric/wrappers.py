@@ -1,4 +1,4 @@
-"""What ``Fabric.setup`` returns: the user's module and optimizer, used as before, run through strategy and precision."""
+"""What ``Fabric.setup`` returns: the user's module and optimizer, run through strategy and precision."""
 
 from __future__ import annotations
 
@@ -8,19 +8,30 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from fulmen_protocols import MisconfigurationException
 from torch import Tensor, nn
 
+from fulmen_fabric._loaders import FabricDataLoader
 from fulmen_fabric.transfer import map_leaves
+from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from fulmen_protocols import Optimizable
     from torch.optim import Optimizer
 
-__all__ = ["FabricModule", "FabricOptimizer", "Pass", "is_wrapped", "refuse_closure", "require_fabric_backward", "unwrap", "wrap_optimizer"]
+    from fulmen_protocols import Optimizable
+
+__all__ = [
+    "FabricModule",
+    "FabricOptimizer",
+    "Pass",
+    "is_wrapped",
+    "refuse_closure",
+    "require_fabric_backward",
+    "unwrap",
+    "wrap_optimizer",
+]
 
 T = TypeVar("T")
 _STEP_METHODS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -76,6 +87,7 @@ class FabricModule(nn.Module):
 
     def __init__(
         self,
+        called: nn.Module,
         placed: nn.Module,
         original: nn.Module,
         around: Pass,
@@ -86,7 +98,8 @@ class FabricModule(nn.Module):
         """Wrap.
 
         Args:
-            placed: what the strategy's ``place`` returned, possibly compiled again.
+            called: what a call of this module calls: ``placed``, or that compiled.
+            placed: what the strategy's ``place`` returned.
             original: the user's module.
             around: what surrounds each call.
             bind: the strategy's ``bind_method``; None where methods may be called directly.
@@ -106,7 +119,7 @@ class FabricModule(nn.Module):
         own["_fabric_module_state"] = module_state
         own["_fabric_load_state"] = load_state
         # nn.Module.__call__ looks forward up on the instance first: nothing of ours stands between.
-        own["forward"] = around.around(placed)
+        own["forward"] = around.around(called)
         for name in _STEP_METHODS:
             if inspect.ismethod(getattr(original, name, None)):
                 self.mark_forward_method(name)
@@ -140,8 +153,8 @@ class FabricModule(nn.Module):
         self.module.train(mode)
         return self
 
-    # Any: torch's own signature has three overloads.
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    # torch declares overloads by how destination is passed; whatever is passed goes on to the module.
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The module's state under the module's own names."""
         special = self.__dict__["_fabric_module_state"]
         if special is not None:
@@ -173,7 +186,7 @@ class FabricModule(nn.Module):
         delattr(self.__dict__["_fabric_original"], name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *dir(self.module)})
+        return sorted({*dir(type(self)), *self.__dict__, *dir(self.module)})
 
     def extra_repr(self) -> str:
         """Names the class that is wrapped."""
@@ -290,8 +303,8 @@ def wrap_optimizer(
     inner = cast("Optimizer", optimizer)
     kind = type(inner)
     wrapper: FabricOptimizer = object.__new__(type(f"Fabric{kind.__name__}", (FabricOptimizer, kind), {}))
-    # The hooks' dictionaries are shared, so a hook registered on either is seen by both. step, if it is on the instance,
-    # is a scheduler's counter around the inner step, and belongs there.
+    # The hooks' dictionaries are shared, so a hook registered on either is seen by both. A step on the instance is a
+    # scheduler's counter around the inner step, and belongs there.
     ours = {"step", "param_groups", "state", "defaults"}
     wrapper.__dict__.update({name: value for name, value in inner.__dict__.items() if name not in ours})
     wrapper._fabric_optimizer = inner  # pyright: ignore[reportPrivateUsage] -- this function is its constructor
@@ -308,7 +321,7 @@ def _compose_step(
 ) -> Callable[..., object]:
     def plain(closure: Callable[[], Any] | None) -> object:
         # Looked up each time: a scheduler replaces it on the instance.
-        return inner.step(closure) if closure is not None else inner.step()  # type: ignore[func-returns-value]
+        return inner.step(closure) if closure is not None else inner.step()
 
     def special(closure: Callable[[], object] | None) -> object:
         return plain(closure) if step is None else step(inner, closure)
@@ -337,7 +350,7 @@ def require_fabric_backward(is_running: Callable[[], bool], what: str) -> Callab
 
     def watch(leaf: object) -> object:
         if isinstance(leaf, Tensor) and leaf.requires_grad:
-            leaf.register_hook(check)
+            leaf.register_hook(check)  # type: ignore[no-untyped-call]
         return leaf
 
     def watch_output(output: object) -> None:
@@ -349,8 +362,6 @@ def require_fabric_backward(is_running: Callable[[], bool], what: str) -> Callab
 
 def is_wrapped(obj: object) -> bool:
     """Whether ``obj`` came out of ``setup``, ``setup_module``, ``setup_optimizers`` or ``setup_dataloaders``."""
-    from fulmen_fabric._loaders import FabricDataLoader
-
     return isinstance(obj, (FabricModule, FabricOptimizer, FabricDataLoader))
 
 
@@ -367,5 +378,6 @@ def refuse_closure(closure: object, what: str) -> None:
     """Raises: MisconfigurationException: a closure was given to ``what``, which evaluates the loss once only."""
     if closure is not None:
         raise MisconfigurationException(
-            f"{what} cannot be used with a closure (LBFGS): the loss is scaled once per update. Use precision='bf16-mixed'."
+            f"{what} cannot be used with a closure (LBFGS): the loss is scaled once per update. "
+            "Use precision='bf16-mixed'."
         )

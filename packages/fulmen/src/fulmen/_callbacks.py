@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from fulmen_protocols import CALLBACKS, MisconfigurationException, available, load_factory
-
 from fulmen.callbacks.checkpoint import Checkpoint
 from fulmen.callbacks.model_checkpoint import ModelCheckpoint
 from fulmen.callbacks.model_summary import ModelSummary
 from fulmen.callbacks.progress import ProgressBar
 from fulmen.callbacks.timer import Timer
+from fulmen_protocols import CALLBACKS, MisconfigurationException, available, load_factory
 
 if TYPE_CHECKING:
+    from fulmen.module import LightningModule
     from fulmen.settings import Settings
 
-__all__ = ["as_list", "attach_to", "complete", "has_timer"]
+__all__ = ["as_list", "attach_to", "complete", "has_timer", "let_log"]
 
 
 def as_list(callbacks: object) -> list[Any]:
@@ -70,6 +70,14 @@ def complete(given: list[Any], settings: Settings) -> list[Any]:
     callbacks = _ordered(callbacks)
     _require_own_keys(callbacks)
     return callbacks
+
+
+def let_log(callbacks: Sequence[Any], module: LightningModule) -> None:
+    """Give callbacks the module's ``log`` and ``log_dict``, except those that have their own."""
+    for callback in callbacks:
+        for name in ("log", "log_dict"):
+            if not hasattr(type(callback), name) and hasattr(callback, "__dict__"):
+                setattr(callback, name, getattr(module, name))
 
 
 def _default_bar() -> ProgressBar:

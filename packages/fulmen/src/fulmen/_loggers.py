@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fulmen.hparams import hyperparameters_for_loggers
 from fulmen_fabric import rank_zero_info
-from fulmen_protocols import LOGGERS, Logger, MisconfigurationException, SupportsGraph, check, load
+from fulmen_fabric.abilities import supports
+from fulmen_protocols import LOGGERS, Logger, SupportsGraph, check, load
 
 if TYPE_CHECKING:
     from fulmen.session import Session
@@ -39,29 +41,12 @@ def log_hyperparameters(trainer: Trainer, session: Session) -> None:
     """
     if not trainer.loggers:
         return
-    found: dict[str, Any] = {}
-    for owner in (session.datamodule, session.module):
-        if owner is None or not getattr(owner, "_log_hyperparams", False):
-            continue
-        for name, value in dict(owner.hparams_initial).items():
-            if name in found and not _same(found[name], value):
-                raise MisconfigurationException(
-                    f"the hyperparameter {name!r} is {found[name]!r} in {type(session.datamodule).__name__} and {value!r} in "
-                    f"{type(session.module).__name__}, so it cannot be logged. Rename one, or save it with logger=False."
-                )
-            found[name] = value
+    hparams = hyperparameters_for_loggers(session.module, session.datamodule)
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
-        if found:
-            logger.log_hyperparams(found)
-        if isinstance(logger, SupportsGraph):
+        if hparams is not None:
+            logger.log_hyperparams(hparams)
+        if supports(logger, SupportsGraph):
             logger.log_graph(session.module)
         logger.save()
-
-
-def _same(a: Any, b: Any) -> bool:
-    try:
-        return bool(a == b)
-    except Exception:  # noqa: BLE001  # a tensor's or a user object's == may do anything; identity decides then
-        return a is b

@@ -70,16 +70,16 @@ def fit(parts: FitParts, plan: Plan, hooks: FitHooks, progress: Progress, batche
     """
     while not plan.finished(progress):
         if not progress.epoch_ended:
-            train_epoch(parts, plan, hooks, progress, batches())
+            train_epoch(parts, plan, hooks, progress, batches)
             if progress.replan:
                 return
         end_epoch(parts, hooks, progress)
 
 
 def train_epoch(
-    parts: FitParts, plan: Plan, hooks: FitHooks, progress: Progress, batches: Batches
+    parts: FitParts, plan: Plan, hooks: FitHooks, progress: Progress, batches: Callable[[], Batches]
 ) -> None:
-    """Train on one pass over ``batches``, or on less if the plan is finished on the way."""
+    """Train on the rest of the running epoch, or on less if the plan is finished on the way."""
     if not progress.epoch_started:
         for hook in hooks.on_train_epoch_start:
             hook()
@@ -88,7 +88,7 @@ def train_epoch(
         parts.validate()
 
     transfer, schedule, validates = parts.transfer, parts.schedule, plan.validates
-    for batch, is_last in batches:
+    for batch, is_last in batches():
         batch_idx = progress.batch
         batch = transfer(batch)
         for hook in hooks.on_train_batch_start:

@@ -7,17 +7,20 @@ count of optimizer steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from fulmen_protocols import MisconfigurationException
 from torch import Tensor
 
+from fulmen_protocols import MisconfigurationException
+
 if TYPE_CHECKING:
-    from fulmen_fabric.steps import Gradients, StepHooks
+    from contextlib import AbstractContextManager
+
     from torch.optim import Optimizer
 
+    from fulmen.optimizer import LightningOptimizer
     from fulmen.progress import Progress
+    from fulmen_fabric.steps import Gradients, StepHooks
 
 __all__ = ["ManualOptimization"]
 
@@ -41,6 +44,8 @@ class ManualOptimization:
         self._keep_outputs = keep_outputs
         self._backward_context = backward_context
         self._optimizer_steps = progress.updates
+        self.optimizers: list[LightningOptimizer] = []
+        """What ``self.optimizers()`` gives."""
 
     def updates(self) -> int:
         """Optimizer steps taken so far, all optimizers together."""

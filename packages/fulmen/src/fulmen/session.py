@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from fulmen_fabric import move_data_to_device, supports
-from fulmen_fabric.steps import Gradients, StepHooks, automatic_step
-from fulmen_protocols import (
-    SupportsBoundMethods,
-    SupportsInputConversion,
-    SupportsLoaderProcessing,
-)
 
 from fulmen.fit import FitParts
 from fulmen.manual import ManualOptimization
 from fulmen.metrics import scope_for
 from fulmen.module import LightningModule
 from fulmen.optimizer import LightningOptimizer
+from fulmen_fabric import move_data_to_device
+from fulmen_fabric.abilities import supports
+from fulmen_fabric.steps import Gradients, StepHooks, automatic_step
+from fulmen_protocols import (
+    SupportsBoundMethods,
+    SupportsForwardContext,
+    SupportsInputConversion,
+    SupportsLoaderProcessing,
+    SupportsNoSync,
+)
 
 if TYPE_CHECKING:
-    from fulmen_fabric import Assembly, World
+    from collections.abc import Callable, Iterable
+    from contextlib import AbstractContextManager
+
     from torch import nn
     from torch.optim import Optimizer
 
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from fulmen.optimizer import LRSchedulerConfig
     from fulmen.progress import Progress
     from fulmen.states import TrainerFn
+    from fulmen_fabric import Assembly, World
 
 __all__ = ["Session"]
 
@@ -61,6 +65,9 @@ class Session:
     train_loader: TrainLoader | None = None
     eval_loaders: dict[str, EvalLoaders] = field(default_factory=dict)
     manual: ManualOptimization | None = None
+    gradients: Gradients | None = None
+    resumed: dict[str, Any] | None = None
+    """What the checkpoint holds for an exact resume, until the loop has begun."""
 
     def scoped(self, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
         """``hook``, inside which ``self.log`` knows that it is in ``name``."""
@@ -77,6 +84,10 @@ class Session:
                 store.scope = outer
 
         return call
+
+    def logging_modules(self) -> list[LightningModule]:
+        """The module and every LightningModule inside it: all may call ``self.log``."""
+        return [module for module in self.module.modules() if isinstance(module, LightningModule)]
 
     def bound(self, name: str) -> Callable[..., Any]:
         """The module's method ``name``, entered through the strategy's wrapper where it has one."""
@@ -150,7 +161,7 @@ class Session:
     ) -> dict[str, Any]:
         """``step``, ``accumulate`` and ``updates`` of ``FitParts`` for automatic or manual optimization."""
         module, strategy = self.module, self.assembly.strategy
-        gradients = Gradients(strategy, self.assembly.precision, self.placed)
+        self.gradients = gradients = Gradients(strategy, self.assembly.precision, self.placed)
         training_step = self.step_method("training_step")
         overridden_backward = binder.overridden("backward")
         hooks: dict[str, Any] = {
@@ -173,12 +184,21 @@ class Session:
                     else None
                 ),
             )
-            self.wrapped = [LightningOptimizer(optimizer, manual.step) for optimizer in self.optimizers]
+            hold_sync = strategy.no_sync if supports(strategy, SupportsNoSync) and self.placed is not None else None
+            self.wrapped = manual.optimizers = [
+                LightningOptimizer(
+                    optimizer,
+                    partial(manual.step, optimizer),
+                    toggle=module.toggled_optimizer,
+                    no_sync=None if hold_sync is None else partial(hold_sync, self.placed),
+                )
+                for optimizer in self.optimizers
+            ]
             return {"step": manual.batch_step, "accumulate": manual.batch_step, "updates": manual.updates}
 
         self.manual = None
         optimizer = self.optimizers[0]
-        wrapped = LightningOptimizer(optimizer, gradients.step)
+        wrapped = LightningOptimizer(optimizer, partial(gradients.step, optimizer))
         self.wrapped = [wrapped]
         hooks["on_before_zero_grad"] = binder.both("on_before_zero_grad")
         zero_grad = binder.overridden("optimizer_zero_grad")
@@ -207,6 +227,11 @@ class Session:
             world_size=self.world.world_size,
         )
         return {"step": step, "accumulate": accumulate_only}
+
+    def forward_context(self) -> Callable[[], AbstractContextManager[object]] | None:
+        """The context in which the precision wants every forward pass; None where it wants none."""
+        precision = self.assembly.precision
+        return precision.forward_context if supports(precision, SupportsForwardContext) else None
 
     def no_grad(self, *, inference_mode: bool) -> Callable[[], AbstractContextManager[object]]:
         """What evaluation runs under."""

@@ -9,21 +9,13 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from fulmen_fabric import Assembly, World, assemble, isolate_rng, rank_zero_info, rank_zero_warn
-from fulmen_protocols import (
-    MisconfigurationException,
-    MisconfigurationTypeError,
-    SupportsInferencePlacement,
-    SupportsPrecisionPlan,
-)
-from fulmen_fabric.abilities import supports
 
 from fulmen import _callbacks, _checkpointing, _loggers, _verify
 from fulmen._explain import explain_run
@@ -32,21 +24,32 @@ from fulmen.datamodule import LightningDataModule
 from fulmen.evaluate import EvalParts, evaluate
 from fulmen.fit import FitParts, fit
 from fulmen.hooks import HookBinder
-from fulmen.loaders import EvalLoaders, LoaderSource, Splitter, TrainLoader, leaves
-from fulmen.metrics import MetricStore
+from fulmen.loaders import EvalLoaders, LoaderSource, Splitter, TrainLoader
+from fulmen.metering import Metering
 from fulmen.module import LightningModule
 from fulmen.optimizer import parse_optimizers
 from fulmen.plan import Plan
 from fulmen.predict import PredictParts, predict
 from fulmen.progress import Progress
-from fulmen.reporting import Reporter
+from fulmen.reporting import Reporter, print_results
 from fulmen.schedules import plain_schedule, watching_schedule
 from fulmen.session import ModelModes, Session
 from fulmen.settings import BatchLimit, Interval, Settings
 from fulmen.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from fulmen.strategy_facade import StrategyFacade
+from fulmen_fabric import Assembly, World, assemble, isolate_rng, move_data_to_device, rank_zero_info, rank_zero_warn
+from fulmen_fabric.abilities import supports
+from fulmen_protocols import (
+    MisconfigurationException,
+    MisconfigurationTypeError,
+    SupportsInferencePlacement,
+    SupportsPrecisionPlan,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from fulmen.metrics import MetricStore
     from fulmen_protocols import Accelerator, Logger, Strategy
 
 __all__ = ["Trainer"]
@@ -158,6 +161,11 @@ class Trainer(TrainerSurface):
         self._ckpt_path: str | None = None
         self._last_validation_s = 0.0
         self._results: list[dict[str, float]] = []
+        self._reporter = Reporter(
+            loggers=self.loggers,
+            log_every_n_steps=settings.log_every_n_steps,
+            is_global_zero=self.world.is_global_zero,
+        )
         self.fast_dev_run = settings.fast_dev_run
         for line in self.assembly.chosen:
             rank_zero_info(line)
@@ -217,7 +225,9 @@ class Trainer(TrainerSurface):
         weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
         """Run one test epoch and return the logged metrics, one dict per loader."""
-        return self._evaluate(TrainerFn.TESTING, "test", model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        return self._evaluate(
+            TrainerFn.TESTING, "test", model, dataloaders, ckpt_path, verbose, datamodule, weights_only
+        )
 
     def predict(
         self,
@@ -327,7 +337,8 @@ class Trainer(TrainerSurface):
         if datamodule is None and not any(value is not None for value in given.values()) and previous is not None:
             datamodule = previous.datamodule
         sources = {stage: LoaderSource(stage, given.get(stage), datamodule, model) for stage in _STAGES}
-        _callbacks.attach_to(self.callbacks, self._own_callbacks(model))
+        model.trainer = self
+        _callbacks.attach_to(self.callbacks, _callbacks.as_list(model.configure_callbacks()))
         _verify.run(fn, model, sources, self.callbacks, self.settings)
         session = Session(fn, model, datamodule, self.assembly, self.world, sources)
         self._session = session
@@ -335,26 +346,25 @@ class Trainer(TrainerSurface):
         self.state.stage = _FIRST_STAGE[fn]
         if fn is TrainerFn.FITTING:
             self._progress.stop_reason = None
-        model.trainer = self
         if datamodule is not None:
             datamodule.trainer = self
-        for callback in self.callbacks:
-            if callable(getattr(callback, "log", None)) is False or not hasattr(type(callback), "log"):
-                callback.log, callback.log_dict = model.log, model.log_dict
+        _callbacks.let_log(self.callbacks, model)
         return session
-
-    def _own_callbacks(self, model: LightningModule) -> list[Any]:
-        model._trainer_for_configuration(self)
-        return _callbacks.as_list(model.configure_callbacks())
 
     def _set_up(self, session: Session, weights_only: bool | None) -> None:
         """From prepared data to a placed module with its optimizers, restored if asked."""
         module, datamodule, fn = session.module, session.datamodule, session.fn
         self._share_log_dir()
         self._prepare_data(session)
-        session.store = MetricStore(device=self.world.device, collectives=self.world.collectives, stage=_STORE[fn])
-        module.__dict__["_metric_store"] = None if self.settings.barebones else session.store
-        self._reporter = Reporter(self, session)
+        self._reporter.loggers = self.loggers
+        self._metering = Metering(
+            session,
+            self._reporter,
+            self._progress,
+            self.world,
+            enabled=not self.settings.barebones,
+            stage=_STORE[fn],
+        )
         self._binder = binder = HookBinder(self, module, self.callbacks, session.scoped)
         if datamodule is not None:
             datamodule.setup(fn.value)
@@ -380,8 +390,6 @@ class Trainer(TrainerSurface):
             _checkpointing.restore_training(self, session, checkpoint)
 
     def _module_context(self, session: Session) -> Any:
-        from contextlib import ExitStack
-
         stack = ExitStack()
         stack.enter_context(self.assembly.precision.init_context())
         stack.enter_context(self.assembly.strategy.module_context(empty=False))
@@ -419,11 +427,83 @@ class Trainer(TrainerSurface):
         assert session.placed is not None
         session.optimizers = list(self.assembly.strategy.prepare_optimizers(session.placed, optimizers))
 
+    @contextmanager
+    def _determinism(self) -> Iterator[None]:
+        """The run's settings of torch's global switches, given back afterwards."""
+        settings = self.settings
+        benchmark = settings.benchmark
+        if settings.deterministic and benchmark is None:
+            benchmark = False
+        before = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.backends.cudnn.benchmark,
+        )
+        if settings.deterministic:
+            # cuBLAS reads it when its first handle is made; without it torch refuses deterministic matrix products.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=settings.deterministic == "warn")
+        if benchmark is not None:
+            torch.backends.cudnn.benchmark = benchmark
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.backends.cudnn.benchmark = before[2]
+
+    def _share_log_dir(self) -> None:
+        """Rank 0 chooses the run's folder; the others take its word."""
+        self._shared_log_dir = None
+        if self.world.world_size > 1:
+            self._shared_log_dir = self.world.collectives.broadcast_object(self.log_dir)
+
+    def _resolve_ckpt_path(self, asked: str | os.PathLike[str] | None, *, model_given: bool) -> None:
+        """Turn ``best``, ``last``, a path or None into the path to load, before anything starts."""
+        fn = self.state.fn
+        if asked is None:
+            self._ckpt_path = None
+            callback = self.checkpoint_callback
+            if fn is not TrainerFn.FITTING and not model_given and getattr(callback, "best_model_path", ""):
+                self._ckpt_path = callback.best_model_path
+                rank_zero_info(
+                    f"trainer.{fn}() without a model uses the best checkpoint, {self._ckpt_path}. Pass the model to use its "
+                    "weights as they are."
+                )
+            return
+        text = os.fspath(asked)
+        if text == "best":
+            callback = self.checkpoint_callback
+            if self.settings.fast_dev_run:
+                raise MisconfigurationException(
+                    "ckpt_path='best': fast_dev_run saves no checkpoint. Drop one of the two."
+                )
+            if callback is None:
+                raise MisconfigurationException(
+                    "ckpt_path='best', but there is no checkpoint callback. Add ModelCheckpoint."
+                )
+            if not getattr(callback, "best_model_path", ""):
+                raise MisconfigurationException(
+                    "ckpt_path='best', but the checkpoint callback has saved nothing yet. Call fit first, or give a path."
+                )
+            self._ckpt_path = callback.best_model_path
+        elif text == "last":
+            candidates = [path for c in self.checkpoint_callbacks for path in c.last_checkpoints(self)]
+            self._ckpt_path = _checkpointing.newest_whole(self, candidates)
+            if self._ckpt_path is None:
+                rank_zero_warn("ckpt_path='last', but no checkpoint was found: nothing is loaded.")
+        else:
+            self._ckpt_path = text
+
     # ------------------------------------------------------------------ training
 
     def _prepare_fit(self, session: Session) -> tuple[FitParts, Any]:
+        if session.train_loader is None:  # else configure_optimizers has asked for the number of steps
+            session.train_loader = self._train_loader(session)
+        return self._compose(session, first=True)
+
+    def _train_loader(self, session: Session) -> TrainLoader:
         settings = self.settings
-        session.train_loader = TrainLoader(
+        return TrainLoader(
             session.sources["train"],
             limit=self.limit_train_batches,
             limit_name="limit_train_batches" if not settings.overfit_batches else "overfit_batches",
@@ -432,7 +512,6 @@ class Trainer(TrainerSurface):
             reload_every_n_epochs=settings.reload_dataloaders_every_n_epochs,
             overfit=bool(settings.overfit_batches),
         )
-        return self._compose(session, first=True)
 
     def _replan(self, session: Session) -> tuple[FitParts, Any]:
         self._progress.replan = False
@@ -440,15 +519,12 @@ class Trainer(TrainerSurface):
 
     def _compose(self, session: Session, *, first: bool) -> tuple[FitParts, Any]:
         """Build the loop's parts and hooks from what the Trainer and the user have set so far."""
-        progress, reporter = self._progress, self._reporter
+        progress, metering = self._progress, self._metering
         if not first:
             self._make_plan(session)
         self._binder = binder = HookBinder(self, session.module, self.callbacks, session.scoped)
-        hooks = binder.fit(before_watching=(reporter.reduce_epoch,))
+        hooks = binder.fit(before_watching=(metering.reduce_train,))
         own_schedule = binder.overridden("lr_scheduler_step")
-        transfer = session.transfer()
-        store = session.store
-        assert store is not None
         parts = FitParts(
             **session.training_callables(
                 binder,
@@ -458,7 +534,7 @@ class Trainer(TrainerSurface):
                 clip_algorithm=self.gradient_clip_algorithm,
                 keep_outputs=bool(hooks.on_train_batch_end),
             ),
-            transfer=_starting(store, transfer),
+            transfer=_starting(metering.train, session.transfer()),
             schedule=plain_schedule(session.schedulers, progress, own_schedule)
             if session.module.automatic_optimization
             else None,
@@ -467,9 +543,9 @@ class Trainer(TrainerSurface):
             )
             if session.module.automatic_optimization
             else None,
-            log=reporter.log_train_step,
-            end_batch=reporter.end_train_batch if self.world.world_size > 1 else None,
-            end_epoch=reporter.reduce_epoch,
+            log=metering.log_train_step,
+            end_batch=metering.sync_train_step if metering.train.may_sync_steps else None,
+            end_epoch=metering.reduce_train,
             log_epoch=self._close_epoch,
             validate=self._validate_in_fit,
             last_validation_s=self._last_validation_clock if self._plan.validate_every_s is not None else None,
@@ -522,12 +598,11 @@ class Trainer(TrainerSurface):
         assert session.train_loader is not None
         session.train_loader.setup(self._progress.epoch)
         self._make_plan(session)
-        self._reporter.begin_training()
         self.state.stage = RunningStage.TRAINING
         if self._plan.validates and "val" not in session.eval_loaders:
             self._eval_loaders(session, "val")
-        self._use_store(session, session.store)
-        _checkpointing.restore_position(self, session)
+        if session.resumed is not None:
+            _checkpointing.restore_position(self, session)
         self._last_validation_s = time.monotonic()
         if self._plan.finished(self._progress):
             return
@@ -535,6 +610,10 @@ class Trainer(TrainerSurface):
         for hook in self._binder.both("on_train_start"):
             hook()
         self._trained = True
+        if session.resumed is not None:
+            if self._progress.epoch_started and not self._progress.epoch_ended:
+                self._epoch_batches()  # making the iterator draws random numbers that the saved run had drawn before
+            _checkpointing.restore_rng(self, session)
 
     _trained = False
 
@@ -546,14 +625,16 @@ class Trainer(TrainerSurface):
 
     def _epoch_batches(self) -> Any:
         session, progress = self._session, self._progress
-        assert session is not None and session.train_loader is not None
+        assert session is not None
+        assert session.train_loader is not None
         return session.train_loader.epoch_batches(progress.epoch, progress.batch)
 
     def _close_epoch(self) -> None:
         """After the hooks at the end of a training epoch."""
         session = self._session
-        assert session is not None and session.train_loader is not None
-        self._reporter.log_train_epoch()
+        assert session is not None
+        assert session.train_loader is not None
+        self._metering.log_train_epoch()
         session.train_loader.end_epoch()
         progress = self._progress
         if progress.stop_reason is not None and not self._plan.may_stop(replace(progress, epoch=progress.epoch + 1)):
@@ -561,6 +642,10 @@ class Trainer(TrainerSurface):
                 f"asked to stop ({progress.stop_reason}), but min_epochs={self._plan.min_epochs} or "
                 f"min_steps={self._plan.min_steps} is not reached: training goes on."
             )
+
+    def _early_train_loader(self, session: Session) -> None:
+        session.train_loader = self._train_loader(session)
+        session.train_loader.setup(self._progress.epoch)
 
     # ------------------------------------------------------------------ evaluation
 
@@ -597,25 +682,24 @@ class Trainer(TrainerSurface):
     _val_loaded_in = 0
 
     def _eval_arguments(
-        self, session: Session, stage: str, *, limit: float = math.inf, inference_mode: bool, bind: bool
+        self, session: Session, stage: str, store: MetricStore, *, limit: float = math.inf, in_fit: bool
     ) -> tuple[EvalParts, Any, list[Any], list[float]]:
         loaders = self._eval_loaders(session, stage)
         name = "validation" if stage == "val" else stage
         hooks = self._binder.evaluation(name, several_loaders=loaders.several)
         modes = ModelModes(session.module)
-        store, reporter = session.store, self._reporter
-        assert store is not None
-        step = session.step_method(f"{name}_step", several_loaders=loaders.several, bind=bind)
+        metering = self._metering
+        step = session.step_method(f"{name}_step", several_loaders=loaders.several, bind=in_fit)
         context = session.forward_context()
         parts = EvalParts(
             step=step if context is None else _inside(context, step),
             transfer=_starting_eval(store, session.transfer(), several=loaders.several),
-            no_grad=session.no_grad(inference_mode=inference_mode),
+            no_grad=session.no_grad(inference_mode=not in_fit and self._uses_inference_mode()),
             model_eval=modes.eval,
             model_train=modes.restore,
-            end_batch=reporter.eval_end_batch(store),
-            reduce=reporter.reduce_eval,
-            log=reporter.log_eval_epoch,
+            end_batch=metering.eval_end_batch(store, several=loaders.several),
+            reduce=store.reduce_epoch,
+            log=partial(metering.log_eval_epoch, store),
         )
         return parts, hooks, loaders.loaders, [min(limit, each) for each in loaders.limits]
 
@@ -624,16 +708,14 @@ class Trainer(TrainerSurface):
         if limit == 0 or not self._validates(session) or self._progress.total_batches > 0:
             return
         self.state.stage = RunningStage.SANITY_CHECKING
-        training_store = session.store
-        self._use_store(session, self._reporter.begin_eval("sanity_check"))
         with isolate_rng():
             for hook in self._binder.both("on_sanity_check_start"):
                 hook()
-            evaluate(*self._eval_arguments(session, "val", limit=limit, inference_mode=False, bind=True))
+            store = self._metering.begin_eval("sanity_check")
+            evaluate(*self._eval_arguments(session, "val", store, limit=limit, in_fit=True))
             for hook in self._binder.both("on_sanity_check_end"):
                 hook()
-        self._use_store(session, training_store)
-        self._reporter.end_sanity_check()
+        self._metering.end_eval_in_fit(sanity_check=True)
         self.state.stage = RunningStage.TRAINING
 
     def _validate_in_fit(self) -> None:
@@ -641,15 +723,13 @@ class Trainer(TrainerSurface):
         session = self._session
         assert session is not None
         self.state.stage = RunningStage.VALIDATING
-        training_store = session.store
-        self._use_store(session, self._reporter.begin_eval("validate"))
         if not self._progress.window_is_open:
             session.module.on_validation_model_zero_grad()
-        parts, hooks, loaders, limits = self._eval_arguments(session, "val", inference_mode=False, bind=True)
+        store = self._metering.begin_eval("validate")
+        parts, hooks, loaders, limits = self._eval_arguments(session, "val", store, in_fit=True)
         hooks = replace(hooks, on_epoch_end=(*hooks.on_epoch_end, self._mark_validated))
         evaluate(parts, hooks, loaders, limits)
-        self._use_store(session, training_store)
-        self._reporter.end_eval()
+        self._metering.end_eval_in_fit(sanity_check=False)
         self._last_validation_s = time.monotonic()
         self.state.stage = RunningStage.TRAINING
 
@@ -661,9 +741,17 @@ class Trainer(TrainerSurface):
         return self._last_validation_s
 
     def _prepare_eval(self, session: Session, fn: TrainerFn, *, verbose: bool) -> Any:
-        self._use_store(session, self._reporter.begin_eval(fn.value, verbose=verbose))
         stage = "val" if fn is TrainerFn.VALIDATING else "test"
-        return self._eval_arguments(session, stage, inference_mode=self._uses_inference_mode(), bind=False)
+        parts, hooks, loaders, limits = self._eval_arguments(session, stage, self._metering.train, in_fit=False)
+        return replace(parts, log=partial(self._conclude, parts, len(loaders), verbose)), hooks, loaders, limits
+
+    def _conclude(self, parts: EvalParts, num_dataloaders: int, verbose: bool) -> None:
+        """After the last batch of ``validate`` or ``test``: rows, the returned metrics, and their table."""
+        parts.log()
+        self._results = self._reporter.results(self._metering.train, num_dataloaders=num_dataloaders)
+        if verbose and self.world.is_global_zero:
+            assert self.state.stage is not None
+            print_results(self._results, str(self.state.stage))
 
     def _prepare_predict(self, session: Session, *, keep: bool) -> Any:
         loaders = self._eval_loaders(session, "predict")
@@ -685,15 +773,11 @@ class Trainer(TrainerSurface):
         # gloo reduces tensors in place, which inference tensors refuse.
         return self.settings.inference_mode and not (self.world.world_size > 1 and self.world.device.type == "cpu")
 
-    def _use_store(self, session: Session, store: MetricStore | None) -> None:
-        session.store = store
-        session.module.__dict__["_metric_store"] = None if self.settings.barebones else store
-
     # ------------------------------------------------------------------ the end
 
     def _tear_down(self, session: Session) -> None:
         module, fn, binder = session.module, session.fn, self._binder
-        self._reporter.finish()
+        self._metering.finish()
         if self.world.device.type != "cpu":
             module.cpu()
         if fn is TrainerFn.FITTING:
@@ -704,7 +788,6 @@ class Trainer(TrainerSurface):
         for hook in binder.of_callbacks("teardown"):
             hook(stage=fn.value)
         session.scoped("teardown", module.teardown)(fn.value)
-        module.__dict__["_metric_store"] = None
         if self.world.is_global_zero:
             for logger in self.loggers:
                 logger.finalize("success")
@@ -714,7 +797,8 @@ class Trainer(TrainerSurface):
         self.state.status = TrainerStatus.INTERRUPTED
         where = f"rank {self.world.rank}, epoch {self._progress.epoch}, batch {self._progress.batch}"
         error.add_note(f"fulmen: in {session.fn.value}, {where}, optimizer step {self._progress.updates}")
-        session.module.__dict__["_metric_store"] = None
+        for module in session.logging_modules():
+            module.__dict__["_metric_store"] = None
         for callback in self.callbacks:
             handler = getattr(callback, "on_exception", None)
             if handler is not None:
@@ -783,3 +867,39 @@ _STORE = {
 
 def _nothing() -> None:
     """What the launcher runs: this process goes on by itself."""
+
+
+def _starting(store: MetricStore, transfer: Callable[[object, int], object]) -> Callable[[object], object]:
+    """``transfer`` that also tells the store which batch is being trained."""
+
+    def start(batch: object) -> object:
+        batch = transfer(batch, 0)
+        store.start_batch(batch, 0, None)
+        return batch
+
+    return start
+
+
+def _starting_eval(
+    store: MetricStore, transfer: Callable[[object, int], object], *, several: bool
+) -> Callable[[object, int], object]:
+    def start(batch: object, dataloader_idx: int) -> object:
+        batch = transfer(batch, dataloader_idx)
+        store.start_batch(batch, 0, dataloader_idx if several else None)
+        return batch
+
+    return start
+
+
+def _inside(
+    context: Callable[[], AbstractContextManager[object]], step: Callable[..., object]
+) -> Callable[..., object]:
+    def run(*args: object) -> object:
+        with context():
+            return step(*args)
+
+    return run
+
+
+def _to_cpu(outputs: object) -> object:
+    return move_data_to_device(outputs, torch.device("cpu"))
