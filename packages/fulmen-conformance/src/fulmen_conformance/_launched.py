@@ -1,0 +1,117 @@
+"""The script that the launcher kit runs: one task, with a launcher made by the vendor's factory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fulmen_conformance._importing import import_callable
+from fulmen_conformance._reference import free_port
+from fulmen_protocols import Launcher, missing_members
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class _Run:
+    """This process's part of one task."""
+
+    def __init__(self, factory: str, num_processes: int, folder: Path) -> None:
+        self.folder, self.num_processes = folder, num_processes
+        self.calls = 0
+        # A process that was started by executing the script again is placed already and needs no launcher.
+        self.launcher: Any = None if "LOCAL_RANK" in os.environ else import_callable(factory)()
+        self.port = free_port()
+
+    def launch(self, function: Callable[[], object]) -> object:
+        if self.launcher is None:
+            return function()
+        return self.launcher.launch(
+            function,
+            num_processes=self.num_processes,
+            num_nodes=1,
+            node_rank=0,
+            main_address="127.0.0.1",
+            main_port=self.port,
+        )
+
+    def record(self) -> int:
+        """Leave proof that the function ran here, and return the local rank."""
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        text = json.dumps({"pid": os.getpid(), "local_rank": rank})
+        staging = self.folder / f"staging-{os.getpid()}"
+        staging.write_text(text)
+        staging.rename(self.folder / f"call-{os.getpid()}-{time.monotonic_ns()}.json")
+        return rank
+
+    def everyone_came(self, calls: int = 1) -> None:
+        """Wait until the function has run ``calls`` times in every process."""
+        deadline = time.monotonic() + 60
+        while len(list(self.folder.glob("call-*.json"))) < calls * self.num_processes:
+            if time.monotonic() > deadline:
+                raise TimeoutError("a process that should run the function did not come")
+            time.sleep(0.02)
+
+    def value(self) -> object:
+        rank = self.record()
+        self.everyone_came()
+        return {"local_rank": rank, "answer": [42, None, "text"]}
+
+    def value_again(self) -> object:
+        rank = self.record()
+        self.everyone_came(calls=2)
+        return {"local_rank": rank}
+
+    def rank_1_fails(self) -> object:
+        rank = self.record()
+        self.everyone_came()
+        if rank == 1:
+            raise ValueError("this is rank 1's own error")
+        time.sleep(40)
+        print("rank 0 waited in vain", flush=True)
+        return None
+
+    def rank_0_fails(self) -> object:
+        rank = self.record()
+        self.everyone_came()
+        if rank == 0:
+            raise KeyError("this is rank 0's own error")
+        time.sleep(600)
+        return None
+
+    def wait_for_the_signal(self) -> object:
+        if self.record() != 0:
+            time.sleep(600)
+        self.everyone_came()
+        return "the main process goes on"
+
+
+def main(task: str, factory: str, num_processes: str, folder: str) -> None:
+    """Run ``task`` and write what rank 0 got to ``value.json``."""
+    run = _Run(factory, int(num_processes), Path(folder))
+    value: object
+    if task == "members":
+        assert missing_members(Launcher, run.launcher) == [], missing_members(Launcher, run.launcher)
+        value = None
+    elif task == "interactive":
+        value = run.launcher.is_interactive_compatible
+    elif task == "twice":
+        run.launch(run.value)
+        value = run.launch(run.value_again)
+    elif task == "kill":
+        value = run.launch(run.wait_for_the_signal)
+        run.launcher.kill(signal.SIGTERM)
+    else:
+        functions = {"value": run.value, "rank 1 fails": run.rank_1_fails, "rank 0 fails": run.rank_0_fails}
+        value = run.launch(functions[task])
+    if run.launcher is not None:
+        (Path(folder) / "value.json").write_text(json.dumps(value))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

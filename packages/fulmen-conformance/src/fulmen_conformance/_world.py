@@ -1,0 +1,270 @@
+"""Real processes in which checks of one backend run together, rank by rank.
+
+Processes are costly to start, so all checks of one kit and backend share a world: each check ends with a meeting of all
+ranks through files (never through the backend under test). After a failure or a hang the world is ended and a new one
+goes on with the checks that are left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import functools
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import pytest
+import torch
+
+from fulmen_conformance._importing import import_callable
+from fulmen_conformance._reference import free_port
+from fulmen_protocols import Topology
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from multiprocessing.process import BaseProcess
+
+__all__ = ["Rank", "SkipCheck", "settle"]
+
+
+class SkipCheck(Exception):
+    """Raised by a check on every rank: the backend does not offer what it needs; the text says what."""
+
+
+class Outcome(NamedTuple):
+    """How one check ended."""
+
+    kind: Literal["passed", "skipped", "failed"]
+    text: str = ""
+
+
+@dataclass
+class Rank:
+    """One process of a world, as a check sees it."""
+
+    rank: int
+    world_size: int
+    make: Callable[..., Any]
+    device: torch.device
+    folder: Path
+    meetings: int = field(default=0)
+
+    def meet(self) -> None:
+        """Return when every rank has come here; independent of the backend."""
+        self.meetings += 1
+        (self.folder / f"meet-{self.meetings}-{self.rank}").touch()
+        others = [self.folder / f"meet-{self.meetings}-{r}" for r in range(self.world_size)]
+        while not all(other.exists() for other in others):
+            time.sleep(0.005)
+
+    def topology(self) -> Topology:
+        """A new meeting point for a process group, the same on every rank."""
+        file = self.folder / f"port-{self.meetings}"
+        if self.rank == 0:
+            file.write_text(str(free_port()))
+        self.meet()
+        device = self.device
+        if device.type == "cpu" or device.index is not None:
+            devices = tuple(device for _ in range(self.world_size))
+        else:
+            devices = tuple(torch.device(device.type, i) for i in range(self.world_size))
+        return Topology(
+            devices=devices,
+            rank=self.rank,
+            local_rank=self.rank,
+            world_size=self.world_size,
+            main_port=int(file.read_text()),
+        )
+
+
+def settle(checks: str, name: str, factory: str, num_processes: int, device: torch.device, timeout_s: float) -> None:
+    """Pass, skip or fail the running test as check ``name`` of module ``checks`` ended on all ranks of a world."""
+    outcome = _outcomes(checks, factory, num_processes, str(device), timeout_s)[name]
+    if outcome.kind == "skipped":
+        pytest.skip(outcome.text)
+    if outcome.kind == "failed":
+        pytest.fail(outcome.text, pytrace=False)
+
+
+def _checks_of(module: str) -> dict[str, Callable[[Rank], None]]:
+    table: dict[str, Callable[[Rank], None]] = import_callable(f"fulmen_conformance.{module}:checks")()
+    return table
+
+
+@functools.cache
+def _outcomes(checks: str, factory: str, num_processes: int, device: str, timeout_s: float) -> Mapping[str, Outcome]:
+    outcomes: dict[str, Outcome] = {}
+    remaining = list(_checks_of(checks))
+    while remaining:
+        ended = _one_world(checks, remaining, factory, num_processes, device, timeout_s)
+        outcomes.update(ended)
+        remaining = [name for name in remaining if name not in ended]
+    return outcomes
+
+
+def _one_world(
+    checks: str, names: Sequence[str], factory: str, num_processes: int, device: str, timeout_s: float
+) -> dict[str, Outcome]:
+    """Run ``names`` until the first one that fails; at least one outcome."""
+    folder = Path(tempfile.mkdtemp(prefix="fulmen-conformance-"))
+    processes = _start(checks, names, factory, num_processes, device, folder, timeout_s)
+    try:
+        hung = _watch(processes, folder, timeout_s)
+        return _collect(names, processes, folder, hung, timeout_s)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+            process.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(
+    checks: str, names: Sequence[str], factory: str, num_processes: int, device: str, folder: Path, timeout_s: float
+) -> list[BaseProcess]:
+    # A fork server that has imported torch once starts clean processes in milliseconds; Windows has none.
+    if "forkserver" in multiprocessing.get_all_start_methods() and torch.device(device).type == "cpu":
+        context: Any = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "fulmen_conformance"])
+    else:
+        context = multiprocessing.get_context("spawn")
+    processes: list[BaseProcess] = []
+    with _main_module_left_alone():
+        for rank in range(num_processes):
+            arguments = (
+                checks,
+                list(names),
+                factory,
+                rank,
+                num_processes,
+                device,
+                str(folder),
+                timeout_s,
+                dict(os.environ),
+            )
+            process: BaseProcess = context.Process(target=_work, args=arguments, daemon=True)
+            process.start()
+            processes.append(process)
+    return processes
+
+
+@contextlib.contextmanager
+def _main_module_left_alone() -> Any:
+    """New processes must not import the main script: under pytest it is pytest, elsewhere it may be unguarded."""
+    main = sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    main.__spec__ = None
+    if file is not None:
+        del main.__file__
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
+
+
+def _watch(processes: Sequence[BaseProcess], folder: Path, timeout_s: float) -> bool:
+    """Wait until all ranks ended, one failed, or nothing moved for ``timeout_s``; the last is True."""
+    seen, moved = -1, time.monotonic()
+    while True:
+        ended = [process for process in processes if not process.is_alive()]
+        reports = sorted(folder.glob("report-*.json"))
+        failed = any(process.exitcode for process in ended) or any("failed" in report.name for report in reports)
+        if len(ended) == len(processes):
+            return False
+        if failed:
+            # The other ranks may be about to fail too, which says more; or they wait for the dead one.
+            deadline = time.monotonic() + 1.0
+            while time.monotonic() < deadline and any(process.is_alive() for process in processes):
+                time.sleep(0.02)
+            return False
+        if len(reports) > seen:
+            seen, moved = len(reports), time.monotonic()
+        if time.monotonic() - moved > timeout_s:
+            return True
+        time.sleep(0.02)
+
+
+def _collect(
+    names: Sequence[str], processes: Sequence[BaseProcess], folder: Path, hung: bool, timeout_s: float
+) -> dict[str, Outcome]:
+    outcomes: dict[str, Outcome] = {}
+    for index, name in enumerate(names):
+        texts: list[str] = []
+        kinds: set[str] = set()
+        for rank, process in enumerate(processes):
+            found = sorted(folder.glob(f"report-{index}-{rank}-*.json"))
+            kind, text = json.loads(found[0].read_text()) if found else ("nothing", "")
+            kinds.add(kind)
+            if kind == "failed":
+                texts.append(f"on rank {rank} of {len(processes)}:\n{text}")
+            elif kind == "skipped":
+                texts.append(text)
+            elif kind == "nothing":
+                log = (folder / f"log-{rank}").read_text(errors="replace")[-4000:] if process.pid is not None else ""
+                state = f"hung for {timeout_s:g} s" if hung else f"gave no result (exit code {process.exitcode})"
+                texts.append(f"rank {rank} of {len(processes)} {state}; the end of its output:\n{log}")
+        if kinds == {"passed"}:
+            outcomes[name] = Outcome("passed")
+        elif kinds == {"skipped"}:
+            outcomes[name] = Outcome("skipped", texts[0])
+        else:
+            if "failed" in kinds:  # ranks that only waited for the failed one say nothing
+                texts = [text for text in texts if text.startswith("on rank")]
+            outcomes[name] = Outcome("failed", "\n".join(texts))
+            break
+    return outcomes
+
+
+def _work(
+    checks: str,
+    names: list[str],
+    factory: str,
+    rank: int,
+    world_size: int,
+    device: str,
+    folder: str,
+    timeout_s: float,
+    variables: dict[str, str],
+) -> None:
+    """One process of a world."""
+    os.environ.clear()
+    os.environ.update(variables)
+    log = (Path(folder) / f"log-{rank}").open("wb", buffering=0)  # open for the life of this process
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    torch.set_num_threads(1)
+    table = _checks_of(checks)
+    me: Rank | None = None
+    for index, name in enumerate(names):
+        kind, text = "passed", ""
+        try:
+            if me is None:
+                me = Rank(rank, world_size, import_callable(factory), torch.device(device), Path(folder))
+            # A hung rank leaves in its log where it stood, just before the parent gives up.
+            faulthandler.dump_traceback_later(max(0.8 * timeout_s, timeout_s - 5.0), file=log)
+            table[name](me)
+            me.meet()
+        except SkipCheck as reason:
+            kind, text = "skipped", str(reason)
+        except BaseException:
+            kind, text = "failed", traceback.format_exc()
+        staging = Path(folder) / f"staging-{index}-{rank}"
+        staging.write_text(json.dumps([kind, text]))
+        staging.rename(Path(folder) / f"report-{index}-{rank}-{kind}.json")
+        if kind == "failed":
+            # The process group is in an unknown state: leave without asking it.
+            os._exit(1)
+        assert me is not None
+        me.meet()

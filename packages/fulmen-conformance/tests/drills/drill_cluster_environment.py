@@ -1,0 +1,76 @@
+"""A minimal correct cluster environment, and broken ones that ClusterEnvironmentConformance must catch."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, ClassVar
+
+import pytest
+from fulmen_conformance import ClusterEnvironmentConformance, Place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from fulmen_protocols import ClusterEnvironment
+
+
+class Good:
+    """Variables of a made-up scheduler."""
+
+    creates_processes_externally = True
+
+    @property
+    def main_address(self) -> str:
+        return os.environ["ACME_HOST"]
+
+    @property
+    def main_port(self) -> int:
+        return int(os.environ["ACME_PORT"])
+
+    @staticmethod
+    def detect() -> bool:
+        return "ACME_JOB" in os.environ
+
+    def world_size(self) -> int:
+        return int(os.environ["ACME_SIZE"])
+
+    def global_rank(self) -> int:
+        return int(os.environ["ACME_RANK"])
+
+    def local_rank(self) -> int:
+        return self.global_rank() % 4
+
+    def node_rank(self) -> int:
+        return self.global_rank() // 4
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        if num_devices * num_nodes != self.world_size():
+            raise ValueError(
+                f"devices={num_devices} on num_nodes={num_nodes}, but ACME started {self.world_size()} processes"
+            )
+
+
+class TestGood(ClusterEnvironmentConformance):
+    caught_by: ClassVar[set[str]] = set()
+    backend: ClassVar[type[Good]] = Good
+
+    @pytest.fixture
+    def make_environment(self) -> Callable[[], ClusterEnvironment]:
+        return self.backend
+
+    @pytest.fixture
+    def environment_variables(self) -> Mapping[str, str]:
+        return {"ACME_JOB": "1", "ACME_HOST": "node7", "ACME_PORT": "1234", "ACME_SIZE": "8", "ACME_RANK": "6"}
+
+    @pytest.fixture
+    def expected(self) -> Place:
+        return Place(
+            world_size=8,
+            global_rank=6,
+            local_rank=2,
+            node_rank=1,
+            main_address="node7",
+            main_port=1234,
+            num_nodes=2,
+            num_devices=4,
+        )
