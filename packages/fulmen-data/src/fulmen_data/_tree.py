@@ -16,7 +16,10 @@ _VALUES = (int, float, complex, str, bytes, Tensor, type(None))
 
 
 def leaves(tree: object) -> list[object]:
-    """The loaders in ``tree``, depth first. A collection of plain values (``[1, 2, 3]``) is itself a loader."""
+    """The loaders in ``tree``, depth first.
+
+    A collection of plain values (``[1, 2, 3]``) is itself a loader, and so is an empty one within another.
+    """
     found: list[object] = []
     map_leaves(found.append, tree)
     return found
@@ -27,7 +30,7 @@ def map_leaves(function: Callable[[object], object], tree: object) -> object:
     children = _children(tree)
     if children is None:
         return function(tree)
-    new = [map_leaves(function, child) for child in children]
+    new = [function(child) if _children(child) == [] else map_leaves(function, child) for child in children]
     kind = cast("Callable[..., object]", type(tree))
     if isinstance(tree, dict):
         result = dict(zip(cast("dict[object, object]", tree), new, strict=True))

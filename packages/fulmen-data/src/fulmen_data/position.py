@@ -199,25 +199,32 @@ class _Counted(Iterator[T]):
 
 
 class _Replayed(Sampler[object]):
-    """An index sampler whose next iteration starts after the first ``skip`` items; later ones are whole."""
+    """An index sampler whose next iteration was begun ahead of time; later ones are whole."""
 
     def __init__(self, sampler: Iterable[object]) -> None:
         self.inner = sampler
         self._ready: Iterator[object] | None = None
 
-    def advance(self, skip: int) -> None:
-        """Draw the order now, drop ``skip`` items of it and keep the rest for the next ``iter``."""
+    def begin(self) -> Iterator[object]:
+        """Start the next iteration now; some samplers draw their order here, others with the first item."""
         iterator = iter(self.inner)
+        self._ready = self._once(iterator)
+        return iterator
+
+    def _once(self, iterator: Iterator[object]) -> Iterator[object]:
+        # torch calls iter() up to twice before it asks for an item: both get this one.
+        self._ready = None
+        yield from iterator
+
+    def advance(self, iterator: Iterator[object], skip: int) -> None:
+        """Drop ``skip`` items of what ``begin`` gave, and let it draw its order in any case."""
         if skip:
             next(islice(iterator, skip - 1, skip), None)
-            self._ready = iterator
-        else:  # a sampler draws when its first item is asked for
-            first = list(islice(iterator, 1))
-            self._ready = chain(first, iterator)
+        else:
+            self._ready = self._once(chain(list(islice(iterator, 1)), iterator))
 
     def __iter__(self) -> Iterator[object]:
-        ready, self._ready = self._ready, None
-        return iter(self.inner) if ready is None else ready
+        return iter(self.inner) if self._ready is None else self._ready
 
     def __len__(self) -> int:
         return len(self.inner)  # type: ignore[arg-type]
@@ -247,15 +254,17 @@ def _resumed(loader: Iterable[T], skip: int, samples: int | None, start: _Start 
     generator = cast("torch.Generator | None", source.generator)
     now = RandomState.take()
     try:
-        # Draw what iter() and the sampler drew then, in the same order: first the workers' seed (unless they were kept
-        # from an earlier epoch), then the order of the samples.
+        # Draw what was drawn then, in the same order: some samplers draw at iter(); then comes the workers' seed
+        # (unless they were kept from an earlier epoch); others draw with the first batch, asked for at once by workers.
         if start is not None:
             start.restore(source)
-            if not start.workers_kept:
-                torch.empty((), dtype=torch.int64).random_(generator=generator)
-        # Without workers the order is drawn with the first batch; if that had not come, it is still to be drawn.
+        begun = replayed.begin()
+        if start is not None and not start.workers_kept:
+            torch.empty((), dtype=torch.int64).random_(generator=generator)
+            if source.num_workers:  # here torch calls iter() once more
+                begun = replayed.begin()
         if skip or source.num_workers:
-            replayed.advance(skip)
+            replayed.advance(begun, skip)
         if start is not None:
             # The copy draws the workers' seed again, from the same state; the real generators stay where they are now.
             start.state.restore()

@@ -55,12 +55,19 @@ class SeekableSampler(DistributedSampler[int]):
         self._yielded = 0
 
     def __iter__(self) -> Iterator[int]:
-        start, self._start, self._yielded = self._start, 0, 0
+        self._yielded = self._start // self.num_replicas
+        return self._walk()
+
+    def _walk(self) -> Iterator[int]:
+        # The position is used up by the first item, not by iter(): torch's loaders may call that twice.
+        start, self._start = self._start, 0
+        for index in self._order(start):
+            self._yielded += 1
+            yield index
+
+    def _order(self, start: int) -> Iterator[int]:
         if not start:
-            for index in super().__iter__():
-                self._yielded += 1
-                yield index
-            return
+            return super().__iter__()
         size = len(cast("Sized", self.dataset))
         if self.shuffle:
             generator = torch.Generator()
@@ -74,10 +81,7 @@ class SeekableSampler(DistributedSampler[int]):
         else:  # the first samples pad the end, over and over if there are few
             missing = -len(rest) % self.num_replicas
             rest = torch.cat([rest, order.repeat(-(-missing // max(size, 1)))[:missing]])
-        self._yielded = start // self.num_replicas
-        for index in cast("list[int]", rest[self.rank :: self.num_replicas].tolist()):
-            self._yielded += 1
-            yield index
+        return iter(cast("list[int]", rest[self.rank :: self.num_replicas].tolist()))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration; another epoch starts at position 0."""

@@ -106,6 +106,7 @@ def split_over_ranks(loader: Loader, num_replicas: int, rank: int) -> Loader:
 
 
 def _distributed(loader: Loader, own: object, num_replicas: int, rank: int) -> Sampler[int]:
+    what = type(own if own is not None else cast("object", loader.batch_sampler)).__name__
     if type(own) in (RandomSampler, SequentialSampler):
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         shuffle = isinstance(own, RandomSampler)
@@ -114,8 +115,6 @@ def _distributed(loader: Loader, own: object, num_replicas: int, rank: int) -> S
         )
     if isinstance(own, Sampler) and hasattr(cast("object", own), "__len__"):
         return _SplitSampler(cast("Sampler[int]", own), num_replicas, rank)
-    refused = own if own is not None else loader.batch_sampler
-    what = type(cast("object", refused)).__name__
     raise MisconfigurationException(
         f"{what} cannot be split over {num_replicas} ranks: it has no length, or no sampler to split. "
         "Split it yourself and pass use_distributed_sampler=False."

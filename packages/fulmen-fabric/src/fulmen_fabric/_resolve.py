@@ -368,8 +368,14 @@ def check_strategy(
 def find_launcher(
     strategy: Strategy, name: str, environment: ClusterEnvironment | None, world_size: int, notes: Notes
 ) -> Launcher | None:
-    """The launcher that the strategy names, where processes are needed that nobody has started."""
-    if world_size == 1 or environment is None or environment.creates_processes_externally:
+    """The launcher that the strategy names, unless a cluster starts the processes.
+
+    In a process that our launcher has started the environment says that all processes exist; the launcher is found all
+    the same: it is its ``launch`` that ties such a process to the one that started it.
+    """
+    if world_size == 1 or environment is None:
+        return None
+    if environment.creates_processes_externally and not _is_local(environment):
         return None
     if not supports(strategy, SupportsLaunch):
         return None  # already a conflict
@@ -382,6 +388,14 @@ def find_launcher(
             f"interactive session. Run a script, or use devices=1{other}."
         )
     return launcher
+
+
+def _is_local(environment: ClusterEnvironment) -> bool:
+    """Whether it is the environment of a program that no cluster has started."""
+    if "local" not in available(CLUSTER_ENVIRONMENTS):
+        return False
+    factory = load_factory(CLUSTER_ENVIRONMENTS, "local")
+    return isinstance(factory, type) and isinstance(environment, factory)
 
 
 def _canonical_precision(asked: object, notes: Notes) -> str | None:

@@ -47,7 +47,7 @@ class Assembly:
     """Canonical, for example ``"bf16-mixed"``."""
     environment: ClusterEnvironment
     launcher: Launcher | None
-    """None for a single process, or where the environment has started the processes."""
+    """None for a single process, or where a cluster starts the processes."""
     checkpoint_io: CheckpointIO
     chosen: tuple[str, ...]
     """One line for each ``"auto"``: what it chose and why."""

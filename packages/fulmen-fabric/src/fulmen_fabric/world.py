@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from fulmen_fabric.abilities import supports
 from fulmen_fabric.rank_zero import rank_zero_only
 from fulmen_fabric.seed import reset_seed
 from fulmen_fabric.stopping import StopAgreement, group_store
-from fulmen_protocols import RankFailure, SupportsCollectives, SupportsDataParallel, SupportsLaunch, Topology
+from fulmen_protocols import SupportsCollectives, SupportsDataParallel, SupportsLaunch, SupportsPatientBarrier, Topology
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["LocalCollectives", "World"]
 
 T = TypeVar("T")
-
-_FOREVER = timedelta(days=3650)
-_OK, _FAILED = "ok", "failed"
 
 
 class LocalCollectives:
@@ -69,7 +65,6 @@ class World:
         self._collectives: Collectives | None = None
         self._started_in: int | None = None
         self._agreements = 0
-        self._firsts = 0
 
     def launch(self, function: Callable[[], T]) -> T:
         """Run ``function`` in every process of the run and return this process's (or rank 0's) value.
@@ -218,37 +213,22 @@ class World:
     def rank_zero_first(self, local: bool = False) -> Generator[None, None, None]:
         """Run the block on rank 0 (``local``: on the first rank of each node) before the others, however long it takes.
 
-        Every rank enters it. No collective runs, so no collective's timeout applies, provided the group has a store.
-
-        Raises:
-            RankFailure: in the ranks that waited, when the block failed on the rank they waited for.
+        Every rank enters it. When the block fails on the rank that goes first, the others never get to run it: they
+        end as they do whenever a rank fails.
         """
         if self.world_size == 1:
             yield
             return
+        collectives = self.collectives
+        wait = (
+            collectives.patient_barrier if supports(collectives, SupportsPatientBarrier) else self.collectives.barrier
+        )
         first = (self.local_rank if local else self.rank) == 0
-        self._firsts += 1
-        key = f"fulmen/first/{self._firsts}/{self.node_rank if local else 'all'}"
-        store = group_store()
-        if store is None:
-            if not first:
-                self.collectives.barrier(key)
-            yield
-            if first:
-                self.collectives.barrier(key)
-            return
         if not first:
-            store.wait([key], _FOREVER)
-            if store.get(key).decode() != _OK:
-                raise RankFailure(f"rank {self.rank} waited for another rank to go first, and that one failed.")
-            yield
-            return
-        try:
-            yield
-        except BaseException:
-            store.set(key, _FAILED)
-            raise
-        store.set(key, _OK)
+            wait("rank_zero_first")
+        yield
+        if first:
+            wait("rank_zero_first")
 
     def _read_topology(self) -> Topology:
         assembly = self._assembly
@@ -265,7 +245,7 @@ class World:
             )
         return Topology(
             devices=assembly.devices,
-            # Before the launcher has run, this process will be the first of its node.
+            # Before the launcher has run, this process has no rank yet; it will be the first of its node.
             rank=environment.global_rank()
             if assembly.launcher is None
             else node_rank * len(assembly.devices) + local_rank,

@@ -86,7 +86,7 @@ def make_folder(path: str) -> None:
 
 
 def link(target: str, path: str) -> None:
-    """Make ``path`` a relative symbolic link to ``target``, or a copy where there are no links; replaces what is there."""
+    """Make ``path`` a relative symbolic link to ``target``, or a copy where there are none; replaces what is there."""
     staged = f"{path}.link"
     _delete(staged)
     try:

@@ -167,8 +167,8 @@ class Trainer(TrainerSurface):
             is_global_zero=self.world.is_global_zero,
         )
         self.fast_dev_run = settings.fast_dev_run
-        for line in self.assembly.chosen:
-            rank_zero_info(line)
+        if self.assembly.chosen:
+            rank_zero_info(" ".join(self.assembly.chosen))
         if settings.max_epochs_is_default:
             rank_zero_warn("neither max_epochs nor max_steps was given: training ends after 1000 epochs.")
 
@@ -550,6 +550,7 @@ class Trainer(TrainerSurface):
             validate=self._validate_in_fit,
             last_validation_s=self._last_validation_clock if self._plan.validate_every_s is not None else None,
         )
+        self.strategy.gradients = session.gradients
         return parts, hooks
 
     def _make_plan(self, session: Session) -> None:
@@ -705,8 +706,8 @@ class Trainer(TrainerSurface):
 
     def _sanity_check(self, session: Session) -> None:
         limit = self.settings.num_sanity_val_steps
-        if limit == 0 or not self._validates(session) or self._progress.total_batches > 0:
-            return
+        if limit == 0 or not self._validates(session) or self._progress.batch > 0:
+            return  # a run resumed inside an epoch has validated before
         self.state.stage = RunningStage.SANITY_CHECKING
         with isolate_rng():
             for hook in self._binder.both("on_sanity_check_start"):
