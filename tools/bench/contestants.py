@@ -85,7 +85,6 @@ class TrainerLike:
 
     def __init__(self, name: str) -> None:
         self.library: Any = importlib.import_module(name)
-        self.loggers: Any = importlib.import_module(f"{name}.loggers")
         logging.getLogger(name).setLevel(logging.ERROR)
         library = self.library
 
@@ -128,6 +127,9 @@ class TrainerLike:
             else:
                 trainer.fit(module, data)
 
+    def _csv_logger(self, folder: str) -> Any:
+        return importlib.import_module(f"{self.library.__name__}.loggers").CSVLogger(folder)
+
     def _settings(self, config: str, folder: str) -> dict[str, Any]:
         if config == "default":  # as a user gets it: progress bar, checkpoint, logger
             return {"max_epochs": 1, "default_root_dir": folder, "accelerator": "cpu", "devices": 1}
@@ -142,7 +144,7 @@ class TrainerLike:
             "default_root_dir": folder,
         }
         if config in ("log", "metrics10"):
-            settings |= {"logger": self.loggers.CSVLogger(folder), "log_every_n_steps": LOG_EVERY}
+            settings |= {"logger": self._csv_logger(folder), "log_every_n_steps": LOG_EVERY}
         if config == "callbacks50":
             settings["callbacks"] = [self.library.Callback() for _ in range(50)]
         return settings

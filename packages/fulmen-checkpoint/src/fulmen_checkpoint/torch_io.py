@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, cast
 
 import torch
@@ -14,7 +14,13 @@ import torch
 from fulmen_checkpoint import _digest
 from fulmen_checkpoint._plain import find_unsafe
 from fulmen_checkpoint.storage import FsspecStorage
-from fulmen_protocols.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound, did_you_mean
+from fulmen_protocols.errors import (
+    CheckpointCorrupt,
+    CheckpointError,
+    CheckpointNotFound,
+    CheckpointUnsafe,
+    did_you_mean,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
@@ -64,8 +70,8 @@ class TorchCheckpointIO:
         ``storage_options`` go to fsspec for this save, in place of those of the default storage.
 
         Raises:
-            CheckpointError: an object in it could not be loaded safely (the message names its place), or the storage
-                failed; ``path`` keeps what it held.
+            CheckpointUnsafe: an object in it could not be loaded safely; the message names its place.
+            CheckpointError: the storage failed; ``path`` keeps what it held.
         """
         target = os.fspath(path)
         if not self.allow_unsafe:
@@ -101,7 +107,8 @@ class TorchCheckpointIO:
         Raises:
             CheckpointNotFound: nothing is there.
             CheckpointCorrupt: the bytes are not those that were written.
-            CheckpointError: it holds objects that only code from the file could rebuild, or no dictionary.
+            CheckpointUnsafe: it holds objects that only code from the file could rebuild.
+            CheckpointError: it holds no dictionary, or something torch cannot read.
         """
         target = os.fspath(path)
         safe = weights_only is not False
@@ -128,12 +135,8 @@ class TorchCheckpointIO:
         with self._open(target) as stream:
             if not self._check(stream, target):
                 # torch's format before zip has no checksums: all that can be asked is whether it reads.
-                try:
+                with suppress(CheckpointUnsafe):  # then it reads, up to an object that needs code
                     self._read(stream, target, "meta", safe=True, whole=False)
-                except CheckpointCorrupt:
-                    raise
-                except CheckpointError:
-                    pass  # it reads, up to an object that needs code
 
     def has_digest(self, path: str | os.PathLike[str]) -> bool:
         """Whether the file carries a digest, right or wrong.
@@ -197,7 +200,7 @@ class TorchCheckpointIO:
             return _torch_load(stream, place, safe=safe, mmap=self.mmap)
         except pickle.UnpicklingError as error:
             if safe and _REFUSAL.search(str(error)):
-                raise CheckpointError(
+                raise CheckpointUnsafe(
                     f"{path!r} was asked to load without running code from it, but it holds "
                     f"{_refused_objects(stream, error)}. If you trust where it comes from, pass weights_only=False, "
                     "which runs code from the file; or allow single classes with "
@@ -271,7 +274,7 @@ def _require_plain(checkpoint: Mapping[str, object], path: str) -> None:
         return
     shown = ", ".join(f"{place}: {_type_name(value)}" for place, value in unsafe[:5])
     more = f" and {len(unsafe) - 5} more" if len(unsafe) > 5 else ""
-    raise CheckpointError(
+    raise CheckpointUnsafe(
         f"the checkpoint {path!r} was not written: it holds {shown}{more}, which could be loaded only by running code "
         "from the file. Store plain data instead (tensors, numbers, strings, lists, dicts: str(path), x.item(), "
         "asdict(config)), register the class with torch.serialization.add_safe_globals([...]), or use "

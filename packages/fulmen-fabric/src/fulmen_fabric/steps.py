@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
+from torch import Tensor, nn
+
 from fulmen_protocols import (
     MisconfigurationException,
     OwnsAccumulation,
@@ -29,8 +30,11 @@ from fulmen_protocols import (
     SupportsGradScaling,
     SupportsNoSync,
 )
-from torch import Tensor, nn
-from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch.optim import Optimizer
 
 __all__ = ["BatchStep", "Gradients", "StepHooks", "automatic_step", "needs_closure"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -15,6 +16,7 @@ from fulmen_strategies._entry import Entry, enter
 from fulmen_strategies._module_init import created_on
 from fulmen_strategies._process_group import ProcessGroupMembership
 from fulmen_strategies.collectives import TorchCollectives
+from fulmen_strategies.launchers._rank import become_rank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -115,6 +117,7 @@ class DDPStrategy:
             MisconfigurationException: an existing group has another rank or size than ``topology``.
             BackendUnavailable: this build of torch lacks the backend.
         """
+        become_rank()  # a run may leave the launcher out where the processes exist already
         self._membership.join(topology, self._backend, self._timeout)
         self._device = topology.device
         self._collectives = TorchCollectives(topology.device)
@@ -134,6 +137,7 @@ class DDPStrategy:
         # Without device_ids DDP leaves inputs alone. With them it would rebuild every batch's containers only to find
         # that its tensors are where they should be.
         placed = DistributedDataParallel(Entry(module), **self._options)
+        _outlive(placed.reducer, placed.process_group)
         if self._comm_hook is not None:
             hook = self._comm_hook if self._comm_wrapper is None else self._comm_wrapper(self._comm_hook)
             placed.register_comm_hook(self._comm_state, hook)
@@ -243,6 +247,17 @@ class _Wrapper(DistributedDataParallel):
 
 def _as_wrapper(placed: nn.Module) -> _Wrapper | None:
     return placed if isinstance(placed, DistributedDataParallel) else None  # type: ignore[return-value]
+
+
+def _outlive(reducer: object, group: object) -> None:
+    """Keep ``group`` until ``reducer`` is gone.
+
+    A wrapper is often collected after teardown has destroyed the group. If its reducer then held the group's last
+    reference, it would join the group's threads without releasing the GIL, while such a thread needs the GIL to drop
+    the Python state of its last piece of work: both wait for ever (seen with gloo in torch 2.13). The group's own
+    Python object releases the GIL when it goes.
+    """
+    weakref.finalize(reducer, id, group).atexit = False
 
 
 def _check_options(options: dict[str, object]) -> None:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from fulmen_protocols import CALLBACKS, MisconfigurationException, available, load_factory
-
 from fulmen.callbacks.checkpoint import Checkpoint
 from fulmen.callbacks.model_checkpoint import ModelCheckpoint
 from fulmen.callbacks.model_summary import ModelSummary
 from fulmen.callbacks.progress import ProgressBar
 from fulmen.callbacks.timer import Timer
+from fulmen_protocols import CALLBACKS, MisconfigurationException, available, load_factory
 
 if TYPE_CHECKING:
     from fulmen.module import LightningModule

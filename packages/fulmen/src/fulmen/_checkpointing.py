@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fulmen.checkpoints import LIGHTNING_VERSION, lightning_loops, progress_from_lightning
+from fulmen.hparams import checkpoint_entries
 from fulmen_fabric import collect_rng_state, rank_zero_info, rank_zero_warn, restore_rng_state
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
@@ -16,10 +17,9 @@ from fulmen_protocols import (
     SupportsVerification,
 )
 
-from fulmen.checkpoints import LIGHTNING_VERSION, lightning_loops, progress_from_lightning
-from fulmen.hparams import checkpoint_entries
-
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fulmen.session import Session
     from fulmen.trainer import Trainer
 
@@ -94,7 +94,7 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
 
 def _exact_state(trainer: Trainer, session: Session) -> dict[str, Any]:
     """Counters, and each rank's random state, data position and running metrics."""
-    store = trainer._training_store
+    store = trainer._metering.train if trainer._fitting else None
     loader = session.train_loader
     mine = {
         "rng": collect_rng_state(trainer.world.device),
@@ -223,11 +223,11 @@ def restore_position(trainer: Trainer, session: Session) -> None:
                 "random states are not restored."
             )
         return
-    assert session.train_loader is not None and session.store is not None
+    assert session.train_loader is not None
     if mine["loader"] is not None:
         session.train_loader.load_state_dict(mine["loader"])
     if mine["metrics"] is not None:
-        session.store.load_state_dict(mine["metrics"], module=session.module)
+        trainer._metering.train.load_state_dict(mine["metrics"], module=session.module)
 
 
 def restore_rng(trainer: Trainer, session: Session) -> None:

@@ -95,9 +95,7 @@ def explain_run(trainer: Trainer, model: LightningModule | None) -> str:
 
 
 def _is_automatic_only(template: str) -> bool:
-    return any(
-        part in template for part in ("zeroed", "zero_grad", "{clip}", "optimizer step", "lr_scheduler_step")
-    )
+    return any(part in template for part in ("zeroed", "zero_grad", "{clip}", "optimizer step", "lr_scheduler_step"))
 
 
 def _words(trainer: Trainer) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -10,7 +11,19 @@ if TYPE_CHECKING:
     from os import PathLike
     from typing import TextIO
 
-__all__ = ["absolute", "exists", "is_local", "join", "list_folder", "make_folder", "open_text", "parent"]
+__all__ = [
+    "absolute",
+    "exists",
+    "is_inside",
+    "is_local",
+    "join",
+    "link",
+    "list_folder",
+    "make_folder",
+    "open_text",
+    "parent",
+    "real",
+]
 
 
 def is_local(path: str | PathLike[str]) -> bool:
@@ -36,6 +49,19 @@ def parent(path: str) -> str:
     return os.path.dirname(path) if is_local(path) else path.rpartition("/")[0]
 
 
+def real(path: str) -> str:
+    """A local path with its symbolic links resolved; a URL as it is."""
+    return os.path.realpath(path) if is_local(path) else path
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Whether ``path`` lies below ``folder``."""
+    if not is_local(path):
+        return path.startswith(folder.rstrip("/") + "/")
+    inner, outer = os.path.abspath(path), os.path.abspath(folder)
+    return inner != outer and os.path.commonpath([inner, outer]) == outer
+
+
 def exists(path: str) -> bool:
     """Whether a file or a folder is there, a broken link included."""
     return os.path.lexists(path) if is_local(path) else bool(_remote(path).exists(path))
@@ -57,6 +83,29 @@ def make_folder(path: str) -> None:
         os.makedirs(path, exist_ok=True)
     else:
         _remote(path).makedirs(path, exist_ok=True)
+
+
+def link(target: str, path: str) -> None:
+    """Make ``path`` a relative symbolic link to ``target``, or a copy where there are no links; replaces what is there."""
+    staged = f"{path}.link"
+    _delete(staged)
+    try:
+        os.symlink(os.path.relpath(target, os.path.dirname(path)), staged)
+    except OSError:  # a file system without links
+        if os.path.isdir(target):
+            shutil.copytree(target, staged)
+        else:
+            shutil.copy2(target, staged)
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)  # a folder cannot be replaced in one step
+    os.replace(staged, path)
+
+
+def _delete(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.remove(path)
 
 
 def open_text(path: str | PathLike[str], mode: str = "r") -> AbstractContextManager[TextIO]:

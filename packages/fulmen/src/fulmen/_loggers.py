@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from fulmen.hparams import hyperparameters_for_loggers
 from fulmen_fabric import rank_zero_info
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import LOGGERS, Logger, SupportsGraph, check, load
-
-from fulmen.hparams import hyperparameters_for_loggers
 
 if TYPE_CHECKING:
     from fulmen.session import Session

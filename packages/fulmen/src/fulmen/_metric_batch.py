@@ -39,12 +39,13 @@ def first_batch_size(batch: object) -> int | None:
 
     None when neither is there.
     """
+    known: object = batch
     if isinstance(batch, (list, tuple)):  # the usual (inputs, targets), without a generator
         head = cast("tuple[object, ...]", batch)
         if head and isinstance(head[0], Tensor):
             return head[0].shape[0] if head[0].ndim else 1
-    size = next(batch_sizes(batch), None)
-    return _plain_length(batch) if size is None else size
+    size = next(batch_sizes(known), None)
+    return _plain_length(known) if size is None else size
 
 
 def _plain_length(batch: object) -> int | None:

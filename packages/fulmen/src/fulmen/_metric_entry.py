@@ -277,21 +277,19 @@ class MetricEntry:
         host, device = self.host_total, self.device_total
         if host is None or device is None:
             return device if host is None else host
-        return combine_two(device, torch.tensor(host, dtype=device.dtype), self.op)
+        with torch.inference_mode(False), torch.no_grad():
+            return combine_two(device, torch.tensor(host, dtype=device.dtype), self.op)
 
     def local_value(self) -> Scalar | None:
         """The epoch's value over this rank's batches; None when nothing was logged. No communication, no host read."""
         total = self.total()
         if total is None:
             return None
-        if self.op == "mean":
-            if isinstance(total, Tensor):
-                total = total / self.weight if self.weight else total * math.nan
-            else:
-                total = total / self.weight if self.weight else math.nan
+        divisor = 1.0 if self.op != "mean" else (self.weight or math.nan)
         if isinstance(total, Tensor):
-            return total.to(self.result_dtype)
-        return total
+            with torch.inference_mode(False), torch.no_grad():
+                return (total / divisor).to(self.result_dtype)
+        return total / divisor
 
     @property
     def result_dtype(self) -> torch.dtype:

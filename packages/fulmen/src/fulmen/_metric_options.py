@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -112,8 +112,8 @@ def metric_name(name: str, metric: object, attribute: str | None, module: nn.Mod
             f"self.log({name!r}, metric_attribute={attribute!r}): that attribute of {type(module).__name__} is "
             f"{type(found).__name__}, not the object that was logged."
         )
-    modules = cast("dict[str, nn.Module]", dict(module.named_modules()))
-    known = {path: child for path, child in modules.items() if is_metric(child)}
+    anything: Any = module  # torch's stubs leave named_modules partially unknown
+    known: dict[str, object] = {path: child for path, child in anything.named_modules() if is_metric(child)}
     for path, child in known.items():
         if child is metric:
             return path

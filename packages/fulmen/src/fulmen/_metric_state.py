@@ -107,13 +107,17 @@ def _restore_metric(
     return result
 
 
-def _on_cpu(value: Any) -> Any:
+def _on_cpu(value: object) -> object:
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
-    return [_on_cpu(item) for item in cast("list[Any]", value)] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_on_cpu(item) for item in cast("list[object]", value)]
+    return value
 
 
-def _on_device(value: Any, device: torch.device) -> Any:
+def _on_device(value: object, device: torch.device) -> object:
     if isinstance(value, Tensor):
         return value.to(device, copy=True)
-    return [_on_device(item, device) for item in cast("list[Any]", value)] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_on_device(item, device) for item in cast("list[object]", value)]
+    return value

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from datetime import timedelta
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,9 @@ from fulmen.callbacks.progress import ProgressBar
 from fulmen.states import RunningStage, TrainerFn, TrainerStatus
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     import torch
-    from fulmen_fabric import Assembly, World
-    from fulmen_protocols import Accelerator, Logger, Precision
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
     from fulmen.settings import BatchLimit, Settings
     from fulmen.states import TrainerState
     from fulmen.strategy_facade import StrategyFacade
+    from fulmen_fabric import Assembly, World
+    from fulmen_protocols import Accelerator, Logger, Precision
 
 __all__ = ["TrainerSurface"]
 
@@ -450,9 +451,7 @@ class TrainerSurface:
             max_batches=self.num_training_batches,
             epoch_loop=SimpleNamespace(
                 _batches_that_stepped=progress.log_step,
-                batch_progress=SimpleNamespace(
-                    current=batch, total=total, is_last_batch=progress.epoch_is_whole
-                ),
+                batch_progress=SimpleNamespace(current=batch, total=total, is_last_batch=progress.epoch_is_whole),
                 batch_idx=progress.batch - 1,
                 total_batch_idx=progress.total_batches - 1,
                 global_step=self.global_step,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-from fulmen_fabric import PossibleUserWarning, rank_zero_warn
-from fulmen_protocols import MisconfigurationException
 
 from fulmen.hooks import check_hook_names
 from fulmen.module import LightningModule
 from fulmen.states import TrainerFn
+from fulmen_fabric import PossibleUserWarning, rank_zero_warn
+from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from fulmen.loaders import LoaderSource
     from fulmen.settings import Settings
 
@@ -77,9 +77,7 @@ def _has_forward(module: LightningModule) -> bool:
     return type(module).forward is not torch.nn.Module.forward and type(module).forward is not LightningModule.forward
 
 
-def _fit(
-    module: LightningModule, name: str, sources: Mapping[str, LoaderSource], settings: Settings
-) -> list[str]:
+def _fit(module: LightningModule, name: str, sources: Mapping[str, LoaderSource], settings: Settings) -> list[str]:
     problems = [
         f"{name} has no {needed}, which trainer.fit() runs. Define it."
         for needed in ("training_step", "configure_optimizers")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
     from fulmen.hooks import EvalHooks
@@ -36,9 +36,7 @@ class EvalParts:
     """Write epoch metrics to the loggers; called before ``on_end``."""
 
 
-def evaluate(
-    parts: EvalParts, hooks: EvalHooks, loaders: Sequence[Iterable[object]], limits: Sequence[float]
-) -> None:
+def evaluate(parts: EvalParts, hooks: EvalHooks, loaders: Sequence[Iterable[object]], limits: Sequence[float]) -> None:
     """Run every batch of ``loaders``, one after the other, through the evaluation step.
 
     Args:
@@ -80,7 +78,7 @@ def evaluate_loader(
     """Run up to ``limit`` batches of one loader."""
     step, transfer, end_batch = parts.step, parts.transfer, parts.end_batch
     for batch_idx, batch in enumerate(loader):
-        batch = transfer(batch, dataloader_idx)  # noqa: PLW2901  # the batch on the device replaces the one off it
+        batch = transfer(batch, dataloader_idx)  # the batch on the device replaces the one off it
         for hook in hooks.on_batch_start:
             hook(batch, batch_idx, dataloader_idx)
 

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fulmen_protocols import HOOKS, MisconfigurationException, did_you_mean
-
 from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.checkpoint import Checkpoint
 from fulmen.callbacks.early_stopping import EarlyStopping
 from fulmen.module import LightningModule
+from fulmen_protocols import HOOKS, MisconfigurationException, did_you_mean
 
 if TYPE_CHECKING:
     from fulmen.trainer import Trainer
@@ -96,8 +95,12 @@ class HookBinder:
         """Callbacks first, then the module."""
         return self.of_callbacks(name) + self.of_module(name)
 
-    def fit(self) -> FitHooks:
-        """The events of training."""
+    def fit(self, *, before_watching: Hook = ()) -> FitHooks:
+        """The events of training.
+
+        Args:
+            before_watching: called between the module's ``on_train_epoch_end`` and the callbacks that watch metrics.
+        """
         watching = [c for c in self.callbacks if isinstance(c, (Checkpoint, EarlyStopping))]
         others = [c for c in self.callbacks if not isinstance(c, (Checkpoint, EarlyStopping))]
         end = "on_train_epoch_end"
@@ -107,7 +110,12 @@ class HookBinder:
             on_train_batch_start=self.of_callbacks("on_train_batch_start"),
             module_on_train_batch_start=self.of_module("on_train_batch_start"),
             on_train_batch_end=self.both("on_train_batch_end"),
-            on_train_epoch_end=self.of_callbacks(end, others) + self.of_module(end) + self.of_callbacks(end, watching),
+            on_train_epoch_end=(
+                *self.of_callbacks(end, others),
+                *self.of_module(end),
+                *before_watching,
+                *self.of_callbacks(end, watching),
+            ),
             on_train_end=self.both("on_train_end"),
         )
 
@@ -165,14 +173,23 @@ def check_hook_names(callbacks: Iterable[object]) -> list[str]:
     for callback in callbacks:
         kind = type(callback)
         for name in dir(kind):
-            if not name.startswith("on_") or name in HOOKS or hasattr(Callback, name) or not callable(getattr(kind, name)):
+            if (
+                not name.startswith("on_")
+                or name in HOOKS
+                or hasattr(Callback, name)
+                or not callable(getattr(kind, name))
+            ):
                 continue
             hint = did_you_mean(name, HOOKS)
             if hint:
                 problems.append(f"{kind.__name__} defines {name!r}, which is no hook of a callback.{hint}")
         for name, arguments in HOOKS.items():
             method = getattr(callback, name, None)
-            if method is None or not callable(method) or getattr(method, "__func__", None) is getattr(Callback, name, None):
+            if (
+                method is None
+                or not callable(method)
+                or getattr(method, "__func__", None) is getattr(Callback, name, None)
+            ):
                 continue
             needed = 2 + len(arguments) - ("dataloader_idx" in arguments)  # may be left out where there is one loader
             try:

@@ -9,10 +9,18 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fulmen_data import CombinedLoader, LoaderPosition, distribute_loader, has_iterable_dataset, set_epoch, sized_len
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+
+from fulmen_data import (
+    CombinedLoader,
+    LoaderPosition,
+    distribute_loader,
+    has_iterable_dataset,
+    rebuild_loader,
+    sized_len,
+)
 from fulmen_fabric import rank_zero_warn
 from fulmen_protocols import MisconfigurationException
-from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:
     from fulmen.datamodule import LightningDataModule
@@ -93,8 +101,10 @@ def _leaves(loaders: object) -> list[Any]:
 
 def _is_collection(loaders: object) -> bool:
     # A list or tuple of loaders; a list of batches is itself a loader.
-    return isinstance(loaders, (list, tuple)) and bool(loaders) and all(
-        isinstance(item, (DataLoader, CombinedLoader, Mapping)) or _is_collection(item) for item in loaders
+    return (
+        isinstance(loaders, (list, tuple))
+        and bool(loaders)
+        and all(isinstance(item, (DataLoader, CombinedLoader, Mapping)) or _is_collection(item) for item in loaders)
     )
 
 
@@ -148,7 +158,8 @@ class Splitter:
     def _split(self, loader: object, *, training: bool) -> object:
         if not self._enabled or not isinstance(loader, DataLoader):
             return loader
-        shuffle = False if training and self._overfit else None
+        # Training shuffles, as Lightning does, whatever the loader's own order; evaluation keeps the loader's.
+        shuffle = not self._overfit if training else None
         return distribute_loader(
             loader,
             rank=self._rank,
@@ -182,7 +193,8 @@ class TrainLoader:
         self._epoch = -1
         self._restored: Mapping[str, object] | None = None
         self.user_loader: object = None
-        self.loader: Iterable[object] = ()
+        self.loader: Any = ()
+        self._combined = False
         self.batches: float = 0
 
     def setup(self, epoch: int) -> None:
@@ -196,7 +208,7 @@ class TrainLoader:
             loaders = _map(loaders, _without_shuffling)
         loaders = _map(loaders, self._split)
         if len(leaves) == 1 and not isinstance(loaders, (CombinedLoader, Mapping)) and not _is_collection(loaders):
-            self.loader = loaders  # type: ignore[assignment]  # checked by _require_iterable
+            self.loader = loaders
             length = _length(loaders)
         else:
             combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
@@ -205,8 +217,8 @@ class TrainLoader:
                     "train_dataloader is a CombinedLoader with mode='sequential', which is for evaluation. Use 'min_size', "
                     "'max_size' or 'max_size_cycle'."
                 )
-            self.loader = _FirstOf(combined)
-            length = combined.total_length()
+            self.loader, self._combined = combined, True
+            length = _combined_length(combined)
         self._position = LoaderPosition(self.loader)
         self.batches = limited(self._limit_name, length, self._limit, "training")
         self._loaded_in = epoch
@@ -220,12 +232,15 @@ class TrainLoader:
         """
         if self._running is None or self._epoch != epoch:
             self.setup(epoch)
-            for leaf in self._flattened():
-                set_epoch(leaf, epoch)
             if self._restored is not None:
                 self._position.load_state_dict(self._restored)
                 self._restored = None
-            iterator = iter(self._position) if start else iter(self._position.fresh())
+            else:
+                self._position.restart()
+            self._position.set_epoch(epoch)
+            iterator: Iterator[object] = iter(self._position)
+            if self._combined:
+                iterator = (item[0] for item in iterator)  # type: ignore[index]  # (batch, batch_idx, dataloader_idx)
             if self._process is not None:
                 iterator = iter(self._process(iterator))
             self._running = _with_last(iterator, self.batches, start)
@@ -244,19 +259,17 @@ class TrainLoader:
         """Go on from there when the epoch's batches are next asked for."""
         self._restored = state
 
-    def _flattened(self) -> list[Any]:
-        return _leaves(self.loader.combined if isinstance(self.loader, _FirstOf) else self.loader)
+
+def _combined_length(combined: CombinedLoader) -> float:
+    lengths = [_length(leaf) for leaf in combined.flattened]
+    if combined.mode == "sequential":
+        return sum(lengths)
+    return min(lengths) if combined.mode == "min_size" else max(lengths)
 
 
-class _FirstOf:
-    """The batches of a CombinedLoader without its indices."""
-
-    def __init__(self, combined: CombinedLoader) -> None:
-        self.combined = combined
-
-    def __iter__(self) -> Iterator[object]:
-        for batch, _, _ in self.combined:
-            yield batch
+def _batches_of(combined: CombinedLoader) -> Iterator[object]:
+    for batch, _, _ in combined:
+        yield batch
 
 
 def _with_last(iterator: Iterator[object], length: float, start: int) -> Iterator[tuple[object, bool]]:
@@ -274,13 +287,14 @@ def _with_last(iterator: Iterator[object], length: float, start: int) -> Iterato
     for batch in iterator:
         for following in iterator:
             yield batch, False
-            batch = following  # noqa: PLW2901  # the batch in hand is always one behind the iterator
+            batch = following  # the batch in hand is always one behind the iterator
         yield batch, True
 
 
 def _map(loaders: object, function: Callable[[object], object]) -> object:
     if isinstance(loaders, CombinedLoader):
-        return loaders.map(function)
+        loaders.flattened = [function(leaf) for leaf in loaders.flattened]
+        return loaders
     if isinstance(loaders, Mapping):
         return {key: _map(value, function) for key, value in loaders.items()}
     if _is_collection(loaders):
@@ -289,14 +303,20 @@ def _map(loaders: object, function: Callable[[object], object]) -> object:
 
 
 def _without_shuffling(loader: object) -> object:
-    from torch.utils.data import RandomSampler, SequentialSampler
-
     if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
         rank_zero_warn("overfit_batches trains on the same batches every epoch, so shuffling is turned off.")
-        return distribute_loader(
-            loader, rank=0, world_size=1, shuffle=False, training=True, seed=0, sampler=SequentialSampler(loader.dataset)  # type: ignore[arg-type]
-        )
+        return rebuild_loader(loader, sampler=SequentialSampler(loader.dataset))
     return loader
+
+
+class _Combined:
+    """The batches of a CombinedLoader without their indices, from the beginning at each ``iter``."""
+
+    def __init__(self, combined: CombinedLoader) -> None:
+        self._loader = combined
+
+    def __iter__(self) -> Iterator[object]:
+        return _batches_of(self._loader)
 
 
 class EvalLoaders:
@@ -324,8 +344,8 @@ class EvalLoaders:
         self.user_loaders = loaders = self._source.load()
         split = _map(loaders, self._split)
         if isinstance(split, CombinedLoader) and split.mode != "sequential":
-            self.loaders = [_FirstOf(split)]
-            lengths: list[float] = [split.total_length()]
+            self.loaders = [_Combined(split)]
+            lengths: list[float] = [_combined_length(split)]
         else:
             leaves = _leaves(split)
             self.loaders = leaves if self._process is None else [self._process(leaf) for leaf in leaves]

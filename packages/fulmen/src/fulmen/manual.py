@@ -7,18 +7,20 @@ count of optimizer steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from fulmen_protocols import MisconfigurationException
 from torch import Tensor
 
+from fulmen_protocols import MisconfigurationException
+
 if TYPE_CHECKING:
-    from fulmen_fabric.steps import Gradients, StepHooks
+    from contextlib import AbstractContextManager
+
     from torch.optim import Optimizer
 
     from fulmen.optimizer import LightningOptimizer
     from fulmen.progress import Progress
+    from fulmen_fabric.steps import Gradients, StepHooks
 
 __all__ = ["ManualOptimization"]
 

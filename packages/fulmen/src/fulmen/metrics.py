@@ -15,11 +15,12 @@ from fulmen._metric_reduce import reduce_epoch_values, reduce_step_values
 from fulmen._metric_scope import LogScope, scope_for
 from fulmen._metric_state import load_entries, save_entries
 from fulmen._metric_sync import Schema
+from fulmen._metric_view import MetricView, as_tensors, epoch_view, step_view
 from fulmen_fabric.rank_zero import PossibleUserWarning, rank_zero_warn
 from fulmen_protocols.errors import MisconfigurationException
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable
 
     from fulmen_protocols.collectives import Collectives
 
@@ -40,23 +41,6 @@ _Key = tuple[
 ]
 
 __all__ = ["LogScope", "MetricStore", "MetricView", "Scalar", "scope_for"]
-
-
-class MetricView:
-    """Metrics under the names that three readers know them by. Values are device tensors, unread, or host numbers.
-
-    Attributes:
-        log: what loggers get.
-        bar: what the progress bar shows.
-        callback: what callbacks and schedulers monitor.
-    """
-
-    __slots__ = ("bar", "callback", "log")
-
-    def __init__(self) -> None:
-        self.log: dict[str, Scalar] = {}
-        self.bar: dict[str, Scalar] = {}
-        self.callback: dict[str, Scalar] = {}
 
 
 class MetricStore:
@@ -425,24 +409,13 @@ class MetricStore:
 
     # Reading -----------------------------------------------------------------------------------------------------
 
-    def step_metrics(self) -> MetricView:
-        """The latest step values. In evaluation the callback view is empty: callbacks get epoch values there."""
-        view = MetricView()
-        for entry in self._entries.values():
-            options = entry.options
-            if not options.on_step:
-                continue
-            value = entry.step_value()
-            if value is None:
-                continue
-            if options.logger:
-                view.log[entry.step_key] = value
-            if options.prog_bar:
-                view.bar[entry.step_key] = value
-            if self._training:
-                view.callback[entry.plain_key] = value
-                view.callback[entry.step_key] = value
-        return view
+    def step_metrics(self, dataloader_idx: int | None = None) -> MetricView:
+        """The latest step values. In evaluation the callback view is empty: callbacks get epoch values there.
+
+        Args:
+            dataloader_idx: only this loader's metrics and those of no loader; None: all.
+        """
+        return step_view(self._of_loader(dataloader_idx), with_callback=self._training)
 
     def epoch_metrics(self, dataloader_idx: int | None = None) -> MetricView:
         """The epoch's values that are known without communicating.
@@ -450,24 +423,14 @@ class MetricStore:
         Args:
             dataloader_idx: only this loader's metrics and those of no loader; None: all.
         """
-        view = MetricView()
-        for entry, value in self._epoch_items():
-            if dataloader_idx is not None and entry.row.dataloader_idx not in (-1, dataloader_idx):
-                continue
-            if entry.options.logger:
-                view.log[entry.epoch_key] = value
-            if entry.options.prog_bar:
-                view.bar[entry.epoch_key] = value
-            view.callback[entry.plain_key] = value
-            view.callback[entry.epoch_key] = value
-        return view
+        entries = self._of_loader(dataloader_idx)
+        return epoch_view((entry, self._epoch_value(entry)) for entry in entries if entry.on_epoch)
 
-    def _epoch_items(self) -> Iterator[tuple[MetricEntry, Scalar]]:
-        for entry in self._entries.values():
-            if entry.on_epoch:
-                value = self._epoch_value(entry)
-                if value is not None:
-                    yield entry, value
+    def _of_loader(self, dataloader_idx: int | None) -> Iterable[MetricEntry]:
+        entries = self._entries.values()
+        if dataloader_idx is None:
+            return entries
+        return (entry for entry in entries if entry.row.dataloader_idx in (-1, dataloader_idx))
 
     def metrics(self) -> MetricView:
         """Step values while batches run; epoch values from ``reduce_epoch`` until the next batch."""
@@ -476,25 +439,17 @@ class MetricStore:
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
         """What callbacks monitor now, as tensors on the store's device."""
-        return self._as_tensors(self.metrics().callback)
+        return as_tensors(self.metrics().callback, self._device)
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
         """What loggers get now, as tensors on the store's device."""
-        return self._as_tensors(self.metrics().log)
+        return as_tensors(self.metrics().log, self._device)
 
     @property
     def progress_bar_metrics(self) -> dict[str, Scalar]:
         """What the progress bar shows now; tensors are unread."""
         return self.metrics().bar
-
-    def _as_tensors(self, metrics: dict[str, Scalar]) -> dict[str, Tensor]:
-        return {
-            name: value
-            if isinstance(value, Tensor)
-            else torch.tensor(value, dtype=torch.get_default_dtype()).to(self._device, non_blocking=True)
-            for name, value in metrics.items()
-        }
 
     # Checkpoints -------------------------------------------------------------------------------------------------
 

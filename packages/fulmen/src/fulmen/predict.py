@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
     from fulmen.hooks import EvalHooks
@@ -56,7 +56,7 @@ def predict(
         for dataloader_idx, (loader, limit) in enumerate(zip(loaders, limits, strict=True)):
             kept = predictions[dataloader_idx]
             for batch_idx, batch in enumerate(loader) if limit > 0 else ():
-                batch = transfer(batch, dataloader_idx)  # noqa: PLW2901
+                batch = transfer(batch, dataloader_idx)
                 for hook in hooks.on_batch_start:
                     hook(batch, batch_idx, dataloader_idx)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fulmen_fabric import rank_zero_warn
 from fulmen_protocols import MisconfigurationException, did_you_mean
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from fulmen.optimizer import LRSchedulerConfig
     from fulmen.progress import Progress
 

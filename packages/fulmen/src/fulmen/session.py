@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from fulmen.fit import FitParts
+from fulmen.manual import ManualOptimization
+from fulmen.metrics import scope_for
+from fulmen.module import LightningModule
+from fulmen.optimizer import LightningOptimizer
 from fulmen_fabric import move_data_to_device
 from fulmen_fabric.abilities import supports
 from fulmen_fabric.steps import Gradients, StepHooks, automatic_step
@@ -21,14 +25,10 @@ from fulmen_protocols import (
     SupportsNoSync,
 )
 
-from fulmen.fit import FitParts
-from fulmen.manual import ManualOptimization
-from fulmen.metrics import scope_for
-from fulmen.module import LightningModule
-from fulmen.optimizer import LightningOptimizer
-
 if TYPE_CHECKING:
-    from fulmen_fabric import Assembly, World
+    from collections.abc import Callable, Iterable
+    from contextlib import AbstractContextManager
+
     from torch import nn
     from torch.optim import Optimizer
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from fulmen.optimizer import LRSchedulerConfig
     from fulmen.progress import Progress
     from fulmen.states import TrainerFn
+    from fulmen_fabric import Assembly, World
 
 __all__ = ["Session"]
 
@@ -83,6 +84,10 @@ class Session:
                 store.scope = outer
 
         return call
+
+    def logging_modules(self) -> list[LightningModule]:
+        """The module and every LightningModule inside it: all may call ``self.log``."""
+        return [module for module in self.module.modules() if isinstance(module, LightningModule)]
 
     def bound(self, name: str) -> Callable[..., Any]:
         """The module's method ``name``, entered through the strategy's wrapper where it has one."""

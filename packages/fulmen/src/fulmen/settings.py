@@ -236,7 +236,9 @@ def _val_check_interval(
         wrong.type(f"val_check_interval={value!r} must be a number of batches, a fraction of an epoch or a duration.")
     elif isinstance(value, int):
         if value < 1:
-            wrong.add(f"val_check_interval={value!r} must be at least 1 batch; limit_val_batches=0 turns validation off.")
+            wrong.add(
+                f"val_check_interval={value!r} must be at least 1 batch; limit_val_batches=0 turns validation off."
+            )
         return value
     elif isinstance(value, float):
         if not 0.0 < value <= 1.0:

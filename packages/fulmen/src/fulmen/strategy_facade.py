@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from fulmen_protocols import MisconfigurationException
 from torch import Tensor
 
+from fulmen_protocols import MisconfigurationException
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from os import PathLike
+
+    from torch import nn
+    from torch.optim import Optimizer
+
     from fulmen_fabric import World
     from fulmen_fabric.steps import Gradients
     from fulmen_protocols import CheckpointIO, ReduceOp, Strategy
-    from torch import nn
-    from torch.optim import Optimizer
 
 __all__ = ["StrategyFacade"]
 
@@ -83,11 +86,13 @@ class StrategyFacade:
         if op is None:
             raise ValueError(f"reduce_op={reduce_op!r} must be one of {', '.join(_OPS)}.")
         if group is not None:
-            raise ValueError(f"group={group!r}: only all ranks together can reduce here; use torch.distributed directly.")
+            raise ValueError(
+                f"group={group!r}: only all ranks together can reduce here; use torch.distributed directly."
+            )
         value = tensor if isinstance(tensor, Tensor) else torch.tensor(tensor, device=self.root_device)
         return self._world.collectives.all_reduce(value, op)
 
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002  # Lightning's name
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # Lightning's name
         """Whether ``decision`` holds on every rank, or, with ``all=False``, on any. Reads a device value."""
         if self._world.world_size == 1:
             return decision
@@ -97,7 +102,9 @@ class StrategyFacade:
     def all_gather(self, tensor: Tensor, group: object = None, sync_grads: bool = False) -> Tensor:
         """``tensor`` of every rank, stacked; unchanged in a run of one process."""
         if group is not None:
-            raise ValueError(f"group={group!r}: only all ranks together can gather here; use torch.distributed directly.")
+            raise ValueError(
+                f"group={group!r}: only all ranks together can gather here; use torch.distributed directly."
+            )
         if self._world.world_size == 1:
             return tensor
         return self._world.collectives.all_gather(tensor, differentiable=sync_grads)

@@ -9,21 +9,13 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from fulmen_fabric import Assembly, World, assemble, isolate_rng, move_data_to_device, rank_zero_info, rank_zero_warn
-from fulmen_protocols import (
-    MisconfigurationException,
-    MisconfigurationTypeError,
-    SupportsInferencePlacement,
-    SupportsPrecisionPlan,
-)
-from fulmen_fabric.abilities import supports
 
 from fulmen import _callbacks, _checkpointing, _loggers, _verify
 from fulmen._explain import explain_run
@@ -32,21 +24,32 @@ from fulmen.datamodule import LightningDataModule
 from fulmen.evaluate import EvalParts, evaluate
 from fulmen.fit import FitParts, fit
 from fulmen.hooks import HookBinder
-from fulmen.loaders import EvalLoaders, LoaderSource, Splitter, TrainLoader, leaves
-from fulmen.metrics import MetricStore
+from fulmen.loaders import EvalLoaders, LoaderSource, Splitter, TrainLoader
+from fulmen.metering import Metering
 from fulmen.module import LightningModule
 from fulmen.optimizer import parse_optimizers
 from fulmen.plan import Plan
 from fulmen.predict import PredictParts, predict
 from fulmen.progress import Progress
-from fulmen.reporting import Reporter
+from fulmen.reporting import Reporter, print_results
 from fulmen.schedules import plain_schedule, watching_schedule
 from fulmen.session import ModelModes, Session
 from fulmen.settings import BatchLimit, Interval, Settings
 from fulmen.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from fulmen.strategy_facade import StrategyFacade
+from fulmen_fabric import Assembly, World, assemble, isolate_rng, move_data_to_device, rank_zero_info, rank_zero_warn
+from fulmen_fabric.abilities import supports
+from fulmen_protocols import (
+    MisconfigurationException,
+    MisconfigurationTypeError,
+    SupportsInferencePlacement,
+    SupportsPrecisionPlan,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from fulmen.metrics import MetricStore
     from fulmen_protocols import Accelerator, Logger, Strategy
 
 __all__ = ["Trainer"]
@@ -158,9 +161,14 @@ class Trainer(TrainerSurface):
         self._ckpt_path: str | None = None
         self._last_validation_s = 0.0
         self._results: list[dict[str, float]] = []
+        self._reporter = Reporter(
+            loggers=self.loggers,
+            log_every_n_steps=settings.log_every_n_steps,
+            is_global_zero=self.world.is_global_zero,
+        )
         self.fast_dev_run = settings.fast_dev_run
-        for line in self.assembly.chosen:
-            rank_zero_info(line)
+        if self.assembly.chosen:
+            rank_zero_info(" ".join(self.assembly.chosen))
         if settings.max_epochs_is_default:
             rank_zero_warn("neither max_epochs nor max_steps was given: training ends after 1000 epochs.")
 
@@ -217,7 +225,9 @@ class Trainer(TrainerSurface):
         weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
         """Run one test epoch and return the logged metrics, one dict per loader."""
-        return self._evaluate(TrainerFn.TESTING, "test", model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        return self._evaluate(
+            TrainerFn.TESTING, "test", model, dataloaders, ckpt_path, verbose, datamodule, weights_only
+        )
 
     def predict(
         self,
@@ -346,9 +356,15 @@ class Trainer(TrainerSurface):
         module, datamodule, fn = session.module, session.datamodule, session.fn
         self._share_log_dir()
         self._prepare_data(session)
-        session.store = MetricStore(device=self.world.device, collectives=self.world.collectives, stage=_STORE[fn])
-        module.__dict__["_metric_store"] = None if self.settings.barebones else session.store
-        self._reporter = Reporter(self, session)
+        self._reporter.loggers = self.loggers
+        self._metering = Metering(
+            session,
+            self._reporter,
+            self._progress,
+            self.world,
+            enabled=not self.settings.barebones,
+            stage=_STORE[fn],
+        )
         self._binder = binder = HookBinder(self, module, self.callbacks, session.scoped)
         if datamodule is not None:
             datamodule.setup(fn.value)
@@ -411,6 +427,73 @@ class Trainer(TrainerSurface):
         assert session.placed is not None
         session.optimizers = list(self.assembly.strategy.prepare_optimizers(session.placed, optimizers))
 
+    @contextmanager
+    def _determinism(self) -> Iterator[None]:
+        """The run's settings of torch's global switches, given back afterwards."""
+        settings = self.settings
+        benchmark = settings.benchmark
+        if settings.deterministic and benchmark is None:
+            benchmark = False
+        before = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.backends.cudnn.benchmark,
+        )
+        if settings.deterministic:
+            # cuBLAS reads it when its first handle is made; without it torch refuses deterministic matrix products.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=settings.deterministic == "warn")
+        if benchmark is not None:
+            torch.backends.cudnn.benchmark = benchmark
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.backends.cudnn.benchmark = before[2]
+
+    def _share_log_dir(self) -> None:
+        """Rank 0 chooses the run's folder; the others take its word."""
+        self._shared_log_dir = None
+        if self.world.world_size > 1:
+            self._shared_log_dir = self.world.collectives.broadcast_object(self.log_dir)
+
+    def _resolve_ckpt_path(self, asked: str | os.PathLike[str] | None, *, model_given: bool) -> None:
+        """Turn ``best``, ``last``, a path or None into the path to load, before anything starts."""
+        fn = self.state.fn
+        if asked is None:
+            self._ckpt_path = None
+            callback = self.checkpoint_callback
+            if fn is not TrainerFn.FITTING and not model_given and getattr(callback, "best_model_path", ""):
+                self._ckpt_path = callback.best_model_path
+                rank_zero_info(
+                    f"trainer.{fn}() without a model uses the best checkpoint, {self._ckpt_path}. Pass the model to use its "
+                    "weights as they are."
+                )
+            return
+        text = os.fspath(asked)
+        if text == "best":
+            callback = self.checkpoint_callback
+            if self.settings.fast_dev_run:
+                raise MisconfigurationException(
+                    "ckpt_path='best': fast_dev_run saves no checkpoint. Drop one of the two."
+                )
+            if callback is None:
+                raise MisconfigurationException(
+                    "ckpt_path='best', but there is no checkpoint callback. Add ModelCheckpoint."
+                )
+            if not getattr(callback, "best_model_path", ""):
+                raise MisconfigurationException(
+                    "ckpt_path='best', but the checkpoint callback has saved nothing yet. Call fit first, or give a path."
+                )
+            self._ckpt_path = callback.best_model_path
+        elif text == "last":
+            candidates = [path for c in self.checkpoint_callbacks for path in c.last_checkpoints(self)]
+            self._ckpt_path = _checkpointing.newest_whole(self, candidates)
+            if self._ckpt_path is None:
+                rank_zero_warn("ckpt_path='last', but no checkpoint was found: nothing is loaded.")
+        else:
+            self._ckpt_path = text
+
     # ------------------------------------------------------------------ training
 
     def _prepare_fit(self, session: Session) -> tuple[FitParts, Any]:
@@ -436,15 +519,12 @@ class Trainer(TrainerSurface):
 
     def _compose(self, session: Session, *, first: bool) -> tuple[FitParts, Any]:
         """Build the loop's parts and hooks from what the Trainer and the user have set so far."""
-        progress, reporter = self._progress, self._reporter
+        progress, metering = self._progress, self._metering
         if not first:
             self._make_plan(session)
         self._binder = binder = HookBinder(self, session.module, self.callbacks, session.scoped)
-        hooks = binder.fit(before_watching=(reporter.reduce_epoch,))
+        hooks = binder.fit(before_watching=(metering.reduce_train,))
         own_schedule = binder.overridden("lr_scheduler_step")
-        transfer = session.transfer()
-        store = session.store
-        assert store is not None
         parts = FitParts(
             **session.training_callables(
                 binder,
@@ -454,7 +534,7 @@ class Trainer(TrainerSurface):
                 clip_algorithm=self.gradient_clip_algorithm,
                 keep_outputs=bool(hooks.on_train_batch_end),
             ),
-            transfer=_starting(store, transfer),
+            transfer=_starting(metering.train, session.transfer()),
             schedule=plain_schedule(session.schedulers, progress, own_schedule)
             if session.module.automatic_optimization
             else None,
@@ -463,13 +543,14 @@ class Trainer(TrainerSurface):
             )
             if session.module.automatic_optimization
             else None,
-            log=reporter.log_train_step,
-            end_batch=reporter.end_train_batch if self.world.world_size > 1 else None,
-            end_epoch=reporter.reduce_epoch,
+            log=metering.log_train_step,
+            end_batch=metering.sync_train_step if metering.train.may_sync_steps else None,
+            end_epoch=metering.reduce_train,
             log_epoch=self._close_epoch,
             validate=self._validate_in_fit,
             last_validation_s=self._last_validation_clock if self._plan.validate_every_s is not None else None,
         )
+        self.strategy.gradients = session.gradients
         return parts, hooks
 
     def _make_plan(self, session: Session) -> None:
@@ -518,11 +599,9 @@ class Trainer(TrainerSurface):
         assert session.train_loader is not None
         session.train_loader.setup(self._progress.epoch)
         self._make_plan(session)
-        self._reporter.begin_training()
         self.state.stage = RunningStage.TRAINING
         if self._plan.validates and "val" not in session.eval_loaders:
             self._eval_loaders(session, "val")
-        self._use_store(session, session.store)
         if session.resumed is not None:
             _checkpointing.restore_position(self, session)
         self._last_validation_s = time.monotonic()
@@ -547,14 +626,16 @@ class Trainer(TrainerSurface):
 
     def _epoch_batches(self) -> Any:
         session, progress = self._session, self._progress
-        assert session is not None and session.train_loader is not None
+        assert session is not None
+        assert session.train_loader is not None
         return session.train_loader.epoch_batches(progress.epoch, progress.batch)
 
     def _close_epoch(self) -> None:
         """After the hooks at the end of a training epoch."""
         session = self._session
-        assert session is not None and session.train_loader is not None
-        self._reporter.log_train_epoch()
+        assert session is not None
+        assert session.train_loader is not None
+        self._metering.log_train_epoch()
         session.train_loader.end_epoch()
         progress = self._progress
         if progress.stop_reason is not None and not self._plan.may_stop(replace(progress, epoch=progress.epoch + 1)):
@@ -602,43 +683,40 @@ class Trainer(TrainerSurface):
     _val_loaded_in = 0
 
     def _eval_arguments(
-        self, session: Session, stage: str, *, limit: float = math.inf, inference_mode: bool, bind: bool
+        self, session: Session, stage: str, store: MetricStore, *, limit: float = math.inf, in_fit: bool
     ) -> tuple[EvalParts, Any, list[Any], list[float]]:
         loaders = self._eval_loaders(session, stage)
         name = "validation" if stage == "val" else stage
         hooks = self._binder.evaluation(name, several_loaders=loaders.several)
         modes = ModelModes(session.module)
-        store, reporter = session.store, self._reporter
-        assert store is not None
-        step = session.step_method(f"{name}_step", several_loaders=loaders.several, bind=bind)
+        metering = self._metering
+        step = session.step_method(f"{name}_step", several_loaders=loaders.several, bind=in_fit)
         context = session.forward_context()
         parts = EvalParts(
             step=step if context is None else _inside(context, step),
             transfer=_starting_eval(store, session.transfer(), several=loaders.several),
-            no_grad=session.no_grad(inference_mode=inference_mode),
+            no_grad=session.no_grad(inference_mode=not in_fit and self._uses_inference_mode()),
             model_eval=modes.eval,
             model_train=modes.restore,
-            end_batch=reporter.eval_end_batch(store),
-            reduce=reporter.reduce_eval,
-            log=reporter.log_eval_epoch,
+            end_batch=metering.eval_end_batch(store, several=loaders.several),
+            reduce=store.reduce_epoch,
+            log=partial(metering.log_eval_epoch, store),
         )
         return parts, hooks, loaders.loaders, [min(limit, each) for each in loaders.limits]
 
     def _sanity_check(self, session: Session) -> None:
         limit = self.settings.num_sanity_val_steps
-        if limit == 0 or not self._validates(session) or self._progress.total_batches > 0:
-            return
+        if limit == 0 or not self._validates(session) or self._progress.batch > 0:
+            return  # a run resumed inside an epoch has validated before
         self.state.stage = RunningStage.SANITY_CHECKING
-        training_store = session.store
-        self._use_store(session, self._reporter.begin_eval("sanity_check"))
         with isolate_rng():
             for hook in self._binder.both("on_sanity_check_start"):
                 hook()
-            evaluate(*self._eval_arguments(session, "val", limit=limit, inference_mode=False, bind=True))
+            store = self._metering.begin_eval("sanity_check")
+            evaluate(*self._eval_arguments(session, "val", store, limit=limit, in_fit=True))
             for hook in self._binder.both("on_sanity_check_end"):
                 hook()
-        self._use_store(session, training_store)
-        self._reporter.end_sanity_check()
+        self._metering.end_eval_in_fit(sanity_check=True)
         self.state.stage = RunningStage.TRAINING
 
     def _validate_in_fit(self) -> None:
@@ -646,15 +724,13 @@ class Trainer(TrainerSurface):
         session = self._session
         assert session is not None
         self.state.stage = RunningStage.VALIDATING
-        training_store = session.store
-        self._use_store(session, self._reporter.begin_eval("validate"))
         if not self._progress.window_is_open:
             session.module.on_validation_model_zero_grad()
-        parts, hooks, loaders, limits = self._eval_arguments(session, "val", inference_mode=False, bind=True)
+        store = self._metering.begin_eval("validate")
+        parts, hooks, loaders, limits = self._eval_arguments(session, "val", store, in_fit=True)
         hooks = replace(hooks, on_epoch_end=(*hooks.on_epoch_end, self._mark_validated))
         evaluate(parts, hooks, loaders, limits)
-        self._use_store(session, training_store)
-        self._reporter.end_eval()
+        self._metering.end_eval_in_fit(sanity_check=False)
         self._last_validation_s = time.monotonic()
         self.state.stage = RunningStage.TRAINING
 
@@ -666,9 +742,17 @@ class Trainer(TrainerSurface):
         return self._last_validation_s
 
     def _prepare_eval(self, session: Session, fn: TrainerFn, *, verbose: bool) -> Any:
-        self._use_store(session, self._reporter.begin_eval(fn.value, verbose=verbose))
         stage = "val" if fn is TrainerFn.VALIDATING else "test"
-        return self._eval_arguments(session, stage, inference_mode=self._uses_inference_mode(), bind=False)
+        parts, hooks, loaders, limits = self._eval_arguments(session, stage, self._metering.train, in_fit=False)
+        return replace(parts, log=partial(self._conclude, parts, len(loaders), verbose)), hooks, loaders, limits
+
+    def _conclude(self, parts: EvalParts, num_dataloaders: int, verbose: bool) -> None:
+        """After the last batch of ``validate`` or ``test``: rows, the returned metrics, and their table."""
+        parts.log()
+        self._results = self._reporter.results(self._metering.train, num_dataloaders=num_dataloaders)
+        if verbose and self.world.is_global_zero:
+            assert self.state.stage is not None
+            print_results(self._results, str(self.state.stage))
 
     def _prepare_predict(self, session: Session, *, keep: bool) -> Any:
         loaders = self._eval_loaders(session, "predict")
@@ -690,15 +774,11 @@ class Trainer(TrainerSurface):
         # gloo reduces tensors in place, which inference tensors refuse.
         return self.settings.inference_mode and not (self.world.world_size > 1 and self.world.device.type == "cpu")
 
-    def _use_store(self, session: Session, store: MetricStore | None) -> None:
-        session.store = store
-        session.module.__dict__["_metric_store"] = None if self.settings.barebones else store
-
     # ------------------------------------------------------------------ the end
 
     def _tear_down(self, session: Session) -> None:
         module, fn, binder = session.module, session.fn, self._binder
-        self._reporter.finish()
+        self._metering.finish()
         if self.world.device.type != "cpu":
             module.cpu()
         if fn is TrainerFn.FITTING:
@@ -709,7 +789,6 @@ class Trainer(TrainerSurface):
         for hook in binder.of_callbacks("teardown"):
             hook(stage=fn.value)
         session.scoped("teardown", module.teardown)(fn.value)
-        module.__dict__["_metric_store"] = None
         if self.world.is_global_zero:
             for logger in self.loggers:
                 logger.finalize("success")
@@ -719,7 +798,8 @@ class Trainer(TrainerSurface):
         self.state.status = TrainerStatus.INTERRUPTED
         where = f"rank {self.world.rank}, epoch {self._progress.epoch}, batch {self._progress.batch}"
         error.add_note(f"fulmen: in {session.fn.value}, {where}, optimizer step {self._progress.updates}")
-        session.module.__dict__["_metric_store"] = None
+        for module in session.logging_modules():
+            module.__dict__["_metric_store"] = None
         for callback in self.callbacks:
             handler = getattr(callback, "on_exception", None)
             if handler is not None:
@@ -812,7 +892,9 @@ def _starting_eval(
     return start
 
 
-def _inside(context: Callable[[], AbstractContextManager[object]], step: Callable[..., object]) -> Callable[..., object]:
+def _inside(
+    context: Callable[[], AbstractContextManager[object]], step: Callable[..., object]
+) -> Callable[..., object]:
     def run(*args: object) -> object:
         with context():
             return step(*args)

@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from fulmen_strategies._marks import LAUNCHED, process_exists
+from fulmen_strategies.environments._table import is_launched
 from fulmen_strategies.launchers._failure import is_consequence, record_exception, stack_file
 
 if TYPE_CHECKING:
@@ -23,8 +24,13 @@ _rank: _Rank | None = None
 
 
 def become_rank() -> None:
-    """Report uncaught exceptions to the starter and end when it ends. Once per process; later calls do nothing."""
+    """In a process that the launcher has started: report uncaught exceptions to the starter and end when it ends.
+
+    Once per process; later calls do nothing, and neither does any in another process.
+    """
     global _rank
+    if LAUNCHED not in os.environ or not is_launched(os.environ, os.getppid(), process_exists):
+        return
     with _lock:
         if _rank is None:
             _rank = _Rank(starter=int(os.environ[LAUNCHED]))

@@ -120,14 +120,15 @@ class World:
         sys.excepthook = self._on_uncaught
         atexit.register(self._at_exit)
 
-    def require_alive(self) -> None:
-        """Raise unless every process lives.
+    def resume(self) -> None:
+        """Get ready for one more launch: an error of rank 0 that its user has caught lies in the past.
 
         Raises:
-            RankFailure: some have ended, with an error or at the end of the script.
+            RankFailure: some processes have ended, with an error or at the end of the script.
         """
-        if self._failure is not None:
-            raise RankFailure(str(self._failure))
+        failures = [self._failure] if self._failure is not None else self._failures()
+        if failures:
+            raise RankFailure(str(min(failures, key=lambda failure: failure.time_s)))
         ended = [i + 1 for i, process in enumerate(self._processes()) if process.poll() is not None]
         if ended:
             ranks = ", ".join(str(self.request.first_rank + local_rank) for local_rank in ended)
@@ -135,6 +136,8 @@ class World:
                 f"rank 0 launches again, but rank {ranks} has already ended: every rank must run through the same "
                 "calls of the script."
             )
+        self._is_ours.clear()
+        self._is_delivered.clear()
 
     def settle(self, error: BaseException) -> Failure | None:
         """Tell the watch that the main thread raises ``error``; return the failure of another rank that explains it."""

@@ -65,8 +65,8 @@ class LocalLauncher:
         """
         asked = Request(num_processes, num_nodes, node_rank, main_address, main_port)
         if is_launched(os.environ, os.getppid(), process_exists):
+            become_rank()
             if LAUNCHED in os.environ:
-                become_rank()
                 _compare_with_environment(asked)
             return function()
         if num_processes == 1:
@@ -91,7 +91,7 @@ def _world_for(asked: Request) -> World:
     with _world_lock:
         if _world is not None:
             refuse_other_request(_world.request, asked)
-            _world.require_alive()
+            _world.resume()
             return _world
         if sys.platform == "win32":
             raise BackendUnavailable(
