@@ -12,7 +12,6 @@ import torch
 from fulmen_fabric import (
     collect_rng_state,
     isolate_rng,
-    pl_worker_init_function,
     reset_seed,
     restore_rng_state,
     seed_everything,
@@ -122,18 +121,6 @@ def test_isolation_hides_draws_and_errors():
     with pytest.raises(KeyError):
         fail()
     assert draw() == expected
-
-
-def test_workers_and_ranks_draw_differently_and_repeatably():
-    def in_worker(worker, rank, base=10):
-        torch.manual_seed(base + worker)  # as torch's own worker loop does
-        pl_worker_init_function(worker, rank)
-        return draw()
-
-    drawn = [in_worker(worker, rank) for worker in range(2) for rank in range(2)]
-    assert len(set(drawn)) == 4
-    assert in_worker(1, 1) == drawn[3]
-    assert in_worker(0, 0, base=11) != drawn[0]
 
 
 @pytest.mark.cuda

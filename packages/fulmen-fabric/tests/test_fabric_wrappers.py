@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -121,6 +125,30 @@ def test_a_wrapped_module_can_be_part_of_another(model):
     assert list(outer.state_dict()) == ["0.count", "0.layer.weight", "0.layer.bias"]
     outer.load_state_dict(outer.state_dict())
     assert len(list(outer.parameters())) == 2
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_deep_copy_is_independent(precision):
+    model = Fabric(accelerator="cpu", devices=1, precision=precision).setup(Net())
+    model.mark_forward_method("helper")
+    copied = copy.deepcopy(model)
+    x = torch.ones(1, 2)
+    before = model(x)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert torch.equal(model(x), before)
+    assert not copied(x).any()
+    assert not copied.helper(x).any()
+    assert model.helper(x).any()
+
+
+def test_a_dropped_module_is_freed(fabric):
+    model = fabric.setup(Net())
+    ref = weakref.ref(model.module)
+    del model
+    gc.collect()
+    assert ref() is None
 
 
 def test_the_optimizer_is_of_its_own_class_and_shares_everything(fabric):
