@@ -487,8 +487,7 @@ class Trainer(TrainerSurface):
                 )
             self._ckpt_path = callback.best_model_path
         elif text == "last":
-            candidates = [path for c in self.checkpoint_callbacks for path in c.last_checkpoints(self)]
-            self._ckpt_path = _checkpointing.newest_whole(self, candidates)
+            self._ckpt_path = _checkpointing.find_last(self)
             if self._ckpt_path is None:
                 rank_zero_warn("ckpt_path='last', but no checkpoint was found: nothing is loaded.")
         else:
