@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "dump",
-    "load",
     "find_last",
+    "load",
     "restore_modules_and_callbacks",
     "restore_position",
     "restore_rng",
