@@ -12,6 +12,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+
 from fulmen_checkpoint import FsspecStorage
 from fulmen_checkpoint.names import is_staging, parse_staging, staging_name, this_machine
 from fulmen_protocols import BackendNotFound, Storage, missing_members

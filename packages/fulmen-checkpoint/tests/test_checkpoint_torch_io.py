@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from torch import nn
+
 from fulmen_checkpoint import FsspecStorage, TorchCheckpointIO
 from fulmen_protocols import (
     CheckpointCorrupt,
@@ -30,7 +32,6 @@ from fulmen_protocols import (
     SupportsVerification,
     missing_members,
 )
-from torch import nn
 
 Pair = namedtuple("Pair", "a b")
 

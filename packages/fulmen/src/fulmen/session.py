@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from fulmen.states import TrainerFn
     from fulmen_fabric import Assembly, World
 
-__all__ = ["Session"]
+__all__ = ["ModelModes", "Session", "unchanged"]
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Session:
         moves = device.type != "cpu"
         processed = supports(self.assembly.strategy, SupportsLoaderProcessing)
         if convert is None and before is None and custom is None and after is None and (not moves or processed):
-            return _unchanged
+            return unchanged
 
         def transfer(batch: object, dataloader_idx: int) -> object:
             if convert is not None:
@@ -238,7 +238,8 @@ class Session:
         return torch.inference_mode if inference_mode else torch.no_grad
 
 
-def _unchanged(batch: object, dataloader_idx: int) -> object:
+def unchanged(batch: object, dataloader_idx: int) -> object:
+    """What transfer is where batches are already on their device and nobody overrides its hooks."""
     return batch
 
 
@@ -272,4 +273,4 @@ class ModelModes:
         self._flags = []
 
 
-__all__ += ["FitParts", "ModelModes"]
+

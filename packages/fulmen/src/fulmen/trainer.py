@@ -33,7 +33,7 @@ from fulmen.predict import PredictParts, predict
 from fulmen.progress import Progress
 from fulmen.reporting import Reporter, print_results
 from fulmen.schedules import plain_schedule, watching_schedule
-from fulmen.session import ModelModes, Session
+from fulmen.session import ModelModes, Session, unchanged
 from fulmen.settings import BatchLimit, Interval, Settings
 from fulmen.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from fulmen.strategy_facade import StrategyFacade
@@ -872,11 +872,11 @@ def _nothing() -> None:
 
 def _starting(store: MetricStore, transfer: Callable[[object, int], object]) -> Callable[[object], object]:
     """``transfer`` that also tells the store which batch is being trained."""
+    if transfer is unchanged:
+        return store.start_batch
 
     def start(batch: object) -> object:
-        batch = transfer(batch, 0)
-        store.start_batch(batch, 0, None)
-        return batch
+        return store.start_batch(transfer(batch, 0))
 
     return start
 
@@ -885,9 +885,7 @@ def _starting_eval(
     store: MetricStore, transfer: Callable[[object, int], object], *, several: bool
 ) -> Callable[[object, int], object]:
     def start(batch: object, dataloader_idx: int) -> object:
-        batch = transfer(batch, dataloader_idx)
-        store.start_batch(batch, 0, dataloader_idx if several else None)
-        return batch
+        return store.start_batch(transfer(batch, dataloader_idx), 0, dataloader_idx if several else None)
 
     return start
 
