@@ -168,4 +168,3 @@ class LearningRateMonitor(Callback):
         if len(groups) == 1 and "name" not in groups[0]:
             return [name]
         return [f"{name}/{group.get('name', f'pg{index}')}" for index, group in enumerate(groups, start=1)]
-
