@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fulmen._metric_read import HostSnapshot, read_scalars
+from fulmen._metric_view import as_tensors
 from fulmen._result_table import print_results
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Reporter:
         The same dict every time: what is written into it stays until ``reset``.
         """
         if self.store is not None:
-            self._callback.update(self.store.callback_metrics)
+            self._take_callback(self.store)
         return self._callback
 
     @property
@@ -137,7 +138,7 @@ class Reporter:
 
     def report_train_epoch(self, store: MetricStore, *, batches_that_stepped: int, epoch: int) -> None:
         """A row of the training epoch's values, at the x of its last batch. After the last ``reduce_epoch``."""
-        self._callback.update(store.callback_metrics)
+        self._take_callback(store)
         self._report(store.epoch_metrics(), x=batches_that_stepped - 1, epoch=epoch)
         self.save()
 
@@ -170,7 +171,7 @@ class Reporter:
 
         During the sanity check callbacks get the values, loggers nothing.
         """
-        self._callback.update(store.callback_metrics)
+        self._take_callback(store)
         view = store.epoch_metrics()
         if store.stage == "sanity_check":
             self._take_bar(view.bar)
@@ -198,6 +199,11 @@ class Reporter:
         if self._is_global_zero:
             for logger in self.loggers:
                 logger.save()
+
+    def _take_callback(self, store: MetricStore) -> None:
+        # The last batch's step values stay known beside the epoch's.
+        self._callback.update(as_tensors(store.step_metrics().callback, store.device))
+        self._callback.update(store.callback_metrics)
 
     def _report(self, view: MetricView, *, x: int, epoch: int) -> None:
         for name, value in view.log.items():
