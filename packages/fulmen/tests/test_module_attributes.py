@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from fulmen.module import LightningModule
 from fulmen_protocols import MisconfigurationException
-from torch import Tensor, nn
 
 
 class Recorder:
@@ -314,7 +315,7 @@ def test_batches_are_moved_with_their_structure() -> None:
         def to(self, device: torch.device) -> None:
             self.device = str(device)
 
-    Pair = namedtuple("Pair", "a b")  # noqa: PYI024
+    Pair = namedtuple("Pair", "a b")
     one = torch.ones(1)
     own = MovesInPlace()
     batch = {

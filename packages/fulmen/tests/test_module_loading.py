@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch import nn
+
 from fulmen.datamodule import LightningDataModule
 from fulmen.hparams import checkpoint_entries
 from fulmen.module import LightningModule
 from fulmen_protocols import CHECKPOINT_IOS, MisconfigurationException, load
-from torch import nn
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Net(LightningModule):
