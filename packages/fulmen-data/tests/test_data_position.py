@@ -181,7 +181,7 @@ def test_a_resumed_run_sees_the_batches_and_random_numbers_of_the_uninterrupted_
 
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("stop", [(0, 0), (0, 3), (1, 3)])
-@pytest.mark.parametrize("kind", ["shuffled", "shared generator, several passes", "weighted", "seekable"])
+@pytest.mark.parametrize("kind", ["shuffled", "shared generator, several passes", "weighted", "buckets", "seekable"])
 def test_a_run_with_two_workers_resumes_exactly(kind, stop, persistent) -> None:
     options = {"num_workers": 2, "persistent_workers": persistent}
     whole, before, after, data, _ = run(LOADERS[kind], options, stop)
@@ -189,6 +189,28 @@ def test_a_run_with_two_workers_resumes_exactly(kind, stop, persistent) -> None:
     assert before + after == whole
     in_batches = [index for _, batch, *_ in after for index in batch]
     assert torch.equal(data.reads, torch.bincount(torch.tensor(in_batches), minlength=SIZE))
+
+
+class WorkerSeeds(Numbers):
+    def __getitem__(self, index: int) -> int:
+        return torch.utils.data.get_worker_info().seed - torch.utils.data.get_worker_info().id
+
+
+@pytest.mark.parametrize("generator", [None, 4])
+def test_workers_get_the_seed_that_they_had_before_the_stop(generator) -> None:
+    def make() -> LoaderPosition:
+        own = None if generator is None else seeded(generator)
+        return LoaderPosition(DataLoader(WorkerSeeds(), 4, shuffle=True, num_workers=2, generator=own))
+
+    torch.manual_seed(6)
+    position = make()
+    before = next(iter(position)).tolist()
+
+    torch.manual_seed(7)
+    resumed = make()
+    resumed.load_state_dict(position.state_dict())
+
+    assert {seed for batch in resumed for seed in batch.tolist()} == set(before)
 
 
 def test_a_run_can_be_stopped_and_resumed_again_and_again() -> None:

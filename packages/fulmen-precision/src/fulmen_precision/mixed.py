@@ -72,7 +72,7 @@ class MixedPrecision:
             )
         if precision == "16-mixed" and not isinstance(self, ScaledMixedPrecision):
             raise MisconfigurationException(
-                f"{type(self).__qualname__} got precision='16-mixed' but is no ScaledMixedPrecision, so losses would not "
+                f"{type(self).__qualname__} got precision='16-mixed' but is no ScaledMixedPrecision: losses would not "
                 "be scaled and small gradients would become zero. Derive it from ScaledMixedPrecision."
             )
         if scaler is not None and precision != "16-mixed":
