@@ -263,6 +263,24 @@ def test_a_position_at_the_end_of_an_epoch_has_no_batch_left_and_the_next_epoch_
     assert len(list(resumed)) == 10
 
 
+@pytest.mark.parametrize("sampler", [RandomSampler, SeekableSampler])
+def test_a_pending_position_can_be_saved_again_before_it_is_used(sampler) -> None:
+    def make() -> LoaderPosition:
+        data = Numbers()
+        return LoaderPosition(DataLoader(data, 4, sampler=sampler(data)))
+
+    torch.manual_seed(0)
+    position = make()
+    whole = [batch.tolist() for batch in position]
+    torch.manual_seed(9)
+    pending = make()
+    pending.load_state_dict(position.state_dict(batches=3))
+    for state, done in [(pending.state_dict(), 3), (pending.state_dict(3), 3), (pending.state_dict(5), 5)]:
+        resumed = make()
+        resumed.load_state_dict(state)
+        assert [batch.tolist() for batch in resumed] == whole[done:]
+
+
 def test_another_epoch_or_restart_drops_the_position() -> None:
     position = LoaderPosition(DataLoader(Numbers(), 4))
     next(iter(position))
