@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
 from fulmen_protocols import MisconfigurationException, Topology
 from fulmen_strategies import DDPStrategy, LightningEnvironment, LocalLauncher, TorchElasticEnvironment
 from fulmen_strategies.environments._table import is_launched
