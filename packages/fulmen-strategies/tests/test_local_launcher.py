@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ class Script:
     def __init__(self, task: str, culprit: int, processes: int, folder: Path) -> None:
         self.task, self.culprit, self.processes, self.folder = task, culprit, processes, folder
         self.environment = LightningEnvironment()
-        self.strategy = DDPStrategy()
+        self.strategy = DDPStrategy(timeout=timedelta(seconds=2 if task == "get stuck" else 60))
         self.rank = self.environment.local_rank()
         (folder / f"pid-{self.rank}").write_text(str(os.getpid()))
 
@@ -83,6 +84,8 @@ class Script:
             os.abort()
         if self.task == "sys.exit":
             sys.exit(5)
+        if self.task == "get stuck":
+            time.sleep(600)
 
     def work(self) -> object:
         self.join()
@@ -160,7 +163,7 @@ class Ended(NamedTuple):
 
     @property
     def last_lines(self) -> str:
-        return "\n".join(self.output.strip().splitlines()[-4:])
+        return "\n".join(self.output.strip().splitlines()[-6:])
 
     def result(self, rank: int) -> object:
         return json.loads((self.folder / f"result-{rank}.json").read_text())
@@ -173,6 +176,7 @@ FAULTS = [
     Case("kill", 0, 2),
     Case("kill", 1, 3),
     Case("raise while rank 0 computes", 1, 2),
+    Case("get stuck", 1, 3),
 ]
 # Each case costs some seconds of importing torch.
 MORE_FAULTS = [
@@ -180,6 +184,8 @@ MORE_FAULTS = [
     Case("kill", 1, 2),
     Case("raise", 2, 3),
     Case("kill", 0, 3),
+    Case("get stuck", 1, 2),
+    Case("get stuck", 0, 2),
     Case("abort", 1, 2),
     Case("sys.exit", 0, 2),
 ]
@@ -240,7 +246,8 @@ class TestWhenOneRankFails:
         end_of_culprit = {
             "exit": "exit code 3" if case.culprit else "os._exit",
             "kill": "SIGKILL" if case.culprit else "killed",
-            "abort": "Extension modules",
+            "abort": "in fail",
+            "get stuck": "in fail",
         }.get(case.task, f"LookupError: 'sample 7 is missing on rank {case.culprit}'".replace("'", ""))
 
         assert f"rank {case.culprit} of {case.processes}" in last or f"[rank{case.culprit}]" in last
