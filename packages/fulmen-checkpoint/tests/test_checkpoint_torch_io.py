@@ -553,3 +553,13 @@ print(status("VmHWM") - before)
         check=True,
     )
     assert int(done.stdout) <= 16
+
+
+def test_a_checkpoint_can_be_saved_while_the_interpreter_shuts_down(tmp_path: Path) -> None:
+    script = """
+import atexit, sys, torch
+from fulmen_checkpoint import TorchCheckpointIO
+atexit.register(lambda: TorchCheckpointIO().save_checkpoint({"w": torch.ones(1000, 1000)}, sys.argv[1]))
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.ckpt")], timeout=60, check=True)
+    assert TorchCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")["w"].sum() == 1_000_000

@@ -136,7 +136,12 @@ class DigestWriter(io.RawIOBase):
             self._sink.write(view)
             return
         # zlib and the file release the GIL: the checksum costs no time beside the write.
-        checksum = self._helper.submit(self._chunks.add, view)
+        try:
+            checksum = self._helper.submit(self._chunks.add, view)
+        except RuntimeError:  # the interpreter is shutting down and starts no threads any more
+            self._chunks.add(view)
+            self._sink.write(view)
+            return
         try:
             self._sink.write(view)
         finally:

@@ -97,8 +97,9 @@ def flatten(params: Mapping[str, object], above: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in params.items():
         name = f"{above}/{key}" if above else str(key)
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(cast("Mapping[str, object]", value), name))
+        nested = cast("Mapping[str, object]", value) if isinstance(value, Mapping) else {}
+        if nested:
+            flat.update(flatten(nested, name))
         else:
             flat[name] = value if value is None or type(value) in (bool, int, float, str) else str(value)
     return flat
