@@ -354,6 +354,10 @@ def test_everything_that_is_refused_would_not_have_loaded_and_the_rest_does(tmp_
             Ellipsis,
         ),
     ]
+    for attribute in (1, OwnClass()):
+        marked = torch.ones(1)
+        marked.mark = attribute  # type: ignore[attr-defined]
+        candidates.append(marked)
     disagree = []
     for value in candidates:
         path = tmp_path / "a.ckpt"
