@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import functools
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -24,7 +24,9 @@ from fulmen_protocols import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+
+    from torch.optim import Optimizer
 
     from fulmen_conformance._reference import Batch
     from fulmen_conformance._world import Rank
@@ -40,12 +42,26 @@ def _need(strategy: object, ability: type) -> None:
         raise SkipCheck(f"{type(strategy).__name__} does not offer {ability.__name__}")
 
 
-@contextmanager
-def _strategy(me: Rank) -> Iterator[Strategy]:
-    strategy: Strategy = me.make()
-    strategy.setup_environment(me.topology())
-    yield strategy
-    strategy.teardown()
+def _with_strategy(check: Callable[[Rank, Strategy], None]) -> Callable[[Rank], None]:
+    """Run ``check`` in one cycle of a new strategy."""
+
+    @functools.wraps(check)
+    def whole(me: Rank) -> None:
+        strategy: Strategy = me.make()
+        strategy.setup_environment(me.topology())
+        reason = None
+        # The wrapped module dies with the frame of ``check``, before the group: torch deadlocks when DDP's reducer holds
+        # the last reference to a gloo group, whose destructor then joins threads while it keeps the interpreter's lock.
+        # After any other error ranks stand at different places, and leaving a group could hang.
+        try:
+            check(me, strategy)
+        except SkipCheck as skip:
+            reason = str(skip)
+        strategy.teardown()
+        if reason is not None:
+            raise SkipCheck(reason)
+
+    return whole
 
 
 def _part(me: Rank, strategy: Strategy) -> tuple[int, int]:
@@ -88,33 +104,35 @@ def place_in_the_world(me: Rank) -> None:
     strategy.teardown()
 
 
-def collectives(me: Rank) -> None:
-    with _strategy(me) as strategy:
-        group = cast("SupportsCollectives", strategy).collectives
-        total = group.all_reduce(torch.tensor(float(me.rank), device=strategy.root_device), "sum")
+@_with_strategy
+def collectives(me: Rank, strategy: Strategy) -> None:
+    group = cast("SupportsCollectives", strategy).collectives
+    total = group.all_reduce(torch.tensor(float(me.rank), device=strategy.root_device), "sum")
 
-        assert total.item() == sum(range(me.world_size))
-        assert group.all_gather_object(me.rank) == list(range(me.world_size))
-        assert group.broadcast_object(f"from {me.rank}", me.world_size - 1) == f"from {me.world_size - 1}"
-        group.barrier("conformance")
+    assert total.item() == sum(range(me.world_size))
+    assert group.all_gather_object(me.rank) == list(range(me.world_size))
+    assert group.broadcast_object(f"from {me.rank}", me.world_size - 1) == f"from {me.world_size - 1}"
+    group.barrier("conformance")
 
 
-def replicas_start_equal(me: Rank) -> None:
-    with _strategy(me) as strategy:
-        if offers(strategy, SupportsShardedState):
-            raise SkipCheck(f"{type(strategy).__name__} shards its module: there are no replicas")
-        module = tiny_net(seed=me.rank)
+@_with_strategy
+def replicas_start_equal(me: Rank, strategy: Strategy) -> None:
+    if offers(strategy, SupportsShardedState):
+        raise SkipCheck(f"{type(strategy).__name__} shards its module: there are no replicas")
+    module = tiny_net(seed=me.rank)
 
-        strategy.place(module)
+    strategy.place(module)
 
-        assert differences(
-            {k: v.cpu() for k, v in module.state_dict().items()}, tiny_net(seed=0).state_dict()
-        ) == []  # fmt: skip
+    assert differences(
+        {k: v.cpu() for k, v in module.state_dict().items()}, tiny_net(seed=0).state_dict()
+    ) == []  # fmt: skip
 
 
 def training_follows_the_mean_gradient(me: Rank) -> None:
     for optimizer in (sgd, adam):
-        with _strategy(me) as strategy:
+
+        @_with_strategy
+        def one_cycle(me: Rank, strategy: Strategy, optimizer: Callable[..., Optimizer] = optimizer) -> None:
             part, parts = _part(me, strategy)
             data = [batches(4, seed=p) for p in range(parts)]
             expected = plain_training(tiny_net(), optimizer, _joint(data))
@@ -128,149 +146,155 @@ def training_follows_the_mean_gradient(me: Rank) -> None:
                 problems = differences(got, expected.state_dict(), tolerance=2e-5)
                 assert problems == [], f"{optimizer.__name__}: {problems}"
 
-
-def ranks_end_equal(me: Rank) -> None:
-    with _strategy(me) as strategy:
-        part, _ = _part(me, strategy)
-        module = tiny_net()
-        placed, optimizer = prepare(strategy, module, sgd)
-        train(strategy, placed, optimizer, batches(4, seed=part))
-
-        mine = full_state(strategy, module, placed)
-        file = me.folder / f"weights-{me.rank}.pt"
-        torch.save(mine, file)
-        me.meet()
-
-        theirs: dict[str, torch.Tensor] = torch.load(me.folder / "weights-0.pt")
-        if mine:  # a sharding strategy gives the whole state to rank 0 only
-            for name, value in theirs.items():
-                assert equal_bits(mine[name], value), f"{name} of rank {me.rank} is not that of rank 0"
+        one_cycle(me)
 
 
-def no_sync(me: Rank) -> None:
-    with _strategy(me) as strategy:
-        _need(strategy, SupportsNoSync)
-        if offers(strategy, SupportsShardedState):
-            raise SkipCheck(f"{type(strategy).__name__} shards its gradients")
-        part, parts = _part(me, strategy)
-        device = strategy.root_device
-        first, second = ([batches(2, seed=p)[i] for p in range(parts)] for i in (0, 1))
-        local = _local_gradients(first[part], device)
-        mean = [
-            torch.stack(per_rank).mean(0)
-            for per_rank in zip(
-                *([a + b for a, b in zip(_local_gradients(first[p], device), _local_gradients(second[p], device),
-                                         strict=True)] for p in range(parts)), strict=True)
-        ]  # fmt: skip
-        module = tiny_net()
-        placed, _ = prepare(strategy, module, sgd)
+@_with_strategy
+def ranks_end_equal(me: Rank, strategy: Strategy) -> None:
+    part, _ = _part(me, strategy)
+    module = tiny_net()
+    placed, optimizer = prepare(strategy, module, sgd)
+    train(strategy, placed, optimizer, batches(4, seed=part))
 
-        with cast("SupportsNoSync", strategy).no_sync(placed):
-            _forward_backward(strategy, placed, first[part])
-        _assert_close(gradients(placed), local, "this rank's own after a backward within no_sync")
-        _forward_backward(strategy, placed, second[part])
+    mine = full_state(strategy, module, placed)
+    file = me.folder / f"weights-{me.rank}.pt"
+    torch.save(mine, file)
+    me.meet()
 
-        _assert_close(gradients(placed), mean, "the mean of the accumulated ones after no_sync has ended")
+    theirs: dict[str, torch.Tensor] = torch.load(me.folder / "weights-0.pt")
+    if mine:  # a sharding strategy gives the whole state to rank 0 only
+        for name, value in theirs.items():
+            assert equal_bits(mine[name], value), f"{name} of rank {me.rank} is not that of rank 0"
 
 
-def bound_methods_reduce(me: Rank) -> None:
-    with _strategy(me) as strategy:
-        _need(strategy, SupportsBoundMethods)
-        part, parts = _part(me, strategy)
-        data = [batches(3, seed=p) for p in range(parts)]
-        expected = plain_training(tiny_net(), sgd, _joint(data))
-        module = tiny_net()
-        placed, optimizer = prepare(strategy, module, sgd)
-        bound = cast("SupportsBoundMethods", strategy).bind_method(placed, "loss_of")
+@_with_strategy
+def no_sync(me: Rank, strategy: Strategy) -> None:
+    _need(strategy, SupportsNoSync)
+    if offers(strategy, SupportsShardedState):
+        raise SkipCheck(f"{type(strategy).__name__} shards its gradients")
+    part, parts = _part(me, strategy)
+    device = strategy.root_device
+    first, second = ([batches(2, seed=p)[i] for p in range(parts)] for i in (0, 1))
+    local = _local_gradients(first[part], device)
+    mean = [
+        torch.stack(per_rank).mean(0)
+        for per_rank in zip(
+            *([a + b for a, b in zip(_local_gradients(first[p], device), _local_gradients(second[p], device),
+                                     strict=True)] for p in range(parts)), strict=True)
+    ]  # fmt: skip
+    module = tiny_net()
+    placed, _ = prepare(strategy, module, sgd)
 
-        for x, y in data[part]:
-            optimizer.zero_grad()
-            loss = bound((x.to(strategy.root_device), y.to(strategy.root_device)))
-            assert isinstance(loss, torch.Tensor)
-            backward(strategy, loss, placed)
-            optimizer.step()
+    with cast("SupportsNoSync", strategy).no_sync(placed):
+        _forward_backward(strategy, placed, first[part])
+    _assert_close(gradients(placed), local, "this rank's own after a backward within no_sync")
+    _forward_backward(strategy, placed, second[part])
 
-        got = full_state(strategy, module, placed)
-        if got or me.rank == 0:
-            assert differences(got, expected.state_dict(), tolerance=2e-5) == []
-
-
-def clipping(me: Rank) -> None:
-    with _strategy(me) as strategy:
-        _need(strategy, SupportsGradClipping)
-        part, parts = _part(me, strategy)
-        plain = tiny_net()
-        x, y = _joint([batches(1, seed=p) for p in range(parts)])[0]
-        F.mse_loss(plain(x), y).backward()  # type: ignore[no-untyped-call, unused-ignore]
-        expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
-        placed, optimizer = prepare(strategy, tiny_net(), sgd)
-        _forward_backward(strategy, placed, batches(1, seed=part)[0])
-
-        norm = cast("SupportsGradClipping", strategy).clip_grad_norm(placed, optimizer, 0.1)
-
-        assert norm.shape == ()
-        assert torch.allclose(norm.cpu(), expected, rtol=1e-5), f"the norm is {norm.item()}, not {expected.item()}"
+    _assert_close(gradients(placed), mean, "the mean of the accumulated ones after no_sync has ended")
 
 
-def inference_placement(me: Rank) -> None:
-    with _strategy(me) as strategy:
-        _need(strategy, SupportsInferencePlacement)
-        x = batches(1)[0][0]
+@_with_strategy
+def bound_methods_reduce(me: Rank, strategy: Strategy) -> None:
+    _need(strategy, SupportsBoundMethods)
+    part, parts = _part(me, strategy)
+    data = [batches(3, seed=p) for p in range(parts)]
+    expected = plain_training(tiny_net(), sgd, _joint(data))
+    module = tiny_net()
+    placed, optimizer = prepare(strategy, module, sgd)
+    bound = cast("SupportsBoundMethods", strategy).bind_method(placed, "loss_of")
 
-        placed = cast("SupportsInferencePlacement", strategy).place_for_inference(tiny_net(seed=me.rank))
+    for x, y in data[part]:
+        optimizer.zero_grad()
+        loss = bound((x.to(strategy.root_device), y.to(strategy.root_device)))
+        assert isinstance(loss, torch.Tensor)
+        backward(strategy, loss, placed)
+        optimizer.step()
 
-        with torch.no_grad():
-            assert torch.allclose(placed(x.to(strategy.root_device)).cpu(), tiny_net(seed=0)(x), atol=_TOLERANCE)
-
-
-def sharded_state(me: Rank) -> None:
-    with _strategy(me) as strategy:
-        _need(strategy, SupportsShardedState)
-        sharded = cast("SupportsShardedState", strategy)
-        part, _ = _part(me, strategy)
-        module, other = tiny_net(), tiny_net(seed=5)
-        placed, optimizer = prepare(strategy, module, adam)
-        train(strategy, placed, optimizer, batches(2, seed=part))
-        placed_other, optimizer_other = prepare(strategy, other, adam)
-
-        for full in (True, False):
-            sharded.load_module_state(placed_other, sharded.module_state(placed, full=full), strict=True)
-            sharded.load_optimizer_state(
-                placed_other, optimizer_other, sharded.optimizer_state(placed, optimizer, full=full)
-            )
-            train(strategy, placed, optimizer, batches(1, seed=part))
-            train(strategy, placed_other, optimizer_other, batches(1, seed=part))
-
-            states = [full_state(strategy, m, p) for m, p in ((module, placed), (other, placed_other))]
-            if me.rank == 0:
-                shapes = {name: value.shape for name, value in tiny_net().state_dict().items()}
-                assert {name: value.shape for name, value in states[0].items()} == shapes
-                assert differences(states[1], states[0]) == [], f"full={full}"
+    got = full_state(strategy, module, placed)
+    if got or me.rank == 0:
+        assert differences(got, expected.state_dict(), tolerance=2e-5) == []
 
 
-def data_parallel_ranks(me: Rank) -> None:
-    with _strategy(me) as strategy:
-        _need(strategy, SupportsDataParallel)
-        parallel = cast("SupportsDataParallel", strategy)
-        (me.folder / f"part-{me.rank}").write_text(f"{parallel.data_parallel_rank} {parallel.data_parallel_size}")
-        me.meet()
+@_with_strategy
+def clipping(me: Rank, strategy: Strategy) -> None:
+    _need(strategy, SupportsGradClipping)
+    part, parts = _part(me, strategy)
+    plain = tiny_net()
+    x, y = _joint([batches(1, seed=p) for p in range(parts)])[0]
+    F.mse_loss(plain(x), y).backward()  # type: ignore[no-untyped-call, unused-ignore]
+    expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+    placed, optimizer = prepare(strategy, tiny_net(), sgd)
+    _forward_backward(strategy, placed, batches(1, seed=part)[0])
 
-        found = [(me.folder / f"part-{r}").read_text().split() for r in range(me.world_size)]
+    norm = cast("SupportsGradClipping", strategy).clip_grad_norm(placed, optimizer, 0.1)
 
-        sizes = {int(size) for _, size in found}
-        assert len(sizes) == 1, f"ranks disagree about data_parallel_size: {sizes}"
-        assert {int(part) for part, _ in found} == set(range(sizes.pop()))
+    assert norm.shape == ()
+    assert torch.allclose(norm.cpu(), expected, rtol=1e-5), f"the norm is {norm.item()}, not {expected.item()}"
+
+
+@_with_strategy
+def inference_placement(me: Rank, strategy: Strategy) -> None:
+    _need(strategy, SupportsInferencePlacement)
+    x = batches(1)[0][0]
+
+    placed = cast("SupportsInferencePlacement", strategy).place_for_inference(tiny_net(seed=me.rank))
+
+    with torch.no_grad():
+        assert torch.allclose(placed(x.to(strategy.root_device)).cpu(), tiny_net(seed=0)(x), atol=_TOLERANCE)
+
+
+@_with_strategy
+def sharded_state(me: Rank, strategy: Strategy) -> None:
+    _need(strategy, SupportsShardedState)
+    sharded = cast("SupportsShardedState", strategy)
+    part, _ = _part(me, strategy)
+    module, other = tiny_net(), tiny_net(seed=5)
+    placed, optimizer = prepare(strategy, module, adam)
+    train(strategy, placed, optimizer, batches(2, seed=part))
+    placed_other, optimizer_other = prepare(strategy, other, adam)
+
+    for full in (True, False):
+        sharded.load_module_state(placed_other, sharded.module_state(placed, full=full), strict=True)
+        sharded.load_optimizer_state(
+            placed_other, optimizer_other, sharded.optimizer_state(placed, optimizer, full=full)
+        )
+        train(strategy, placed, optimizer, batches(1, seed=part))
+        train(strategy, placed_other, optimizer_other, batches(1, seed=part))
+
+        states = [full_state(strategy, m, p) for m, p in ((module, placed), (other, placed_other))]
+        if me.rank == 0:
+            shapes = {name: value.shape for name, value in tiny_net().state_dict().items()}
+            assert {name: value.shape for name, value in states[0].items()} == shapes
+            assert differences(states[1], states[0]) == [], f"full={full}"
+
+
+@_with_strategy
+def data_parallel_ranks(me: Rank, strategy: Strategy) -> None:
+    _need(strategy, SupportsDataParallel)
+    parallel = cast("SupportsDataParallel", strategy)
+    (me.folder / f"part-{me.rank}").write_text(f"{parallel.data_parallel_rank} {parallel.data_parallel_size}")
+    me.meet()
+
+    found = [(me.folder / f"part-{r}").read_text().split() for r in range(me.world_size)]
+
+    sizes = {int(size) for _, size in found}
+    assert len(sizes) == 1, f"ranks disagree about data_parallel_size: {sizes}"
+    assert {int(part) for part, _ in found} == set(range(sizes.pop()))
 
 
 def two_cycles(me: Rank) -> None:
     for _ in range(2):
         strategy: Strategy = me.make()
         strategy.setup_environment(me.topology())
-        placed, optimizer = prepare(strategy, tiny_net(), sgd)
-        train(strategy, placed, optimizer, batches(1))
+        _one_step(strategy)
         strategy.teardown()
         strategy.teardown()
         me.meet()
+
+
+def _one_step(strategy: Strategy) -> None:
+    placed, optimizer = prepare(strategy, tiny_net(), sgd)
+    train(strategy, placed, optimizer, batches(1))
 
 
 def _forward_backward(strategy: Strategy, placed: torch.nn.Module, batch: Batch) -> None:

@@ -8,6 +8,7 @@ goes on with the checks that are left.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import json
 import multiprocessing
@@ -115,7 +116,7 @@ def _one_world(
 ) -> dict[str, Outcome]:
     """Run ``names`` until the first one that fails; at least one outcome."""
     folder = Path(tempfile.mkdtemp(prefix="fulmen-conformance-"))
-    processes = _start(checks, names, factory, num_processes, device, folder)
+    processes = _start(checks, names, factory, num_processes, device, folder, timeout_s)
     try:
         hung = _watch(processes, folder, timeout_s)
         return _collect(names, processes, folder, hung, timeout_s)
@@ -129,7 +130,7 @@ def _one_world(
 
 
 def _start(
-    checks: str, names: Sequence[str], factory: str, num_processes: int, device: str, folder: Path
+    checks: str, names: Sequence[str], factory: str, num_processes: int, device: str, folder: Path, timeout_s: float
 ) -> list[BaseProcess]:
     # A fork server that has imported torch once starts clean processes in milliseconds; Windows has none.
     if "forkserver" in multiprocessing.get_all_start_methods() and torch.device(device).type == "cpu":
@@ -140,7 +141,17 @@ def _start(
     processes: list[BaseProcess] = []
     with _main_module_left_alone():
         for rank in range(num_processes):
-            arguments = (checks, list(names), factory, rank, num_processes, device, str(folder), dict(os.environ))
+            arguments = (
+                checks,
+                list(names),
+                factory,
+                rank,
+                num_processes,
+                device,
+                str(folder),
+                timeout_s,
+                dict(os.environ),
+            )
             process: BaseProcess = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
             processes.append(process)
@@ -224,14 +235,15 @@ def _work(
     world_size: int,
     device: str,
     folder: str,
+    timeout_s: float,
     variables: dict[str, str],
 ) -> None:
     """One process of a world."""
     os.environ.clear()
     os.environ.update(variables)
-    with open(Path(folder) / f"log-{rank}", "wb", buffering=0) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    log = (Path(folder) / f"log-{rank}").open("wb", buffering=0)  # open for the life of this process
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
     table = _checks_of(checks)
     me: Rank | None = None
@@ -240,6 +252,8 @@ def _work(
         try:
             if me is None:
                 me = Rank(rank, world_size, import_callable(factory), torch.device(device), Path(folder))
+            # A hung rank leaves in its log where it stood, just before the parent gives up.
+            faulthandler.dump_traceback_later(max(0.8 * timeout_s, timeout_s - 5.0), file=log)
             table[name](me)
             me.meet()
         except SkipCheck as reason:

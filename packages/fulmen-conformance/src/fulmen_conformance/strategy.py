@@ -316,6 +316,8 @@ class StrategyConformance(Kit):
         need(strategy, SupportsPrecisionPlan)
         plans = cast("SupportsPrecisionPlan", strategy)
         seen: list[torch.dtype] = []
+        device = kit_topology.device
+        expected = plain_training(tiny_net(device=device), sgd, batches(2, device=device))
         for dtype in (torch.float32, torch.bfloat16):
             plan: PrecisionPlan = {
                 "parameter": torch.float32,
@@ -332,21 +334,12 @@ class StrategyConformance(Kit):
                 assert dtype is torch.bfloat16
                 strategy.teardown()
                 continue
-            module = tiny_net()
-            module.second.register_forward_hook(lambda _layer, _inputs, out: seen.append(out.dtype))
-            placed, optimizer = prepare(strategy, module, sgd)
-            train(strategy, placed, optimizer, batches(2))
-            if dtype is torch.float32:
-                expected = plain_training(
-                    tiny_net(device=strategy.root_device), sgd, batches(2, device=strategy.root_device)
-                )
-                assert differences(full_state(strategy, module, placed), expected.state_dict()) == []
-            assert seen[-1] == dtype
-            assert {value.dtype for value in full_state(strategy, module, placed).values()} == {
-                torch.float32,
-                torch.int64,
-            }
+            weights = _weights_after_training(strategy, seen.append)
             strategy.teardown()
+            if dtype is torch.float32:
+                assert differences(weights, expected.state_dict()) == []
+            assert seen[-1] == dtype
+            assert {value.dtype for value in weights.values()} == {torch.float32, torch.int64}
 
     def test_one_process_reads_all_of_the_data(self, kit_ready: Strategy) -> None:
         """On failure look at ``data_parallel_rank`` and ``data_parallel_size`` with one process."""
@@ -417,10 +410,7 @@ class StrategyConformance(Kit):
         expected = plain_training(tiny_net(device=kit_topology.device), sgd, batches(2, device=kit_topology.device))
         for _ in range(2):
             strategy.setup_environment(kit_topology._replace(main_port=free_port()))
-            module = tiny_net()
-            placed, optimizer = prepare(strategy, module, sgd)
-            train(strategy, placed, optimizer, batches(2))
-            assert differences(full_state(strategy, module, placed), expected.state_dict()) == []
+            assert differences(_weights_after_training(strategy), expected.state_dict()) == []
             strategy.teardown()
             strategy.teardown()
 
@@ -473,6 +463,17 @@ class StrategyConformance(Kit):
     def test_the_group_can_be_left_and_joined_again(self, kit_check: Callable[[str], None]) -> None:
         """Two whole cycles, ``teardown`` twice each. On failure look at process groups that stay behind."""
         kit_check("two_cycles")
+
+
+def _weights_after_training(
+    strategy: Strategy, seen: Callable[[torch.dtype], object] = lambda _dtype: None
+) -> dict[str, torch.Tensor]:
+    """Train two batches; what was placed dies with this frame, before the group that it uses."""
+    module = tiny_net()
+    module.second.register_forward_hook(lambda _layer, _inputs, out: seen(out.dtype))
+    placed, optimizer = prepare(strategy, module, sgd)
+    train(strategy, placed, optimizer, batches(2))
+    return full_state(strategy, module, placed)
 
 
 def _forward_backward(

@@ -54,7 +54,6 @@ class _Group:
         dist.broadcast(tensor, source)
         return tensor
 
-
     def all_reduce(self, tensor: Tensor, op: ReduceOp = "mean") -> Tensor:
         out = tensor.clone()
         dist.all_reduce(out)
