@@ -179,7 +179,7 @@ class Fabric:
         return self._world.launch(partial(run, *args, **kwargs))
 
     def close(self) -> None:
-        """Leave the process group, finish writing and release the device. The end of the program leaves the group too."""
+        """Leave the process group, release the device and finish pending writes."""
         self._world.close()
         self._assembly.checkpoint_io.teardown()
 
@@ -484,7 +484,7 @@ class Fabric:
         call_each(self._callbacks, hook_name, args, kwargs)
 
     def log(self, name: str, value: object, step: int | None = None) -> None:
-        """Send one number or one-element tensor to every logger."""
+        """``log_dict`` of one value."""
         self.log_dict({name: value}, step)
 
     def log_dict(self, metrics: Mapping[str, object], step: int | None = None) -> None:
