@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+
 from fulmen_loggers import CSVLogger
 from fulmen_protocols import LOGGERS, Logger, MisconfigurationException, SupportsLogDir, load, missing_members
 
@@ -245,8 +246,8 @@ class Config:
 def test_hyperparameters_of_any_kind_become_safe_yaml(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     logger.log_hyperparams(
-        {"t": (1, 2), "s": {3}, "np": np.float32(0.5), "arr": np.ones(2), "e": Colour.RED, "cfg": Config(), "none": None,
-         "cls": torch.nn.ReLU, "dtype": torch.float16, "ten": torch.tensor(3), "u": "ü", "nested": {1: {"x": True}}}
+        {"t": (1, 2), "s": {3}, "np": np.float32(0.5), "arr": np.ones(2), "e": Colour.RED, "cfg": Config(),
+         "none": None, "cls": torch.nn.ReLU, "dtype": torch.float16, "ten": torch.tensor(3), "u": "ü", "nested": {1: {"x": True}}}
     )  # fmt: skip
     logger.log_hyperparams(argparse.Namespace(ns=1))
     logger.log_hyperparams(Config(lr=2.0))

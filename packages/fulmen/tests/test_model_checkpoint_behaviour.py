@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fulmen.callbacks import ModelCheckpoint
 from fulmen_protocols import MisconfigurationException
 
