@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fulmen.callbacks import EarlyStopping
 from fulmen.callbacks.early_stopping import EarlyStoppingReason
 from fulmen_protocols import MisconfigurationException
