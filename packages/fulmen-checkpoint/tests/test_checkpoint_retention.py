@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+
 from fulmen_checkpoint import FsspecStorage, Journal, Retention
 from fulmen_protocols import CheckpointCorrupt
 

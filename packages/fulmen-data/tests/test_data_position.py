@@ -19,6 +19,9 @@ from torch.utils.data import (
 
 from fulmen_data import CombinedLoader, LoaderPosition, SeekableSampler
 
+# Python 3.12 warns whenever a process with threads forks, as every DataLoader with workers does.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 SIZE = 37
 
 

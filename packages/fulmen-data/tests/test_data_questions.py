@@ -20,6 +20,9 @@ from fulmen_data import (
     sized_len,
 )
 
+# Python 3.12 warns whenever a process with threads forks, as every DataLoader with workers does.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 Pair = namedtuple("Pair", ["x", "y"])
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from fulmen_fabric import PossibleUserWarning, assemble
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import (

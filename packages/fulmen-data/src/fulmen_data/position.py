@@ -34,6 +34,7 @@ class LoaderPosition(Generic[T]):
 
     - A loader with a ``state_dict`` of its own (``StatefulDataLoader``, ``CombinedLoader``) is saved by that.
     - Iterable datasets and other iterables have no indices: their batches are read again and dropped.
+    - The iterator, and with it worker processes, lives until the next ``iter``, another epoch or ``restart``.
     - Random draws *inside workers* start anew after a resume, as do those of a sampler that draws from a global
       generator between batches.
 

@@ -18,7 +18,6 @@ from fulmen_fabric.rank_zero import (
 from fulmen_fabric.seed import (
     collect_rng_state,
     isolate_rng,
-    pl_worker_init_function,
     reset_seed,
     restore_rng_state,
     seed_everything,
@@ -47,7 +46,6 @@ __all__ = [
     "map_leaves",
     "move_data_to_device",
     "mover",
-    "pl_worker_init_function",
     "rank_prefixed_message",
     "rank_zero_debug",
     "rank_zero_deprecation",

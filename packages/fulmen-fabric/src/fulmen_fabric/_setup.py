@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 from torch import nn
 
@@ -54,7 +54,8 @@ class Composer:
         self._precision = assembly.precision
         self._plan_is_applied = supports(assembly.strategy, SupportsPrecisionPlan)
         self._running_backward = False
-        self._placed: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+        # Of the modules set up, those whose wrapper is still in use.
+        self._wrappers: WeakSet[FabricModule] = WeakSet()
 
     @property
     def is_sharded(self) -> bool:
@@ -83,8 +84,7 @@ class Composer:
             # The same options as the user's: dynamo_ctx is the compiler with its settings, not what it has compiled.
             called = cast("Callable[..., nn.Module]", type(compiled))(placed, compiled.dynamo_ctx)
         wrapped = self._wrap(called, placed, module)
-        self._placed[wrapped] = placed
-        self._placed[module] = placed
+        self._wrappers.add(wrapped)
         return wrapped, placed
 
     def _place_in_position(self, module: nn.Module, kinds: set[str], device: torch.device) -> nn.Module:
@@ -141,11 +141,11 @@ class Composer:
 
     def placed(self, module: nn.Module) -> nn.Module:
         """What the strategy placed for ``module``, a wrapper or the user's own."""
-        return self._placed.get(module, module)
+        return module.placed if isinstance(module, FabricModule) else module
 
     def placed_for(self, optimizers: Sequence[Optimizer]) -> nn.Module | None:
         """The placed module whose parameters these optimizers hold; the only one, if there is only one."""
-        distinct = list({id(one): one for one in self._placed.values()}.values())
+        distinct = self._all_placed()
         if len(distinct) == 1:
             return distinct[0]
         held = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
@@ -187,9 +187,12 @@ class Composer:
         finally:
             self._running_backward = False
 
+    def _all_placed(self) -> list[nn.Module]:
+        return [wrapper.placed for wrapper in self._wrappers]
+
     def _only_placed(self) -> nn.Module | None:
-        distinct = {id(one): one for one in self._placed.values()}
-        return next(iter(distinct.values())) if len(distinct) == 1 else None
+        distinct = self._all_placed()
+        return distinct[0] if len(distinct) == 1 else None
 
     def wrap_optimizers(
         self,

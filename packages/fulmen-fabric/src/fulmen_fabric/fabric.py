@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from fulmen_data import add_worker_seeding, distribute_loader
 from fulmen_fabric._arguments import (
     accepted,
     as_list,
@@ -24,7 +25,7 @@ from fulmen_fabric._arguments import (
     require_optimizer,
 )
 from fulmen_fabric._communication import all_gather, all_reduce, broadcast
-from fulmen_fabric._loaders import FabricDataLoader, seed_workers, split_over_ranks
+from fulmen_fabric._loaders import FabricDataLoader
 from fulmen_fabric._plugins import installed_callbacks
 from fulmen_fabric._setup import Composer
 from fulmen_fabric._state import load_into, load_raw_into, to_saved
@@ -314,9 +315,14 @@ class Fabric:
 
     def _setup_loader(self, loader: DataLoader[Any], split: bool, move: bool) -> FabricDataLoader:
         require_loader(loader)
-        if split and self._world.data_parallel_size > 1:
-            loader = split_over_ranks(loader, self._world.data_parallel_size, self._world.data_parallel_rank)
-        seed_workers(loader, self.global_rank)
+        if split:
+            world = self._world
+            seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+            loader = distribute_loader(
+                loader, rank=world.data_parallel_rank, world_size=world.data_parallel_size, training=True, seed=seed
+            )
+        if os.environ.get("PL_SEED_WORKERS", "0") == "1":
+            add_worker_seeding(loader, self.global_rank)
         strategy = self.strategy
         if supports(strategy, SupportsLoaderProcessing):
             return FabricDataLoader(loader, strategy.process_loader(loader))

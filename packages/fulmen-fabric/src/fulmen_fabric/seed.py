@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import sys
@@ -22,7 +21,6 @@ __all__ = [
     "RNGState",
     "collect_rng_state",
     "isolate_rng",
-    "pl_worker_init_function",
     "reset_seed",
     "restore_rng_state",
     "seed_everything",
@@ -102,23 +100,6 @@ def _seed(seed: int) -> None:
     else:
         np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def pl_worker_init_function(worker_id: int, rank: int | None = None) -> None:
-    """Seed a loader worker from the loader's base seed, the worker's number and the rank. The name is Lightning's.
-
-    torch gives workers of equal number on all ranks the same seed, and leaves NumPy and Python as they were forked.
-    """
-    rank = rank_zero_only.rank if rank is None else rank
-    base = torch.initial_seed() - worker_id
-    key = f"{base}/{worker_id}/{rank}".encode()
-    digest = hashlib.blake2b(key, digest_size=24).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little"))
-    random.seed(int.from_bytes(digest[8:20], "little"))
-    if "numpy" in sys.modules:
-        import numpy as np
-
-        np.random.seed(int.from_bytes(digest[20:], "little"))
 
 
 def collect_rng_state(device: torch.device | None = None) -> RNGState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -112,9 +113,11 @@ class FabricModule(nn.Module):
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             own[name] = original.__dict__[name]
         own["training"] = original.training
+        own["_fabric_called"] = called
         own["_fabric_placed"] = placed
         own["_fabric_original"] = original
         own["_fabric_around"] = around
+        own["_fabric_marked"] = set[str]()
         own["_fabric_bind"] = bind
         own["_fabric_module_state"] = module_state
         own["_fabric_load_state"] = load_state
@@ -128,6 +131,29 @@ class FabricModule(nn.Module):
     def module(self) -> nn.Module:
         """The user's module."""
         return cast("nn.Module", self.__dict__["_fabric_original"])
+
+    @property
+    def placed(self) -> nn.Module:
+        """What the strategy made of the module: its wrapper, or the module itself."""
+        return cast("nn.Module", self.__dict__["_fabric_placed"])
+
+    def __deepcopy__(self, memo: dict[int, object]) -> FabricModule:
+        # What is composed around the module refers to the module: it is composed again around the copy.
+        own = self.__dict__
+        called, placed, original = deepcopy((own["_fabric_called"], own["_fabric_placed"], self.module), memo)
+        result = FabricModule(
+            called,
+            placed,
+            original,
+            own["_fabric_around"],
+            own["_fabric_bind"],
+            own["_fabric_module_state"],
+            own["_fabric_load_state"],
+        )
+        memo[id(self)] = result
+        for name in own["_fabric_marked"]:
+            result.mark_forward_method(name)
+        return result
 
     def mark_forward_method(self, method: str | Callable[..., object]) -> None:
         """Let a method of the module run through the strategy and the precision, as ``forward`` does.
@@ -144,6 +170,7 @@ class FabricModule(nn.Module):
             raise AttributeError(f"{type(original).__name__} has no method {name!r} that could be marked.")
         bind = cast("Callable[[nn.Module, str], Callable[..., object]] | None", self.__dict__["_fabric_bind"])
         direct = getattr(original, name) if bind is None else bind(self.__dict__["_fabric_placed"], name)
+        self.__dict__["_fabric_marked"].add(name)
         self.__dict__[name] = cast("Pass", self.__dict__["_fabric_around"]).around(direct)
 
     def train(self, mode: bool = True) -> FabricModule:

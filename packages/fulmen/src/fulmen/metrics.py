@@ -110,7 +110,7 @@ class MetricStore:
 
     # The path of a batch -----------------------------------------------------------------------------------------
 
-    def start_batch(self, batch: object, batch_idx: int, dataloader_idx: int | None) -> None:
+    def start_batch(self, batch: object, batch_idx: int = 0, dataloader_idx: int | None = None) -> object:
         """Remember the batch, whose size weighs what is logged from it; measured only when that is needed.
 
         Args:
@@ -122,6 +122,7 @@ class MetricStore:
         self._size = None
         self._dataloader_idx = dataloader_idx
         self._at_epoch = False
+        return batch
 
     def log(
         self,

@@ -47,6 +47,8 @@ class Progress:
     # The rest lives for one call only and is not saved.
     stop_reason: str | None = None
     """Why somebody asked the run to stop; None while nobody has."""
+    stop_now: bool = False
+    """The reason does not wait for ``min_epochs`` and ``min_steps`` (a signal)."""
     replan: bool = False
     """Somebody changed the plan, the parts or the hooks: leave the loop after this batch and come back with new ones."""
 
@@ -55,8 +57,9 @@ class Progress:
         """Where loggers draw the last batch: the number of batches that had stepped before it."""
         return self.stepped_batches if self.window_is_open or self.stepped_batches == 0 else self.stepped_batches - 1
 
-    def stop(self, reason: str) -> None:
-        """Ask the run to stop. The first reason is kept."""
+    def stop(self, reason: str, *, now: bool = False) -> None:
+        """Ask the run to stop; ``now`` does not wait for its minimum. The first reason is kept."""
+        self.stop_now = self.stop_now or now
         if self.stop_reason is None:
             self.stop_reason = reason
 
@@ -85,4 +88,4 @@ class Progress:
             setattr(self, name, value)
 
 
-_TRANSIENT = frozenset({"stop_reason", "replan"})
+_TRANSIENT = frozenset({"stop_reason", "stop_now", "replan"})
