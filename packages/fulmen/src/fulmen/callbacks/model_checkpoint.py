@@ -126,6 +126,7 @@ class ModelCheckpoint(Checkpoint):
         self._step_of_last = -1
         self._next_step_due = 0
         self._first_batch = True
+        self._warned_of_missing = False
 
     # -- moments ------------------------------------------------------------------------------------------------------
 
@@ -247,21 +248,23 @@ class ModelCheckpoint(Checkpoint):
         if self.monitor is not None and self.save_top_k != 0:
             metrics = trainer.callback_metrics
             if not self._value.is_fresh(metrics, moment, trainer.global_step):
-                if self.monitor not in metrics and moment != "step":
-                    self._missing(trainer, metrics)
+                if self.monitor not in metrics and (moment == "epoch" or not self._save_is_pending and moment != "step"):
+                    self._missing(trainer, metrics, moment)
                 self._save_is_pending = True
                 return
         self._save_is_pending = False
         self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
-    def _missing(self, trainer: Trainer, metrics: Mapping[str, Tensor]) -> None:
+    def _missing(self, trainer: Trainer, metrics: Mapping[str, Tensor], moment: Moment) -> None:
         found = (
             f"ModelCheckpoint(monitor={self.monitor!r}) found no such value.{did_you_mean(str(self.monitor), metrics)} "
             f"Logged are {sorted(metrics)!r}. Log it with self.log({self.monitor!r}, ...)."
         )
-        if self._value.validated_at is not None or not trainer.enable_validation:
+        if self._value.validated_at is not None and moment == "epoch":  # nothing is left that could produce it
             raise MisconfigurationException(found)
-        warnings.warn(f"{found} Nothing is saved until validation has run.", stacklevel=4)
+        if not self._warned_of_missing:
+            self._warned_of_missing = True
+            warnings.warn(f"{found} Until then nothing is ranked or kept.", stacklevel=4)
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if self.save_top_k == 0:
