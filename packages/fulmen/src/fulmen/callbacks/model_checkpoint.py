@@ -248,7 +248,9 @@ class ModelCheckpoint(Checkpoint):
         if self.monitor is not None and self.save_top_k != 0:
             metrics = trainer.callback_metrics
             if not self._value.is_fresh(metrics, moment, trainer.global_step):
-                if self.monitor not in metrics and (moment == "epoch" or not self._save_is_pending and moment != "step"):
+                if self.monitor not in metrics and (
+                    moment == "epoch" or (not self._save_is_pending and moment != "step")
+                ):
                     self._missing(trainer, metrics, moment)
                 self._save_is_pending = True
                 return
