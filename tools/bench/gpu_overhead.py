@@ -1,4 +1,4 @@
-"""What the Trainer adds to a step on CUDA devices: tiny MLP, ResNet-18 on 32x32 pictures, GPT-2 124M, in bf16-mixed.
+"""What the Trainer adds to a step on an accelerator: tiny MLP, ResNet-18 on 32x32 pictures, GPT-2 124M, in bf16-mixed.
 
 ``--devices N`` runs every contestant on N devices by torchrun with DDP; the raw loop is DDP too. Contestants take
 turns, a fresh launch each, ``--rounds`` times; the table has medians. A step is timed between two device
@@ -30,10 +30,10 @@ LEARNING_RATE = 1e-4
 class Timer:
     """Starts at the ``warm_up``-th batch, stops at the end; synchronises with the device at both."""
 
-    def __init__(self, warm_up: int) -> None:
+    def __init__(self, warm_up: int, accelerator: str) -> None:
         import torch
 
-        self.synchronize = torch.cuda.synchronize
+        self.synchronize = torch.cuda.synchronize if accelerator == "cuda" else (lambda: None)
         self.warm_up, self.started, self.seconds = warm_up, 0.0, 0.0
 
     def batch(self, index: int) -> None:
@@ -48,33 +48,44 @@ class Timer:
         self.seconds = time.perf_counter() - self.started
 
 
-def raw(workload: str, devices: int, timer: Timer, steps: int) -> None:
+def own_device(accelerator: str) -> Any:
+    """The device of this process."""
+    import torch
+
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if accelerator == "cuda" else torch.device("cpu")
+    )
+
+
+def raw(workload: str, accelerator: str, devices: int, timer: Timer, steps: int) -> None:
     """The loop that a person writes; DDP if there is more than one device."""
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
     from tools.bench.gpu_workloads import Repeated, batch, model
 
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local)
-    torch.cuda.set_device(device)
+    device = own_device(accelerator)
+    if accelerator == "cuda":
+        torch.cuda.set_device(device)
     network: torch.nn.Module = model(workload).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, fused=True)
     if devices > 1:
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl", device_id=device)
-        network = DistributedDataParallel(network, device_ids=[local])
+            torch.distributed.init_process_group("nccl" if accelerator == "cuda" else "gloo")
+        network = DistributedDataParallel(network, device_ids=[device] if accelerator == "cuda" else None)
     for index, (x, y) in enumerate(Repeated(batch(workload, device), steps)):
         timer.batch(index)
         optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(accelerator, torch.bfloat16):
             loss = network(x, y)
         loss.backward()
         optimizer.step()
     timer.end()
 
 
-def trainer(library_name: str, workload: str, devices: int, timer: Timer, steps: int, *, log: bool) -> None:
+def trainer(
+    library_name: str, workload: str, accelerator: str, devices: int, timer: Timer, steps: int, *, log: bool
+) -> None:
     """A Trainer with this interface, everything off, or with one log a step, CSV and progress bar."""
     import torch
 
@@ -102,10 +113,10 @@ def trainer(library_name: str, workload: str, devices: int, timer: Timer, steps:
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=LEARNING_RATE, fused=True)
 
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = own_device(accelerator)
     with tempfile.TemporaryDirectory() as folder:
         library.Trainer(
-            accelerator="cuda",
+            accelerator=accelerator,
             devices=devices,
             strategy="ddp" if devices > 1 else "auto",
             precision="bf16-mixed",
@@ -131,36 +142,35 @@ def child(arguments: argparse.Namespace) -> None:
     found = {}
     for workload in arguments.workloads:
         warm_up, measured = STEPS[workload]
-        timer = Timer(warm_up)
+        timer = Timer(warm_up, arguments.accelerator)
         if name == "raw":
-            raw(workload, arguments.devices, timer, warm_up + measured)
+            raw(workload, arguments.accelerator, arguments.devices, timer, warm_up + measured)
         else:
             module = {"lightning": "lightning.pytorch"}.get(library, library)
-            trainer(module, workload, arguments.devices, timer, warm_up + measured, log=bool(log))
+            trainer(
+                module, workload, arguments.accelerator, arguments.devices, timer, warm_up + measured, log=bool(log)
+            )
         found[workload] = 1e6 * timer.seconds / measured
-        torch.cuda.empty_cache()
+        if arguments.accelerator == "cuda":
+            torch.cuda.empty_cache()
     if os.environ.get("RANK", "0") == "0":
         finish(arguments.child, found)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def launch(name: str, devices: int, workloads: list[str], visible: str | None) -> dict[str, float]:
+def launch(name: str, arguments: argparse.Namespace, visible: str | None) -> dict[str, float]:
     """One fresh launch of a contestant; µs per step of each workload."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"] if devices > 1 else []
-        module = [
-            "-m",
-            __spec__.name,
-            name,
-            "--child",
-            str(result),
-            "--devices",
-            str(devices),
-            "--workloads",
-            *workloads,
-        ]
+        devices = str(arguments.devices)
+        start = (
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+            if arguments.devices > 1
+            else []
+        )
+        given = ["--devices", devices, "--accelerator", arguments.accelerator, "--workloads", *arguments.workloads]
+        module = ["-m", __spec__.name, "--child", str(result), *given, "--", name]
         env = environment()
         env.pop("CUDA_VISIBLE_DEVICES")
         if visible is not None:
@@ -175,6 +185,9 @@ def main() -> int:
     """Measure everyone who is installed and print a table."""
     parser = contestant_parser(__doc__, CONTESTANTS)
     parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument(
+        "--accelerator", choices=["cuda", "cpu"], default="cuda", help="cpu is for trying the script out"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workloads", nargs="+", default=["mlp", "resnet", "gpt"])
     arguments = parser.parse_args()
@@ -187,7 +200,7 @@ def main() -> int:
             if name != "raw" and importlib.util.find_spec(name.partition("-")[0]) is None:
                 continue
             try:
-                found = launch(name, arguments.devices, arguments.workloads, os.environ.get("CUDA_VISIBLE_DEVICES"))
+                found = launch(name, arguments, os.environ.get("CUDA_VISIBLE_DEVICES"))
             except RuntimeError as error:
                 print(f"{name} failed:\n{error}", file=sys.stderr)
                 continue

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from tools.workspace import ROOT, packages
 
 FACADES = ("strategies", "loggers", "plugins", "accelerators")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
 from fulmen_checkpoint import TorchCheckpointIO
 from fulmen_checkpoint.commands import main
 

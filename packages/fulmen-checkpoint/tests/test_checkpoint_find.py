@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+
 from fulmen_checkpoint import FsspecStorage, TorchCheckpointIO, find_last, list_checkpoints, newest_whole
 from fulmen_checkpoint.names import staging_name
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
 from fulmen_checkpoint import TorchCheckpointIO, find_last
 from fulmen_checkpoint.names import is_staging
 

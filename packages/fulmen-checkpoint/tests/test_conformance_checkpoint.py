@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import fsspec
 import pytest
+
 from fulmen_checkpoint import FsspecStorage, TorchCheckpointIO
 from fulmen_conformance import CheckpointIOConformance, StorageConformance
 

@@ -8,6 +8,9 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from fulmen_data import CombinedLoader, has_len
 
+# Python 3.12 warns whenever a process with threads forks, as every DataLoader with workers does.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 Pair = namedtuple("Pair", ["x", "y"])
 
 

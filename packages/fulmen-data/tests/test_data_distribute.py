@@ -22,6 +22,9 @@ from fulmen_data import (
     track_batch_indices,
 )
 
+# Python 3.12 warns whenever a process with threads forks, as every DataLoader with workers does.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 DATA = list(range(23))
 
 

@@ -81,7 +81,7 @@ def _is_flat(items: list[object]) -> bool:
     kinds = set(map(type, items))
     if kinds == {int}:
         numbers = cast("list[int]", items)
-        return -_GREATEST_INT < min(numbers) and max(numbers) < _GREATEST_INT
+        return min(numbers) > -_GREATEST_INT and max(numbers) < _GREATEST_INT
     return kinds <= _LEAVES
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 from torch import Tensor
@@ -25,9 +25,9 @@ def extract_batch_size(batch: object) -> int:
     Raises:
         ValueError: there is no tensor.
     """
-    # The two shapes of nearly every batch, without the generator below.
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
+    size = _common_size(batch)
+    if size is not None:
+        return size
     found: int | None = None
     for tensor in _tensors(batch):
         size = tensor.shape[0] if tensor.ndim else 1
@@ -44,6 +44,23 @@ def extract_batch_size(batch: object) -> int:
         raise MisconfigurationException(
             f"no tensor was found in a batch of type {type(batch).__name__}: its size is unknown. {_FIX}"
         )
+    return found
+
+
+def _common_size(batch: object) -> int | None:
+    """The size where it is plain to see: one tensor, or a list or tuple of equally long ones."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else 1
+    if not isinstance(batch, (list, tuple)):
+        return None
+    found: int | None = None
+    for item in cast("Sequence[object]", batch):
+        if not isinstance(item, Tensor) or not (shape := item.shape):
+            return None
+        if found is None:
+            found = shape[0]
+        elif shape[0] != found:
+            return None
     return found
 
 

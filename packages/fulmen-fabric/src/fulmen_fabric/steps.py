@@ -228,7 +228,7 @@ def automatic_step(
         backward(target)
         for hook in after_backward:
             hook()
-        return output, loss.detach()
+        return output, loss
 
     def before_the_step() -> None:
         if unscale is not None:
@@ -239,8 +239,9 @@ def automatic_step(
             clip()
 
     def visible(output: object, loss: Tensor | None) -> object:
-        if not keep_outputs or loss is None:
+        if loss is None:
             return None
+        loss = loss.detach()
         return {**output, "loss": loss} if isinstance(output, Mapping) else {"loss": loss}
 
     def step(batch: object, batch_idx: int, /) -> object:
@@ -250,7 +251,7 @@ def automatic_step(
             before_the_step()
             optimizer_step()
             window_is_empty = True
-        return visible(output, loss)
+        return visible(output, loss) if keep_outputs else None
 
     def step_with_closure(batch: object, batch_idx: int, /) -> object:
         nonlocal window_is_empty
@@ -273,7 +274,7 @@ def automatic_step(
                 "Call `optimizer.step(closure=optimizer_closure)`, or `optimizer_closure()` before stepping."
             )
         window_is_empty = True
-        return visible(*evaluations[-1])
+        return visible(*evaluations[-1]) if keep_outputs else None
 
     hold_sync: Callable[[nn.Module], AbstractContextManager[object]] | None = (
         strategy.no_sync if isinstance(strategy, SupportsNoSync) else None
@@ -281,9 +282,11 @@ def automatic_step(
 
     def accumulate_only(batch: object, batch_idx: int, /) -> object:
         if hold_sync is None or placed is None:
-            return visible(*forward_backward(batch, batch_idx))
-        with hold_sync(placed):
-            return visible(*forward_backward(batch, batch_idx))
+            output, loss = forward_backward(batch, batch_idx)
+        else:
+            with hold_sync(placed):
+                output, loss = forward_backward(batch, batch_idx)
+        return visible(output, loss) if keep_outputs else None
 
     optimizer_step: Callable[[], object] = optimizer.step if gradients.is_plain else partial(gradients.step, optimizer)
     chosen: BatchStep = step

@@ -5,6 +5,7 @@ from fulmen_protocols.callback import HOOKS, Callback
 from fulmen_protocols.checkpoint_io import CheckpointIO, SupportsAsyncSave, SupportsVerification
 from fulmen_protocols.cluster_environment import ClusterEnvironment
 from fulmen_protocols.collectives import Collectives, ReduceOp, SupportsPatientBarrier
+from fulmen_protocols.command import Command
 from fulmen_protocols.discovery import available, check, load, load_factory, missing_members
 from fulmen_protocols.errors import (
     BackendNotFound,
@@ -40,6 +41,7 @@ from fulmen_protocols.seams import (
     CALLBACKS,
     CHECKPOINT_IOS,
     CLUSTER_ENVIRONMENTS,
+    COMMANDS,
     EXPORTERS,
     LAUNCHERS,
     LOGGERS,
@@ -75,6 +77,7 @@ __all__ = [
     "CALLBACKS",
     "CHECKPOINT_IOS",
     "CLUSTER_ENVIRONMENTS",
+    "COMMANDS",
     "EXPORTERS",
     "HOOKS",
     "LAUNCHERS",
@@ -94,6 +97,7 @@ __all__ = [
     "CheckpointUnsafe",
     "ClusterEnvironment",
     "Collectives",
+    "Command",
     "Exporter",
     "FulmenError",
     "Launcher",

@@ -1,4 +1,7 @@
-"""Collectives: what the processes of a run say to each other. A seam of its own: metrics and checkpoints need no strategy."""
+"""Collectives: what the processes of a run say to each other.
+
+A seam of its own: metrics and checkpoints need no strategy.
+"""
 
 from __future__ import annotations
 

@@ -19,8 +19,10 @@ A message says what was asked, what was found and what to do, in that order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = [
     "BackendNotFound",
@@ -97,6 +99,12 @@ class RankFailure(FulmenError, RuntimeError):
 
 
 def did_you_mean(asked: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the closest of ``known``, or an empty string when none is close."""
-    close = get_close_matches(asked.lower(), sorted(known), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    """Return ``" Did you mean 'x'?"`` for the closest of ``known``, or an empty string when none is close.
+
+    Capitals do not count.
+    """
+    from difflib import get_close_matches  # only an error needs it
+
+    by_lower = {name.lower(): name for name in sorted(known)}
+    close = get_close_matches(asked.lower(), by_lower, n=1, cutoff=0.6)
+    return f" Did you mean {by_lower[close[0]]!r}?" if close else ""

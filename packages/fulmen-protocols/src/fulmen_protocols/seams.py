@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from fulmen_protocols.accelerator import Accelerator
 from fulmen_protocols.callback import Callback
 from fulmen_protocols.checkpoint_io import CheckpointIO
 from fulmen_protocols.cluster_environment import ClusterEnvironment
+from fulmen_protocols.command import Command
 from fulmen_protocols.exporter import Exporter
 from fulmen_protocols.launcher import Launcher
 from fulmen_protocols.logger import Logger
@@ -20,6 +20,7 @@ __all__ = [
     "CALLBACKS",
     "CHECKPOINT_IOS",
     "CLUSTER_ENVIRONMENTS",
+    "COMMANDS",
     "EXPORTERS",
     "LAUNCHERS",
     "LOGGERS",
@@ -32,8 +33,8 @@ __all__ = [
 T_co = TypeVar("T_co", covariant=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Seam(Generic[T_co]):
+# No dataclass: importing that module costs a quarter of this package's import time.
+class Seam(NamedTuple, Generic[T_co]):
     """One kind of backend."""
 
     protocol: type[T_co]
@@ -61,6 +62,7 @@ CLUSTER_ENVIRONMENTS = Seam(
 )
 LAUNCHERS = Seam(Launcher, "fulmen.launchers.v1", "fulmen-strategies", "launcher")  # type: ignore[type-abstract]
 CALLBACKS = Seam(Callback, "fulmen.callbacks.v1", "fulmen", "callback")  # type: ignore[type-abstract]
+COMMANDS = Seam(Command, "fulmen.commands.v1", "fulmen", "command")  # type: ignore[type-abstract]
 
 SEAMS: tuple[Seam[object], ...] = (
     ACCELERATORS,
@@ -73,3 +75,4 @@ SEAMS: tuple[Seam[object], ...] = (
     EXPORTERS,
     CALLBACKS,
 )
+"""The seams of a run, in the order in which they are listed. ``COMMANDS`` are no backends and not among them."""

@@ -155,9 +155,10 @@ class AttachedModule(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name not in _OF_THE_RUN}
 
 
-def _first_tensor(module: nn.Module, floating: bool = False) -> Tensor | None:
+def _first_tensor(module: Any, floating: bool = False) -> Tensor | None:
     """The first parameter or buffer, own ones before children's; cheaper than ``next(module.parameters())``."""
-    for tensors in (module._parameters, module._buffers):
+    groups: tuple[dict[str, Tensor | None], ...] = (module._parameters, module._buffers)
+    for tensors in groups:
         for tensor in tensors.values():
             if tensor is not None and not (floating and not tensor.is_floating_point()):
                 return tensor

@@ -6,7 +6,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping
 from copy import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -28,15 +28,15 @@ def map_leaves(
     """
     if isinstance(data, Tensor) or is_leaf(data):
         return function(data)
-    kind: Any = type(data)
+    kind: Any = cast("object", data).__class__
     if isinstance(data, Mapping):
-        items: Mapping[Any, Any] = data
+        items = cast("Mapping[object, Any]", data)
         new = {key: map_leaves(function, value, is_leaf=is_leaf) for key, value in items.items()}
         if kind is dict:
             return new
         return kind(items.default_factory, new) if isinstance(items, defaultdict) else kind(new)
     if isinstance(data, (list, tuple)):
-        values: Sequence[Any] = data
+        values = cast("Sequence[Any]", data)
         mapped = [map_leaves(function, value, is_leaf=is_leaf) for value in values]
         return kind(*mapped) if hasattr(kind, "_fields") else kind(mapped)
     if dataclasses.is_dataclass(data) and not isinstance(data, type):

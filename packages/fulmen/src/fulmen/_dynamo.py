@@ -22,7 +22,7 @@ def never_compiled(function: F) -> F:
     marked._torchdynamo_disable = True
     marked._torchdynamo_disable_msg = "fulmen keeps its bookkeeping outside of graphs"
     # Without this a graph break would make dynamo compile the function's own frame, again for each metric name.
-    frames = cast("Any", getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None))
+    frames = cast("Any", getattr(getattr(cast("Any", torch)._C, "_dynamo", None), "eval_frame", None))
     if hasattr(frames, "set_code_exec_strategy") and hasattr(frames, "_FrameExecStrategy"):
         skip = frames._FrameAction.SKIP
         frames.set_code_exec_strategy(marked.__code__, frames._FrameExecStrategy(skip, skip))

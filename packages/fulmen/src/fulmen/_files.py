@@ -77,6 +77,15 @@ def list_folder(path: str) -> list[str]:
     return sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in remote.ls(path, detail=False))
 
 
+def modified(path: str) -> float:
+    """Seconds since the epoch when a file was last written; 0 where the storage does not know."""
+    if is_local(path):
+        return os.stat(path).st_mtime
+    info: dict[str, Any] = _remote(path).info(path)
+    written = info.get("mtime") or info.get("LastModified") or info.get("created")
+    return float(written.timestamp() if hasattr(written, "timestamp") else written or 0)
+
+
 def make_folder(path: str) -> None:
     """Make a folder and those above it. Having one already is allowed."""
     if is_local(path):
@@ -86,7 +95,7 @@ def make_folder(path: str) -> None:
 
 
 def link(target: str, path: str) -> None:
-    """Make ``path`` a relative symbolic link to ``target``, or a copy where there are no links; replaces what is there."""
+    """Make ``path`` a relative symbolic link to ``target``, or a copy where there are none; replaces what is there."""
     staged = f"{path}.link"
     _delete(staged)
     try:

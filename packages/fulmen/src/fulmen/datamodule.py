@@ -119,23 +119,23 @@ class _Loaders:
 
     def __call__(self) -> Any:
         if isinstance(self.data, Mapping):
-            named: Mapping[str, Any] = self.data
+            named = cast("Mapping[object, Any]", self.data)
             return {name: self._loader(dataset) for name, dataset in named.items()}
         if isinstance(self.data, Sequence) and not isinstance(self.data, Dataset):
-            several: Sequence[Any] = self.data
+            several = cast("Sequence[object]", self.data)
             return [self._loader(dataset) for dataset in several]
         return self._loader(self.data)
 
     def _loader(self, dataset: Any) -> DataLoader[Any]:
-        if not hasattr(dataset, "__getitem__") and not isinstance(dataset, Iterable):
+        if not hasattr(dataset, "__getitem__") and not hasattr(dataset, "__iter__"):
             raise MisconfigurationTypeError(
                 f"from_datasets got a {type(dataset).__name__}; a data set has __getitem__ or can be iterated."
             )
-        shuffle = self.shuffle and not isinstance(dataset, IterableDataset)
+        in_any_order = self.shuffle and not isinstance(cast("object", dataset), IterableDataset)
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
-            shuffle=shuffle,
+            shuffle=in_any_order,
             num_workers=self.num_workers,
             pin_memory=torch.accelerator.is_available(),  # without an accelerator torch only warns
         )
@@ -150,7 +150,7 @@ def _sizes(hook: Any) -> str:
     if isinstance(loaders, Mapping):
         several = list(cast("Mapping[str, Any]", loaders).values())
     elif isinstance(loaders, (list, tuple)):
-        several = list(loaders)
+        several = list(cast("Sequence[object]", loaders))
     else:
         several = [loaders]
     return ", ".join(_size(loader) for loader in several)

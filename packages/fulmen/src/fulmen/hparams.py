@@ -135,7 +135,7 @@ class HyperparametersMixin:
 
     def _set_hparams(self, hparams: MutableMapping[str, Any]) -> None:
         if isinstance(self._hparams, dict) and isinstance(hparams, dict):
-            self._hparams.update(cast("dict[str, Any]", hparams))
+            self._hparams.update(hparams)
         else:
             self._hparams = hparams
 
@@ -248,10 +248,10 @@ def checkpoint_entries(owner: HyperparametersMixin, prefix: str = "") -> dict[st
 
 def restored(checkpoint: Mapping[str, Any], prefix: str = "") -> Any:
     """The hyperparameters in a checkpoint, of the type they had."""
-    hparams = checkpoint.get(f"{prefix}hyper_parameters") or {}
+    hparams: object = checkpoint.get(f"{prefix}hyper_parameters") or {}
     if checkpoint.get(f"fulmen_{prefix}hparams_type") == "omegaconf":
         return _omegaconf().create(hparams)
-    return AttributeDict(hparams) if isinstance(hparams, dict) else hparams
+    return AttributeDict(cast("dict[str, Any]", hparams)) if isinstance(hparams, dict) else hparams
 
 
 def _omegaconf() -> Any:

@@ -108,9 +108,14 @@ class MetricStore:
         self._batches = 0
         self._flushes = 0
 
+    @property
+    def device(self) -> torch.device:
+        """Where the values are wanted."""
+        return self._device
+
     # The path of a batch -----------------------------------------------------------------------------------------
 
-    def start_batch(self, batch: object, batch_idx: int, dataloader_idx: int | None) -> None:
+    def start_batch(self, batch: object, batch_idx: int = 0, dataloader_idx: int | None = None) -> object:
         """Remember the batch, whose size weighs what is logged from it; measured only when that is needed.
 
         Args:
@@ -122,6 +127,7 @@ class MetricStore:
         self._size = None
         self._dataloader_idx = dataloader_idx
         self._at_epoch = False
+        return batch
 
     def log(
         self,

@@ -120,18 +120,19 @@ def parse_optimizers(
 
 def _split(returned: object) -> tuple[list[Optimizer], list[object], str | None]:
     """Optimizers, schedulers as they were written, and the monitor of those written without one."""
+    whole = returned
     if _is_optimizer(returned):
         return [cast("Optimizer", returned)], [], None
     if isinstance(returned, Mapping):
         return _split_dict(cast("Mapping[str, object]", returned))
     if not isinstance(returned, (list, tuple)):
-        raise _wrong(returned, f"configure_optimizers returned a {type(returned).__name__}")
+        raise _wrong(whole, f"configure_optimizers returned a {type(returned).__name__}")
     items = cast("Sequence[object]", returned)
     if len(items) == 2 and isinstance(items[0], (list, tuple)):
         first = cast("Sequence[object]", items[0])
         for item in first:
             if not _is_optimizer(item):
-                raise _wrong(returned, f"configure_optimizers returned a {type(item).__name__} among its optimizers")
+                raise _wrong(whole, f"configure_optimizers returned a {type(item).__name__} among its optimizers")
         second = items[1]
         if second is None:
             return cast("list[Optimizer]", list(first)), [], None
@@ -147,9 +148,9 @@ def _split(returned: object) -> tuple[list[Optimizer], list[object], str | None]
         return optimizers, entries, None
     for item in items:
         if not _is_optimizer(item):
-            raise _wrong(returned, f"configure_optimizers returned a {type(item).__name__} in its list")
+            raise _wrong(whole, f"configure_optimizers returned a {type(item).__name__} in its list")
     if not items:
-        raise _wrong(returned, "configure_optimizers returned an empty list")
+        raise _wrong(whole, "configure_optimizers returned an empty list")
     return cast("list[Optimizer]", list(items)), [], None
 
 
@@ -166,9 +167,10 @@ def _split_dict(config: Mapping[str, object]) -> tuple[list[Optimizer], list[obj
         raise MisconfigurationTypeError(
             f"configure_optimizers: 'monitor' is {monitor!r}; it is the name of a logged value."
         )
+    kind = type(scheduler).__name__
     if isinstance(scheduler, (list, tuple)):
         raise MisconfigurationTypeError(
-            f"configure_optimizers: 'lr_scheduler' is a {type(scheduler).__name__}; give one scheduler, or one dict. "
+            f"configure_optimizers: 'lr_scheduler' is a {kind}; give one scheduler, or one dict. "
             "For several schedulers return two lists, (optimizers, schedulers)."
         )
     return [cast("Optimizer", optimizer)], [] if scheduler is None else [scheduler], monitor
@@ -209,7 +211,8 @@ def _scheduler_config(entry: object, monitor: str | None, *, automatic: bool, an
     if not automatic:
         return _manual_config(given)
     plateau = isinstance(scheduler, ReduceLROnPlateau)
-    config = LRSchedulerConfig(**{**given, "reduce_on_plateau": bool(given.get("reduce_on_plateau")) or plateau})
+    given["reduce_on_plateau"] = bool(given.get("reduce_on_plateau")) or plateau
+    config = LRSchedulerConfig(**given)
     _check_config(config)
     return config
 
@@ -240,8 +243,7 @@ def _check_scheduler(scheduler: object, *, any_object: bool) -> None:
 
 
 def _check_config(config: LRSchedulerConfig) -> None:
-    interval: object = config.interval
-    frequency: object = config.frequency
+    interval, frequency = cast("object", config.interval), cast("object", config.frequency)
     if interval not in ("epoch", "step"):
         raise MisconfigurationException(f"the lr_scheduler's 'interval' is {interval!r}; it is 'epoch' or 'step'.")
     if not isinstance(frequency, int) or isinstance(frequency, bool) or frequency < 1:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fulmen.fit import FitParts
 from fulmen.manual import ManualOptimization
 from fulmen.metrics import scope_for
 from fulmen.module import LightningModule
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from fulmen.states import TrainerFn
     from fulmen_fabric import Assembly, World
 
-__all__ = ["Session"]
+__all__ = ["ModelModes", "Session", "unchanged"]
 
 
 @dataclass
@@ -116,7 +115,7 @@ class Session:
         moves = device.type != "cpu"
         processed = supports(self.assembly.strategy, SupportsLoaderProcessing)
         if convert is None and before is None and custom is None and after is None and (not moves or processed):
-            return _unchanged
+            return unchanged
 
         def transfer(batch: object, dataloader_idx: int) -> object:
             if convert is not None:
@@ -238,7 +237,8 @@ class Session:
         return torch.inference_mode if inference_mode else torch.no_grad
 
 
-def _unchanged(batch: object, dataloader_idx: int) -> object:
+def unchanged(batch: object, dataloader_idx: int) -> object:
+    """What transfer is where batches are already on their device and nobody overrides its hooks."""
     return batch
 
 
@@ -270,6 +270,3 @@ class ModelModes:
         for module, training in self._flags:
             module.training = training
         self._flags = []
-
-
-__all__ += ["FitParts", "ModelModes"]
