@@ -176,10 +176,9 @@ def test_logging_without_a_trainer_warns_once_and_is_ignored() -> None:
     module = Tiny()
     with pytest.warns(UserWarning, match="not attached to a Trainer") as warned:
         module.log("a", 1)
-        module.log("a", 1)
-        module.log("b", 1)
-    assert len(warned) == 1
     assert warned[0].filename == __file__
+    module.log("a", 1)  # a second warning would be an error
+    module.log("b", 1)
 
 
 def test_logging_outside_of_a_run_is_an_error_and_in_a_bare_one_is_ignored() -> None:

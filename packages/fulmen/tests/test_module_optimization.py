@@ -118,7 +118,7 @@ def test_manual_backward_needs_manual_optimization_and_a_step() -> None:
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_toggling_leaves_only_one_optimizers_parameters_needing_gradients(wrapped: bool) -> None:
-    module, _first, _second = gan()
+    module, _, _ = gan()
     before = needs(module)
     optimizers = module.optimizers(use_pl_optimizer=wrapped)
 
@@ -188,7 +188,7 @@ def test_clipping_twice_with_other_values_is_refused() -> None:
     trainer = attach(module, [first])
     trainer.gradient_clip_val = 0.5
     with pytest.raises(
-        MisconfigurationException, match="gradient_clip_val=1.0, and the Trainer has gradient_clip_val=0.5"
+        MisconfigurationException, match=r"gradient_clip_val=1\.0, and the Trainer has gradient_clip_val=0\.5"
     ):
         module.clip_gradients(first, 1.0)
     with pytest.raises(MisconfigurationException, match="gradient_clip_algorithm='value'"):
