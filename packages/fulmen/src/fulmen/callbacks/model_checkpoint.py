@@ -155,8 +155,6 @@ class ModelCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if a number of steps or a time is over."""
-        if not self._every_n_train_steps and self._clock is None:
-            return
         if self._first_batch:
             self._first_batch = False
             self._value.after_first_batch(trainer.callback_metrics)
