@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from fulmen_checkpoint import FsspecStorage
 from fulmen_checkpoint.names import is_staging, parse_staging, staging_name, this_machine
-from fulmen_protocols import BackendNotFound, Storage, missing_members
+from fulmen_protocols import BackendNotFound, MissingPackage, Storage, missing_members
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -238,6 +239,12 @@ def test_a_folder_in_the_way_is_named(tmp_path: Path) -> None:
 def test_an_unknown_protocol_is_named() -> None:
     with pytest.raises(BackendNotFound, match="knows no file system 'nosuch'"):
         FsspecStorage().exists("nosuch://x/y")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed")
+def test_a_missing_file_system_package_is_named() -> None:
+    with pytest.raises(MissingPackage, match="Run: pip install gcsfs"):
+        FsspecStorage().exists("gs://bucket/x")
 
 
 def test_staging_names_are_told_from_all_others() -> None:

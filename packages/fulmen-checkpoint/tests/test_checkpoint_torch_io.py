@@ -354,6 +354,10 @@ def test_everything_that_is_refused_would_not_have_loaded_and_the_rest_does(tmp_
             Ellipsis,
         ),
     ]
+    for attribute in (1, OwnClass()):
+        marked = torch.ones(1)
+        marked.mark = attribute  # type: ignore[attr-defined]
+        candidates.append(marked)
     disagree = []
     for value in candidates:
         path = tmp_path / "a.ckpt"
@@ -553,3 +557,13 @@ print(status("VmHWM") - before)
         check=True,
     )
     assert int(done.stdout) <= 16
+
+
+def test_a_checkpoint_can_be_saved_while_the_interpreter_shuts_down(tmp_path: Path) -> None:
+    script = """
+import atexit, sys, torch
+from fulmen_checkpoint import TorchCheckpointIO
+atexit.register(lambda: TorchCheckpointIO().save_checkpoint({"w": torch.ones(1000, 1000)}, sys.argv[1]))
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.ckpt")], timeout=60, check=True)
+    assert TorchCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")["w"].sum() == 1_000_000

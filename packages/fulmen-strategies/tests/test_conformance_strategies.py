@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,7 +13,6 @@ from fulmen_conformance import (
     Place,
     StrategyConformance,
 )
-from fulmen_protocols import ClusterEnvironment, Strategy, Topology
 from fulmen_strategies import (
     DDPStrategy,
     LightningEnvironment,
@@ -21,6 +20,11 @@ from fulmen_strategies import (
     TorchCollectives,
     TorchElasticEnvironment,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from fulmen_protocols import ClusterEnvironment, Strategy, Topology
 
 
 def joined(topology: Topology) -> TorchCollectives:

@@ -20,6 +20,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
+from torch.nn.functional import mse_loss
+from torch.nn.parallel import DistributedDataParallel
+
 from fulmen_protocols import (
     MisconfigurationException,
     SupportsBoundMethods,
@@ -34,10 +39,6 @@ from fulmen_protocols import (
 )
 from fulmen_strategies import DDPStrategy, LightningEnvironment, LocalLauncher
 from fulmen_strategies.ddp import find_unused_parameters
-from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
-from torch.nn.functional import mse_loss
-from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -599,7 +600,7 @@ def main(folder: Path) -> None:
             error = ""
             try:
                 check(me)
-            except BaseException:
+            except BaseException:  # noqa: BLE001  # its report is the point
                 error = traceback.format_exc()
             errors = me.strategy.collectives.all_gather_object(error)
             (folder / f"{name}-{rank}.json").write_text(json.dumps(errors))
@@ -627,7 +628,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         env=env, text=True, timeout=100, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
     )  # fmt: skip
     (folder / "output").write_text(f"exit status {done.returncode}\n{done.stdout}")
-    yield folder
+    return folder
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
 from fulmen_protocols import MisconfigurationException, Topology
 from fulmen_strategies import DDPStrategy, LightningEnvironment, LocalLauncher, TorchElasticEnvironment
 from fulmen_strategies.environments._table import is_launched
@@ -165,15 +166,21 @@ class TestLightningEnvironment:
         setenv(WORLD_SIZE="4", LOCAL_RANK="1", NODE_RANK="1", LOCAL_WORLD_SIZE="2")
         assert LightningEnvironment().global_rank() == 3
 
+    def test_a_launched_rank_may_run_something_on_its_own(self, setenv) -> None:  # type: ignore[no-untyped-def]
+        setenv(FULMEN_LAUNCHED=str(os.getppid()), WORLD_SIZE="2", LOCAL_RANK="1", RANK="1")
+        LightningEnvironment().validate_settings(num_devices=1, num_nodes=1)
+        with pytest.raises(MisconfigurationException, match=r"make 3 processes.*WORLD_SIZE=2"):
+            LightningEnvironment().validate_settings(num_devices=3, num_nodes=1)
+
     def test_a_port_out_of_range_is_refused(self, setenv) -> None:  # type: ignore[no-untyped-def]
         setenv(MASTER_PORT="70000")
-        with pytest.raises(MisconfigurationException, match="MASTER_PORT.*70000"):
+        with pytest.raises(MisconfigurationException, match=r"MASTER_PORT.*70000"):
             _ = LightningEnvironment().main_port
 
 
 def test_torchruns_workers_per_node_are_compared_with_the_devices(setenv) -> None:  # type: ignore[no-untyped-def]
     setenv(TORCHELASTIC_RUN_ID="x", WORLD_SIZE="4", LOCAL_WORLD_SIZE="4")
-    with pytest.raises(MisconfigurationException, match="devices=2.*LOCAL_WORLD_SIZE=4"):
+    with pytest.raises(MisconfigurationException, match=r"devices=2.*LOCAL_WORLD_SIZE=4"):
         TorchElasticEnvironment().validate_settings(num_devices=2, num_nodes=2)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from fulmen_protocols import (
     MisconfigurationException,
     Strategy,
@@ -15,7 +17,6 @@ from fulmen_protocols import (
     missing_members,
 )
 from fulmen_strategies import SingleDeviceStrategy
-from torch import nn
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+
 from fulmen.datamodule import LightningDataModule
 from fulmen_protocols import MisconfigurationException
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 
 
 def numbers(count: int) -> TensorDataset:

@@ -245,7 +245,7 @@ def test_loggers_get_both_and_equal_values_may_meet() -> None:
 
 
 def test_the_same_key_with_other_values_is_an_error() -> None:
-    with pytest.raises(MisconfigurationException, match="'lr' is 0.1 in Plain and 0.2 in Data"):
+    with pytest.raises(MisconfigurationException, match=r"'lr' is 0\.1 in Plain and 0\.2 in Data"):
         hyperparameters_for_loggers(Plain(), Data(lr=0.2))
 
 

@@ -181,8 +181,8 @@ def test_the_old_file_is_deleted_only_after_the_new_one_is_written(tmp_path: Pat
 
     trainer.fail_saving = True
     trainer.batch()
+    trainer.validate(val_loss=0.1)
     with pytest.raises(OSError, match="disk full"):
-        trainer.validate(val_loss=0.1)
         trainer.end_epoch()
 
     assert files(tmp_path / "c") == ["step=1.ckpt"]
@@ -587,7 +587,7 @@ def test_a_logged_epoch_names_the_file(tmp_path: Path) -> None:
 
 
 def test_a_format_that_does_not_fit_names_the_field() -> None:
-    with pytest.raises(MisconfigurationException, match="'val_loss' = 0.5 with '02d'"):
+    with pytest.raises(MisconfigurationException, match=r"'val_loss' = 0\.5 with '02d'"):
         ModelCheckpoint(filename="{val_loss:02d}").format_checkpoint_name({"val_loss": torch.tensor(0.5)})
 
 

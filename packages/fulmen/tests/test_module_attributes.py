@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from fulmen.module import LightningModule
 from fulmen_protocols import MisconfigurationException
-from torch import Tensor, nn
 
 
 class Recorder:
@@ -175,10 +176,9 @@ def test_logging_without_a_trainer_warns_once_and_is_ignored() -> None:
     module = Tiny()
     with pytest.warns(UserWarning, match="not attached to a Trainer") as warned:
         module.log("a", 1)
-        module.log("a", 1)
-        module.log("b", 1)
-    assert len(warned) == 1
     assert warned[0].filename == __file__
+    module.log("a", 1)  # a second warning would be an error
+    module.log("b", 1)
 
 
 def test_logging_outside_of_a_run_is_an_error_and_in_a_bare_one_is_ignored() -> None:
@@ -314,7 +314,7 @@ def test_batches_are_moved_with_their_structure() -> None:
         def to(self, device: torch.device) -> None:
             self.device = str(device)
 
-    Pair = namedtuple("Pair", "a b")  # noqa: PYI024
+    Pair = namedtuple("Pair", "a b")
     one = torch.ones(1)
     own = MovesInPlace()
     batch = {

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from fulmen.module import LightningModule
-from fulmen.optimizer import LightningOptimizer
-from fulmen_protocols import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
+
+from fulmen.module import LightningModule
+from fulmen.optimizer import LightningOptimizer
+from fulmen_protocols import MisconfigurationException
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Gan(LightningModule):
@@ -115,7 +118,7 @@ def test_manual_backward_needs_manual_optimization_and_a_step() -> None:
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_toggling_leaves_only_one_optimizers_parameters_needing_gradients(wrapped: bool) -> None:
-    module, first, second = gan()
+    module, _, _ = gan()
     before = needs(module)
     optimizers = module.optimizers(use_pl_optimizer=wrapped)
 
@@ -184,7 +187,9 @@ def test_clipping_twice_with_other_values_is_refused() -> None:
     module, first, _ = gan()
     trainer = attach(module, [first])
     trainer.gradient_clip_val = 0.5
-    with pytest.raises(MisconfigurationException, match="gradient_clip_val=1.0, and the Trainer has gradient_clip_val=0.5"):
+    with pytest.raises(
+        MisconfigurationException, match=r"gradient_clip_val=1\.0, and the Trainer has gradient_clip_val=0\.5"
+    ):
         module.clip_gradients(first, 1.0)
     with pytest.raises(MisconfigurationException, match="gradient_clip_algorithm='value'"):
         module.clip_gradients(first, gradient_clip_algorithm="value")

@@ -159,7 +159,7 @@ def test_anything_else_is_refused_with_the_forms_that_are_allowed(returned: obje
 
 
 def test_several_optimizers_need_manual_optimization() -> None:
-    with pytest.raises(MisconfigurationException, match="self.automatic_optimization = False"):
+    with pytest.raises(MisconfigurationException, match=r"self\.automatic_optimization = False"):
         parse_optimizers([an_optimizer(), an_optimizer()])
 
 

@@ -97,11 +97,15 @@ def flatten(params: Mapping[str, object], above: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in params.items():
         name = f"{above}/{key}" if above else str(key)
-        if isinstance(value, Mapping) and value:
+        if _is_nested(value):
             flat.update(flatten(cast("Mapping[str, object]", value), name))
         else:
             flat[name] = value if value is None or type(value) in (bool, int, float, str) else str(value)
     return flat
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, Mapping) and len(cast("Mapping[object, object]", value)) > 0
 
 
 def _key(key: object) -> object:

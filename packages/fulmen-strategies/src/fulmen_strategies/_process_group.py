@@ -6,6 +6,7 @@ import atexit
 import itertools
 import os
 import sys
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -16,7 +17,6 @@ from fulmen_protocols.errors import BackendUnavailable, MisconfigurationExceptio
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from datetime import timedelta
     from types import TracebackType
 
     from fulmen_protocols.topology import Topology
@@ -27,6 +27,9 @@ __all__ = ["ProcessGroupMembership"]
 # group and joins the next could meet the server of the old one and be cut off when the slow rank 0 closes it.
 _stores: dict[tuple[str, int], Store] = {}
 _generations = itertools.count()
+
+# Processes start minutes apart where a shared disk is slow. A short limit for collectives is not meant for that.
+_MEETING = timedelta(minutes=10)
 
 
 class ProcessGroupMembership:
@@ -53,7 +56,7 @@ class ProcessGroupMembership:
         _require(backend)
         generation = next(_generations)
         try:
-            store = _store(topology, timeout)
+            store = _store(topology, max(timeout, _MEETING))
             hook_before = sys.excepthook
             dist.init_process_group(
                 backend,

@@ -335,7 +335,7 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
             raise MisconfigurationException(f"gradient_clip_algorithm={algorithm!r}; it is 'norm' or 'value'.")
         if value:
             raw = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-            trainer.strategy.clip_gradients(raw, value, algorithm)
+            trainer.strategy.clip_gradients(raw, value, cast("Any", algorithm))
 
     def configure_gradient_clipping(
         self,

@@ -10,7 +10,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Failure", "is_consequence", "read_failure", "record_exception", "stack_file"]
+__all__ = ["Failure", "is_consequence", "read_failure", "read_stack", "record_exception", "stack_file"]
 
 # What the transports say when a peer has vanished. It decides only whom to ask first and how long to wait for a better
 # answer, never whether something is an error.
@@ -105,15 +105,24 @@ def read_failure(file: str, *, rank: int, world_size: int, pid: int, exit_code: 
         time_s = float(reply.get("time_s", time_s))  # absent when torch's own @record has written the file
         consequence = bool(reply.get("is_consequence", _sounds_like_a_lost_peer(trace)))
     except (OSError, ValueError, KeyError, TypeError):
-        stack = Path(stack_file(file))
-        if stack.is_file():
-            trace = stack.read_text(encoding="utf-8", errors="replace")
+        trace = read_stack(file)
     return Failure(rank, world_size, pid, exit_code, trace, time_s, consequence)
 
 
 def stack_file(file: str) -> str:
     """Where faulthandler writes the Python stack of a process that crashes in native code."""
     return f"{file}.stack"
+
+
+def read_stack(file: str) -> str:
+    """What faulthandler has left there of the thread that got the signal; "" if nothing."""
+    try:
+        text = Path(stack_file(file)).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    head, found, rest = text.partition("Current thread")
+    lines = (head.splitlines()[:1] + (found + rest).splitlines()) if found else text.splitlines()
+    return "\n".join(line for line in lines if line and not line.startswith("Extension modules"))
 
 
 def is_consequence(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch.distributed.elastic.multiprocessing import (
@@ -22,7 +23,7 @@ from torch.distributed.elastic.multiprocessing import (
 
 from fulmen_protocols.errors import MisconfigurationException, RankFailure
 from fulmen_strategies._marks import LAUNCHED
-from fulmen_strategies.launchers._failure import Failure, is_consequence, read_failure
+from fulmen_strategies.launchers._failure import Failure, is_consequence, read_failure, read_stack
 
 if TYPE_CHECKING:
     import subprocess
@@ -102,6 +103,7 @@ class World:
         self._is_ours = threading.Event()  # rank 0 has an error of its own: how the others end no longer matters
         self._is_delivered = threading.Event()  # the main thread knows of the failure
         self._report_at_exit = False
+        self._last_words = ""  # where the others were, to be printed at the very end
         self._stopping = threading.Lock()
         self._hook_before = sys.excepthook
         self._failed_at = 0.0  # by the monotonic clock
@@ -174,6 +176,10 @@ class World:
                 if isinstance(error, RankFailure):
                     return  # it says the same as the report
             else:
+                if is_consequence(error):
+                    # Nobody has failed, and still somebody did not come: the user needs to know where everybody stood.
+                    self._is_ours.set()
+                    self._last_words = self._abort_all()
                 self._end_all(patience_s=0.5)
                 error.add_note(f"raised on rank {self.request.first_rank} of {self.request.world_size}")
         self._hook_before(kind, error, trace)
@@ -188,6 +194,8 @@ class World:
             self._print_report()
         elif self._is_ours.is_set():
             self._end_all(patience_s=_FINISH_S)
+            if self._last_words:
+                os.write(2, self._last_words.encode())
         else:
             try:
                 self._all_ended.wait()
@@ -196,6 +204,25 @@ class World:
             if self._failure is not None and not self._is_delivered.is_set():
                 self._stop_this_process(self._failure)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _abort_all(self) -> str:
+        """End the other ranks by SIGABRT, at which faulthandler writes down where they were, and return that."""
+        running = [(i, process) for i, process in enumerate(self._processes()) if process.poll() is None]
+        for _, process in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGABRT)
+        _wait_for([process for _, process in running], 1.0)
+        lines: list[str] = []
+        for i, _ in running:
+            rank = self.request.first_rank + i + 1
+            stack = read_stack(self._error_file(i)).splitlines()[1:]  # without the word of the abort
+            lines.append(f"rank {rank} of {self.request.world_size} was still running, and stood at:")
+            lines.extend(f"[rank{rank}]: {line}" for line in stack or ["an unknown place"])
+        return "".join(f"{line}\n" for line in lines)
+
+    def _error_file(self, index: int) -> str:
+        assert self._context is not None
+        return str(self._context.error_files[index])
 
     def _end_all(self, patience_s: float) -> None:
         self._is_ours.set()
@@ -247,6 +274,8 @@ class World:
                 if culprit is not None:
                     self._failure, self._failed_at = culprit, began
                     self._verdict.set()
+                    if culprit.is_consequence:  # then the cause is a rank that did not come
+                        self._last_words = self._abort_all()
                     self._terminate()
                     return
             if all(process.poll() is not None for process in self._processes()):
@@ -266,10 +295,9 @@ class World:
 
     def _failures(self) -> list[Failure]:
         """How the processes that ended with an error, or are about to, have done so."""
-        assert self._context is not None
         failures: list[Failure] = []
         for i, process in enumerate(self._processes()):
-            file = str(self._context.error_files[i])
+            file = self._error_file(i)
             exit_code = process.poll()
             # The file comes first: a process may report its exception and then hang while it leaves.
             if exit_code or (exit_code is None and os.path.exists(file)):
@@ -297,9 +325,7 @@ class World:
                 if process.poll() is None:
                     with contextlib.suppress(ProcessLookupError, PermissionError):
                         os.killpg(process.pid, signum)
-            until = time.monotonic() + patience_s
-            while time.monotonic() < until and any(process.poll() is None for process in processes):
-                time.sleep(0.02)
+            _wait_for(processes, patience_s)
 
     def _see_this_process_end(self, failure: Failure) -> None:
         if not self._is_delivered.wait(max(0.0, self._failed_at + _NOTICE_S - time.monotonic())):
@@ -318,12 +344,27 @@ class World:
         flush = threading.Thread(target=_flush, daemon=True)
         flush.start()
         flush.join(0.5)
+        if failure.is_consequence:
+            self._last_words += self._where_this_process_is()
         self._print_report()
         shutil.rmtree(self._folder, ignore_errors=True)
         os._exit(failure.exit_status)
 
     def _print_report(self) -> None:
-        os.write(2, f"{self._failure}\n".encode())
+        os.write(2, f"{self._failure}\n{self._last_words}".encode())
+
+    def _where_this_process_is(self) -> str:
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)  # pyright: ignore[reportPrivateUsage]
+        stack = "".join(traceback.format_stack(frame)).splitlines()
+        rank = self.request.first_rank
+        head = f"rank {rank} of {self.request.world_size} was still running, and stood at:\n"
+        return head + "".join(f"[rank{rank}]: {line}\n" for line in stack)
+
+
+def _wait_for(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and any(process.poll() is None for process in processes):
+        time.sleep(0.02)
 
 
 def _flush() -> None:

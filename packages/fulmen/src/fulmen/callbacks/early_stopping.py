@@ -174,7 +174,7 @@ class EarlyStopping(Callback):
         if self.stopping_threshold is not None and self._is_better(value, self.stopping_threshold):
             return self._stop(
                 EarlyStoppingReason.STOPPING_THRESHOLD,
-                f"{self.monitor} = {value:.6g} {sign} {self.stopping_threshold}, the stopping threshold: training ends.",
+                f"{self.monitor} = {value:.6g} {sign} {self.stopping_threshold}, its threshold. Training ends.",
             )
         if self.divergence_threshold is not None and self._is_better(-value, -self.divergence_threshold):
             return self._stop(

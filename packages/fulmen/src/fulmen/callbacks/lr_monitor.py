@@ -93,14 +93,14 @@ class LearningRateMonitor(Callback):
         """Log at the batches that the loggers get rows for."""
         if self.logging_interval == "epoch" or not trainer.log_every_n_steps:
             return
-        x = _x(trainer)
+        x = trainer.batches_that_stepped
         if (x + 1) % trainer.log_every_n_steps == 0 or trainer.should_stop:
             self._log(trainer, "any" if self.logging_interval == "step" else "step", x)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log at the epoch's start."""
         if self.logging_interval != "step":
-            self._log(trainer, "any" if self.logging_interval == "epoch" else "epoch", _x(trainer))
+            self._log(trainer, "any" if self.logging_interval == "epoch" else "epoch", trainer.batches_that_stepped)
 
     def _log(self, trainer: Trainer, interval: str, x: int) -> None:
         latest = self._extract(trainer, interval)
@@ -168,9 +168,3 @@ class LearningRateMonitor(Callback):
         if len(groups) == 1 and "name" not in groups[0]:
             return [name]
         return [f"{name}/{group.get('name', f'pg{index}')}" for index, group in enumerate(groups, start=1)]
-
-
-def _x(trainer: Trainer) -> int:
-    """The x axis of the loggers: batches that stepped an optimizer."""
-    x: int = trainer.fit_loop.epoch_loop._batches_that_stepped
-    return x

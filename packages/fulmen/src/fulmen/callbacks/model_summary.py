@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from fulmen.callbacks.callback import Callback
 from fulmen.utilities.model_summary import ModelSummary as Summary
 from fulmen.utilities.model_summary import format_summary_table
-from fulmen_fabric.rank_zero import rank_zero_info
 
 if TYPE_CHECKING:
     from fulmen.module import LightningModule
@@ -61,4 +60,4 @@ class ModelSummary(Callback):
         table = format_summary_table(
             total_parameters, trainable_parameters, model_size, total_training_modes, total_flops, *summary_data
         )
-        rank_zero_info("\n%s", table)
+        print(table)

@@ -111,7 +111,7 @@ class ModelSummary:
         self._layers = self.summarize()
         self._total = sum(_elements(parameter) for parameter in model.parameters())
         self._trainable = sum(_elements(parameter) for parameter in model.parameters() if parameter.requires_grad)
-        self._bytes = sum(_elements(parameter) * parameter.element_size() for parameter in model.parameters())
+        self._bytes = sum(_elements(parameter) * _element_bytes(parameter) for parameter in model.parameters())
         if any(_is_lazy(parameter) for parameter in model.parameters()):
             rank_zero_warn(
                 "the model has lazy parameters, which have no shape before the first forward pass: the summary counts "
@@ -345,6 +345,10 @@ def _elements(parameter: Tensor) -> int:
         return 0
     aside: int | None = getattr(parameter, "ds_numel", None)
     return parameter.numel() if aside is None else aside
+
+
+def _element_bytes(parameter: Tensor) -> int:
+    return 0 if _is_lazy(parameter) else parameter.element_size()
 
 
 def _to_device_of(model: nn.Module, example: object) -> object:

@@ -206,7 +206,7 @@ def _styled(column: Any, style: str) -> Any:
     class Styled(column):  # type: ignore[misc]  # the parent is known at run time
         def render(self, task: Any) -> Any:
             """The parent's text in the theme's style."""
-            rendered: Any = super().render(task)
-            return Text(rendered.plain, style=style)
+            parent: Any = super()
+            return Text(parent.render(task).plain, style=style)
 
     return Styled()
