@@ -13,8 +13,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import fulmen_conformance
 import pytest
+
+import fulmen_conformance
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -70,7 +71,13 @@ def drilled() -> list[tuple[str, str]]:
     return [(name, cls) for name in names for cls in vars(module_of(name)) if cls.startswith("Test")]
 
 
-@pytest.mark.parametrize(("drill", "cls"), drilled())
+SLOW = {"drill_strategy_world"}  # a world of processes for each broken backend
+
+
+@pytest.mark.parametrize(
+    ("drill", "cls"),
+    [pytest.param(*case, marks=[pytest.mark.slow] if case[0] in SLOW else []) for case in drilled()],
+)
 def test_a_kit_catches_exactly_what_is_broken(drill: str, cls: str) -> None:
     outcomes = outcomes_of(drill)
 

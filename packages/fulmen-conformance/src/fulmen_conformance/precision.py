@@ -106,16 +106,19 @@ class PrecisionConformance(Kit):
         """Also after an error inside. On failure look for a default dtype or autocast that is not put back."""
         before = _torch_state(device)
 
-        for context in (precision.init_context, _forward_context_of(precision)):
-            with context():
-                pass
-            assert _torch_state(device) == before
-            with pytest.raises(KeyError), context():
-                raise KeyError
-            assert _torch_state(device) == before
-            with context(), context():
-                pass
-            assert _torch_state(device) == before
+        try:
+            for context in (precision.init_context, _forward_context_of(precision)):
+                with context():
+                    pass
+                assert _torch_state(device) == before
+                with pytest.raises(KeyError), context():
+                    raise KeyError
+                assert _torch_state(device) == before
+                with context(), context():
+                    pass
+                assert _torch_state(device) == before
+        finally:  # what leaks must not reach the tests that follow
+            torch.set_default_dtype(torch.float32)
 
     def test_matrix_products_run_in_the_plan_s_compute_dtype(self, precision: Precision, device: torch.device) -> None:
         """Seen inside the forward pass. On failure look at ``forward_context`` and ``convert_input``."""

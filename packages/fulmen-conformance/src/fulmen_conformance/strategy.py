@@ -141,16 +141,19 @@ class StrategyConformance(Kit):
     def test_module_context_leaves_torch_as_it_was(self, kit_ready: Strategy, empty: bool) -> None:
         """Also after an error inside. On failure look for a default device or initialiser that is not put back."""
         before = (torch.get_default_dtype(), torch.tensor(1.0).device)
-        with pytest.raises(KeyError), kit_ready.module_context(empty=empty):
-            raise KeyError
+        try:
+            with pytest.raises(KeyError), kit_ready.module_context(empty=empty):
+                raise KeyError
 
-        torch.manual_seed(3)
-        first = torch.nn.Linear(2, 2)
-        torch.manual_seed(3)
+            torch.manual_seed(3)
+            first = torch.nn.Linear(2, 2)
+            torch.manual_seed(3)
 
-        assert (torch.get_default_dtype(), torch.tensor(1.0).device) == before
-        assert equal_bits(torch.nn.Linear(2, 2).weight, first.weight)
-        assert first.weight.abs().sum() > 0
+            assert (torch.get_default_dtype(), torch.tensor(1.0).device) == before
+            assert equal_bits(torch.nn.Linear(2, 2).weight, first.weight)
+            assert first.weight.abs().sum() > 0
+        finally:  # what leaks must not reach the tests that follow
+            torch.set_default_dtype(before[0])
 
     def test_a_placed_module_computes_what_the_module_computed(self, kit_ready: Strategy) -> None:
         """On failure look at ``place``: weights changed, or left on another device."""
