@@ -1,7 +1,7 @@
 """Every kit passes what is right and catches what is broken, by exactly the test that is meant to catch it.
 
-``drills/`` holds one file for each kit: subclasses of the kit with a correct backend, and one for each way to be wrong. The
-names in ``caught_by`` are all the kit tests that fail on it.
+``drills/`` holds one file for each kit: subclasses of the kit with a correct backend, and one for each way to be wrong.
+The names in ``caught_by`` are all the kit tests that fail on it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def drilled() -> list[tuple[str, str]]:
     return [(name, cls) for name in names for cls in vars(module_of(name)) if cls.startswith("Test")]
 
 
-SLOW = {"drill_strategy_world"}  # a world of processes for each broken backend
+SLOW = {"drill_strategy_world", "drill_launcher"}  # processes for each broken backend
 
 
 @pytest.mark.parametrize(

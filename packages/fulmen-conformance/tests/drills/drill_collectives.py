@@ -11,7 +11,6 @@ import torch.distributed as dist
 from fulmen_conformance import CollectivesConformance
 
 if TYPE_CHECKING:
-
     from torch import Tensor
 
     from fulmen_protocols import ReduceOp, Topology

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-
 class Good:
     """Executes the script again for each further rank and watches them from a thread."""
 
@@ -97,7 +96,6 @@ TestTextOfTheValue = broken(
     "TextOfTheValue",
     "test_one_process_runs_the_function_and_returns_its_value",
     "test_the_value_of_rank_zero_is_returned",
-    "test_kill_ends_the_processes_it_started",
 )
 TestKillsNobody = broken(
     "KillsNobody", "test_an_error_on_rank_zero_ends_the_others", "test_kill_ends_the_processes_it_started"
