@@ -344,7 +344,7 @@ def _expect_cast(convert: object, device: torch.device) -> torch.dtype:
 
     got: Any = convert(batch)  # Any: what comes back is judged line by line
 
-    assert type(got) is dict
+    assert got.__class__ is dict
     assert list(got) == list(batch)
     assert isinstance(got["a"], list)
     assert isinstance(got["a"][1], tuple)
