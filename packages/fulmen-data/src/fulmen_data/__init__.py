@@ -1,1 +1,40 @@
 """Combined loaders, samplers for ranks and exact data position, for fulmen or for your own loop."""
+
+from fulmen_data.batch_size import extract_batch_size
+from fulmen_data.combined_loader import CombinationMode, CombinedLoader
+from fulmen_data.distribute import distribute_loader, set_epoch, track_batch_indices
+from fulmen_data.position import LoaderPosition
+from fulmen_data.rebuild import rebuild_loader
+from fulmen_data.samplers import (
+    DistributedBatchSampler,
+    DistributedSamplerWrapper,
+    IndexBatchSamplerWrapper,
+    SeekableSampler,
+    UnrepeatedDistributedSampler,
+    UnrepeatedDistributedSamplerWrapper,
+)
+from fulmen_data.sizes import has_iterable_dataset, has_len, sized_len
+from fulmen_data.worker_seeding import add_worker_seeding, derive_seed, seed_worker
+
+__all__ = [
+    "CombinationMode",
+    "CombinedLoader",
+    "DistributedBatchSampler",
+    "DistributedSamplerWrapper",
+    "IndexBatchSamplerWrapper",
+    "LoaderPosition",
+    "SeekableSampler",
+    "UnrepeatedDistributedSampler",
+    "UnrepeatedDistributedSamplerWrapper",
+    "add_worker_seeding",
+    "derive_seed",
+    "distribute_loader",
+    "extract_batch_size",
+    "has_iterable_dataset",
+    "has_len",
+    "rebuild_loader",
+    "seed_worker",
+    "set_epoch",
+    "sized_len",
+    "track_batch_indices",
+]

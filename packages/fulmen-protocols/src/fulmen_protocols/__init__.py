@@ -4,7 +4,7 @@ from fulmen_protocols.accelerator import Accelerator, SupportsDeviceStats
 from fulmen_protocols.callback import HOOKS, Callback
 from fulmen_protocols.checkpoint_io import CheckpointIO, SupportsAsyncSave, SupportsVerification
 from fulmen_protocols.cluster_environment import ClusterEnvironment
-from fulmen_protocols.collectives import Collectives, ReduceOp
+from fulmen_protocols.collectives import Collectives, ReduceOp, SupportsPatientBarrier
 from fulmen_protocols.command import Command
 from fulmen_protocols.discovery import available, check, load, load_factory, missing_members
 from fulmen_protocols.errors import (
@@ -14,6 +14,7 @@ from fulmen_protocols.errors import (
     CheckpointCorrupt,
     CheckpointError,
     CheckpointNotFound,
+    CheckpointUnsafe,
     FulmenError,
     MisconfigurationException,
     MisconfigurationTypeError,
@@ -63,8 +64,10 @@ from fulmen_protocols.strategy import (
     SupportsInferencePlacement,
     SupportsLaunch,
     SupportsLoaderProcessing,
+    SupportsManualBackward,
     SupportsNoSync,
     SupportsPrecisionPlan,
+    SupportsReplicaCheck,
     SupportsShardedState,
 )
 from fulmen_protocols.topology import Topology
@@ -91,6 +94,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointIO",
     "CheckpointNotFound",
+    "CheckpointUnsafe",
     "ClusterEnvironment",
     "Collectives",
     "Command",
@@ -133,9 +137,12 @@ __all__ = [
     "SupportsLaunch",
     "SupportsLoaderProcessing",
     "SupportsLogDir",
+    "SupportsManualBackward",
     "SupportsNoSync",
     "SupportsOutputConversion",
+    "SupportsPatientBarrier",
     "SupportsPrecisionPlan",
+    "SupportsReplicaCheck",
     "SupportsShardedState",
     "SupportsVerification",
     "Topology",

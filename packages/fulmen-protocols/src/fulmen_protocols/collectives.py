@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Collectives", "ReduceOp"]
+__all__ = ["Collectives", "ReduceOp", "SupportsPatientBarrier"]
 
 ReduceOp = Literal["mean", "sum", "min", "max"]
 
@@ -59,4 +59,13 @@ class Collectives(Protocol):
 
     def all_gather_object(self, value: T) -> list[T]:
         """A picklable object of every rank, in rank order. Not for the path of a batch."""
+        ...
+
+
+@runtime_checkable
+class SupportsPatientBarrier(Protocol):
+    """Collectives that can wait without a time limit, while one rank downloads or preprocesses data for hours."""
+
+    def patient_barrier(self, name: str = "") -> None:
+        """As ``barrier``, but it never times out and touches no device."""
         ...

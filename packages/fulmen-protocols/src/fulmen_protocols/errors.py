@@ -10,7 +10,8 @@
     ├── NotConforming(TypeError)                  an object does not satisfy the protocol it is used for
     ├── CheckpointError(RuntimeError)
     │   ├── CheckpointNotFound(FileNotFoundError)
-    │   └── CheckpointCorrupt(ValueError)         the bytes are not those that were written
+    │   ├── CheckpointCorrupt(ValueError)         the bytes are not those that were written
+    │   └── CheckpointUnsafe(ValueError)          it holds objects that only code from the file could rebuild
     └── RankFailure(RuntimeError)                 another process of the run failed first
 
 A message says what was asked, what was found and what to do, in that order.
@@ -30,6 +31,7 @@ __all__ = [
     "CheckpointCorrupt",
     "CheckpointError",
     "CheckpointNotFound",
+    "CheckpointUnsafe",
     "FulmenError",
     "MisconfigurationException",
     "MisconfigurationTypeError",
@@ -86,6 +88,10 @@ class CheckpointNotFound(CheckpointError, FileNotFoundError):
 
 class CheckpointCorrupt(CheckpointError, ValueError):
     """The checkpoint's bytes differ from those that were written."""
+
+
+class CheckpointUnsafe(CheckpointError, ValueError):
+    """The checkpoint holds objects that could be rebuilt only by running code from the file."""
 
 
 class RankFailure(FulmenError, RuntimeError):

@@ -28,8 +28,10 @@ __all__ = [
     "SupportsInferencePlacement",
     "SupportsLaunch",
     "SupportsLoaderProcessing",
+    "SupportsManualBackward",
     "SupportsNoSync",
     "SupportsPrecisionPlan",
+    "SupportsReplicaCheck",
     "SupportsShardedState",
 ]
 
@@ -112,6 +114,22 @@ class SupportsBoundMethods(Protocol):
 
     def bind_method(self, placed: nn.Module, name: str) -> Callable[..., object]:
         """A callable that runs the original module's method ``name`` through the wrapper that ``place`` returned."""
+        ...
+
+
+@runtime_checkable
+class SupportsManualBackward(Protocol):
+    """A strategy with bound methods whose wrapper must be told of backward passes that run inside such a method."""
+
+    def bind_manual_method(self, placed: nn.Module, name: str) -> Callable[..., object]:
+        """As ``bind_method``, for a method that itself runs any number of backward passes (manual optimization)."""
+        ...
+
+    def manual_backward(self, placed: nn.Module, loss: Tensor) -> AbstractContextManager[object]:
+        """Surrounds each ``loss.backward()`` in there: within the block its gradients are averaged over ranks.
+
+        Inside ``no_sync`` it does nothing, and the gradients stay local.
+        """
         ...
 
 
@@ -208,6 +226,15 @@ class SupportsLoaderProcessing(Protocol):
 
     def process_loader(self, loader: Iterable[object]) -> Iterable[object]:
         """Return an iterable over the same batches, already on the device."""
+        ...
+
+
+@runtime_checkable
+class SupportsReplicaCheck(Protocol):
+    """A strategy whose ranks should hold equal parameters and can tell whether they do."""
+
+    def drifted_parameters(self, module: nn.Module) -> list[str]:
+        """Canonical names of the parameters that differ between ranks, the same list on every rank. A collective."""
         ...
 
 

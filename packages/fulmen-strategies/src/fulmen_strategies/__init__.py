@@ -1,1 +1,17 @@
-"""Single-device and DDP strategies, launchers and cluster environments for fulmen or for your own loop."""
+"""Strategies, collectives, launchers and cluster environments on torch.distributed."""
+
+from fulmen_strategies.collectives import TorchCollectives
+from fulmen_strategies.ddp import DDPStrategy
+from fulmen_strategies.environments.local import LightningEnvironment
+from fulmen_strategies.environments.torchrun import TorchElasticEnvironment
+from fulmen_strategies.launchers.local import LocalLauncher
+from fulmen_strategies.single import SingleDeviceStrategy
+
+__all__ = [
+    "DDPStrategy",
+    "LightningEnvironment",
+    "LocalLauncher",
+    "SingleDeviceStrategy",
+    "TorchCollectives",
+    "TorchElasticEnvironment",
+]

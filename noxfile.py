@@ -1,0 +1,115 @@
+"""Every developer verb. ``python -m nox --list`` shows them; what they do is in tools/, which works without nox too."""
+
+import os
+import sys
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.sessions = ["tests"]
+nox.options.default_venv_backend = "none"  # the sessions share .nox/dev, which environment() makes
+
+
+def environment(session: nox.Session, *groups: str) -> str:
+    """Have .nox/dev with the packages, editable, and these dependency groups; return its Python."""
+    session.run(sys.executable, "-m", "tools.environment", *groups, external=True)
+    scripts = os.path.abspath(".nox/dev/Scripts" if os.name == "nt" else ".nox/dev/bin")
+    session.env["PATH"] = scripts + os.pathsep + os.environ["PATH"]
+    return os.path.join(scripts, "python")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train on handwritten digits and write a report; run again to resume. [-- --devices 2 --accelerator cuda ...]."""
+    python = environment(session, "demo")
+    session.run(python, "docs/examples/digits.py", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run every package's tests and those that need several packages; the slow ones are in `full`."""
+    python = environment(session, "test")
+    where = session.posargs or ["packages", "integration_tests", "tools"]
+    # Two processes; one thread each, or torch's threads fight for the same cores.
+    args = ["-n", "2", "--dist", "loadfile", "-m", "not slow", *where]
+    session.run(python, "-m", "pytest", *args, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def alone(session: nox.Session) -> None:
+    """Install each package with nothing but its declared needs; run its tests and its README. [-- NAME ...]."""
+    python = environment(session)
+    session.run(python, "-m", "tools.alone", *session.posargs)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the packages with mypy and pyright, both strict."""
+    python = environment(session, "test", "types")
+    session.run(python, "-m", "tools.check_types", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting with ruff. [-- --fix]."""
+    python = environment(session, "lint")
+    fix = "--fix" in session.posargs
+    session.run(python, "-m", "ruff", "check", *(["--fix"] if fix else []), ".")
+    session.run(python, "-m", "ruff", "format", *([] if fix else ["--check"]), ".")
+
+
+@nox.session
+def layers(session: nox.Session) -> None:
+    """Check which package imports which, that the protocols import no torch, and that there is no import cycle."""
+    python = environment(session, "layers")
+    session.run(python, "-m", "tools.check_layers")
+
+
+@nox.session
+def api(session: nox.Session) -> None:
+    """Compare each package's public API with its api.txt. [-- --write] accepts the changes."""
+    python = environment(session, "api")
+    session.run(python, "-m", "tools.api", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site into build/site, every warning an error, and run the Python blocks of every page and README."""
+    python = environment(session, "docs", "test")
+    session.run(python, "-m", "tools.docs")
+    session.run(python, "-m", "pytest", "tools/test_readme.py", "-n", "2")
+
+
+@nox.session
+def features(session: nox.Session) -> None:
+    """Fill the status column of docs/features.md from the tests that say what they prove. [-- --write]."""
+    python = environment(session)
+    session.run(python, "-m", "tools.features", *session.posargs)
+
+
+@nox.session
+def changes(session: nox.Session) -> None:
+    """Check that each package tells what changed: a fragment in changes/, readable by towncrier."""
+    python = environment(session)
+    session.run(python, "-m", "tools.changes")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build a wheel of every package into dist/."""
+    python = environment(session)
+    session.run(python, "-m", "tools.wheels")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure against raw PyTorch: overhead of a step, import, start-up, memory. [-- step_overhead --markdown ...]."""
+    python = environment(session, "test")
+    session.run(python, "-m", "tools.bench", *session.posargs)
+
+
+@nox.session
+def full(session: nox.Session) -> None:
+    """Run everything that takes long too: slow tests, demo, benchmarks, docs; ends with a table."""
+    python = environment(session, "test", "docs", "types", "lint", "layers", "api")
+    session.run(python, "-m", "tools.full", *session.posargs)

@@ -1,0 +1,289 @@
+"""TorchCheckpointIO: one checkpoint in one file of torch's own format, whole or not there, with a digest inside."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import tempfile
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING, cast
+
+import torch
+
+from fulmen_checkpoint import _digest
+from fulmen_checkpoint._plain import find_unsafe
+from fulmen_checkpoint.storage import FsspecStorage
+from fulmen_protocols.errors import (
+    CheckpointCorrupt,
+    CheckpointError,
+    CheckpointNotFound,
+    CheckpointUnsafe,
+    did_you_mean,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Mapping
+
+    from fulmen_protocols.storage import Storage
+
+__all__ = ["TorchCheckpointIO"]
+
+_COPY_BYTES = 1 << 20
+# Below this a read is as fast as a mapping.
+_MMAP_BYTES = 1 << 20
+
+
+class TorchCheckpointIO:
+    """``torch.save`` files that survive crashes and tell damage. Satisfies ``fulmen_protocols.CheckpointIO``.
+
+    The file streams to its place as ``torch.save`` makes it; the checkpoint is never held in memory a second time. It
+    can be moved, copied and read by plain ``torch.load(weights_only=True)``; files that plain ``torch.save`` or
+    Lightning wrote load too.
+
+    Args:
+        storage: where files live; by default every local path and every URL that fsspec knows.
+        allow_unsafe: save objects that only ``load_checkpoint(..., weights_only=False)`` can bring back. By default
+            saving them is an error, because a checkpoint that does not load is a lost run.
+        verify: compare each file with its digest before it is loaded.
+        mmap: map files into memory instead of reading them. The tensors of a loaded checkpoint then read the file's
+            pages as they are used, and their changes stay private. A mapped file may be replaced (as every save of
+            ours does) or deleted, but must not be overwritten in place while such tensors live.
+    """
+
+    def __init__(
+        self, storage: Storage | None = None, *, allow_unsafe: bool = False, verify: bool = True, mmap: bool = True
+    ) -> None:
+        self.storage: Storage = FsspecStorage() if storage is None else storage
+        self.allow_unsafe = allow_unsafe
+        self.verify = verify
+        self.mmap = mmap
+
+    def save_checkpoint(
+        self,
+        checkpoint: Mapping[str, object],
+        path: str | os.PathLike[str],
+        storage_options: Mapping[str, object] | None = None,
+    ) -> None:
+        """Write ``checkpoint`` so that ``path`` holds either the old content or all of the new, whatever happens.
+
+        ``storage_options`` go to fsspec for this save, in place of those of the default storage.
+
+        Raises:
+            CheckpointUnsafe: an object in it could not be loaded safely; the message names its place.
+            CheckpointError: the storage failed; ``path`` keeps what it held.
+        """
+        target = os.fspath(path)
+        if not self.allow_unsafe:
+            _require_plain(checkpoint, target)
+        storage = self.storage if storage_options is None else FsspecStorage(storage_options)
+        try:
+            with storage.write_atomic(target) as sink, _digest.DigestWriter(sink) as writer:
+                torch.save(checkpoint, cast("IO[bytes]", writer))
+                writer.finish()
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"the checkpoint {target!r} cannot be written: {type(error).__name__}: {error}. "
+                "What the path held before is untouched; check free space, permissions and the connection."
+            ) from error
+        except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
+            raise CheckpointError(
+                f"the checkpoint {target!r} was not written: torch.save cannot pickle an object in it: {error}. "
+                "Remove it, or store plain data in its place."
+            ) from error
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        map_location: torch.device | str | None = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, object]:
+        """Read a checkpoint; tensors go to ``map_location`` (None: CPU).
+
+        No code from the file runs unless ``weights_only`` is False; None means True.
+
+        Raises:
+            CheckpointNotFound: nothing is there.
+            CheckpointCorrupt: the bytes are not those that were written.
+            CheckpointUnsafe: it holds objects that only code from the file could rebuild.
+            CheckpointError: it holds no dictionary, or something torch cannot read.
+        """
+        target = os.fspath(path)
+        safe = weights_only is not False
+        with self._open(target) as stream:
+            whole = self._check(stream, target) if self.verify else False
+            loaded = self._read(stream, target, map_location, safe=safe, whole=whole)
+        if not isinstance(loaded, dict):
+            raise CheckpointError(
+                f"{target!r} holds a {type(loaded).__name__}, but a checkpoint is a dict. Read it with torch.load."
+            )
+        return cast("dict[str, object]", loaded)
+
+    def verify_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Return if the file is whole.
+
+        With a digest every byte is checked; without one (files of plain torch or Lightning) the checksums of the
+        records, which do not cover the file's headers.
+
+        Raises:
+            CheckpointNotFound: nothing is there.
+            CheckpointCorrupt: the bytes are not those that were written; the message names the damaged part.
+        """
+        target = os.fspath(path)
+        with self._open(target) as stream:
+            if not self._check(stream, target):
+                # torch's format before zip has no checksums: all that can be asked is whether it reads.
+                with suppress(CheckpointUnsafe):  # then it reads, up to an object that needs code
+                    self._read(stream, target, "meta", safe=True, whole=False)
+
+    def has_digest(self, path: str | os.PathLike[str]) -> bool:
+        """Whether the file carries a digest, right or wrong.
+
+        Raises:
+            CheckpointNotFound: nothing is there.
+            CheckpointCorrupt: its end is damaged.
+        """
+        target = os.fspath(path)
+        with self._open(target) as stream:
+            try:
+                return _digest.has_digest(stream)
+            except _digest.Damage as damage:
+                raise _corrupt(target, str(damage)) from None
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Delete the checkpoint, file or folder. Removing what is not there is allowed."""
+        self.storage.remove(os.fspath(path))
+
+    def teardown(self) -> None:
+        """Nothing is pending: every save is complete when it returns."""
+
+    @contextmanager
+    def _open(self, path: str) -> Generator[IO[bytes]]:
+        """The file as a stream; a remote one is fetched once, into a temporary file that is gone afterwards."""
+        try:
+            opened = self.storage.open_read(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise _not_found(self.storage, path) from error
+        except IsADirectoryError as error:
+            raise CheckpointError(
+                f"{path!r} is a folder, but this format is one file. Name a file in it, or use the checkpoint IO of "
+                "the format that wrote the folder."
+            ) from error
+        with opened as stream:
+            if _digest.on_disk(stream):
+                yield stream
+                return
+            with tempfile.NamedTemporaryFile(prefix="fulmen-", suffix=".ckpt") as copy:
+                try:
+                    while block := stream.read(_COPY_BYTES):
+                        copy.write(block)
+                except FileNotFoundError as error:
+                    raise _not_found(self.storage, path) from error
+                copy.flush()
+                with open(copy.name, "rb") as local:
+                    yield local
+
+    def _check(self, stream: IO[bytes], path: str) -> bool:
+        try:
+            return _digest.check(stream)
+        except _digest.Damage as damage:
+            raise _corrupt(path, str(damage)) from None
+
+    def _read(
+        self, stream: IO[bytes], path: str, map_location: torch.device | str | None, *, safe: bool, whole: bool
+    ) -> object:
+        """Give ``stream`` to torch and say what its errors mean. ``whole``: every byte is known to be as written."""
+        place = "cpu" if map_location is None else map_location
+        try:
+            return _torch_load(stream, place, safe=safe, mmap=self.mmap)
+        except pickle.UnpicklingError as error:
+            if safe and _REFUSAL.search(str(error)):
+                raise CheckpointUnsafe(
+                    f"{path!r} was asked to load without running code from it, but it holds "
+                    f"{_refused_objects(stream, error)}. If you trust where it comes from, pass weights_only=False, "
+                    "which runs code from the file; or allow single classes with "
+                    "torch.serialization.add_safe_globals([...])."
+                ) from error
+            raise _unreadable(path, error, whole=whole) from error
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            if safe:
+                raise _unreadable(path, error, whole=whole) from error
+            if isinstance(error, (AttributeError, ImportError)):
+                raise CheckpointError(
+                    f"{path!r} holds an object whose class cannot be imported here: {error}. Install or import the "
+                    "code that defines it, then load again."
+                ) from error
+            if whole:  # then it is the code from the file that failed
+                raise
+            raise _unreadable(path, error, whole=whole) from error
+
+
+# How torch's restricted unpickler says that an object is not one of those it may rebuild.
+_REFUSAL = re.compile(r"Unsupported global|unsupported GLOBAL|unrecognized function|allowlisted|must be imported")
+
+
+def _torch_load(stream: IO[bytes], place: torch.device | str, *, safe: bool, mmap: bool) -> object:
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    if mmap and size >= _MMAP_BYTES and stream.read(4) == b"PK\3\4":
+        # torch maps files by name only. This name is the very file that was checked, even if its path was replaced.
+        name = f"/proc/self/fd/{stream.fileno()}"
+        return torch.load(name if os.path.exists(name) else stream.name, place, weights_only=safe, mmap=True)
+    stream.seek(0)
+    return torch.load(stream, place, weights_only=safe)
+
+
+def _refused_objects(stream: IO[bytes], error: pickle.UnpicklingError) -> str:
+    stream.seek(0)
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
+    except Exception:  # noqa: BLE001 - files of torch's older format: the first name is in the message
+        names = []
+    if not names:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        return found[1] if found else str(error).splitlines()[-1]
+    return ", ".join(sorted(names))
+
+
+def _unreadable(path: str, error: Exception, *, whole: bool) -> CheckpointError:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    if whole:
+        return CheckpointError(f"{path!r} is undamaged, but torch cannot read it: {reason}")
+    return _corrupt(path, f"its content ({type(error).__name__}: {reason})")
+
+
+def _corrupt(path: str, part: str) -> CheckpointCorrupt:
+    return CheckpointCorrupt(
+        f"the checkpoint {path!r} is damaged: {part}. Use an earlier checkpoint, or copy this one again."
+    )
+
+
+def _not_found(storage: Storage, path: str) -> CheckpointNotFound:
+    folder = path.rstrip("/").rpartition("/")[0] or "."
+    near = did_you_mean(path, storage.list(folder if "://" in path else os.path.abspath(folder)))
+    return CheckpointNotFound(f"there is no checkpoint at {path!r}.{near} Check the path.")
+
+
+def _require_plain(checkpoint: Mapping[str, object], path: str) -> None:
+    unsafe = find_unsafe(checkpoint)
+    if not unsafe:
+        return
+    shown = ", ".join(f"{place}: {_type_name(value)}" for place, value in unsafe[:5])
+    more = f" and {len(unsafe) - 5} more" if len(unsafe) > 5 else ""
+    raise CheckpointUnsafe(
+        f"the checkpoint {path!r} was not written: it holds {shown}{more}, which could be loaded only by running code "
+        "from the file. Store plain data instead (tensors, numbers, strings, lists, dicts: str(path), x.item(), "
+        "asdict(config)), register the class with torch.serialization.add_safe_globals([...]), or use "
+        "TorchCheckpointIO(allow_unsafe=True)."
+    )
+
+
+def _type_name(value: object) -> str:
+    kind = type(value)
+    if kind is bytes or kind is int:
+        return "empty bytes" if kind is bytes else "an int of more than 2000 bits"
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

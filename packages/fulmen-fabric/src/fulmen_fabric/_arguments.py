@@ -1,0 +1,107 @@
+"""What ``Fabric`` is given, checked: each refusal in one place, in one sentence."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from fulmen_fabric._loaders import FabricDataLoader
+from fulmen_fabric.wrappers import FabricModule, FabricOptimizer
+from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.optim import Optimizer
+
+__all__ = [
+    "as_list",
+    "nothing",
+    "overridden",
+    "require_callable",
+    "require_loader",
+    "require_module",
+    "require_no_group",
+    "require_no_meta",
+    "require_optimizer",
+]
+
+T = TypeVar("T")
+
+
+def overridden(name: str, value: T) -> T:
+    variable = f"LT_{name.upper()}"
+    found = os.environ.get(variable)
+    if found is None:
+        return value
+    if name == "num_nodes" and not found.isdigit():
+        raise MisconfigurationException(f"{variable}={found!r} is not a whole number.")
+    return cast("T", found)
+
+
+def as_list(given: object) -> list[object]:
+    if given is None:
+        return []
+    return list(cast("Sequence[object]", given)) if isinstance(given, (list, tuple)) else [given]
+
+
+def nothing() -> None:
+    """The script itself is the function."""
+
+
+def require_callable(function: object) -> None:
+    if not callable(function):
+        raise MisconfigurationTypeError(
+            f"launch got {function!r}, which cannot be called. Pass a function, or nothing."
+        )
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # a function made in C tells no signature
+        return
+    if not parameters:
+        name = getattr(function, "__name__", repr(function))
+        raise MisconfigurationTypeError(f"launch got {name}(), which takes no argument. Its first one is the Fabric.")
+
+
+def require_no_group(what: str, group: object) -> None:
+    if group is not None:
+        raise MisconfigurationException(
+            f"{what} got group={group!r}; it runs among all ranks. Use torch.distributed for a part of them."
+        )
+
+
+def require_module(module: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise MisconfigurationTypeError(f"setup got {type(module).__name__} for the module. Pass a torch.nn.Module.")
+    if isinstance(module, FabricModule):
+        raise MisconfigurationException("this module has been set up before. Pass your own module, once.")
+
+
+def require_loader(loader: object) -> None:
+    if isinstance(loader, FabricDataLoader):
+        raise MisconfigurationException("this loader has been set up before. Pass your own DataLoader, once.")
+    if not isinstance(loader, DataLoader):
+        raise MisconfigurationTypeError(
+            f"setup_dataloaders got {type(loader).__name__}. Pass a torch.utils.data.DataLoader."
+        )
+
+
+def require_optimizer(optimizer: object) -> None:
+    if isinstance(optimizer, FabricOptimizer):
+        raise MisconfigurationException(
+            f"{type(optimizer.optimizer).__name__} has been set up before. Pass your own optimizer, once."
+        )
+    if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "step"):
+        raise MisconfigurationTypeError(f"setup got {type(optimizer).__name__} for an optimizer. Pass optimizers last.")
+
+
+def require_no_meta(optimizer: Optimizer) -> None:
+    if any(parameter.is_meta for group in optimizer.param_groups for parameter in group["params"]):
+        raise MisconfigurationException(
+            f"{type(optimizer).__name__} holds parameters on the meta device. "
+            "Make it after setup_module(), from the parameters of the module that it returns."
+        )

@@ -1,0 +1,134 @@
+"""From names and objects to the parts of a run: the only function that knows every seam."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, cast
+
+from fulmen_fabric._resolve import (
+    Notes,
+    check_strategy,
+    find_accelerator,
+    find_checkpoint_io,
+    find_devices,
+    find_environment,
+    find_launcher,
+    find_precision,
+    find_strategy,
+    hand_over_precision,
+    sort_plugins,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+    from fulmen_protocols import Accelerator, CheckpointIO, ClusterEnvironment, Launcher, Precision, Strategy
+
+__all__ = ["Assembly", "assemble"]
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """The backends of one run, checked against each other. Nothing has been started yet."""
+
+    accelerator: Accelerator
+    accelerator_name: str
+    devices: tuple[torch.device, ...]
+    """This node's, one per local rank."""
+    device_ids: tuple[int, ...]
+    num_nodes: int
+    strategy: Strategy
+    strategy_name: str
+    precision: Precision
+    precision_name: str
+    """Canonical, for example ``"bf16-mixed"``."""
+    environment: ClusterEnvironment
+    launcher: Launcher | None
+    """None for a single process, or where a cluster starts the processes."""
+    checkpoint_io: CheckpointIO
+    chosen: tuple[str, ...]
+    """One line for each ``"auto"``: what it chose and why."""
+    sources: Mapping[str, str]
+    """Noun of each seam, and where its part comes from: ``"ddp from fulmen-strategies 0.1.0"``."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes of the run, one per device."""
+        return len(self.devices) * self.num_nodes
+
+
+def assemble(
+    *,
+    accelerator: str | Accelerator = "auto",
+    strategy: str | Strategy = "auto",
+    devices: list[int] | str | int = "auto",
+    num_nodes: int = 1,
+    precision: str | int | None = None,
+    plugins: object | Sequence[object] | None = None,
+) -> Assembly:
+    """Find every part by name or take the object given, and check them against each other and the environment.
+
+    Starts no process and writes nothing.
+
+    Args:
+        accelerator: a name, an instance, ``"gpu"`` (mps or cuda) or ``"auto"`` (tpu, mps, cuda, cpu: the first usable).
+        strategy: a name, an instance, or ``"auto"``: ``"single_device"`` for one process, else ``"ddp"``.
+        devices: per node: a count, a list of ids, a string that the accelerator reads, or ``"auto"``.
+        num_nodes: number of machines, at least 1.
+        precision: a name, or an alias such as ``16`` or ``"bf16"``; None means ``"32-true"``.
+        plugins: a ``Precision``, a ``CheckpointIO``, a ``ClusterEnvironment``, at most one of each, in any order.
+
+    Raises:
+        MisconfigurationException: with every conflict found, not only the first.
+    """
+    notes = Notes()
+    given = sort_plugins(plugins, notes)
+    nodes = num_nodes
+    if type(num_nodes) is not int or num_nodes < 1:
+        notes.conflicts.add(f"num_nodes={num_nodes!r} is not a whole number of at least 1.")
+        nodes = 1
+
+    environment = find_environment(given.environment, notes)
+    accelerator_part = find_accelerator(accelerator, notes)
+    accelerator_name = "" if accelerator_part is None else accelerator_part.name()
+    found = (
+        None
+        if accelerator_part is None
+        else find_devices(devices, accelerator_part, accelerator_name, environment, nodes, notes)
+    )
+    # With the devices in conflict, the other arguments are still checked as far as they can be.
+    device_ids, node_devices = found if found is not None else ([], [])
+    world_size = max(1, len(node_devices)) * nodes
+
+    placed = find_strategy(strategy, accelerator_name, world_size, notes)
+    launcher = None
+    if placed is not None and node_devices:
+        check_strategy(*placed, node_devices, nodes, environment, notes)
+        launcher = find_launcher(*placed, environment, world_size, notes)
+    numbers = find_precision(precision, given.precision, node_devices[0].type if node_devices else None, notes)
+    if placed is not None and numbers is not None:
+        hand_over_precision(*placed, numbers[0], notes)
+    checkpoint_io = find_checkpoint_io(given.checkpoint_io, notes)
+
+    notes.conflicts.raise_if_any()
+    if placed is None or numbers is None:
+        raise AssertionError("a part is missing without a conflict")  # unreachable: each finder notes why
+    return Assembly(
+        accelerator=cast("Accelerator", accelerator_part),
+        accelerator_name=accelerator_name,
+        devices=tuple(node_devices),
+        device_ids=tuple(device_ids),
+        num_nodes=nodes,
+        strategy=placed[0],
+        strategy_name=placed[1],
+        precision=numbers[0],
+        precision_name=numbers[1],
+        environment=cast("ClusterEnvironment", environment),
+        launcher=launcher,
+        checkpoint_io=cast("CheckpointIO", checkpoint_io),
+        chosen=tuple(notes.chosen),
+        sources=MappingProxyType(notes.sources),
+    )

@@ -1,0 +1,153 @@
+"""CSVLogger: metrics as a table that any tool reads, and hyperparameters as YAML."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fulmen_loggers._folder import RunFolder
+from fulmen_loggers._hparams import FILE as HPARAMS_FILE
+from fulmen_loggers._hparams import Hyperparameters
+from fulmen_loggers._table import Table
+from fulmen_loggers._values import as_number, prefixed
+from fulmen_protocols.errors import MisconfigurationException
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+    from fulmen_protocols.logger import LoggerStatus
+
+__all__ = ["CSVLogger"]
+
+
+class CSVLogger:
+    """Writes ``SAVE_DIR/NAME/version_N/metrics.csv`` and ``hparams.yaml``. Satisfies ``fulmen_protocols.Logger``.
+
+    Nothing is touched on disk before the first use. Given the ``version`` of an earlier run, it continues that run's
+    table. Rows are kept in memory and written every ``flush_logs_every_n_steps`` of them, by ``save`` and ``finalize``.
+
+    Args:
+        save_dir: root folder, local or an fsspec URL.
+        name: folder of the experiment below it; empty or None for none.
+        version: which run: a number, a text used as the folder's name, or None for the next free number.
+        prefix: put before the names of metrics, with a dash.
+        flush_logs_every_n_steps: rows kept in memory at most.
+
+    Raises:
+        MisconfigurationException: ``flush_logs_every_n_steps`` is less than 1.
+    """
+
+    LOGGER_JOIN_CHAR = "-"
+    NAME_METRICS_FILE = "metrics.csv"
+    NAME_HPARAMS_FILE = HPARAMS_FILE
+
+    def __init__(
+        self,
+        save_dir: str | os.PathLike[str],
+        name: str | None = "lightning_logs",
+        version: int | str | None = None,
+        prefix: str = "",
+        flush_logs_every_n_steps: int = 100,
+    ) -> None:
+        if flush_logs_every_n_steps < 1:
+            raise MisconfigurationException(
+                f"CSVLogger(flush_logs_every_n_steps={flush_logs_every_n_steps!r}): give 1 or more."
+            )
+        self._folder = RunFolder("CSVLogger", save_dir, name, version)
+        self._prefix = prefixed(prefix)
+        self._flush_every = flush_logs_every_n_steps
+        self._pending: list[dict[str, float]] = []
+        self._flush_at = flush_logs_every_n_steps
+        self._next_step = 0
+        self._hparams = Hyperparameters()
+        self._table: Table | None = None
+
+    @property
+    def name(self) -> str | None:
+        """Name of the experiment."""
+        return self._folder.name
+
+    @property
+    def version(self) -> int | str:
+        """Which run of the experiment this is. Setting it, before the first use, joins the run of another process."""
+        return self._folder.version
+
+    @version.setter
+    def version(self, version: int | str) -> None:
+        self._folder.version = version
+
+    @property
+    def save_dir(self) -> str:
+        """The root folder that the user chose."""
+        return self._folder.save_dir
+
+    @property
+    def root_dir(self) -> str:
+        """The folder of all runs of the experiment."""
+        return self._folder.root
+
+    @property
+    def log_dir(self) -> str:
+        """The folder of this run."""
+        return self._folder.path
+
+    @property
+    def experiment(self) -> CSVLogger:
+        """What writes: this object."""
+        return self
+
+    @property
+    def hparams(self) -> dict[str, object]:
+        """All hyperparameters logged so far."""
+        return self._hparams.values
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add one row. ``step`` None: one more than in the row before.
+
+        Raises:
+            MisconfigurationException: a value is not a single number.
+        """
+        prefix = self._prefix
+        row: dict[str, float] = {"step": self._next_step if step is None else int(step)}
+        for name, value in metrics.items():
+            key = prefix + name if prefix else name
+            if key != "step":
+                row[key] = value if type(value) is float else as_number(name, value)
+        self._next_step = int(row["step"]) + 1
+        self._pending.append(row)
+        if len(self._pending) >= self._flush_at:
+            self._flush()
+
+    def log_hyperparams(self, params: object = None, **more: object) -> None:
+        """Record settings: a dict, a dataclass or a namespace. Later calls add to earlier ones."""
+        if params is not None:
+            self._hparams.add(params)
+        if more:
+            self._hparams.add(more)
+
+    def save(self) -> None:
+        """Write all rows and hyperparameters so far."""
+        self._flush()
+
+    def finalize(self, status: LoggerStatus) -> None:
+        """Write everything. Logging afterwards goes on in the same table."""
+        self._flush()
+
+    def _flush(self) -> None:
+        folder = self._folder
+        directory = folder.path
+        if self._table is None:
+            folder.make(directory)
+            self._table = Table(folder, folder.join(directory, self.NAME_METRICS_FILE))
+        self._hparams.save(folder, folder.join(directory, self.NAME_HPARAMS_FILE))
+        if self._pending:
+            self._table.append(self._pending)
+            self._pending = []
+        # A URL's file is put whole each time: rarer and rarer, so that the time stays linear.
+        self._flush_at = max(self._flush_every, self._table.rows // 8) if folder.is_remote else self._flush_every
+
+    def __getstate__(self) -> dict[str, object]:
+        """The copy goes on with the file, so what is in memory is written first."""
+        if self._pending:
+            self._flush()
+        return {**self.__dict__, "_table": None}

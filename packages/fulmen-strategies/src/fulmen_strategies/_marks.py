@@ -1,0 +1,21 @@
+"""How a process knows that fulmen's own launcher has started it."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["LAUNCHED", "process_exists"]
+
+LAUNCHED = "FULMEN_LAUNCHED"
+"""Set in the processes that the launcher starts: the id of the process that started them."""
+
+
+def process_exists(pid: int) -> bool:
+    """Whether some process has the id ``pid``."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
+    return True

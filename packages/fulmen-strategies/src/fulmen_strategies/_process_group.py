@@ -1,0 +1,142 @@
+"""The default process group: joined through one store that lives as long as the process, and left again."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import sys
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
+
+from fulmen_protocols.errors import BackendUnavailable, MisconfigurationException
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from fulmen_protocols.topology import Topology
+
+__all__ = ["ProcessGroupMembership"]
+
+# One store per meeting point, kept until the process ends. If each group brought its own, a fast rank that leaves one
+# group and joins the next could meet the server of the old one and be cut off when the slow rank 0 closes it.
+_stores: dict[tuple[str, int], Store] = {}
+_generations = itertools.count()
+
+# Processes start minutes apart where a shared disk is slow. A short limit for collectives is not meant for that.
+_MEETING = timedelta(minutes=10)
+
+
+class ProcessGroupMembership:
+    """This process's place in the default process group. One that somebody else made is used and never destroyed."""
+
+    def __init__(self) -> None:
+        self._made: dist.ProcessGroup | None = None
+        self._hook_before: Callable[[type[BaseException], BaseException, TracebackType | None], object] | None = None
+        self._hook_of_torch: object = None
+
+    def join(self, topology: Topology, backend: str | None, timeout: timedelta) -> None:
+        """Initialise the default group unless there is one.
+
+        Raises:
+            MisconfigurationException: the existing group and ``topology`` contradict each other, or several
+                processes are to meet at port 0.
+            BackendUnavailable: this build of torch lacks the backend.
+        """
+        if dist.is_initialized():
+            _compare(topology)
+            return
+        device = topology.device
+        backend = backend or dist.get_default_backend_for_device(device)
+        _require(backend)
+        generation = next(_generations)
+        try:
+            store = _store(topology, max(timeout, _MEETING))
+            hook_before = sys.excepthook
+            dist.init_process_group(
+                backend,
+                store=PrefixStore(f"fulmen/{_attempt()}/{generation}", store),
+                rank=topology.rank,
+                world_size=topology.world_size,
+                timeout=timeout,
+                # NCCL then connects at once and to the right device; gloo and other CPU backends refuse the argument.
+                device_id=None if device.type == "cpu" else device,
+            )
+        except RuntimeError as error:
+            error.add_note(
+                f"raised while rank {topology.rank} of {topology.world_size} joined the others at "
+                f"{topology.main_address}:{topology.main_port} with backend {backend!r}"
+            )
+            raise
+        self._made = dist.group.WORLD
+        self._hook_before, self._hook_of_torch = hook_before, sys.excepthook
+        # A process that ends with a living group may abort in a destructor ("terminate called without an active
+        # exception", exit status 134).
+        atexit.register(self.leave)
+
+    def leave(self) -> None:
+        """Destroy the group if this object has made it. May be called twice."""
+        made, self._made = self._made, None
+        if made is None:
+            return
+        atexit.unregister(self.leave)
+        if dist.is_initialized() and dist.group.WORLD is made:
+            dist.destroy_process_group()
+        # init_process_group has wrapped sys.excepthook for good: each new group would add one more "[rank0]:".
+        if sys.excepthook is self._hook_of_torch and self._hook_before is not None:
+            sys.excepthook = self._hook_before
+
+
+def _compare(topology: Topology) -> None:
+    found = (dist.get_rank(), dist.get_world_size())
+    asked = (topology.rank, topology.world_size)
+    if found != asked:
+        raise MisconfigurationException(
+            f"this run is rank {asked[0]} of {asked[1]}, but the process group that is already initialised has rank "
+            f"{found[0]} of {found[1]}: give devices and num_nodes that match it, or destroy it first."
+        )
+
+
+def _require(backend: str) -> None:
+    missing = (backend == "nccl" and not dist.is_nccl_available()) or (
+        backend == "gloo" and not dist.is_gloo_available()
+    )
+    if missing:
+        raise BackendUnavailable(
+            f"process group backend {backend!r} was asked for, but this build of torch comes without it: "
+            "install a build that has it, or set process_group_backend."
+        )
+
+
+def _store(topology: Topology, timeout: timedelta) -> Store:
+    if topology.world_size == 1:
+        return HashStore()
+    place = (topology.main_address, topology.main_port)
+    if topology.main_port == 0:
+        raise MisconfigurationException(
+            f"{topology.world_size} processes were asked to meet at {place[0]}:0, which is no port: give main_port."
+        )
+    if place not in _stores:
+        host = f"[{place[0]}]" if ":" in place[0] else place[0]
+        iterator = rendezvous(
+            f"tcp://{host}:{place[1]}", rank=topology.rank, world_size=topology.world_size, timeout=timeout
+        )
+        _stores[place] = next(iterator)[0]
+    return _stores[place]
+
+
+def _attempt() -> str:
+    """Which start of the processes this is, under torchrun's restarts.
+
+    torchrun keeps one store over all restarts, in which the dead processes' addresses would be found and dialled
+    (pytorch/pytorch#135712). Its counter tells the attempts apart; over several nodes it may differ between agents, so
+    there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 remains the cure.
+    """
+    env = os.environ
+    one_node = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")
+    return env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"

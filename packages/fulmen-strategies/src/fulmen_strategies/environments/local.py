@@ -1,0 +1,120 @@
+"""The environment of a program that nobody but its user, or fulmen's own launcher, has started."""
+
+from __future__ import annotations
+
+import os
+import socket
+from functools import cache
+
+from fulmen_protocols.errors import MisconfigurationException
+from fulmen_strategies._marks import LAUNCHED, process_exists
+from fulmen_strategies.environments._table import compare_world, is_launched, number, port
+
+__all__ = ["LightningEnvironment"]
+
+
+class LightningEnvironment:
+    """A plain program: ``python train.py``, on each node once.
+
+    Several nodes need MASTER_ADDR, MASTER_PORT and NODE_RANK (or GROUP_RANK) on each; one node needs nothing.
+    The name is Lightning's.
+    """
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """Whether this process is one of several that have been started already."""
+        return is_launched(os.environ, os.getppid(), process_exists)
+
+    @property
+    def main_address(self) -> str:
+        """MASTER_ADDR, else this machine."""
+        return os.environ.get("MASTER_ADDR", "127.0.0.1")
+
+    @property
+    def main_port(self) -> int:
+        """MASTER_PORT, else STANDALONE_PORT, else a free port, the same one for every run of this process."""
+        if "MASTER_PORT" in os.environ or "STANDALONE_PORT" in os.environ:
+            return port(os.environ, "MASTER_PORT", "STANDALONE_PORT", default=0)
+        return _free_port()
+
+    @staticmethod
+    def detect() -> bool:
+        """True: it is the last resort, to be asked after every other."""
+        return True
+
+    def world_size(self) -> int:
+        """WORLD_SIZE where the processes exist, else 1."""
+        return number(os.environ, "WORLD_SIZE", default=1) if self.creates_processes_externally else 1
+
+    def global_rank(self) -> int:
+        """RANK where the processes exist, or what NODE_RANK and LOCAL_RANK amount to; 0 where they do not."""
+        if not self.creates_processes_externally:
+            return 0
+        if "RANK" in os.environ:
+            return number(os.environ, "RANK", default=0)
+        if self.node_rank() == 0:
+            return self.local_rank()
+        if "LOCAL_WORLD_SIZE" not in os.environ:
+            raise MisconfigurationException(
+                f"the environment has NODE_RANK={self.node_rank()} and LOCAL_RANK={self.local_rank()}, from which no "
+                "global rank follows: set RANK or LOCAL_WORLD_SIZE too."
+            )
+        return self.node_rank() * number(os.environ, "LOCAL_WORLD_SIZE", default=1) + self.local_rank()
+
+    def local_rank(self) -> int:
+        """LOCAL_RANK where the processes exist, else 0."""
+        return number(os.environ, "LOCAL_RANK", default=0) if self.creates_processes_externally else 0
+
+    def node_rank(self) -> int:
+        """NODE_RANK, else GROUP_RANK, else 0."""
+        return number(os.environ, "NODE_RANK", "GROUP_RANK", default=0)
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Compare the user's settings with the environment.
+
+        Raises:
+            MisconfigurationException: they contradict each other, or a run of several nodes lacks what it needs.
+        """
+        processes = num_devices * num_nodes
+        if LAUNCHED in os.environ and processes == 1:
+            return  # each rank of a launched program may do something on its own, a test on one device say
+        if self.creates_processes_externally or num_nodes > 1:
+            compare_world(os.environ, num_devices, num_nodes)
+        if self.creates_processes_externally:
+            _require_below("RANK", self.global_rank(), "WORLD_SIZE", processes)
+            _require_below("LOCAL_RANK", self.local_rank(), "devices", num_devices)
+        elif "LOCAL_RANK" in os.environ and LAUNCHED not in os.environ and processes > 1:
+            raise MisconfigurationException(
+                f"devices={num_devices} and num_nodes={num_nodes} make {processes} processes, and the environment has "
+                f"LOCAL_RANK={os.environ['LOCAL_RANK']!r} without WORLD_SIZE: unset LOCAL_RANK to have the processes "
+                "started, or set WORLD_SIZE too if they exist already."
+            )
+        if num_nodes > 1:
+            _require_meeting_point(num_nodes)
+        _require_below("NODE_RANK", self.node_rank(), "num_nodes", num_nodes)
+
+
+def _require_below(name: str, value: int, limit_name: str, limit: int) -> None:
+    if value >= limit:
+        raise MisconfigurationException(
+            f"the environment has {name}={value}, which must be below {limit_name}={limit}: make them agree."
+        )
+
+
+def _require_meeting_point(num_nodes: int) -> None:
+    """Without these every node would take itself for the first one and wait for others that never come."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if "NODE_RANK" not in os.environ and "GROUP_RANK" not in os.environ:
+        missing.append("NODE_RANK")
+    if missing:
+        raise MisconfigurationException(
+            f"num_nodes={num_nodes}, but the environment lacks {', '.join(missing)}: set them on every node, or start "
+            "the program by torchrun."
+        )
+
+
+@cache
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

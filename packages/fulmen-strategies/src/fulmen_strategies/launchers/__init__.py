@@ -1,0 +1,5 @@
+"""Launchers: how the processes of a run come to exist when no cluster has started them."""
+
+from fulmen_strategies.launchers.local import LocalLauncher
+
+__all__ = ["LocalLauncher"]

@@ -1,0 +1,150 @@
+"""How a rank tells the one that started it why it ended, and how that is told to the user."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Failure", "is_consequence", "read_failure", "read_stack", "record_exception", "stack_file"]
+
+# What the transports say when a peer has vanished. It decides only whom to ask first and how long to wait for a better
+# answer, never whether something is an error.
+_SIGNS_OF_A_LOST_PEER = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "connection was likely closed",
+    "broken pipe",
+    "failed to recv",
+    "gloo",
+    "nccl",
+    "distbackenderror",
+    "distnetworkerror",
+    "diststoreerror",
+    "socket timeout",
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How one rank ended.
+
+    Attributes:
+        rank: its index among all processes.
+        world_size: their number.
+        pid: its process id.
+        exit_code: as ``Popen.returncode`` has it, negative for a signal; None while it is still ending.
+        trace: its own traceback, or "" if it left none.
+        time_s: when, in seconds since the epoch.
+        is_consequence: it looks as if another rank had vanished first.
+    """
+
+    rank: int
+    world_size: int
+    pid: int
+    exit_code: int | None
+    trace: str
+    time_s: float
+    is_consequence: bool
+
+    @property
+    def exit_status(self) -> int:
+        """What a shell would call it: the exit code, 128 + signal, or 1."""
+        if self.exit_code is None:
+            return 1
+        return self.exit_code if self.exit_code >= 0 else 128 - self.exit_code
+
+    def __str__(self) -> str:
+        who = f"rank {self.rank} of {self.world_size} (process {self.pid})"
+        if self.exit_code is not None and self.exit_code < 0:
+            how = f"was killed by {_signal_name(-self.exit_code)}"
+        elif self.exit_code is not None and not self.trace:
+            how = f"ended with exit code {self.exit_code}"
+        else:
+            how = "failed"
+        lines = self.trace.rstrip().splitlines() or [f"{how} and left no Python traceback.{self._advice()}"]
+        prefix = f"[rank{self.rank}]: "
+        head = f"{who} {how} first; the run was ended. Its own report:"
+        return "\n".join([head, *(prefix + line for line in lines)])
+
+    def _advice(self) -> str:
+        if self.exit_code == -signal.SIGKILL:
+            return " SIGKILL that nobody sent comes from the kernel when memory runs out."
+        if self.exit_code is not None and self.exit_code > 0:
+            return " It called exit, or its traceback is further up."
+        return ""
+
+
+def record_exception(file: str, error: BaseException) -> None:
+    """Write ``error`` to ``file`` in the layout of torch's elastic agent, in one step: a reader sees all or nothing."""
+    shown = "".join(traceback.format_exception(error))
+    reply = {
+        "message": {
+            "message": f"{type(error).__name__}: {error}",
+            "extraInfo": {"py_callstack": shown, "timestamp": str(int(time.time()))},
+        },
+        "time_s": time.time(),
+        "is_consequence": is_consequence(error),
+    }
+    draft = f"{file}.{os.getpid()}"
+    Path(draft).write_text(json.dumps(reply), encoding="utf-8")
+    os.replace(draft, file)
+
+
+def read_failure(file: str, *, rank: int, world_size: int, pid: int, exit_code: int | None) -> Failure:
+    """What the process has written to ``file``, or what its exit code alone says."""
+    trace, time_s, consequence = "", time.time(), False
+    try:
+        reply = json.loads(Path(file).read_text(encoding="utf-8"))
+        trace = str(reply["message"]["extraInfo"]["py_callstack"])
+        time_s = float(reply.get("time_s", time_s))  # absent when torch's own @record has written the file
+        consequence = bool(reply.get("is_consequence", _sounds_like_a_lost_peer(trace)))
+    except (OSError, ValueError, KeyError, TypeError):
+        trace = read_stack(file)
+    return Failure(rank, world_size, pid, exit_code, trace, time_s, consequence)
+
+
+def stack_file(file: str) -> str:
+    """Where faulthandler writes the Python stack of a process that crashes in native code."""
+    return f"{file}.stack"
+
+
+def read_stack(file: str) -> str:
+    """What faulthandler has left there of the thread that got the signal; "" if nothing."""
+    try:
+        text = Path(stack_file(file)).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    head, found, rest = text.partition("Current thread")
+    lines = (head.splitlines()[:1] + (found + rest).splitlines()) if found else text.splitlines()
+    return "\n".join(line for line in lines if line and not line.startswith("Extension modules"))
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether ``error``, or what it was raised from, looks as if a peer had vanished."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        # User errors mention a library now and then; what torch and the operating system raise are these two kinds.
+        if isinstance(link, (RuntimeError, OSError)) and _sounds_like_a_lost_peer(f"{type(link).__name__}: {link}"):
+            return True
+        link = link.__cause__ or link.__context__
+    return False
+
+
+def _sounds_like_a_lost_peer(text: str) -> bool:
+    lowered = text.lower()
+    return any(sign in lowered for sign in _SIGNS_OF_A_LOST_PEER)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f"{signal.Signals(number).name} (signal {number})"
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,130 @@
+"""Every backend of this package passes the kit of its seam."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from fulmen_conformance import (
+    ClusterEnvironmentConformance,
+    CollectivesConformance,
+    LauncherConformance,
+    Place,
+    StrategyConformance,
+)
+from fulmen_strategies import (
+    DDPStrategy,
+    LightningEnvironment,
+    SingleDeviceStrategy,
+    TorchCollectives,
+    TorchElasticEnvironment,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from fulmen_protocols import ClusterEnvironment, Strategy, Topology
+
+
+def joined(topology: Topology) -> TorchCollectives:
+    strategy = DDPStrategy()
+    strategy.setup_environment(topology)
+    return strategy.collectives
+
+
+class TestSingleDeviceStrategy(StrategyConformance):
+    @pytest.fixture
+    def strategy(self) -> Strategy:
+        return SingleDeviceStrategy()
+
+
+class TestDDPStrategy(StrategyConformance):
+    @pytest.fixture
+    def strategy(self) -> Strategy:
+        return DDPStrategy()
+
+    @pytest.fixture
+    def factory(self) -> str:
+        return "fulmen_strategies.ddp:DDPStrategy"
+
+
+class TestDDPStrategyFindingUnusedParameters(StrategyConformance):
+    @pytest.fixture
+    def strategy(self) -> Strategy:
+        return DDPStrategy(find_unused_parameters=True)
+
+    @pytest.fixture
+    def factory(self) -> str:
+        return "fulmen_strategies.ddp:find_unused_parameters"
+
+
+class TestTorchCollectives(CollectivesConformance):
+    @pytest.fixture
+    def factory(self) -> str:
+        return f"{__file__}:joined"
+
+
+class TestLocalLauncher(LauncherConformance):
+    @pytest.fixture
+    def factory(self) -> str:
+        return "fulmen_strategies.launchers.local:LocalLauncher"
+
+
+class TestLightningEnvironmentAlone(ClusterEnvironmentConformance):
+    @pytest.fixture
+    def make_environment(self) -> Callable[[], ClusterEnvironment]:
+        return LightningEnvironment
+
+    @pytest.fixture
+    def environment_variables(self) -> Mapping[str, str]:
+        return {}
+
+    @pytest.fixture
+    def expected(self) -> Place:
+        return Place(creates_processes_externally=False)
+
+    @pytest.fixture
+    def is_fallback(self) -> bool:
+        return True
+
+
+class TestLightningEnvironmentStartedByHand(TestLightningEnvironmentAlone):
+    @pytest.fixture
+    def environment_variables(self) -> Mapping[str, str]:
+        return {
+            "MASTER_ADDR": "node-0",
+            "MASTER_PORT": "23456",
+            "WORLD_SIZE": "6",
+            "LOCAL_WORLD_SIZE": "3",
+            "LOCAL_RANK": "2",
+            "NODE_RANK": "1",
+        }
+
+    @pytest.fixture
+    def expected(self) -> Place:
+        return Place(6, 5, 2, 1, True, "node-0", 23456, num_nodes=2, num_devices=3)
+
+
+class TestTorchElasticEnvironment(ClusterEnvironmentConformance):
+    @pytest.fixture
+    def make_environment(self) -> Callable[[], ClusterEnvironment]:
+        return TorchElasticEnvironment
+
+    @pytest.fixture
+    def environment_variables(self) -> Mapping[str, str]:
+        # What torch.distributed.run sets (its documentation, section "Environment Variables").
+        return {
+            "TORCHELASTIC_RUN_ID": "none",
+            "MASTER_ADDR": "node-0",
+            "MASTER_PORT": "29500",
+            "WORLD_SIZE": "8",
+            "RANK": "7",
+            "LOCAL_RANK": "3",
+            "LOCAL_WORLD_SIZE": "4",
+            "GROUP_RANK": "1",
+        }
+
+    @pytest.fixture
+    def expected(self) -> Place:
+        return Place(8, 7, 3, 1, True, "node-0", 29500, num_nodes=2, num_devices=4)

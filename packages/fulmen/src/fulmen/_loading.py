@@ -1,0 +1,156 @@
+"""Building a module or a data module from a checkpoint."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from fulmen.hparams import load_hparams_from_csv, load_hparams_from_yaml, restored
+from fulmen_protocols import CHECKPOINT_IOS, MisconfigurationException, MisconfigurationTypeError, load
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from fulmen.datamodule import LightningDataModule
+    from fulmen.module import LightningModule
+
+__all__ = ["class_only", "load_datamodule", "load_module"]
+
+M = TypeVar("M", bound="LightningModule")
+D = TypeVar("D", bound="LightningDataModule")
+
+
+if TYPE_CHECKING:
+    from builtins import classmethod as class_only
+else:
+
+    class class_only(classmethod):  # noqa: N801  a decorator
+        """A class method that an instance refuses: the result would be another object, easily dropped by mistake."""
+
+        def __get__(self, instance: object, owner: type | None = None) -> Callable[..., Any]:
+            """The method bound to the class; bound to an instance, a function that raises."""
+            bound = super().__get__(instance, owner)
+            if instance is None:
+                return bound
+            name, cls = self.__wrapped__.__name__, type(instance).__name__
+
+            def refused(*args: object, **kwargs: object) -> None:
+                raise TypeError(
+                    f"{name} was called on an instance, which it does not change. "
+                    f"Call {cls}.{name}(...) and use what it returns."
+                )
+
+            return refused
+
+
+def load_module(
+    cls: type[M],
+    path: str | PathLike[str],
+    map_location: object,
+    hparams_file: str | PathLike[str] | None,
+    strict: bool | None,
+    weights_only: bool | None,
+    overrides: Mapping[str, Any],
+) -> M:
+    """See ``LightningModule.load_from_checkpoint``."""
+    checkpoint = _read(path, map_location, weights_only)
+    if hparams_file is not None:
+        checkpoint["hyper_parameters"] = _read_hparams(hparams_file)
+    state = checkpoint.get("state_dict")
+    if not isinstance(state, Mapping):
+        raise MisconfigurationException(
+            f"{str(path)!r} holds no model: its keys are {sorted(checkpoint)!r} and 'state_dict' is not among them."
+        )
+    module: M = _construct(cls, checkpoint, "", overrides)
+    module.configure_model()
+    module.on_load_checkpoint(checkpoint)
+    state = cast("Mapping[str, Any]", checkpoint["state_dict"])  # the hook may have replaced it
+    result = cast("Any", module.load_state_dict(state, strict=_strictness(module, strict)))
+    for what, keys in (("lacks", result.missing_keys), ("has no place for", result.unexpected_keys)):
+        if keys:
+            subject = "the checkpoint" if what == "lacks" else cls.__name__
+            warnings.warn(f"{str(path)!r}: {subject} {what} {sorted(keys)!r}.", stacklevel=3)
+    device = next((value.device for value in state.values() if isinstance(value, Tensor)), torch.device("cpu"))
+    return module.to(device)
+
+
+def load_datamodule(
+    cls: type[D],
+    path: str | PathLike[str],
+    map_location: object,
+    hparams_file: str | PathLike[str] | None,
+    weights_only: bool | None,
+    overrides: Mapping[str, Any],
+) -> D:
+    """See ``LightningDataModule.load_from_checkpoint``."""
+    checkpoint = _read(path, map_location, weights_only)
+    if hparams_file is not None:
+        checkpoint["datamodule_hyper_parameters"] = _read_hparams(hparams_file)
+    datamodule: D = _construct(cls, checkpoint, "datamodule_", overrides)
+    state = checkpoint.get(cls.__qualname__)
+    if isinstance(state, dict):
+        datamodule.load_state_dict(cast("dict[str, Any]", state))
+    return datamodule
+
+
+def _read(path: str | PathLike[str], map_location: object, weights_only: bool | None) -> dict[str, Any]:
+    io = load(CHECKPOINT_IOS, "torch")
+    return io.load_checkpoint(path, map_location=_location(map_location), weights_only=weights_only)
+
+
+def _location(map_location: object) -> torch.device | str | None:
+    if map_location is None or isinstance(map_location, (str, torch.device)):
+        return map_location
+    if callable(map_location):
+        # Files are read into host memory, whatever device wrote them: ask where a storage of the host would go.
+        storage = cast("Any", map_location)(torch.UntypedStorage(0), "cpu")  # type: ignore[no-untyped-call]
+        return None if storage is None else torch.device(storage.device)
+    raise MisconfigurationTypeError(
+        f"load_from_checkpoint got map_location={map_location!r}. Give a device: tensors are read into host memory and "
+        "go from there to that device, wherever they were when they were saved."
+    )
+
+
+def _read_hparams(path: str | PathLike[str]) -> dict[str, Any]:
+    name = str(path)
+    if name.endswith((".yaml", ".yml")):
+        return load_hparams_from_yaml(path)
+    if name.endswith(".csv"):
+        return load_hparams_from_csv(path)
+    raise MisconfigurationException(
+        f"load_from_checkpoint got hparams_file={name!r}. Its name ends in .yaml, .yml or .csv."
+    )
+
+
+def _construct(cls: type[Any], checkpoint: Mapping[str, Any], prefix: str, overrides: Mapping[str, Any]) -> Any:
+    parameters = {} if cls.__init__ is nn.Module.__init__ else dict(inspect.signature(cls.__init__).parameters)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    hparams = restored(checkpoint, prefix)
+    name = checkpoint.get(f"{prefix}hparams_name")
+    if isinstance(name, str) and name != "kwargs" and name in parameters:
+        # It was saved as one configuration object; what __init__ does not take by itself overrides a part of that.
+        direct = {key: value for key, value in overrides.items() if key in parameters or takes_any}
+        hparams.update({key: value for key, value in overrides.items() if key not in direct})
+        return cls(**{name: hparams, **direct})
+    # Written by Lightning's command line; fulmen runs no code that a file names.
+    saved = {key: value for key, value in hparams.items() if key not in ("_instantiator", "_class_path")}
+    if not takes_any:
+        saved = {key: value for key, value in saved.items() if key in parameters}
+    return cls(**{**saved, **overrides})
+
+
+def _strictness(module: LightningModule, strict: bool | None) -> bool:
+    own = module._strict_loading  # pyright: ignore[reportPrivateUsage]
+    if strict is None:
+        return module.strict_loading
+    if own is not None and own is not strict:
+        raise MisconfigurationException(
+            f"load_from_checkpoint got strict={strict}, and {type(module).__name__}.strict_loading is {own}. "
+            "Leave strict out, or set the same."
+        )
+    return strict

@@ -1,0 +1,52 @@
+"""The list of loggers, and the hyperparameters they are told once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from fulmen.hparams import hyperparameters_for_loggers
+from fulmen_fabric import rank_zero_info
+from fulmen_fabric.abilities import supports
+from fulmen_protocols import LOGGERS, Logger, SupportsGraph, check, load
+
+if TYPE_CHECKING:
+    from fulmen.session import Session
+    from fulmen.settings import Settings
+    from fulmen.trainer import Trainer
+
+__all__ = ["complete", "log_hyperparameters"]
+
+
+def complete(logger: Logger | Iterable[Logger] | bool | None, settings: Settings) -> list[Logger]:
+    """The loggers of a run: those given, a default one, or none."""
+    if settings.fast_dev_run or settings.barebones or logger is False:
+        return []
+    if logger is None or logger is True:
+        # Asking for "the default" is asking for what is installed; the line says which it was.
+        name = "tensorboard" if find_spec("tensorboardX") is not None else "csv"
+        rank_zero_info(f"logger: {name} in {settings.default_root_dir}/lightning_logs")
+        return [load(LOGGERS, name, save_dir=settings.default_root_dir)]
+    if isinstance(logger, Iterable) and not hasattr(logger, "log_metrics"):
+        return [check(LOGGERS, one) for one in logger]
+    return [check(LOGGERS, logger)]
+
+
+def log_hyperparameters(trainer: Trainer, session: Session) -> None:
+    """Tell the loggers what ``save_hyperparameters`` recorded in module and datamodule, and draw the graph.
+
+    Raises:
+        MisconfigurationException: module and datamodule have different values under one name.
+    """
+    if not trainer.loggers:
+        return
+    hparams = hyperparameters_for_loggers(session.module, session.datamodule)
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        if hparams is not None:
+            logger.log_hyperparams(hparams)
+        if supports(logger, SupportsGraph):
+            logger.log_graph(session.module)
+        logger.save()

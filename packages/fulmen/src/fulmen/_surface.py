@@ -1,0 +1,602 @@
+"""The Trainer's readable surface: the properties that callbacks, loggers and integrations rely on, under Lightning's names.
+
+Setting one that changes the run (``accumulate_grad_batches``, ``max_epochs``, ``limit_*``, ...) makes the loop take up a
+new plan after the batch in hand.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from fulmen.callbacks.checkpoint import Checkpoint
+from fulmen.callbacks.early_stopping import EarlyStopping
+from fulmen.callbacks.progress import ProgressBar
+from fulmen.states import RunningStage, TrainerFn, TrainerStatus
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    import torch
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from fulmen.datamodule import LightningDataModule
+    from fulmen.loaders import EvalLoaders
+    from fulmen.module import LightningModule
+    from fulmen.optimizer import LRSchedulerConfig
+    from fulmen.plan import Plan
+    from fulmen.progress import Progress
+    from fulmen.reporting import Reporter
+    from fulmen.session import Session
+    from fulmen.settings import BatchLimit, Settings
+    from fulmen.states import TrainerState
+    from fulmen.strategy_facade import StrategyFacade
+    from fulmen_fabric import Assembly, World
+    from fulmen_protocols import Accelerator, Logger, Precision
+
+__all__ = ["TrainerSurface"]
+
+
+class TrainerSurface:
+    """Properties over what a Trainer holds; no behaviour."""
+
+    settings: Settings
+    assembly: Assembly
+    world: World
+    strategy: StrategyFacade
+    callbacks: list[Any]
+    loggers: list[Logger]
+    state: TrainerState
+    fast_dev_run: int
+    _progress: Progress
+    _plan: Plan
+    _session: Session | None
+    _reporter: Reporter
+    _ckpt_path: str | None
+    _shared_log_dir: str | None = None
+
+    # ------------------------------------------------------------------ settings
+
+    def _set(self, **changes: Any) -> None:
+        self.settings = replace(self.settings, **changes)
+        self._progress.replan = True
+
+    @property
+    def max_epochs(self) -> int:
+        """Epochs after which training ends; -1: no limit. Settable."""
+        return self.settings.max_epochs
+
+    @max_epochs.setter
+    def max_epochs(self, value: int) -> None:
+        self._set(max_epochs=value)
+
+    @property
+    def min_epochs(self) -> int:
+        """Epochs before which nobody can stop training. Settable."""
+        return self.settings.min_epochs
+
+    @min_epochs.setter
+    def min_epochs(self, value: int) -> None:
+        self._set(min_epochs=value)
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps after which training ends; -1: no limit. Settable."""
+        return self.settings.max_steps
+
+    @max_steps.setter
+    def max_steps(self, value: int) -> None:
+        self._set(max_steps=value)
+
+    @property
+    def min_steps(self) -> int:
+        """Optimizer steps before which nobody can stop training."""
+        return self.settings.min_steps
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        """Batches per optimizer step. Settable during a run; the loop takes it up after the batch in hand."""
+        return self.settings.accumulate_grad_batches
+
+    @accumulate_grad_batches.setter
+    def accumulate_grad_batches(self, value: int) -> None:
+        self._set(accumulate_grad_batches=value)
+
+    @property
+    def gradient_clip_val(self) -> float | None:
+        """Clipping threshold. Settable."""
+        return self.settings.gradient_clip_val
+
+    @gradient_clip_val.setter
+    def gradient_clip_val(self, value: float | None) -> None:
+        self._set(gradient_clip_val=value)
+
+    @property
+    def gradient_clip_algorithm(self) -> str:
+        """``norm`` or ``value``."""
+        return self.settings.gradient_clip_algorithm
+
+    @property
+    def log_every_n_steps(self) -> int:
+        """Optimizer-stepping batches between rows of the loggers; 0: never. Settable."""
+        return self.settings.log_every_n_steps
+
+    @log_every_n_steps.setter
+    def log_every_n_steps(self, value: int) -> None:
+        self._set(log_every_n_steps=value)
+
+    @property
+    def limit_train_batches(self) -> BatchLimit:
+        """How much of the training loader to use. Settable before a call."""
+        return self.settings.limit_train_batches
+
+    @limit_train_batches.setter
+    def limit_train_batches(self, value: BatchLimit) -> None:
+        self._set(limit_train_batches=value)
+
+    @property
+    def limit_val_batches(self) -> BatchLimit:
+        """How much of the validation loaders to use. Settable before a call."""
+        return self.settings.limit_val_batches
+
+    @limit_val_batches.setter
+    def limit_val_batches(self, value: BatchLimit) -> None:
+        self._set(limit_val_batches=value)
+
+    @property
+    def limit_test_batches(self) -> BatchLimit:
+        """How much of the test loaders to use. Settable before a call."""
+        return self.settings.limit_test_batches
+
+    @limit_test_batches.setter
+    def limit_test_batches(self, value: BatchLimit) -> None:
+        self._set(limit_test_batches=value)
+
+    @property
+    def limit_predict_batches(self) -> BatchLimit:
+        """How much of the prediction loaders to use. Settable before a call."""
+        return self.settings.limit_predict_batches
+
+    @limit_predict_batches.setter
+    def limit_predict_batches(self, value: BatchLimit) -> None:
+        self._set(limit_predict_batches=value)
+
+    @property
+    def val_check_interval(self) -> int | float | timedelta:
+        """Between validations: batches, a fraction of the epoch, or a duration. Settable."""
+        return self.settings.val_check_interval
+
+    @val_check_interval.setter
+    def val_check_interval(self, value: int | float | timedelta) -> None:
+        self._set(val_check_interval=value)
+
+    @property
+    def check_val_every_n_epoch(self) -> int | None:
+        """Epochs between epochs with validation; None: intervals count across epochs. Settable."""
+        return self.settings.check_val_every_n_epoch
+
+    @check_val_every_n_epoch.setter
+    def check_val_every_n_epoch(self, value: int | None) -> None:
+        self._set(check_val_every_n_epoch=value)
+
+    @property
+    def val_check_batch(self) -> float:
+        """Batches between validations of the running fit; ``inf`` where only the epoch's end counts."""
+        every = self._plan.validate_every_batches
+        return self._plan.batches if every == math.inf else every
+
+    @property
+    def num_sanity_val_steps(self) -> float:
+        """Validation batches tried before training; ``inf``: all."""
+        return self.settings.num_sanity_val_steps
+
+    @property
+    def overfit_batches(self) -> BatchLimit:
+        """How much of the data to overfit on; 0: off."""
+        return self.settings.overfit_batches
+
+    @property
+    def reload_dataloaders_every_n_epochs(self) -> int:
+        """Epochs after which loaders are asked for anew; 0: never."""
+        return self.settings.reload_dataloaders_every_n_epochs
+
+    @property
+    def barebones(self) -> bool:
+        """Whether everything but training is off."""
+        return self.settings.barebones
+
+    @property
+    def default_root_dir(self) -> str:
+        """Where logs and checkpoints go unless a logger says otherwise."""
+        return self.settings.default_root_dir
+
+    # ------------------------------------------------------------------ where we run
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The accelerator in use."""
+        return self.assembly.accelerator
+
+    @property
+    def precision(self) -> str:
+        """The precision's name, for example ``32-true``."""
+        return self.assembly.precision_name
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """The precision in use."""
+        return self.assembly.precision
+
+    @property
+    def scaler(self) -> Any:
+        """The gradient scaler of ``16-mixed``, else None."""
+        return getattr(self.assembly.precision, "scaler", None)
+
+    @property
+    def device_ids(self) -> list[int]:
+        """Ids of this node's devices."""
+        return list(self.assembly.device_ids)
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of this node."""
+        return len(self.assembly.devices)
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the run."""
+        return self.assembly.num_nodes
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        return self.world.world_size
+
+    @property
+    def global_rank(self) -> int:
+        """Index of this process among all."""
+        return self.world.rank
+
+    @property
+    def local_rank(self) -> int:
+        """Index of this process among those of its node."""
+        return self.world.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """Index of this node."""
+        return self.world.node_rank
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this process writes files and logs."""
+        return self.world.is_global_zero
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """``num_replicas`` and ``rank`` for a sampler of one's own."""
+        return {"num_replicas": self.world.data_parallel_size, "rank": self.world.data_parallel_rank}
+
+    # ------------------------------------------------------------------ what we run
+
+    @property
+    def lightning_module(self) -> LightningModule | None:
+        """The module of the last call."""
+        return None if self._session is None else self._session.module
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The module as the strategy placed it, wrapped where it wraps."""
+        session = self._session
+        return None if session is None else session.placed or session.module
+
+    @property
+    def datamodule(self) -> LightningDataModule | None:
+        """The datamodule of the last call."""
+        return None if self._session is None else self._session.datamodule
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers of the running fit. Settable: the loop takes them up after the batch in hand."""
+        return [] if self._session is None else self._session.optimizers
+
+    @optimizers.setter
+    def optimizers(self, optimizers: list[Optimizer]) -> None:
+        if self._session is not None:
+            self._session.optimizers = list(optimizers)
+            self._progress.replan = True
+
+    @property
+    def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:
+        """The schedulers of the running fit."""
+        return [] if self._session is None else self._session.schedulers
+
+    @property
+    def _manual(self) -> Any:
+        return None if self._session is None else self._session.manual
+
+    @property
+    def _wrapped_optimizers(self) -> list[Any]:
+        return [] if self._session is None else list(self._session.wrapped)
+
+    # ------------------------------------------------------------------ progress
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps taken, all optimizers together."""
+        manual = self._manual
+        return self._progress.updates if manual is None else manual.updates()  # type: ignore[no-any-return]
+
+    @property
+    def batches_that_stepped(self) -> int:
+        """Batches after which an optimizer was stepped so far: the loggers' x of the next batch."""
+        return self._progress.stepped_batches
+
+    @property
+    def current_epoch(self) -> int:
+        """Completed epochs; the running one's index."""
+        return self._progress.epoch
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether somebody asked training to stop. Set it to True from any hook, on every rank alike."""
+        return self._progress.stop_reason is not None
+
+    @should_stop.setter
+    def should_stop(self, value: bool) -> None:
+        if value:
+            self._progress.stop("trainer.should_stop was set")
+        else:
+            self._progress.stop_reason = None
+
+    @property
+    def is_last_batch(self) -> bool:
+        """Whether the batch just trained ended its epoch."""
+        return self._progress.epoch_is_whole
+
+    @property
+    def estimated_stepping_batches(self) -> float:
+        """Optimizer steps of the whole fit; ``inf`` when unbounded. May ask for the training loader."""
+        session = self._session
+        if session is None:
+            return math.inf
+        if session.train_loader is None:
+            self._early_train_loader(session)
+        return replace(
+            self._plan,
+            max_epochs=self.max_epochs,
+            max_steps=self.max_steps,
+            accumulate=self.accumulate_grad_batches,
+            batches=self.num_training_batches,
+        ).estimated_steps()
+
+    def _early_train_loader(self, session: Session) -> None:
+        raise NotImplementedError  # supplied by Trainer
+
+    @property
+    def num_training_batches(self) -> float:
+        """Training batches of an epoch on this rank; ``inf`` when unknown."""
+        session = self._session
+        if session is None or session.train_loader is None:
+            return math.inf
+        return session.train_loader.batches
+
+    def _limits(self, stage: str) -> list[float]:
+        session = self._session
+        loaders: EvalLoaders | None = None if session is None else session.eval_loaders.get(stage)
+        return [] if loaders is None else list(loaders.limits)
+
+    @property
+    def num_val_batches(self) -> list[float]:
+        """Validation batches of each loader on this rank."""
+        return self._limits("val")
+
+    @property
+    def num_sanity_val_batches(self) -> list[float]:
+        """Sanity-check batches of each validation loader."""
+        return [min(limit, self.num_sanity_val_steps) for limit in self._limits("val")]
+
+    @property
+    def num_test_batches(self) -> list[float]:
+        """Test batches of each loader on this rank."""
+        return self._limits("test")
+
+    @property
+    def num_predict_batches(self) -> list[float]:
+        """Prediction batches of each loader on this rank."""
+        return self._limits("predict")
+
+    @property
+    def train_dataloader(self) -> Any:
+        """The training loader, as the user gave it but split over ranks."""
+        session = self._session
+        return None if session is None or session.train_loader is None else session.train_loader.loader
+
+    def _loaders(self, stage: str) -> Any:
+        session = self._session
+        loaders = None if session is None else session.eval_loaders.get(stage)
+        if loaders is None:
+            return None
+        return loaders.loaders if loaders.several else loaders.loaders[0]
+
+    @property
+    def val_dataloaders(self) -> Any:
+        """The validation loader, or a list of them."""
+        return self._loaders("val")
+
+    @property
+    def test_dataloaders(self) -> Any:
+        """The test loader, or a list of them."""
+        return self._loaders("test")
+
+    @property
+    def predict_dataloaders(self) -> Any:
+        """The prediction loader, or a list of them."""
+        return self._loaders("predict")
+
+    @property
+    def enable_validation(self) -> bool:
+        """Whether the running fit validates."""
+        return self._plan.validates
+
+    @property
+    def fit_loop(self) -> Any:
+        """What outside code reads of Lightning's loops: counters, as plain values."""
+        progress = self._progress
+        batch = SimpleNamespace(ready=progress.batch, processed=progress.batch, completed=progress.batch)
+        total = SimpleNamespace(
+            ready=progress.total_batches, processed=progress.total_batches, completed=progress.total_batches
+        )
+        return SimpleNamespace(
+            max_epochs=self.max_epochs,
+            min_epochs=self.min_epochs,
+            max_batches=self.num_training_batches,
+            epoch_loop=SimpleNamespace(
+                _batches_that_stepped=progress.log_step,
+                batch_progress=SimpleNamespace(current=batch, total=total, is_last_batch=progress.epoch_is_whole),
+                batch_idx=progress.batch - 1,
+                total_batch_idx=progress.total_batches - 1,
+                global_step=self.global_step,
+            ),
+        )
+
+    # ------------------------------------------------------------------ stage
+
+    def _is(self, *stages: RunningStage) -> bool:
+        return self.state.stage in stages
+
+    @property
+    def training(self) -> bool:
+        """Whether a training batch is being run. Settable, as are its siblings."""
+        return self._is(RunningStage.TRAINING)
+
+    @training.setter
+    def training(self, value: bool) -> None:
+        self.state.stage = RunningStage.TRAINING if value else None
+
+    @property
+    def validating(self) -> bool:
+        """Whether validation is running."""
+        return self._is(RunningStage.VALIDATING)
+
+    @validating.setter
+    def validating(self, value: bool) -> None:
+        self.state.stage = RunningStage.VALIDATING if value else None
+
+    @property
+    def testing(self) -> bool:
+        """Whether a test is running."""
+        return self._is(RunningStage.TESTING)
+
+    @testing.setter
+    def testing(self, value: bool) -> None:
+        self.state.stage = RunningStage.TESTING if value else None
+
+    @property
+    def predicting(self) -> bool:
+        """Whether prediction is running."""
+        return self._is(RunningStage.PREDICTING)
+
+    @predicting.setter
+    def predicting(self, value: bool) -> None:
+        self.state.stage = RunningStage.PREDICTING if value else None
+
+    @property
+    def sanity_checking(self) -> bool:
+        """Whether validation batches are being tried before training."""
+        return self._is(RunningStage.SANITY_CHECKING)
+
+    @sanity_checking.setter
+    def sanity_checking(self, value: bool) -> None:
+        self.state.stage = RunningStage.SANITY_CHECKING if value else None
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether an evaluation loop is running."""
+        return self.state.stage is not None and self.state.stage.evaluating
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last call ended with an error."""
+        return self.state.status == TrainerStatus.INTERRUPTED
+
+    @property
+    def _fitting(self) -> bool:
+        return self.state.fn == TrainerFn.FITTING
+
+    # ------------------------------------------------------------------ callbacks, loggers, metrics
+
+    @property
+    def checkpoint_callbacks(self) -> list[Any]:
+        """Every checkpoint callback."""
+        return [c for c in self.callbacks if isinstance(c, Checkpoint)]
+
+    @property
+    def checkpoint_callback(self) -> Any:
+        """The first checkpoint callback, or None."""
+        return next(iter(self.checkpoint_callbacks), None)
+
+    @property
+    def early_stopping_callbacks(self) -> list[EarlyStopping]:
+        """Every early-stopping callback."""
+        return [c for c in self.callbacks if isinstance(c, EarlyStopping)]
+
+    @property
+    def early_stopping_callback(self) -> EarlyStopping | None:
+        """The first early-stopping callback, or None."""
+        return next(iter(self.early_stopping_callbacks), None)
+
+    @property
+    def progress_bar_callback(self) -> ProgressBar | None:
+        """The progress bar, or None."""
+        return next((c for c in self.callbacks if isinstance(c, ProgressBar)), None)
+
+    @property
+    def logger(self) -> Logger | None:
+        """The first logger, or None. Settable."""
+        return self.loggers[0] if self.loggers else None
+
+    @logger.setter
+    def logger(self, logger: Logger | None) -> None:
+        self.loggers = [] if logger is None else [logger]
+
+    @property
+    def log_dir(self) -> str | None:
+        """The run's folder: the first logger's, or ``default_root_dir``; rank 0's on every rank."""
+        if self._shared_log_dir is not None:
+            return self._shared_log_dir
+        if not self.loggers:
+            return self.default_root_dir
+        first = self.loggers[0]
+        return getattr(first, "log_dir", None) or getattr(first, "save_dir", None)
+
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]:
+        """What callbacks monitor: the last value of everything logged, on the device it was logged from."""
+        reporter = getattr(self, "_reporter", None)
+        return {} if reporter is None else reporter.callback_metrics
+
+    @property
+    def logged_metrics(self) -> dict[str, Tensor]:
+        """What was last sent to loggers."""
+        reporter = getattr(self, "_reporter", None)
+        return {} if reporter is None else reporter.logged_metrics
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        """What the progress bar shows, as floats."""
+        reporter = getattr(self, "_reporter", None)
+        return {} if reporter is None else reporter.progress_bar_metrics
+
+    @property
+    def ckpt_path(self) -> str | None:
+        """The checkpoint that this call resumed from or was tested with."""
+        return self._ckpt_path
+
+    @property
+    def root_device(self) -> torch.device:
+        """The device of this process."""
+        return self.world.device

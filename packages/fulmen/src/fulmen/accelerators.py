@@ -1,0 +1,5 @@
+"""Accelerators by the names people look for here; they live in fulmen-accelerators."""
+
+from fulmen_accelerators import CPUAccelerator, CUDAAccelerator, MPSAccelerator, find_usable_cuda_devices
+
+__all__ = ["CPUAccelerator", "CUDAAccelerator", "MPSAccelerator", "find_usable_cuda_devices"]

@@ -1,0 +1,366 @@
+"""Where batches come from: the user's loaders, limited, split over ranks, and kept at their place.
+
+Loaders passed to a call beat the datamodule's hooks, which beat the module's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+
+from fulmen_data import (
+    CombinedLoader,
+    LoaderPosition,
+    distribute_loader,
+    has_iterable_dataset,
+    rebuild_loader,
+    sized_len,
+)
+from fulmen_fabric import rank_zero_warn
+from fulmen_protocols import MisconfigurationException
+
+if TYPE_CHECKING:
+    from fulmen.datamodule import LightningDataModule
+    from fulmen.module import LightningModule
+    from fulmen.settings import BatchLimit
+
+__all__ = ["EvalLoaders", "LoaderSource", "TrainLoader", "limited"]
+
+_INF = math.inf
+
+
+class LoaderSource:
+    """One stage's loaders: given by the caller, or asked of the datamodule or module when they are first needed."""
+
+    def __init__(
+        self, stage: str, given: object, datamodule: LightningDataModule | None, module: LightningModule
+    ) -> None:
+        self.hook = f"{stage}_dataloader"
+        self._given = given
+        self._owner: Any = None
+        if given is None:
+            for owner in (datamodule, module):
+                if owner is not None and _overrides(owner, self.hook):
+                    self._owner = owner
+                    break
+
+    @property
+    def is_defined(self) -> bool:
+        """Whether anybody supplies loaders."""
+        return self._given is not None or self._owner is not None
+
+    @property
+    def from_hook(self) -> bool:
+        """Whether the loaders come from a hook, and so can be made anew."""
+        return self._owner is not None
+
+    def load(self) -> object:
+        """The loaders as the user gave them; calls the hook."""
+        loaders = self._given if self._owner is None else getattr(self._owner, self.hook)()
+        if loaders is None:
+            raise MisconfigurationException(
+                f"{self.hook} returned None. Return a DataLoader, any iterable of batches, or a collection of them."
+            )
+        _require_iterable(self.hook, loaders)
+        return loaders
+
+
+def _overrides(owner: object, name: str) -> bool:
+    from fulmen.datamodule import LightningDataModule
+    from fulmen.module import LightningModule
+
+    method = getattr(owner, name, None)
+    own = getattr(method, "__func__", method)
+    return method is not None and own not in (
+        getattr(LightningModule, name, None),
+        getattr(LightningDataModule, name, None),
+    )
+
+
+def _require_iterable(name: str, loaders: object) -> None:
+    for loader in _leaves(loaders):
+        if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+            raise MisconfigurationException(
+                f"{name} gave an object of type {type(loader).__name__}, which is not iterable. "
+                "Pass a DataLoader or any iterable of batches."
+            )
+
+
+def _leaves(loaders: object) -> list[Any]:
+    if isinstance(loaders, CombinedLoader):
+        return list(loaders.flattened)
+    if isinstance(loaders, Mapping):
+        return [leaf for value in loaders.values() for leaf in _leaves(value)]
+    if _is_collection(loaders):
+        return [leaf for value in loaders for leaf in _leaves(value)]  # type: ignore[attr-defined]
+    return [loaders]
+
+
+def _is_collection(loaders: object) -> bool:
+    # A list or tuple of loaders; a list of batches is itself a loader.
+    return (
+        isinstance(loaders, (list, tuple))
+        and bool(loaders)
+        and all(isinstance(item, (DataLoader, CombinedLoader, Mapping)) or _is_collection(item) for item in loaders)
+    )
+
+
+def limited(name: str, length: float, limit: BatchLimit, stage: str) -> float:
+    """How many of ``length`` batches to take: an int counts batches, a float is a fraction, rounded down.
+
+    Raises:
+        MisconfigurationException: the fraction is of an unknown length, or leaves no batch.
+    """
+    if isinstance(limit, int):
+        return min(length, limit)
+    if limit == 1.0 or limit == 0.0:
+        return length if limit else 0
+    if length == _INF:
+        raise MisconfigurationException(
+            f"{name}={limit!r} is a fraction, but the {stage} loader does not know its length. Give a number of batches."
+        )
+    taken = math.floor(length * limit)
+    if taken == 0 and length > 0:
+        raise MisconfigurationException(
+            f"{name}={limit!r} of {int(length)} batches is less than one batch. Give at least {1 / length:.3g}, or a number "
+            "of batches."
+        )
+    return taken
+
+
+def _length(loader: object) -> float:
+    """Batches of one loader; ``inf`` where it does not know, or where its own word cannot be trusted."""
+    if has_iterable_dataset(loader):
+        return _INF
+    length = sized_len(loader)
+    return _INF if length is None else length
+
+
+class Splitter:
+    """How loaders are split over ranks: what ``distribute_loader`` needs to know of a run."""
+
+    def __init__(self, *, rank: int, world_size: int, seed: int, enabled: bool, overfit: bool) -> None:
+        self._rank, self._world_size, self._seed = rank, world_size, seed
+        self._enabled = enabled and world_size > 1
+        self._overfit = overfit
+
+    def train(self, loader: object) -> object:
+        """``loader`` for training: shuffled parts of equal length, padded like torch's DistributedSampler."""
+        return self._split(loader, training=True)
+
+    def evaluation(self, loader: object) -> object:
+        """``loader`` for evaluation: every sample on exactly one rank."""
+        return self._split(loader, training=False)
+
+    def _split(self, loader: object, *, training: bool) -> object:
+        if not self._enabled or not isinstance(loader, DataLoader):
+            return loader
+        # Training shuffles, as Lightning does, whatever the loader's own order; evaluation keeps the loader's.
+        shuffle = not self._overfit if training else None
+        return distribute_loader(
+            loader,
+            rank=self._rank,
+            world_size=self._world_size,
+            shuffle=shuffle,
+            training=training,
+            seed=self._seed,
+        )
+
+
+class TrainLoader:
+    """The training loader of a run: one iterable of batches, with its length, limit and place."""
+
+    def __init__(
+        self,
+        source: LoaderSource,
+        *,
+        limit: BatchLimit,
+        limit_name: str,
+        split: Callable[[object], object],
+        process: Callable[[Iterable[object]], Iterable[object]] | None = None,
+        reload_every_n_epochs: int = 0,
+        overfit: bool = False,
+    ) -> None:
+        self._source, self._limit, self._limit_name = source, limit, limit_name
+        self._split, self._process = split, process
+        self._reload_every = reload_every_n_epochs
+        self._overfit = overfit
+        self._loaded_in: int | None = None
+        self._running: Iterator[tuple[object, bool]] | None = None
+        self._epoch = -1
+        self._restored: Mapping[str, object] | None = None
+        self.user_loader: object = None
+        self.loader: Any = ()
+        self._combined = False
+        self.batches: float = 0
+
+    def setup(self, epoch: int) -> None:
+        """Ask for the loader if that has not been done, or if it is time to ask again."""
+        due = self._reload_every > 0 and self._loaded_in is not None and epoch - self._loaded_in >= self._reload_every
+        if self._loaded_in is not None and not (due and self._source.from_hook):
+            return
+        self.user_loader = loaders = self._source.load()
+        leaves = _leaves(loaders)
+        if self._overfit:
+            loaders = _map(loaders, _without_shuffling)
+        loaders = _map(loaders, self._split)
+        if len(leaves) == 1 and not isinstance(loaders, (CombinedLoader, Mapping)) and not _is_collection(loaders):
+            self.loader = loaders
+            length = _length(loaders)
+        else:
+            combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
+            if combined.mode == "sequential":
+                raise MisconfigurationException(
+                    "train_dataloader is a CombinedLoader with mode='sequential', which is for evaluation. Use 'min_size', "
+                    "'max_size' or 'max_size_cycle'."
+                )
+            self.loader, self._combined = combined, True
+            length = _combined_length(combined)
+        self._position = LoaderPosition(self.loader)
+        self.batches = limited(self._limit_name, length, self._limit, "training")
+        self._loaded_in = epoch
+        if length == 0:
+            rank_zero_warn("the training loader has no batch, so nothing will be trained.")
+
+    def epoch_batches(self, epoch: int, start: int) -> Iterator[tuple[object, bool]]:
+        """The batches of ``epoch`` from index ``start`` on, each with whether it is the last.
+
+        Called again within an epoch it gives the same iterator, so that a loop that was left goes on where it was.
+        """
+        if self._running is None or self._epoch != epoch:
+            self.setup(epoch)
+            if self._restored is not None:
+                self._position.load_state_dict(self._restored)
+                self._restored = None
+            else:
+                self._position.restart()
+            self._position.set_epoch(epoch)
+            iterator: Iterator[object] = iter(self._position)
+            if self._combined:
+                iterator = (item[0] for item in iterator)  # type: ignore[index]  # (batch, batch_idx, dataloader_idx)
+            if self._process is not None:
+                iterator = iter(self._process(iterator))
+            self._running = _with_last(iterator, self.batches, start)
+            self._epoch = epoch
+        return self._running
+
+    def end_epoch(self) -> None:
+        """Forget the running iterator: the next epoch starts a new one."""
+        self._running = None
+
+    def state_dict(self, batch: int) -> dict[str, object]:
+        """Where the loader is after ``batch`` batches of the running epoch."""
+        return self._position.state_dict(batch)
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Go on from there when the epoch's batches are next asked for."""
+        self._restored = state
+
+
+def _combined_length(combined: CombinedLoader) -> float:
+    lengths = [_length(leaf) for leaf in combined.flattened]
+    if combined.mode == "sequential":
+        return sum(lengths)
+    return min(lengths) if combined.mode == "min_size" else max(lengths)
+
+
+def _batches_of(combined: CombinedLoader) -> Iterator[object]:
+    for batch, _, _ in combined:
+        yield batch
+
+
+def _with_last(iterator: Iterator[object], length: float, start: int) -> Iterator[tuple[object, bool]]:
+    """Pair each batch with whether it is the epoch's last; looks one batch ahead only where the length is unknown."""
+    if length != _INF:
+        index = start
+        while index < length:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            index += 1
+            yield batch, index >= length
+        return
+    for batch in iterator:
+        for following in iterator:
+            yield batch, False
+            batch = following  # the batch in hand is always one behind the iterator
+        yield batch, True
+
+
+def _map(loaders: object, function: Callable[[object], object]) -> object:
+    if isinstance(loaders, CombinedLoader):
+        loaders.flattened = [function(leaf) for leaf in loaders.flattened]
+        return loaders
+    if isinstance(loaders, Mapping):
+        return {key: _map(value, function) for key, value in loaders.items()}
+    if _is_collection(loaders):
+        return [_map(value, function) for value in loaders]  # type: ignore[attr-defined]
+    return function(loaders)
+
+
+def _without_shuffling(loader: object) -> object:
+    if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
+        rank_zero_warn("overfit_batches trains on the same batches every epoch, so shuffling is turned off.")
+        return rebuild_loader(loader, sampler=SequentialSampler(loader.dataset))
+    return loader
+
+
+class _Combined:
+    """The batches of a CombinedLoader without their indices, from the beginning at each ``iter``."""
+
+    def __init__(self, combined: CombinedLoader) -> None:
+        self._loader = combined
+
+    def __iter__(self) -> Iterator[object]:
+        return _batches_of(self._loader)
+
+
+class EvalLoaders:
+    """The loaders of an evaluation or prediction: a list, run one after the other."""
+
+    def __init__(
+        self,
+        source: LoaderSource,
+        *,
+        limit: BatchLimit,
+        limit_name: str,
+        split: Callable[[object], object],
+        process: Callable[[Iterable[object]], Iterable[object]] | None = None,
+    ) -> None:
+        self._source, self._limit, self._limit_name = source, limit, limit_name
+        self._split, self._process = split, process
+        self.user_loaders: object = None
+        self.loaders: list[Iterable[object]] = []
+        self.limits: list[float] = []
+
+    def setup(self, *, again: bool = False) -> None:
+        """Ask for the loaders if that has not been done, or ``again``."""
+        if self.loaders and not (again and self._source.from_hook):
+            return
+        self.user_loaders = loaders = self._source.load()
+        split = _map(loaders, self._split)
+        if isinstance(split, CombinedLoader) and split.mode != "sequential":
+            self.loaders = [_Combined(split)]
+            lengths: list[float] = [_combined_length(split)]
+        else:
+            leaves = _leaves(split)
+            self.loaders = leaves if self._process is None else [self._process(leaf) for leaf in leaves]
+            lengths = [_length(leaf) for leaf in leaves]
+        self.limits = [limited(self._limit_name, length, self._limit, self._source.hook) for length in lengths]
+        for index, length in enumerate(lengths):
+            if length == 0:
+                rank_zero_warn(f"{self._source.hook}: loader {index} has no batch.")
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one loader."""
+        return len(self.loaders) > 1
+
+
+def leaves(loaders: object) -> Sequence[object]:
+    """The single loaders in a nested collection of them."""
+    return _leaves(loaders)

@@ -1,0 +1,5 @@
+"""Loggers by the names people look for here; they live in fulmen-loggers."""
+
+from fulmen_loggers import CSVLogger, TensorBoardLogger
+
+__all__ = ["CSVLogger", "TensorBoardLogger"]

@@ -1,0 +1,126 @@
+"""Metering: the metric stores of a run's stages, and the moments at which they are reduced and reported."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fulmen.metrics import MetricStore, scope_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fulmen.module import LightningModule
+    from fulmen.progress import Progress
+    from fulmen.reporting import Reporter
+    from fulmen.session import Session
+    from fulmen_fabric import World
+
+__all__ = ["Metering"]
+
+_STEP = {
+    "train": "training_step",
+    "validate": "validation_step",
+    "sanity_check": "validation_step",
+    "test": "test_step",
+    "predict": "predict_step",
+}
+
+
+class Metering:
+    """What the loops call at their declared points."""
+
+    def __init__(
+        self, session: Session, reporter: Reporter, progress: Progress, world: World, *, enabled: bool, stage: str
+    ) -> None:
+        self._session, self._reporter, self._progress, self._world = session, reporter, progress, world
+        self._enabled = enabled
+        self._modules: list[LightningModule] = session.logging_modules()
+        self._stores: dict[str, MetricStore] = {}
+        self._seen: dict[int, int] = {}
+        self._verbose = False
+        reporter.reset()
+        self.train = self.use(stage)
+
+    def use(self, stage: str) -> MetricStore:
+        """Let ``self.log`` feed the store of ``stage``."""
+        store = self._stores.get(stage)
+        if store is None:
+            store = MetricStore(
+                device=self._world.device,
+                collectives=self._world.collectives,
+                stage="test" if stage == "predict" else stage,
+            )
+            self._stores[stage] = store
+        store.scope = scope_for(_STEP[stage])
+        self._attach(store)
+        return store
+
+    def _attach(self, store: MetricStore | None) -> None:
+        self._session.store = self._reporter.store = store
+        for module in self._modules:
+            module.__dict__["_metric_store"] = store if self._enabled else None
+
+    # ------------------------------------------------------------------ training
+
+    def log_train_step(self) -> None:
+        """A row of step values."""
+        self._reporter.report_step(self.train, batches_that_stepped=self._progress.log_step, epoch=self._progress.epoch)
+
+    def sync_train_step(self) -> None:
+        """Reduce the step values that the user wants reduced over ranks at every step."""
+        self.train.pending_sync()
+
+    def reduce_train(self) -> None:
+        """Compute the epoch's values, over ranks where asked for; the last step's values stay known beside them."""
+        self._reporter.remember_steps(self.train)
+        self.train.reduce_epoch()
+
+    def log_train_epoch(self) -> None:
+        """A row of epoch values; the next epoch starts from nothing."""
+        self.train.reduce_epoch()
+        self._reporter.report_train_epoch(
+            self.train, batches_that_stepped=self._progress.log_step, epoch=self._progress.epoch
+        )
+        self.train.reset()
+
+    # ------------------------------------------------------------------ evaluation
+
+    def begin_eval(self, stage: str) -> MetricStore:
+        """Start an evaluation from nothing."""
+        store = self.use(stage)
+        store.reset()
+        return store
+
+    def eval_end_batch(self, store: MetricStore, *, several: bool) -> Callable[[int], None]:
+        """Reports what was logged with ``on_step=True`` after each batch of loader ``dataloader_idx``."""
+        seen, reporter = self._seen, self._reporter
+
+        def end_batch(dataloader_idx: int) -> None:
+            if store.stage == "sanity_check" or not store.step_metrics().log:
+                return
+            count = seen.get(dataloader_idx, 0)
+            reporter.report_eval_step(
+                store,
+                batches_seen=count,
+                dataloader_idx=dataloader_idx if several else None,
+            )
+            seen[dataloader_idx] = count + 1
+
+        return end_batch
+
+    def log_eval_epoch(self, store: MetricStore) -> None:
+        """A row of the evaluation's epoch values."""
+        self._reporter.report_eval_epoch(
+            store, batches_that_stepped=self._progress.log_step, epoch=self._progress.epoch
+        )
+
+    def end_eval_in_fit(self, *, sanity_check: bool) -> None:
+        """Go back to the training store."""
+        if sanity_check:
+            self._reporter.reset()
+        self._attach(self.train)
+
+    def finish(self) -> None:
+        """Take what is known off the device and let go of the module."""
+        self._reporter.to_cpu()
+        self._attach(None)

@@ -1,0 +1,252 @@
+"""Reporter: carries metrics from the store to loggers, progress bar and callbacks, with one device read per row."""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from fulmen._metric_read import HostSnapshot, read_scalars
+from fulmen._metric_view import as_tensors
+from fulmen._result_table import print_results
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from fulmen._metric_view import MetricView
+    from fulmen.metrics import MetricStore, Scalar
+    from fulmen_protocols.logger import Logger
+
+__all__ = ["Reporter", "print_results"]
+
+_QUEUED_ROWS = 512
+"""Rows of evaluation steps that wait for one common read."""
+
+
+class _Row(NamedTuple):
+    """An evaluation step's metrics: numbers as they are, tensors stacked, unread."""
+
+    x: int
+    numbers: dict[str, float]
+    names: tuple[str, ...]
+    values: Tensor | None
+
+
+class Reporter:
+    """What a run reports, and when. Knows no Trainer: the loops say what happened.
+
+    Args:
+        loggers: where rows go; on ranks other than 0 they are not called.
+        log_every_n_steps: a training row every so many batches that stepped an optimizer; 0: none.
+        is_global_zero: whether this process is rank 0.
+        save_interval_s: seconds between two ``logger.save()`` calls while training; epoch ends save too.
+
+    Attributes:
+        loggers: settable at any time.
+        store: the metrics of the loop that is running; set by the loop, None between runs.
+    """
+
+    def __init__(
+        self,
+        *,
+        loggers: Iterable[Logger] = (),
+        log_every_n_steps: int = 50,
+        is_global_zero: bool = True,
+        save_interval_s: float = 10.0,
+    ) -> None:
+        self.loggers: list[Logger] = list(loggers)
+        self.log_every_n_steps = log_every_n_steps
+        self.store: MetricStore | None = None
+        self._is_global_zero = is_global_zero
+        self._save_interval_s = save_interval_s
+        self._saved_at = monotonic()
+        self._callback: dict[str, Tensor] = {}
+        self._logged: dict[str, Tensor] = {}
+        self._bar: dict[str, float] = {}
+        self._snapshot = HostSnapshot()
+        self._queue: list[_Row] = []
+
+    # What users read ---------------------------------------------------------------------------------------------
+
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]:
+        """The latest value under every name that callbacks may monitor. Reading neither communicates nor waits.
+
+        The same dict every time: what is written into it stays until ``reset``.
+        """
+        if self.store is not None:
+            self._take_callback(self.store)
+        return self._callback
+
+    @property
+    def logged_metrics(self) -> dict[str, Tensor]:
+        """The latest value under every name that loggers know. Reading neither communicates nor waits."""
+        if self.store is not None:
+            self._logged.update(self.store.logged_metrics)
+        return self._logged
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        """What the progress bar shows. Reading never waits for the device.
+
+        On the CPU the values are exact; on an accelerator each reading starts a copy to the host and answers what the
+        one before has brought, so they are as old as the last reading, or the last row.
+        """
+        if self.store is not None:
+            self._bar.update(self._snapshot.update(self.store.progress_bar_metrics))
+        return self._bar
+
+    def reset(self) -> None:
+        """Forget everything: at the start of a run, and before and after the sanity check."""
+        self._callback.clear()
+        self._logged.clear()
+        self._bar.clear()
+        self._snapshot = HostSnapshot()
+        self._queue.clear()
+
+    def to_cpu(self) -> None:
+        """Take what is pending and move it off the device, which the run is about to give back. Waits for the device.
+
+        To be called once, at teardown.
+        """
+        self._callback, self._logged = _on_cpu(self.callback_metrics), _on_cpu(self.logged_metrics)
+        if self.store is not None:
+            bar = self.store.progress_bar_metrics
+            self._bar.update(zip(bar, read_scalars(list(bar.values())), strict=True))
+        self.store = None
+
+    # What loops say ----------------------------------------------------------------------------------------------
+
+    def is_due(self, batches_that_stepped: int, *, stopping: bool = False) -> bool:
+        """Whether the batch that just ended gets a row. Ask only about batches that stepped an optimizer.
+
+        Args:
+            batches_that_stepped: how many did before this one.
+            stopping: the run ends after this batch, or is a ``fast_dev_run``.
+        """
+        every = self.log_every_n_steps
+        return every > 0 and (stopping or (batches_that_stepped + 1) % every == 0)
+
+    def report_step(self, store: MetricStore, *, batches_that_stepped: int, epoch: int) -> None:
+        """A row of training step values at x = ``batches_that_stepped``. One device read, on rank 0."""
+        self._report(store.step_metrics(), x=batches_that_stepped, epoch=epoch)
+        if monotonic() - self._saved_at >= self._save_interval_s:
+            self.save()
+
+    def report_train_epoch(self, store: MetricStore, *, batches_that_stepped: int, epoch: int) -> None:
+        """A row of the training epoch's values, at the x of its last batch. After the last ``reduce_epoch``."""
+        self._take_callback(store)
+        self._report(store.epoch_metrics(), x=batches_that_stepped - 1, epoch=epoch)
+        self.save()
+
+    def report_eval_step(self, store: MetricStore, *, batches_seen: int, dataloader_idx: int | None = None) -> None:
+        """A row of an evaluation batch's step values. Read with many others, at the latest at the epoch's end.
+
+        Args:
+            store: the evaluation's metrics.
+            batches_seen: the row's x: how many batches of this loader the fit had evaluated before.
+            dataloader_idx: the batch's loader; None with one loader.
+        """
+        log = store.step_metrics(dataloader_idx).log
+        if not log or store.stage == "sanity_check":
+            return
+        tensors = {n: v for n, v in log.items() if isinstance(v, Tensor) and v.device.type != "cpu"}
+        ready = {n: v for n, v in log.items() if n not in tensors}
+        numbers = dict(zip(ready, read_scalars(list(ready.values())), strict=True))
+        # A stack of its own: the step may write over its tensors before the row is read.
+        wide = torch.float32 if any(v.device.type == "mps" for v in tensors.values()) else torch.float64
+        stacked = torch.stack([v.reshape(()).to(wide) for v in tensors.values()]) if tensors else None
+        self._queue.append(_Row(batches_seen, numbers, tuple(tensors), stacked))
+        if len(self._queue) >= _QUEUED_ROWS:
+            self._flush_queue()
+
+    def report_eval_epoch(self, store: MetricStore, *, batches_that_stepped: int, epoch: int) -> None:
+        """A row of an evaluation's epoch values, at the training step's x. After the last ``reduce_epoch``.
+
+        During the sanity check callbacks get the values, loggers nothing.
+        """
+        self._take_callback(store)
+        view = store.epoch_metrics()
+        if store.stage == "sanity_check":
+            self._take_bar(view.bar)
+            return
+        self._flush_queue()
+        self._report(view, x=batches_that_stepped, epoch=epoch)
+        self.save()
+
+    def results(self, store: MetricStore, *, num_dataloaders: int = 1) -> list[dict[str, float]]:
+        """What ``validate`` and ``test`` return: the logged epoch values of each dataloader. One device read.
+
+        Values of no loader (logged in ``on_test_epoch_end``) are in every dict.
+        """
+        views = [store.epoch_metrics(index).log for index in range(max(num_dataloaders, 1))]
+        numbers = iter(read_scalars([value for view in views for value in view.values()]))
+        return [{name: next(numbers) for name in view} for view in views]
+
+    def log_metrics(self, metrics: Mapping[str, Scalar], *, x: int, epoch: int) -> None:
+        """A row of the framework's own, such as learning rates. One device read if there are tensors."""
+        self._write(dict(zip(metrics, read_scalars(list(metrics.values())), strict=True)), x, epoch)
+
+    def remember_steps(self, store: MetricStore) -> None:
+        """Keep the last step's values for callbacks when the epoch's take over."""
+        self._callback.update(as_tensors(store.step_metrics().callback, store.device))
+
+    def save(self) -> None:
+        """Let every logger write what it buffers."""
+        self._saved_at = monotonic()
+        if self._is_global_zero:
+            for logger in self.loggers:
+                logger.save()
+
+    def _take_callback(self, store: MetricStore) -> None:
+        self.remember_steps(store)
+        self._callback.update(store.callback_metrics)
+
+    def _report(self, view: MetricView, *, x: int, epoch: int) -> None:
+        for name, value in view.log.items():
+            self._logged[name] = value if isinstance(value, Tensor) else torch.tensor(value)
+        if not self._is_global_zero:
+            return
+        if not self.loggers:
+            self._take_bar(view.bar)
+            return
+        # The bar's values come with the same read.
+        together = {**view.log, **view.bar}
+        numbers = dict(zip(together, read_scalars(list(together.values())), strict=True))
+        bar = {name: numbers[name] for name in view.bar}
+        self._bar.update(bar)
+        self._snapshot.set(bar)
+        if view.log:
+            self._write({name: numbers[name] for name in view.log}, x, epoch)
+
+    def _take_bar(self, bar: Mapping[str, Scalar]) -> None:
+        self._bar.update(self._snapshot.update(bar))
+
+    def _write(self, metrics: dict[str, float], x: int, epoch: int | None) -> None:
+        """Give a row to every logger. A metric named ``step`` sets the x axis instead of being drawn."""
+        if not self._is_global_zero:
+            return
+        x = int(metrics.pop("step", x))
+        if epoch is not None:
+            metrics.setdefault("epoch", epoch)
+        for logger in self.loggers:
+            logger.log_metrics(dict(metrics), step=x)
+
+    def _flush_queue(self) -> None:
+        """Read and write the rows of evaluation steps."""
+        rows, self._queue = self._queue, []
+        if not rows or not self._is_global_zero or not self.loggers:
+            return
+        stacks = [row.values for row in rows if row.values is not None]
+        numbers = cast("list[float]", torch.cat(stacks).tolist()) if stacks else []
+        position = 0
+        for row in rows:
+            read = dict(zip(row.names, numbers[position : position + len(row.names)], strict=True))
+            position += len(row.names)
+            self._write({**row.numbers, **read}, row.x, None)  # its x counts batches, not training steps
+
+
+def _on_cpu(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu() for name, value in metrics.items()}

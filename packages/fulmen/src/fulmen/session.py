@@ -1,0 +1,272 @@
+"""One call of a Trainer: the module, its placed form, its optimizers and loaders, and how they become a loop's parts."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fulmen.manual import ManualOptimization
+from fulmen.metrics import scope_for
+from fulmen.module import LightningModule
+from fulmen.optimizer import LightningOptimizer
+from fulmen_fabric import move_data_to_device
+from fulmen_fabric.abilities import supports
+from fulmen_fabric.steps import Gradients, StepHooks, automatic_step
+from fulmen_protocols import (
+    SupportsBoundMethods,
+    SupportsForwardContext,
+    SupportsInputConversion,
+    SupportsLoaderProcessing,
+    SupportsNoSync,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from contextlib import AbstractContextManager
+
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from fulmen.datamodule import LightningDataModule
+    from fulmen.hooks import HookBinder
+    from fulmen.loaders import EvalLoaders, LoaderSource, TrainLoader
+    from fulmen.metrics import MetricStore
+    from fulmen.optimizer import LRSchedulerConfig
+    from fulmen.progress import Progress
+    from fulmen.states import TrainerFn
+    from fulmen_fabric import Assembly, World
+
+__all__ = ["ModelModes", "Session", "unchanged"]
+
+
+@dataclass
+class Session:
+    """The objects of one ``fit``, ``validate``, ``test`` or ``predict``."""
+
+    fn: TrainerFn
+    module: LightningModule
+    datamodule: LightningDataModule | None
+    assembly: Assembly
+    world: World
+    sources: dict[str, LoaderSource]
+    """By stage: ``train``, ``val``, ``test``, ``predict``."""
+    placed: nn.Module | None = None
+    store: MetricStore | None = None
+    """What ``self.log`` feeds now."""
+    optimizers: list[Optimizer] = field(default_factory=list)
+    """Those that the strategy returned."""
+    wrapped: list[LightningOptimizer] = field(default_factory=list)
+    schedulers: list[LRSchedulerConfig] = field(default_factory=list)
+    train_loader: TrainLoader | None = None
+    eval_loaders: dict[str, EvalLoaders] = field(default_factory=dict)
+    manual: ManualOptimization | None = None
+    gradients: Gradients | None = None
+    resumed: dict[str, Any] | None = None
+    """What the checkpoint holds for an exact resume, until the loop has begun."""
+
+    def scoped(self, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """``hook``, inside which ``self.log`` knows that it is in ``name``."""
+        scope = scope_for(name)
+
+        def call(*args: object, **kwargs: object) -> Any:
+            store = self.store
+            if store is None:
+                return hook(*args, **kwargs)
+            outer, store.scope = store.scope, scope
+            try:
+                return hook(*args, **kwargs)
+            finally:
+                store.scope = outer
+
+        return call
+
+    def logging_modules(self) -> list[LightningModule]:
+        """The module and every LightningModule inside it: all may call ``self.log``."""
+        return [module for module in self.module.modules() if isinstance(module, LightningModule)]
+
+    def bound(self, name: str) -> Callable[..., Any]:
+        """The module's method ``name``, entered through the strategy's wrapper where it has one."""
+        strategy = self.assembly.strategy
+        if self.placed is not None and self.placed is not self.module and supports(strategy, SupportsBoundMethods):
+            return strategy.bind_method(self.placed, name)
+        return getattr(self.module, name)  # type: ignore[no-any-return]
+
+    def step_method(self, name: str, *, several_loaders: bool = False, bind: bool = True) -> Callable[..., Any]:
+        """A step of the module, called with ``(batch, batch_idx)``, and ``dataloader_idx`` where there are several."""
+        method = self.bound(name) if bind else getattr(self.module, name)
+        takes = _positional(getattr(self.module, name))
+        given = 3 if several_loaders else 2
+        if takes >= given:
+            return method  # type: ignore[no-any-return]
+        return lambda *args: method(*args[:takes])
+
+    def transfer(self) -> Callable[[object, int], object]:
+        """Put a batch on the device: precision's casts, then the transfer hooks of datamodule or module."""
+        device = self.world.device
+        precision = self.assembly.precision
+        convert = precision.convert_input if supports(precision, SupportsInputConversion) else None
+        before = self._transfer_hook("on_before_batch_transfer")
+        custom = self._transfer_hook("transfer_batch_to_device")
+        after = self._transfer_hook("on_after_batch_transfer")
+        moves = device.type != "cpu"
+        processed = supports(self.assembly.strategy, SupportsLoaderProcessing)
+        if convert is None and before is None and custom is None and after is None and (not moves or processed):
+            return unchanged
+
+        def transfer(batch: object, dataloader_idx: int) -> object:
+            if convert is not None:
+                batch = convert(batch)
+            if before is not None:
+                batch = before(batch, dataloader_idx)
+            if custom is not None:
+                batch = custom(batch, device, dataloader_idx)
+            elif moves and not processed:
+                batch = move_data_to_device(batch, device)
+            if after is not None:
+                batch = after(batch, dataloader_idx)
+            return batch
+
+        return transfer
+
+    def _transfer_hook(self, name: str) -> Callable[..., Any] | None:
+        # A datamodule's own version wins over the module's.
+        for owner in (self.datamodule, self.module):
+            method = getattr(owner, name, None)
+            if method is None:
+                continue
+            base = next(c for c in reversed(type(owner).__mro__) if name in vars(c))
+            if getattr(method, "__func__", method) is not vars(base)[name]:
+                return self.scoped(name, method)
+        return None
+
+    def process_loader(self) -> Callable[[Iterable[object]], Iterable[object]] | None:
+        """How the strategy feeds its device, if it wants to."""
+        strategy = self.assembly.strategy
+        return strategy.process_loader if supports(strategy, SupportsLoaderProcessing) else None
+
+    def training_callables(
+        self,
+        binder: HookBinder,
+        progress: Progress,
+        *,
+        accumulate: int,
+        clip_val: float | None,
+        clip_algorithm: Any,
+        keep_outputs: bool,
+    ) -> dict[str, Any]:
+        """``step``, ``accumulate`` and ``updates`` of ``FitParts`` for automatic or manual optimization."""
+        module, strategy = self.module, self.assembly.strategy
+        self.gradients = gradients = Gradients(strategy, self.assembly.precision, self.placed)
+        training_step = self.step_method("training_step")
+        overridden_backward = binder.overridden("backward")
+        hooks: dict[str, Any] = {
+            "on_before_backward": binder.both("on_before_backward"),
+            "on_after_backward": binder.both("on_after_backward"),
+            "on_before_optimizer_step": binder.both("on_before_optimizer_step"),
+            "backward": None if overridden_backward is None else self.scoped("backward", overridden_backward),
+        }
+        if not module.automatic_optimization:
+            backward_context = getattr(strategy, "prepare_backward", None)
+            self.manual = manual = ManualOptimization(
+                training_step,
+                gradients,
+                StepHooks(**hooks),
+                progress,
+                keep_outputs=keep_outputs,
+                backward_context=(
+                    partial(backward_context, self.placed)
+                    if backward_context is not None and self.placed is not module
+                    else None
+                ),
+            )
+            hold_sync = strategy.no_sync if supports(strategy, SupportsNoSync) and self.placed is not None else None
+            self.wrapped = manual.optimizers = [
+                LightningOptimizer(
+                    optimizer,
+                    partial(manual.step, optimizer),
+                    toggle=module.toggled_optimizer,
+                    no_sync=None if hold_sync is None else partial(hold_sync, self.placed),
+                )
+                for optimizer in self.optimizers
+            ]
+            return {"step": manual.batch_step, "accumulate": manual.batch_step, "updates": manual.updates}
+
+        self.manual = None
+        optimizer = self.optimizers[0]
+        wrapped = LightningOptimizer(optimizer, partial(gradients.step, optimizer))
+        self.wrapped = [wrapped]
+        hooks["on_before_zero_grad"] = binder.both("on_before_zero_grad")
+        zero_grad = binder.overridden("optimizer_zero_grad")
+        if zero_grad is not None:
+            scoped_zero = self.scoped("optimizer_zero_grad", zero_grad)
+            hooks["zero_grad"] = lambda: scoped_zero(progress.epoch, progress.batch, optimizer)
+        clips = binder.overridden("configure_gradient_clipping")
+        if clips is not None:
+            hooks["clip"] = partial(
+                self.scoped("configure_gradient_clipping", clips), optimizer, clip_val, clip_algorithm
+            )
+        elif clip_val is not None and clip_val > 0:
+            hooks["clip"] = partial(gradients.clip, optimizer, clip_val, clip_algorithm)
+        own_step = binder.overridden("optimizer_step")
+        if own_step is not None:
+            scoped_step = self.scoped("optimizer_step", own_step)
+            hooks["optimizer_step"] = lambda closure: scoped_step(progress.epoch, progress.batch, wrapped, closure)
+        step, accumulate_only = automatic_step(
+            training_step=training_step,
+            optimizer=optimizer,
+            gradients=gradients,
+            strategy=strategy,
+            hooks=StepHooks(**hooks),
+            accumulate=accumulate,
+            keep_outputs=keep_outputs,
+            world_size=self.world.world_size,
+        )
+        return {"step": step, "accumulate": accumulate_only}
+
+    def forward_context(self) -> Callable[[], AbstractContextManager[object]] | None:
+        """The context in which the precision wants every forward pass; None where it wants none."""
+        precision = self.assembly.precision
+        return precision.forward_context if supports(precision, SupportsForwardContext) else None
+
+    def no_grad(self, *, inference_mode: bool) -> Callable[[], AbstractContextManager[object]]:
+        """What evaluation runs under."""
+        return torch.inference_mode if inference_mode else torch.no_grad
+
+
+def unchanged(batch: object, dataloader_idx: int) -> object:
+    """What transfer is where batches are already on their device and nobody overrides its hooks."""
+    return batch
+
+
+def _positional(function: Callable[..., Any]) -> int:
+    """How many positional arguments ``function`` takes; a large number for ``*args``."""
+    count = 0
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            return 1_000
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            count += 1
+    return count
+
+
+class ModelModes:
+    """Puts a module into evaluation mode and gives every submodule its own flag back afterwards."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._flags: list[tuple[nn.Module, bool]] = []
+
+    def eval(self) -> None:
+        """Remember the flags and switch to evaluation."""
+        self._flags = [(module, module.training) for module in self._module.modules()]
+        self._module.eval()
+
+    def restore(self) -> None:
+        """Give the flags back; a submodule that was frozen in evaluation mode stays so."""
+        for module, training in self._flags:
+            module.training = training
+        self._flags = []

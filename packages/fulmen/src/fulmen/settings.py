@@ -1,0 +1,327 @@
+"""Settings: the Trainer's arguments that are no backend, checked and completed before anything starts."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError
+
+__all__ = ["BatchLimit", "Interval", "Settings", "parse_duration"]
+
+BatchLimit = int | float
+Interval = int | float | str | timedelta | Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The completed arguments of a Trainer."""
+
+    fast_dev_run: int
+    """Batches of every loop in a quick run; 0: off."""
+    max_epochs: int
+    min_epochs: int
+    max_steps: int
+    min_steps: int
+    max_time: timedelta | None
+    limit_train_batches: BatchLimit
+    limit_val_batches: BatchLimit
+    limit_test_batches: BatchLimit
+    limit_predict_batches: BatchLimit
+    overfit_batches: BatchLimit
+    val_check_interval: int | float | timedelta
+    check_val_every_n_epoch: int | None
+    num_sanity_val_steps: float
+    log_every_n_steps: int
+    enable_checkpointing: bool
+    enable_progress_bar: bool
+    enable_model_summary: bool
+    accumulate_grad_batches: int
+    gradient_clip_val: float | None
+    gradient_clip_algorithm: Literal["norm", "value"]
+    deterministic: bool | Literal["warn"]
+    benchmark: bool | None
+    inference_mode: bool
+    use_distributed_sampler: bool
+    detect_anomaly: bool
+    barebones: bool
+    sync_batchnorm: bool
+    reload_dataloaders_every_n_epochs: int
+    default_root_dir: str
+    enable_autolog_hparams: bool
+    max_epochs_is_default: bool
+    """Nobody gave a limit: 1,000 epochs are assumed, and said so."""
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        fast_dev_run: int | bool,
+        max_epochs: int | None,
+        min_epochs: int | None,
+        max_steps: int,
+        min_steps: int | None,
+        max_time: str | timedelta | Mapping[str, int] | None,
+        limit_train_batches: BatchLimit | None,
+        limit_val_batches: BatchLimit | None,
+        limit_test_batches: BatchLimit | None,
+        limit_predict_batches: BatchLimit | None,
+        overfit_batches: BatchLimit,
+        val_check_interval: Interval | None,
+        check_val_every_n_epoch: int | None,
+        num_sanity_val_steps: int | None,
+        log_every_n_steps: int | None,
+        enable_checkpointing: bool | None,
+        enable_progress_bar: bool | None,
+        enable_model_summary: bool | None,
+        accumulate_grad_batches: int,
+        gradient_clip_val: float | None,
+        gradient_clip_algorithm: str | None,
+        deterministic: bool | Literal["warn"] | None,
+        benchmark: bool | None,
+        inference_mode: bool,
+        use_distributed_sampler: bool,
+        detect_anomaly: bool,
+        barebones: bool,
+        sync_batchnorm: bool,
+        reload_dataloaders_every_n_epochs: int,
+        default_root_dir: str | os.PathLike[str] | None,
+        enable_autolog_hparams: bool,
+        logger_is_on: bool | None,
+        has_timer: bool,
+    ) -> Settings:
+        """Check every argument and complete the missing ones.
+
+        Raises:
+            MisconfigurationException: with one sentence for each argument that is wrong.
+            MisconfigurationTypeError: the same, when every problem is a wrong type.
+        """
+        wrong = _Problems()
+        if barebones:
+            wrong.extend(
+                f"barebones=True turns {name} off, but it was given as {value!r}; drop one of the two."
+                for name, value in {
+                    "enable_checkpointing": enable_checkpointing,
+                    "enable_progress_bar": enable_progress_bar,
+                    "enable_model_summary": enable_model_summary,
+                    "logger": logger_is_on,
+                    "num_sanity_val_steps": num_sanity_val_steps,
+                    "log_every_n_steps": log_every_n_steps,
+                    "fast_dev_run": fast_dev_run,
+                    "detect_anomaly": detect_anomaly,
+                }.items()
+                if value
+            )
+            enable_checkpointing = enable_progress_bar = enable_model_summary = False
+            num_sanity_val_steps = log_every_n_steps = 0
+
+        fast = _fast_dev_run(fast_dev_run, wrong)
+        for name, value, low in (
+            ("max_epochs", max_epochs, -1),
+            ("min_epochs", min_epochs, 0),
+            ("max_steps", max_steps, -1),
+            ("min_steps", min_steps, 0),
+            ("accumulate_grad_batches", accumulate_grad_batches, 1),
+            ("reload_dataloaders_every_n_epochs", reload_dataloaders_every_n_epochs, 0),
+            ("log_every_n_steps", log_every_n_steps, 0),
+            ("num_sanity_val_steps", num_sanity_val_steps, -1),
+            ("check_val_every_n_epoch", check_val_every_n_epoch, 1),
+        ):
+            wrong.whole_number(name, value, low)
+        for name, limit in (
+            ("limit_train_batches", limit_train_batches),
+            ("limit_val_batches", limit_val_batches),
+            ("limit_test_batches", limit_test_batches),
+            ("limit_predict_batches", limit_predict_batches),
+            ("overfit_batches", overfit_batches),
+        ):
+            wrong.limit(name, limit)
+        if gradient_clip_val is not None:
+            if isinstance(gradient_clip_val, bool) or not isinstance(gradient_clip_val, (int, float)):
+                wrong.type(f"gradient_clip_val={gradient_clip_val!r} must be a number.")
+            elif not math.isfinite(gradient_clip_val):
+                wrong.add(f"gradient_clip_val={gradient_clip_val!r} must be finite; None turns clipping off.")
+        if gradient_clip_algorithm not in (None, "norm", "value"):
+            wrong.add(f"gradient_clip_algorithm={gradient_clip_algorithm!r} must be 'norm' or 'value'.")
+        if deterministic not in (None, True, False, "warn"):
+            wrong.add(f"deterministic={deterministic!r} must be True, False or 'warn'.")
+        interval = _val_check_interval(val_check_interval, check_val_every_n_epoch, wrong)
+        duration: timedelta | None = None
+        if max_time is not None:
+            try:
+                duration = parse_duration("max_time", max_time)
+            except MisconfigurationException as error:
+                wrong.add(str(error))
+        wrong.raise_all()
+
+        epochs_given = max_epochs is not None
+        if fast:
+            max_epochs, max_steps = 1, fast
+            num_sanity_val_steps, interval = 0, 1.0
+            check_val_every_n_epoch = 1
+            limit_train_batches = limit_val_batches = limit_test_batches = limit_predict_batches = fast
+        if overfit_batches:
+            limit_train_batches = limit_val_batches = overfit_batches
+        is_default = not fast and not epochs_given and max_steps == -1 and duration is None and not has_timer
+        if max_epochs is None:
+            max_epochs = 1000 if is_default else -1
+        if min_epochs is None:
+            min_epochs = 1 if min_steps is not None else 0
+        return cls(
+            fast_dev_run=fast,
+            max_epochs=max_epochs,
+            min_epochs=min_epochs,
+            max_steps=max_steps,
+            min_steps=min_steps or 0,
+            max_time=duration,
+            limit_train_batches=1.0 if limit_train_batches is None else limit_train_batches,
+            limit_val_batches=1.0 if limit_val_batches is None else limit_val_batches,
+            limit_test_batches=1.0 if limit_test_batches is None else limit_test_batches,
+            limit_predict_batches=1.0 if limit_predict_batches is None else limit_predict_batches,
+            overfit_batches=overfit_batches,
+            val_check_interval=interval,
+            check_val_every_n_epoch=check_val_every_n_epoch,
+            num_sanity_val_steps=_or(num_sanity_val_steps, 2) if num_sanity_val_steps != -1 else math.inf,
+            log_every_n_steps=_or(log_every_n_steps, 50),
+            enable_checkpointing=enable_checkpointing is not False,
+            enable_progress_bar=enable_progress_bar is not False,
+            enable_model_summary=enable_model_summary is not False,
+            accumulate_grad_batches=accumulate_grad_batches,
+            gradient_clip_val=gradient_clip_val,
+            gradient_clip_algorithm="value" if gradient_clip_algorithm == "value" else "norm",
+            deterministic=deterministic or False,
+            benchmark=benchmark,
+            inference_mode=inference_mode,
+            use_distributed_sampler=use_distributed_sampler,
+            detect_anomaly=detect_anomaly,
+            barebones=barebones,
+            sync_batchnorm=sync_batchnorm,
+            reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs,
+            default_root_dir=_root_dir(default_root_dir),
+            enable_autolog_hparams=enable_autolog_hparams,
+            max_epochs_is_default=is_default,
+        )
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _root_dir(path: str | os.PathLike[str] | None) -> str:
+    if path is None:
+        return os.getcwd()
+    text = os.fspath(path)
+    return text if "://" in text else os.path.normpath(os.path.expanduser(text))
+
+
+def _fast_dev_run(value: int | bool, wrong: _Problems) -> int:
+    if not isinstance(value, (bool, int)):
+        wrong.type(f"fast_dev_run={value!r} must be True, False or a number of batches.")
+        return 0
+    if value < 0:
+        wrong.add(f"fast_dev_run={value!r} must be at least 0: it is the number of batches of every loop.")
+    return int(value)
+
+
+def _val_check_interval(
+    value: Interval | None, every_n_epochs: int | None, wrong: _Problems
+) -> int | float | timedelta:
+    if value is None:
+        value = 1.0
+    if isinstance(value, bool):
+        wrong.type(f"val_check_interval={value!r} must be a number of batches, a fraction of an epoch or a duration.")
+    elif isinstance(value, int):
+        if value < 1:
+            wrong.add(
+                f"val_check_interval={value!r} must be at least 1 batch; limit_val_batches=0 turns validation off."
+            )
+        return value
+    elif isinstance(value, float):
+        if not 0.0 < value <= 1.0:
+            wrong.add(f"val_check_interval={value!r}: a float is a fraction of the epoch and must lie in (0, 1].")
+        elif every_n_epochs is None and value != 1.0:
+            wrong.add(
+                f"val_check_interval={value!r} is a fraction of an epoch, but check_val_every_n_epoch=None counts across "
+                "epochs. Give a number of batches or a duration."
+            )
+        return value
+    else:
+        try:
+            return parse_duration("val_check_interval", value)
+        except MisconfigurationException as error:
+            wrong.add(str(error))
+    return 1.0
+
+
+def parse_duration(name: str, value: object) -> timedelta:
+    """Turn ``"DD:HH:MM:SS"``, a timedelta or its keyword arguments into a timedelta.
+
+    Raises:
+        MisconfigurationException: it is none of these, or not positive.
+    """
+    result: timedelta | None = None
+    if isinstance(value, timedelta):
+        result = value
+    elif isinstance(value, str):
+        parts = value.split(":")
+        if len(parts) == 4 and all(part.isdigit() for part in parts):
+            days, hours, minutes, seconds = map(int, parts)
+            if hours < 24 and minutes < 60 and seconds < 60:
+                result = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+    elif isinstance(value, Mapping):
+        try:
+            result = timedelta(**value)
+        except TypeError as error:
+            raise MisconfigurationException(f"{name}={value!r} does not name a duration: {error}.") from error
+    if result is None or result <= timedelta(0):
+        raise MisconfigurationException(
+            f"{name}={value!r} is no duration. Give 'DD:HH:MM:SS', a positive timedelta, or its arguments as a dict."
+        )
+    return result
+
+
+class _Problems:
+    """Collects what is wrong with arguments, to say it all at once."""
+
+    def __init__(self) -> None:
+        self._messages: list[str] = []
+        self._values = False
+
+    def add(self, message: str) -> None:
+        self._messages.append(message)
+        self._values = True
+
+    def extend(self, messages: Iterable[str]) -> None:
+        for message in messages:
+            self.add(message)
+
+    def type(self, message: str) -> None:
+        self._messages.append(message)
+
+    def whole_number(self, name: str, value: object, low: int) -> None:
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int):
+            self.type(f"{name}={value!r} must be a whole number.")
+        elif value < low:
+            unlimited = "; -1 means no limit" if low == -1 and name.startswith("max") else ""
+            self.add(f"{name}={value!r} must be at least {low}{unlimited}.")
+
+    def limit(self, name: str, value: object) -> None:
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.type(f"{name}={value!r} must be a number of batches (int) or a fraction (float).")
+        elif isinstance(value, float) and not 0.0 <= value <= 1.0:
+            self.add(f"{name}={value!r}: a float is a fraction and must lie in [0, 1]; write {int(value)} for batches.")
+        elif value < 0:
+            self.add(f"{name}={value!r} must not be negative; 0 turns the loop off.")
+
+    def raise_all(self) -> None:
+        if self._messages:
+            kind = MisconfigurationException if self._values else MisconfigurationTypeError
+            raise kind(" ".join(self._messages))

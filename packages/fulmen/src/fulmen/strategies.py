@@ -1,0 +1,5 @@
+"""Strategies by the names people look for here; they live in fulmen-strategies."""
+
+from fulmen_strategies import DDPStrategy, SingleDeviceStrategy
+
+__all__ = ["DDPStrategy", "SingleDeviceStrategy"]

@@ -1,0 +1,24 @@
+"""Run mypy and pyright, both strict, on every package's source: ``python -m tools.check_types [package ...]``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from tools.workspace import ROOT, packages
+
+
+def main(names: list[str]) -> int:
+    """Return 0 if both accept everything. Both run even when the first complains."""
+    sources = [str(p.source.relative_to(ROOT)) for p in packages() if not names or p.name in names]
+    failed = [
+        command[0]
+        for command in (["mypy", *sources], ["pyright", "--pythonpath", sys.executable, *sources])
+        if subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=False).returncode
+    ]
+    print(f"types: {' and '.join(failed)} found errors" if failed else "types: mypy and pyright are content")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,23 @@
+"""Every Python block of every README and every page of the site runs as it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools.readme import blocks, run
+from tools.workspace import ROOT, packages
+
+
+def pages() -> list[Path]:
+    """The files with Python blocks that a reader may copy."""
+    candidates = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(p.path / "README.md" for p in packages())]
+    return sorted(path for path in candidates if blocks(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_python_blocks_of_a_page_run_as_they_stand(page: Path) -> None:
+    result = run(page)
+
+    assert result.returncode == 0, f"{page.relative_to(ROOT)}:\n{result.stdout}{result.stderr}"
