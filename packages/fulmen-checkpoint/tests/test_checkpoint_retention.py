@@ -69,6 +69,16 @@ def test_a_folder_around_or_a_file_within_the_resumed_one_is_kept(tmp_path: Path
     assert keep.remove(similar)
 
 
+def test_what_a_resumed_link_points_to_is_kept(tmp_path: Path) -> None:
+    best = _make(tmp_path / "epoch=3.ckpt")
+    (tmp_path / "last.ckpt").symlink_to("epoch=3.ckpt")
+    keep = Retention()
+    keep.wrote(best)
+    keep.resumed_from(tmp_path / "last.ckpt")
+    assert not keep.remove(best)
+    assert best.exists()
+
+
 def test_folders_are_deleted_whole(tmp_path: Path) -> None:
     part = _make(tmp_path / "step=1" / "deep" / "shard.bin")
     keep = Retention()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 import time
 import uuid
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import fsspec
 import pytest
@@ -15,7 +16,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from fulmen_checkpoint import FsspecStorage
 from fulmen_checkpoint.names import is_staging, parse_staging, staging_name, this_machine
-from fulmen_protocols import BackendNotFound, Storage, missing_members
+from fulmen_protocols import BackendNotFound, MissingPackage, Storage, missing_members
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture(params=["local", "file", "memory", "s3"])
@@ -77,15 +81,14 @@ def test_an_unfinished_or_failed_write_leaves_the_old_content_and_nothing_else(
     storage, folder = place
     path = f"{folder}/a"
     _write(storage, path, b"old")
-    with pytest.raises(RuntimeError, match="midway"):  # noqa: PT012
-        with storage.write_atomic(path) as stream:
-            stream.write(b"n" * 7_000_000)  # beyond one part of a multipart upload
-            stream.flush()
-            assert _read(storage, path) == b"old"
-            raise RuntimeError("midway")
+    with pytest.raises(RuntimeError, match="midway"), storage.write_atomic(path) as stream:  # noqa: PT012
+        stream.write(b"n" * 7_000_000)  # beyond one part of a multipart upload
+        stream.flush()
+        assert _read(storage, path) == b"old"
+        raise RuntimeError("midway")
     assert _read(storage, path) == b"old"
     assert [entry.rsplit("/", 1)[-1] for entry in storage.list(folder)] == ["a"]
-    with pytest.raises(KeyError), storage.write_atomic(f"{folder}/never") as stream:
+    with pytest.raises(KeyError), storage.write_atomic(f"{folder}/never") as stream:  # noqa: PT012
         stream.write(b"half")
         raise KeyError
     assert not storage.exists(f"{folder}/never")
@@ -146,7 +149,7 @@ def test_a_failed_upload_leaves_no_parts_behind(s3_options: dict[str, object], s
     import s3fs
 
     storage = FsspecStorage({**s3_options, "default_block_size": 5 << 20})
-    with pytest.raises(RuntimeError), storage.write_atomic(f"{s3_folder}/a") as stream:
+    with pytest.raises(RuntimeError), storage.write_atomic(f"{s3_folder}/a") as stream:  # noqa: PT012
         stream.write(b"n" * (12 << 20))
         raise RuntimeError
     fs = s3fs.S3FileSystem(**s3_options)
@@ -187,7 +190,7 @@ def test_a_storage_that_fails_midway_keeps_the_old_content(where: str, monkeypat
     storage, folder = FsspecStorage(), f"failing://{uuid.uuid4().hex}"
     _write(storage, f"{folder}/a", b"old")
     monkeypatch.setattr(Failing, "fails_in", where)
-    with pytest.raises(OSError), storage.write_atomic(f"{folder}/a") as stream:
+    with pytest.raises(OSError), storage.write_atomic(f"{folder}/a") as stream:  # noqa: PT012
         for _ in range(4):
             stream.write(b"x" * 500_000)
     monkeypatch.setattr(Failing, "fails_in", "")
@@ -236,6 +239,12 @@ def test_a_folder_in_the_way_is_named(tmp_path: Path) -> None:
 def test_an_unknown_protocol_is_named() -> None:
     with pytest.raises(BackendNotFound, match="knows no file system 'nosuch'"):
         FsspecStorage().exists("nosuch://x/y")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed")
+def test_a_missing_file_system_package_is_named() -> None:
+    with pytest.raises(MissingPackage, match="Run: pip install gcsfs"):
+        FsspecStorage().exists("gs://bucket/x")
 
 
 def test_staging_names_are_told_from_all_others() -> None:

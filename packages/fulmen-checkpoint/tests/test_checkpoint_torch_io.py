@@ -354,6 +354,10 @@ def test_everything_that_is_refused_would_not_have_loaded_and_the_rest_does(tmp_
             Ellipsis,
         ),
     ]
+    for attribute in (1, OwnClass()):
+        marked = torch.ones(1)
+        marked.mark = attribute  # type: ignore[attr-defined]
+        candidates.append(marked)
     disagree = []
     for value in candidates:
         path = tmp_path / "a.ckpt"
@@ -361,7 +365,7 @@ def test_everything_that_is_refused_would_not_have_loaded_and_the_rest_does(tmp_
         try:
             torch.save({"v": value}, path)
             torch.load(path, weights_only=True)
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever torch says, it does not read it
             torch_reads = False
         try:
             TorchCheckpointIO().save_checkpoint({"v": value}, path)
@@ -374,7 +378,7 @@ def test_everything_that_is_refused_would_not_have_loaded_and_the_rest_does(tmp_
 
 
 def test_what_cannot_be_pickled_at_all_gives_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="torch.save cannot pickle an object in it"):
+    with pytest.raises(CheckpointError, match=r"torch\.save cannot pickle an object in it"):
         TorchCheckpointIO(allow_unsafe=True).save_checkpoint({"f": lambda: 0}, tmp_path / "a.ckpt")
     assert list(tmp_path.iterdir()) == []
 
@@ -410,7 +414,7 @@ def test_an_object_in_a_file_is_refused_by_name_and_loaded_only_on_request(tmp_p
 def test_a_class_that_is_gone_is_named(tmp_path: Path) -> None:
     script = "import torch, sys\nclass Gone: pass\ntorch.save({'a': Gone()}, sys.argv[1])"
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.pt")], check=True, timeout=60)
-    with pytest.raises(CheckpointError, match="Gone.* Install or import the code"):
+    with pytest.raises(CheckpointError, match=r"Gone.* Install or import the code"):
         TorchCheckpointIO().load_checkpoint(tmp_path / "a.pt", weights_only=False)
 
 
@@ -495,7 +499,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_process(room: int, monkeyp
     io, path = TorchCheckpointIO(), f"fulldisk://{uuid.uuid4().hex}/a.ckpt"
     io.save_checkpoint({"n": 1}, path)
     monkeypatch.setattr(FullDisk, "room", room)
-    with pytest.raises(CheckpointError, match="No space left on device.*is untouched"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*is untouched"):
         io.save_checkpoint({"small": torch.ones(2), "big": torch.ones(1000, 1000), "more": torch.ones(100)}, path)
     assert io.load_checkpoint(path) == {"n": 1}
 
@@ -553,3 +557,13 @@ print(status("VmHWM") - before)
         check=True,
     )
     assert int(done.stdout) <= 16
+
+
+def test_a_checkpoint_can_be_saved_while_the_interpreter_shuts_down(tmp_path: Path) -> None:
+    script = """
+import atexit, sys, torch
+from fulmen_checkpoint import TorchCheckpointIO
+atexit.register(lambda: TorchCheckpointIO().save_checkpoint({"w": torch.ones(1000, 1000)}, sys.argv[1]))
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.ckpt")], timeout=60, check=True)
+    assert TorchCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")["w"].sum() == 1_000_000

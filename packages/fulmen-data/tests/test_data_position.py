@@ -9,6 +9,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     Sampler,
@@ -17,7 +18,13 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from fulmen_data import CombinedLoader, LoaderPosition, SeekableSampler
+from fulmen_data import (
+    CombinedLoader,
+    DistributedBatchSampler,
+    DistributedSamplerWrapper,
+    LoaderPosition,
+    SeekableSampler,
+)
 
 # Python 3.12 warns whenever a process with threads forks, as every DataLoader with workers does.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -94,6 +101,11 @@ LOADERS = {
     ),
     "buckets": lambda data, **o: DataLoader(data, batch_sampler=Buckets(), **o),
     "no batching": lambda data, **o: DataLoader(data, batch_size=None, shuffle=True, **o),
+    "split": lambda data, **o: DataLoader(
+        data, 4, sampler=DistributedSamplerWrapper(WeightedRandomSampler([1.0] * SIZE, 60), 2, 1), **o
+    ),
+    "dealt": lambda data, **o: DataLoader(data, batch_sampler=DistributedBatchSampler(Buckets(), 2, 0, pad=True), **o),
+    "torch's distributed": lambda data, **o: DataLoader(data, 4, sampler=DistributedSampler(data, 2, 1), **o),
     "seekable": lambda data, **o: DataLoader(data, 4, sampler=SeekableSampler(data, seed=3), **o),
 }
 
@@ -156,7 +168,7 @@ def run(make, options, stop):
     return whole, before, after, data, iterator_reads
 
 
-@pytest.mark.parametrize("stop", [(0, 0), (0, 1), (0, 8), (1, 3)])
+@pytest.mark.parametrize("stop", [(0, 0), (0, 1), (0, 4), (1, 3)])
 @pytest.mark.parametrize("kind", LOADERS)
 def test_a_resumed_run_sees_the_batches_and_random_numbers_of_the_uninterrupted_one(kind, stop) -> None:
     whole, before, after, data, _ = run(LOADERS[kind], {}, stop)
@@ -169,7 +181,7 @@ def test_a_resumed_run_sees_the_batches_and_random_numbers_of_the_uninterrupted_
 
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("stop", [(0, 0), (0, 3), (1, 3)])
-@pytest.mark.parametrize("kind", ["shuffled", "shared generator, several passes", "weighted", "seekable"])
+@pytest.mark.parametrize("kind", ["shuffled", "shared generator, several passes", "weighted", "buckets", "seekable"])
 def test_a_run_with_two_workers_resumes_exactly(kind, stop, persistent) -> None:
     options = {"num_workers": 2, "persistent_workers": persistent}
     whole, before, after, data, _ = run(LOADERS[kind], options, stop)
@@ -177,6 +189,28 @@ def test_a_run_with_two_workers_resumes_exactly(kind, stop, persistent) -> None:
     assert before + after == whole
     in_batches = [index for _, batch, *_ in after for index in batch]
     assert torch.equal(data.reads, torch.bincount(torch.tensor(in_batches), minlength=SIZE))
+
+
+class WorkerSeeds(Numbers):
+    def __getitem__(self, index: int) -> int:
+        return torch.utils.data.get_worker_info().seed - torch.utils.data.get_worker_info().id
+
+
+@pytest.mark.parametrize("generator", [None, 4])
+def test_workers_get_the_seed_that_they_had_before_the_stop(generator) -> None:
+    def make() -> LoaderPosition:
+        own = None if generator is None else seeded(generator)
+        return LoaderPosition(DataLoader(WorkerSeeds(), 4, shuffle=True, num_workers=2, generator=own))
+
+    torch.manual_seed(6)
+    position = make()
+    before = next(iter(position)).tolist()
+
+    torch.manual_seed(7)
+    resumed = make()
+    resumed.load_state_dict(position.state_dict())
+
+    assert {seed for batch in resumed for seed in batch.tolist()} == set(before)
 
 
 def test_a_run_can_be_stopped_and_resumed_again_and_again() -> None:
@@ -227,6 +261,24 @@ def test_a_position_at_the_end_of_an_epoch_has_no_batch_left_and_the_next_epoch_
     assert list(resumed) == []
     resumed.set_epoch(1)
     assert len(list(resumed)) == 10
+
+
+@pytest.mark.parametrize("sampler", [RandomSampler, SeekableSampler])
+def test_a_pending_position_can_be_saved_again_before_it_is_used(sampler) -> None:
+    def make() -> LoaderPosition:
+        data = Numbers()
+        return LoaderPosition(DataLoader(data, 4, sampler=sampler(data)))
+
+    torch.manual_seed(0)
+    position = make()
+    whole = [batch.tolist() for batch in position]
+    torch.manual_seed(9)
+    pending = make()
+    pending.load_state_dict(position.state_dict(batches=3))
+    for state, done in [(pending.state_dict(), 3), (pending.state_dict(3), 3), (pending.state_dict(5), 5)]:
+        resumed = make()
+        resumed.load_state_dict(state)
+        assert [batch.tolist() for batch in resumed] == whole[done:]
 
 
 def test_another_epoch_or_restart_drops_the_position() -> None:

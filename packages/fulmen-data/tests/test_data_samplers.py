@@ -1,3 +1,6 @@
+import random
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -131,6 +134,24 @@ def test_a_random_sampler_is_split_though_ranks_have_different_random_states(ran
     assert sorted(index for part in parts for index in part) == list(range(20))
     assert sorted(index for part in orders for index in part) == list(range(20))
     assert parts != orders, "each epoch has an order of its own"
+
+
+def test_a_sampler_that_shuffles_with_python_or_numpy_is_split_in_agreement() -> None:
+    class Shuffled:
+        def __len__(self) -> int:
+            return 20
+
+        def __iter__(self):
+            order = np.random.permutation(20).tolist()
+            random.shuffle(order)
+            return iter(order)
+
+    parts = []
+    for rank in range(2):
+        random.seed(rank)
+        np.random.seed(rank)
+        parts += list(UnrepeatedDistributedSamplerWrapper(Shuffled(), 2, rank))
+    assert sorted(parts) == list(range(20))
 
 
 def test_the_wrapper_keeps_the_order_of_the_users_sampler_and_pads_for_training() -> None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fsspec
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from fulmen_conformance import LoggerConformance
 from fulmen_loggers import CSVLogger, TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from fulmen_protocols import Logger
 

@@ -7,6 +7,7 @@ import copy
 import csv
 import dataclasses
 import enum
+import importlib.util
 import io
 import math
 import multiprocessing
@@ -22,8 +23,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+
 from fulmen_loggers import CSVLogger
-from fulmen_protocols import LOGGERS, Logger, MisconfigurationException, SupportsLogDir, load, missing_members
+from fulmen_protocols import (
+    LOGGERS,
+    BackendNotFound,
+    Logger,
+    MisconfigurationException,
+    MissingPackage,
+    SupportsLogDir,
+    load,
+    missing_members,
+)
 
 
 def _rows(logger: CSVLogger) -> list[dict[str, str]]:
@@ -245,8 +256,9 @@ class Config:
 def test_hyperparameters_of_any_kind_become_safe_yaml(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     logger.log_hyperparams(
-        {"t": (1, 2), "s": {3}, "np": np.float32(0.5), "arr": np.ones(2), "e": Colour.RED, "cfg": Config(), "none": None,
-         "cls": torch.nn.ReLU, "dtype": torch.float16, "ten": torch.tensor(3), "u": "ü", "nested": {1: {"x": True}}}
+        {"t": (1, 2), "s": {3}, "np": np.float32(0.5), "arr": np.ones(2), "e": Colour.RED, "cfg": Config(),
+         "none": None, "cls": torch.nn.ReLU, "dtype": torch.float16, "ten": torch.tensor(3), "u": "ü",
+         "nested": {1: {"x": True}}}
     )  # fmt: skip
     logger.log_hyperparams(argparse.Namespace(ns=1))
     logger.log_hyperparams(Config(lr=2.0))
@@ -282,6 +294,14 @@ def test_a_folder_that_cannot_be_written_gives_one_clear_error(tmp_path: Path) -
         logger.save()
     with pytest.raises(MisconfigurationException, match="flush_logs_every_n_steps=0"):
         CSVLogger(tmp_path, flush_logs_every_n_steps=0)
+
+
+def test_a_url_that_cannot_be_reached_names_what_is_missing() -> None:
+    with pytest.raises(BackendNotFound, match="knows no file system 'nosuch'"):
+        CSVLogger("nosuch://x").save()
+    if importlib.util.find_spec("gcsfs") is None:
+        with pytest.raises(MissingPackage, match="Run: pip install gcsfs"):
+            CSVLogger("gs://x").save()
 
 
 def test_urls_hold_the_same_table() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import copy
 import importlib.util
 import math
@@ -17,6 +16,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboardX import SummaryWriter
+from torch import nn
+
 from fulmen_loggers import TensorBoardLogger
 from fulmen_protocols import (
     LOGGERS,
@@ -28,10 +32,6 @@ from fulmen_protocols import (
     load,
     missing_members,
 )
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from tensorboardX import SummaryWriter
-from torch import nn
 
 
 def _events(folder: str | os.PathLike[str]) -> EventAccumulator:
@@ -201,8 +201,10 @@ class Net(nn.Module):
         self.layer = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
         self.head = nn.Linear(3, 1)
         self.layer[0].eval()
+        self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        self.calls += 1
         y = self.head(self.layer(x))
         return y if scale is None else y * scale
 
@@ -277,17 +279,10 @@ def test_without_tensorboardx_the_install_command_is_named(tmp_path: Path, monke
 
 
 def test_a_graph_without_tensorboard_names_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = builtins.__import__
-
-    def without(name, *args):  # type: ignore[no-untyped-def]
-        if name.startswith("torch.utils.tensorboard"):
-            raise ImportError("no tensorboard")
-        return original(name, *args)
-
     logger = TensorBoardLogger(tmp_path, log_graph=True)
     logger.log_graph(Net(), torch.ones(2, 4))
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MissingPackage, match="pip install tensorboard$"):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it could not be imported
+    with pytest.raises(MissingPackage, match=r"pip install tensorboard$"):
         logger.log_graph(Net(), torch.ones(2, 4))
     monkeypatch.undo()
     logger.finalize("success")

@@ -290,6 +290,15 @@ def test_bad_arguments_are_refused_with_what_is_allowed() -> None:
         MixedPrecision("16-mixed", "cpu", GradScaler("cpu", enabled=False))
 
 
+def test_a_subclass_cannot_lose_the_scaler() -> None:
+    class Mine(MixedPrecision):
+        pass
+
+    assert type(Mine("bf16-mixed", "cpu")) is Mine
+    with pytest.raises(ValueError, match="Derive it from ScaledMixedPrecision"):
+        Mine("16-mixed", "cpu")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without CUDA")
 def test_16_mixed_for_cuda_without_cuda_is_an_error_at_first_use_not_an_unscaled_run() -> None:
     precision = MixedPrecision("16-mixed", "cuda")

@@ -8,11 +8,12 @@ import pickle
 import threading
 from argparse import Namespace
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch import nn
+
 from fulmen.datamodule import LightningDataModule
 from fulmen.hparams import (
     AttributeDict,
@@ -24,7 +25,9 @@ from fulmen.hparams import (
 )
 from fulmen.module import LightningModule
 from fulmen_protocols import MisconfigurationException
-from torch import nn
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Plain(LightningModule):
@@ -242,7 +245,7 @@ def test_loggers_get_both_and_equal_values_may_meet() -> None:
 
 
 def test_the_same_key_with_other_values_is_an_error() -> None:
-    with pytest.raises(MisconfigurationException, match="'lr' is 0.1 in Plain and 0.2 in Data"):
+    with pytest.raises(MisconfigurationException, match=r"'lr' is 0\.1 in Plain and 0\.2 in Data"):
         hyperparameters_for_loggers(Plain(), Data(lr=0.2))
 
 
@@ -273,7 +276,7 @@ def test_attribute_dict_is_a_dict_with_attributes() -> None:
 def test_files_of_hyperparameters_are_read(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
     (tmp_path / "h.yaml").write_text("lr: 0.1\nsizes: [1, 2]\n")
-    (tmp_path / "h.csv").write_text("key,value\nlr,0.1\nname,resnet\nsizes,\"[1, 2]\"\n")
+    (tmp_path / "h.csv").write_text('key,value\nlr,0.1\nname,resnet\nsizes,"[1, 2]"\n')
 
     assert load_hparams_from_yaml(tmp_path / "h.yaml") == {"lr": 0.1, "sizes": [1, 2]}
     assert load_hparams_from_csv(tmp_path / "h.csv") == {"lr": 0.1, "name": "resnet", "sizes": [1, 2]}

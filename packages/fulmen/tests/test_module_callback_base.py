@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+
 from fulmen.callbacks import Callback, Checkpoint, LambdaCallback
 from fulmen_protocols import HOOKS, MisconfigurationException
 

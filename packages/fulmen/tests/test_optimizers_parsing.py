@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from fulmen.optimizer import LRSchedulerConfig, NoOptimizer, parse_optimizers
-from fulmen_protocols import MisconfigurationException
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, SequentialLR, StepLR
+
+from fulmen.optimizer import LRSchedulerConfig, NoOptimizer, parse_optimizers
+from fulmen_protocols import MisconfigurationException
 
 
 def an_optimizer() -> SGD:
@@ -151,12 +152,14 @@ def test_any_object_that_is_an_optimizer_by_its_methods_is_one() -> None:
     ],
 )
 def test_anything_else_is_refused_with_the_forms_that_are_allowed(returned: object) -> None:
-    with pytest.raises(MisconfigurationException, match=r"configure_optimizers returned[\s\S]*Allowed are: one optimizer"):
+    with pytest.raises(
+        MisconfigurationException, match=r"configure_optimizers returned[\s\S]*Allowed are: one optimizer"
+    ):
         parse_optimizers(returned)
 
 
 def test_several_optimizers_need_manual_optimization() -> None:
-    with pytest.raises(MisconfigurationException, match="self.automatic_optimization = False"):
+    with pytest.raises(MisconfigurationException, match=r"self\.automatic_optimization = False"):
         parse_optimizers([an_optimizer(), an_optimizer()])
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from fulmen.optimizer import LightningOptimizer
-from fulmen_protocols import MisconfigurationException
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import StepLR
+
+from fulmen.optimizer import LightningOptimizer
+from fulmen_protocols import MisconfigurationException
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 
 def wrap(optimizer: Optimizer, **kwargs: Any) -> Any:

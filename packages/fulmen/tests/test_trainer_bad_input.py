@@ -32,7 +32,9 @@ def trainer(**options: Any) -> fulmen.Trainer:
     return fulmen.Trainer(**{"barebones": True, "max_epochs": 1, "accelerator": "cpu", **options})
 
 
-def fails(model: Any, *arguments: Any, method: str = "fit", options: dict[str, Any] | None = None, **kwargs: Any) -> str:
+def fails(
+    model: Any, *arguments: Any, method: str = "fit", options: dict[str, Any] | None = None, **kwargs: Any
+) -> str:
     with pytest.raises((ValueError, TypeError, RuntimeError)) as raised:
         getattr(trainer(**(options or {})), method)(model, *arguments, **kwargs)
     return str(raised.value)
@@ -186,8 +188,9 @@ def test_a_misspelt_hook_of_a_callback_is_named_with_the_nearest_hook() -> None:
 
     message = fails(Good(), loader(), options={"callbacks": [Misspelt()]})
 
-    assert "Misspelt defines 'on_train_bach_end', which is no hook of a callback. Did you mean 'on_train_batch_end'?" in (
-        message
+    assert (
+        "Misspelt defines 'on_train_bach_end', which is no hook of a callback. Did you mean 'on_train_batch_end'?"
+        in (message)
     )
 
 

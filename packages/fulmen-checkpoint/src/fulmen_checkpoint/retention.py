@@ -103,8 +103,14 @@ class Retention:
         self.journal.add_written(_identity(path))
 
     def resumed_from(self, path: str | os.PathLike[str]) -> None:
-        """Say that this run started from ``path``, which is then never deleted, even if this run wrote it."""
+        """Say that this run started from ``path``, which is then never deleted, even if this run wrote it.
+
+        Of a link (``last.ckpt``), what it points to now is kept too.
+        """
         self.journal.add_resumed(_identity(path))
+        local = local_path(os.fspath(path))
+        if local is not None and os.path.islink(local):
+            self.journal.add_resumed(os.path.realpath(local))
 
     def may_remove(self, path: str | os.PathLike[str]) -> bool:
         """Whether this run wrote ``path`` and did not resume from it or from something inside it."""

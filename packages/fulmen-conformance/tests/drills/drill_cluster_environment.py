@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
+
 from fulmen_conformance import ClusterEnvironmentConformance, Place
 
 if TYPE_CHECKING:
@@ -74,3 +75,83 @@ class TestGood(ClusterEnvironmentConformance):
             num_nodes=2,
             num_devices=4,
         )
+
+
+def broken(backend: type[Good], *tests: str) -> type[ClusterEnvironmentConformance]:
+    """The drill with another backend, which exactly ``tests`` must catch."""
+    return type(f"Test{backend.__name__}", (TestGood,), {"backend": backend, "caught_by": set(tests)})
+
+
+class AlwaysDetected(Good):
+    @staticmethod
+    def detect() -> bool:
+        return True
+
+
+class NeverDetected(Good):
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+
+class SwappedRanks(Good):
+    def local_rank(self) -> int:
+        return self.global_rank()
+
+
+class TextRank(Good):
+    def global_rank(self) -> int:
+        return os.environ["ACME_RANK"]
+
+    def local_rank(self) -> int:
+        return 2
+
+    def node_rank(self) -> int:
+        return 1
+
+
+class NewPortEachTime(Good):
+    ports = iter(range(2000, 9000))
+
+    @property
+    def main_port(self) -> int:
+        return next(self.ports)
+
+
+class Writes(Good):
+    def world_size(self) -> int:
+        os.environ["WORLD_SIZE"] = "8"
+        os.environ["ACME_WROTE"] = str(len(os.environ))
+        return 8
+
+
+class AcceptsAnything(Good):
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        pass
+
+
+class SaysLittle(Good):
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        if num_devices * num_nodes != self.world_size():
+            raise ValueError("wrong number of devices")
+
+
+class RefusesRight(Good):
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        if num_devices != self.world_size():
+            raise ValueError(f"devices={num_devices}, but ACME started {self.world_size()}")
+
+
+TestAlwaysDetected = broken(AlwaysDetected, "test_it_is_not_detected_elsewhere")
+TestNeverDetected = broken(NeverDetected, "test_it_is_detected_where_its_scheduler_runs")
+TestSwappedRanks = broken(SwappedRanks, "test_it_reads_this_process_s_place")
+TestTextRank = broken(TextRank, "test_it_reads_this_process_s_place")
+TestNewPortEachTime = broken(
+    NewPortEachTime, "test_it_knows_where_the_processes_meet", "test_the_meeting_point_stays_the_same"
+)
+TestWrites = broken(Writes, "test_reading_writes_nothing_to_the_environment")
+TestAcceptsAnything = broken(AcceptsAnything, "test_settings_that_contradict_are_refused_with_both_values")
+TestSaysLittle = broken(SaysLittle, "test_settings_that_contradict_are_refused_with_both_values")
+TestRefusesRight = broken(
+    RefusesRight, "test_settings_that_fit_are_accepted", "test_reading_writes_nothing_to_the_environment"
+)

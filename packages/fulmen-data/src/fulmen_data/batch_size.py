@@ -25,13 +25,9 @@ def extract_batch_size(batch: object) -> int:
     Raises:
         ValueError: there is no tensor.
     """
-    # The shapes of nearly every batch, without the generator below.
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
-    if isinstance(batch, (list, tuple)):
-        size = _common_size(cast("Sequence[object]", batch))
-        if size is not None:
-            return size
+    size = _common_size(batch)
+    if size is not None:
+        return size
     found: int | None = None
     for tensor in _tensors(batch):
         size = tensor.shape[0] if tensor.ndim else 1
@@ -51,10 +47,14 @@ def extract_batch_size(batch: object) -> int:
     return found
 
 
-def _common_size(batch: Sequence[object]) -> int | None:
-    """The size where all items are tensors of one size; None sends the caller on to look closer."""
+def _common_size(batch: object) -> int | None:
+    """The size where it is plain to see: one tensor, or a list or tuple of equally long ones."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else 1
+    if not isinstance(batch, (list, tuple)):
+        return None
     found: int | None = None
-    for item in batch:
+    for item in cast("Sequence[object]", batch):
         if not isinstance(item, Tensor) or not (shape := item.shape):
             return None
         if found is None:

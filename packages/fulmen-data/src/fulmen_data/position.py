@@ -102,16 +102,21 @@ class LoaderPosition(Generic[T]):
             batches: how many batches of this epoch were really used, where somebody in between reads ahead; None takes
                 the number that was handed out.
         """
-        if self._resume is not None and batches is None:
-            return dict(self._resume)
         done = self.batches if batches is None else batches
+        if self._resume is not None and done == self._resume["batches"]:
+            return dict(self._resume)
         state: dict[str, object] = {"epoch": self.epoch, "batches": done}
         if _owns_state(self.loader):
             return state | {"loader": cast("Stateful", self.loader).state_dict()}
-        samples = _samples(self.loader, done - self._skipped)
+        if self._resume is None:
+            skipped, samples_before = self._skipped, self._samples_before
+            start = None if self._start is None else self._start.to_plain()
+        else:
+            skipped, samples_before = cast("int", self._resume["batches"]), cast("int | None", self._resume["samples"])
+            start = cast("dict[str, object] | None", self._resume["start"])
+        samples = _samples(self.loader, done - skipped)
         if samples is not None:
-            samples += self._samples_before or 0
-        start = None if self._start is None else self._start.to_plain()
+            samples += samples_before or 0
         return state | {"samples": samples, "length": sized_len(self.loader), "start": start}
 
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:

@@ -14,12 +14,11 @@ from fulmen_fabric.wrappers import FabricModule, FabricOptimizer
 from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch.optim import Optimizer
 
 __all__ = [
-    "accepted",
     "as_list",
     "nothing",
     "overridden",
@@ -73,19 +72,6 @@ def require_no_group(what: str, group: object) -> None:
         raise MisconfigurationException(
             f"{what} got group={group!r}; it runs among all ranks. Use torch.distributed for a part of them."
         )
-
-
-def accepted(method: Callable[..., object], kwargs: dict[str, object]) -> dict[str, object]:
-    if not kwargs:
-        return kwargs
-    try:
-        parameters = inspect.signature(method).parameters.values()
-    except ValueError:
-        return kwargs
-    if any(one.kind is one.VAR_KEYWORD for one in parameters):
-        return kwargs
-    names = {one.name for one in parameters if one.kind is not one.POSITIONAL_ONLY}
-    return {name: value for name, value in kwargs.items() if name in names}
 
 
 def require_module(module: object) -> None:

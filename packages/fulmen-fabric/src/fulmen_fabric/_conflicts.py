@@ -30,12 +30,13 @@ class Conflicts:
         """Note one conflict; ``cause`` is the backend's own error."""
         self._found.append((message, cause))
 
-    def attempt(self, function: Callable[[], T], prefix: str = "") -> T | None:
-        """``function()``, or None after noting why it refused."""
+    def attempt(self, function: Callable[[], T], about: str = "") -> T | None:
+        """``function()``, or None after noting why it refused; ``about`` leads where the refusal does not name it."""
         try:
             return function()
         except _REFUSALS as error:
-            self.add(f"{prefix}{error}" if str(error) else f"{prefix}{type(error).__name__}", error)
+            why = str(error) or type(error).__name__
+            self.add(why if about in why else f"{about}: {why}", error)
             return None
 
     def raise_if_any(self) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
-from fulmen_data import set_epoch
+from fulmen_data import add_worker_seeding, distribute_loader, set_epoch
+from fulmen_fabric.abilities import supports
+from fulmen_protocols import SupportsLoaderProcessing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from torch.utils.data import DataLoader
 
-__all__ = ["FabricDataLoader"]
+    from fulmen_fabric.world import World
+    from fulmen_protocols import Strategy
+
+__all__ = ["FabricDataLoader", "prepare_loader"]
 
 
 class FabricDataLoader:
@@ -47,3 +53,23 @@ class FabricDataLoader:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._loader, name)
+
+
+def prepare_loader(
+    loader: DataLoader[Any],
+    world: World,
+    strategy: Strategy,
+    *,
+    split: bool,
+    move: Callable[[object], object] | None,
+) -> FabricDataLoader:
+    """This rank's part of ``loader``, unless not ``split``; ``move`` brings batches to the device."""
+    if split:
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        rank, parts = world.data_parallel_rank, world.data_parallel_size
+        loader = distribute_loader(loader, rank=rank, world_size=parts, training=True, seed=seed)
+    if os.environ.get("PL_SEED_WORKERS", "0") == "1":
+        add_worker_seeding(loader, world.rank)
+    if supports(strategy, SupportsLoaderProcessing):
+        return FabricDataLoader(loader, strategy.process_loader(loader))
+    return FabricDataLoader(loader, loader, move)

@@ -259,13 +259,13 @@ def find_devices(
         )
         return None
     wanted = cast("int | str | Sequence[int]", asked)  # the elements are for the accelerator to judge
-    ids = notes.conflicts.attempt(lambda: accelerator.parse_devices(wanted), f"devices={asked!r}: ")
+    ids = notes.conflicts.attempt(lambda: accelerator.parse_devices(wanted), f"devices={asked!r}")
     if ids is None:
         return None
     if not ids:
         notes.conflicts.add(f"devices={asked!r} names no device. Pass at least one, or 'auto'.")
         return None
-    devices = notes.conflicts.attempt(lambda: accelerator.get_parallel_devices(ids), f"devices={asked!r}: ")
+    devices = notes.conflicts.attempt(lambda: accelerator.get_parallel_devices(ids), f"devices={asked!r}")
     if devices is not None and len(devices) != len(ids):
         notes.conflicts.add(f"accelerator {accelerator_name!r} gave {len(devices)} devices for {len(ids)} ids {ids}.")
         return None
@@ -454,7 +454,7 @@ def _takes_device(factory: object) -> bool:
 def hand_over_precision(strategy: Strategy, name: str, precision: Precision, notes: Notes) -> None:
     """Give the plan to a strategy that applies it itself."""
     if supports(strategy, SupportsPrecisionPlan):
-        notes.conflicts.attempt(lambda: strategy.apply_precision_plan(precision.plan()), f"strategy {name!r}: ")
+        notes.conflicts.attempt(lambda: strategy.apply_precision_plan(precision.plan()), f"strategy {name!r}")
 
 
 def find_checkpoint_io(given: CheckpointIO | None, notes: Notes) -> CheckpointIO | None:

@@ -65,10 +65,8 @@ class Composer:
 
     # -- modules ------------------------------------------------------------------------------------------------------
 
-    def place(
-        self, module: nn.Module, device: torch.device, *, move: bool, recompile: bool
-    ) -> tuple[FabricModule, nn.Module]:
-        """Convert, place and wrap ``module``; returns the wrapper and what the strategy placed."""
+    def place(self, module: nn.Module, device: torch.device, *, move: bool, recompile: bool) -> FabricModule:
+        """Convert, place and wrap ``module``."""
         compiled, module = module, getattr(module, "_orig_mod", module)
         kinds = {str(parameter.device) for parameter in module.parameters()}
         if move and len(kinds) > 1:
@@ -85,7 +83,7 @@ class Composer:
             called = cast("Callable[..., nn.Module]", type(compiled))(placed, compiled.dynamo_ctx)
         wrapped = self._wrap(called, placed, module)
         self._wrappers.add(wrapped)
-        return wrapped, placed
+        return wrapped
 
     def _place_in_position(self, module: nn.Module, kinds: set[str], device: torch.device) -> nn.Module:
         if kinds <= {str(device)}:
@@ -141,7 +139,9 @@ class Composer:
 
     def placed(self, module: nn.Module) -> nn.Module:
         """What the strategy placed for ``module``, a wrapper or the user's own."""
-        return module.placed if isinstance(module, FabricModule) else module
+        if isinstance(module, FabricModule):
+            return module.placed
+        return next((wrapper.placed for wrapper in self._wrappers if wrapper.module is module), module)
 
     def placed_for(self, optimizers: Sequence[Optimizer]) -> nn.Module | None:
         """The placed module whose parameters these optimizers hold; the only one, if there is only one."""

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from fulmen_data import add_worker_seeding, distribute_loader
-from fulmen_fabric._arguments import (
-    accepted,
-    as_list,
-    nothing,
-    overridden,
-    require_callable,
-    require_loader,
-    require_module,
-    require_no_group,
-    require_no_meta,
-    require_optimizer,
-)
+from fulmen_fabric import _arguments
+from fulmen_fabric._callbacks import adopt, call_each, installed_callbacks
 from fulmen_fabric._communication import all_gather, all_reduce, broadcast
-from fulmen_fabric._loaders import FabricDataLoader
-from fulmen_fabric._plugins import installed_callbacks
+from fulmen_fabric._loaders import prepare_loader
 from fulmen_fabric._setup import Composer
 from fulmen_fabric._state import load_into, load_raw_into, to_saved
 from fulmen_fabric.abilities import supports
 from fulmen_fabric.assemble import assemble
-from fulmen_fabric.rank_zero import rank_zero_info, rank_zero_warn
+from fulmen_fabric.rank_zero import rank_zero_info
 from fulmen_fabric.seed import seed_everything
 from fulmen_fabric.transfer import convert_tensors_to_scalars, mover
 from fulmen_fabric.world import World
@@ -41,7 +28,6 @@ from fulmen_protocols import (
     MisconfigurationException,
     MisconfigurationTypeError,
     SupportsForwardContext,
-    SupportsLoaderProcessing,
     check,
 )
 
@@ -54,7 +40,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from fulmen_fabric.assemble import Assembly
-    from fulmen_protocols import Accelerator, Logger, Strategy
+    from fulmen_protocols import Accelerator, Logger, Precision, Strategy
 
 __all__ = ["Fabric"]
 
@@ -94,15 +80,15 @@ class Fabric:
         loggers: Logger | Sequence[Logger] | None = None,
     ) -> None:
         self._assembly: Assembly = assemble(
-            accelerator=overridden("accelerator", accelerator),
-            strategy=overridden("strategy", strategy),
-            devices=overridden("devices", devices),
-            num_nodes=int(overridden("num_nodes", num_nodes)),
-            precision=overridden("precision", precision),
+            accelerator=_arguments.overridden("accelerator", accelerator),
+            strategy=_arguments.overridden("strategy", strategy),
+            devices=_arguments.overridden("devices", devices),
+            num_nodes=int(_arguments.overridden("num_nodes", num_nodes)),
+            precision=_arguments.overridden("precision", precision),
             plugins=plugins,
         )
-        self._callbacks: list[object] = [*as_list(callbacks), *installed_callbacks()]
-        self._loggers: list[Logger] = [check(LOGGERS, one) for one in as_list(loggers)]
+        self._callbacks: list[object] = [*_arguments.as_list(callbacks), *installed_callbacks()]
+        self._loggers: list[Logger] = [check(LOGGERS, one) for one in _arguments.as_list(loggers)]
         self._world = World(self._assembly)
         self._composer = Composer(self._assembly)
         self._backward = self._composer.backward()
@@ -113,8 +99,6 @@ class Fabric:
         for line in self._assembly.chosen:
             rank_zero_info(line)
 
-    # -- who and where ------------------------------------------------------------------------------------------------
-
     @property
     def accelerator(self) -> Accelerator:
         """The accelerator in use."""
@@ -124,6 +108,11 @@ class Fabric:
     def strategy(self) -> Strategy:
         """The strategy in use."""
         return self._assembly.strategy
+
+    @property
+    def precision(self) -> Precision:
+        """The precision in use. One with a gradient scaler has a ``state_dict`` that belongs into your checkpoints."""
+        return self._assembly.precision
 
     @property
     def device(self) -> torch.device:
@@ -162,36 +151,23 @@ class Fabric:
 
     @property
     def logger(self) -> Logger:
-        """The first logger.
-
-        Raises:
-            IndexError: there is none.
-        """
+        """The first logger; an ``IndexError`` where there is none."""
         if not self._loggers:
             raise IndexError("this Fabric has no logger. Pass loggers= when you make it.")
         return self._loggers[0]
 
-    # -- processes ----------------------------------------------------------------------------------------------------
-
     def launch(self, function: Callable[..., T] | None = None, *args: object, **kwargs: object) -> T | None:
         """Start the other processes, if nobody has, and join them.
 
-        Args:
-            function: called as ``function(fabric, *args, **kwargs)`` in every process. None: the script just goes on
-                in every process.
-            args: for ``function``.
-            kwargs: for ``function``.
-
-        Returns:
-            What ``function`` returns.
+        Runs and returns ``function(fabric, *args, **kwargs)`` in every process; without it the script just goes on.
 
         Raises:
             TypeError: ``function`` cannot be called, or takes no argument for the Fabric.
         """
         if function is None:
-            self._world.launch(nothing)
+            self._world.launch(_arguments.nothing)
             return None
-        require_callable(function)
+        _arguments.require_callable(function)
         return self._world.launch(partial(function, self, *args, **kwargs))
 
     # Any: a subclass's run takes and returns what it likes.
@@ -203,22 +179,19 @@ class Fabric:
         return self._world.launch(partial(run, *args, **kwargs))
 
     def close(self) -> None:
-        """Leave the process group and release the device. The end of the program does so too."""
+        """Leave the process group, release the device and finish pending writes."""
         self._world.close()
         self._assembly.checkpoint_io.teardown()
 
     def _started(self, what: str) -> None:
         """One process needs no launch: it starts at the first call that needs its device."""
-        if self._world.started:
-            return
-        if self.world_size > 1:
-            raise RuntimeError(
-                f"fabric.{what}() was called, but the {self.world_size} processes of this run have not been launched. "
-                "Call fabric.launch() first."
-            )
-        self._world.start()
-
-    # -- setup --------------------------------------------------------------------------------------------------------
+        if not self._world.started:
+            if self.world_size > 1:
+                raise RuntimeError(
+                    f"fabric.{what}() was called, but the {self.world_size} processes of this run have not been "
+                    "launched. Call fabric.launch() first."
+                )
+            self._world.start()
 
     def setup(
         self,
@@ -244,9 +217,10 @@ class Fabric:
             MisconfigurationException: something was set up before.
         """
         self._started("setup")
-        wrapped, placed = self._setup_module(module, move_to_device, _reapply_compile)
-        ready = self._wrap_optimizers(placed, optimizers)
-        self._after_setup(wrapped)
+        _arguments.require_module(module)
+        wrapped = self._composer.place(module, self.device, move=move_to_device, recompile=_reapply_compile)
+        ready = self._wrap_optimizers(wrapped.placed, optimizers)
+        self._after_setup(wrapped, ready)
         if not optimizers and scheduler is None:
             return wrapped
         return (wrapped, *ready) if scheduler is None else (wrapped, *ready, scheduler)
@@ -256,8 +230,9 @@ class Fabric:
     ) -> FabricModule:
         """Place a module whose optimizers will be made afterwards, from the parameters of what this returns."""
         self._started("setup_module")
-        wrapped, _ = self._setup_module(module, move_to_device, _reapply_compile)
-        self._after_setup(wrapped)
+        _arguments.require_module(module)
+        wrapped = self._composer.place(module, self.device, move=move_to_device, recompile=_reapply_compile)
+        self._after_setup(wrapped, ())
         return wrapped
 
     # Any: one optimizer, or a tuple of them.
@@ -271,38 +246,27 @@ class Fabric:
         if not optimizers:
             raise MisconfigurationException("setup_optimizers() was given no optimizer. Pass at least one.")
         for optimizer in optimizers:
-            require_no_meta(optimizer)
+            _arguments.require_no_meta(optimizer)
         ready = self._wrap_optimizers(self._composer.placed_for(optimizers), optimizers)
         return ready[0] if len(ready) == 1 else tuple(ready)
 
-    def _setup_module(self, module: nn.Module, move: bool, recompile: bool) -> tuple[FabricModule, nn.Module]:
-        require_module(module)
-        return self._composer.place(module, self.device, move=move, recompile=recompile)
-
     def _wrap_optimizers(self, placed: nn.Module | None, optimizers: Sequence[Optimizer]) -> list[Optimizer]:
         for optimizer in optimizers:
-            require_optimizer(optimizer)
+            _arguments.require_optimizer(optimizer)
         found = [getattr(one, "on_after_optimizer_step", None) for one in self._callbacks]
         after = [partial(hook, self.strategy) for hook in found if callable(hook)]
         return self._composer.wrap_optimizers(placed, optimizers, after)
 
-    def _after_setup(self, wrapped: FabricModule) -> None:
-        module = wrapped.module
-        # A LightningModule learns whose loop runs it, and its hooks can be called by name.
-        if isinstance(inspect.getattr_static(type(module), "fabric", None), property):
-            cast("Any", module).fabric = self
-            if not any(one is module for one in self._callbacks):
-                self._callbacks.append(module)
+    def _after_setup(self, wrapped: FabricModule, optimizers: Sequence[Optimizer]) -> None:
+        if adopt(self, wrapped.module, optimizers) and not any(one is wrapped.module for one in self._callbacks):
+            self._callbacks.append(wrapped.module)
         self.call("on_after_setup", fabric=self, module=wrapped)
 
     # Any: one loader, or a list of them.
     def setup_dataloaders(
         self, *dataloaders: DataLoader[Any], use_distributed_sampler: bool = True, move_to_device: bool = True
     ) -> Any:
-        """Give each rank its part of the data, on its device.
-
-        Returns:
-            One loader, or a list of them. Each ``iter`` is one epoch: samplers are told by themselves.
+        """Give each rank its part of the data, on its device: one loader, or a list. Each ``iter`` is one epoch.
 
         Raises:
             MisconfigurationException: none was given, one is no ``DataLoader``, was set up before or cannot be split.
@@ -310,30 +274,17 @@ class Fabric:
         self._started("setup_dataloaders")
         if not dataloaders:
             raise MisconfigurationException("setup_dataloaders() was given no loader. Pass at least one.")
-        ready = [self._setup_loader(one, use_distributed_sampler, move_to_device) for one in dataloaders]
+        for loader in dataloaders:
+            _arguments.require_loader(loader)
+        move = self._mover() if move_to_device else None
+        split = use_distributed_sampler
+        ready = [prepare_loader(one, self._world, self.strategy, split=split, move=move) for one in dataloaders]
         return ready[0] if len(ready) == 1 else ready
-
-    def _setup_loader(self, loader: DataLoader[Any], split: bool, move: bool) -> FabricDataLoader:
-        require_loader(loader)
-        if split:
-            world = self._world
-            seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-            loader = distribute_loader(
-                loader, rank=world.data_parallel_rank, world_size=world.data_parallel_size, training=True, seed=seed
-            )
-        if os.environ.get("PL_SEED_WORKERS", "0") == "1":
-            add_worker_seeding(loader, self.global_rank)
-        strategy = self.strategy
-        if supports(strategy, SupportsLoaderProcessing):
-            return FabricDataLoader(loader, strategy.process_loader(loader))
-        return FabricDataLoader(loader, loader, self._mover() if move else None)
 
     def _mover(self) -> Callable[[object], object]:
         if self._move is None:
             self._move = mover(self.device)
         return self._move
-
-    # -- the step -----------------------------------------------------------------------------------------------------
 
     def backward(self, tensor: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """``tensor.backward(*args, **kwargs)``, scaled or run by an engine where precision or strategy ask for it.
@@ -376,7 +327,7 @@ class Fabric:
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which a forward pass of this precision runs, for computation outside a wrapped module."""
-        precision = self._assembly.precision
+        precision = self.precision
         return precision.forward_context() if supports(precision, SupportsForwardContext) else nullcontext()
 
     def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> AbstractContextManager[object]:
@@ -386,14 +337,9 @@ class Fabric:
             MisconfigurationTypeError: ``module`` was not returned by ``setup``.
         """
         if not isinstance(module, FabricModule):
-            raise MisconfigurationTypeError(
-                f"no_backward_sync got {type(module).__name__}. Pass the module that setup() returned."
-            )
-        if not enabled:
-            return nullcontext()
-        return self._composer.no_sync(module)
-
-    # -- creating -----------------------------------------------------------------------------------------------------
+            kind = type(module).__name__
+            raise MisconfigurationTypeError(f"no_backward_sync got {kind}. Pass the module that setup() returned.")
+        return self._composer.no_sync(module) if enabled else nullcontext()
 
     @contextmanager
     def init_tensor(self) -> Generator[None, None, None]:
@@ -409,9 +355,7 @@ class Fabric:
         With ``empty_init`` their values are left undefined, for a checkpoint to fill.
         """
         self._started("init_module")
-        with ExitStack() as stack:
-            stack.enter_context(self.strategy.module_context(empty=bool(empty_init)))
-            stack.enter_context(self._assembly.precision.init_context())
+        with self.strategy.module_context(empty=bool(empty_init)), self.precision.init_context():
             yield
 
     def to_device(self, obj: T) -> T:
@@ -420,8 +364,6 @@ class Fabric:
         if isinstance(obj, nn.Module):
             return obj.to(self.device)
         return cast("T", self._mover()(obj))
-
-    # -- communication ------------------------------------------------------------------------------------------------
 
     def print(self, *args: object, **kwargs: Any) -> None:
         """``print`` on the first process of each node."""
@@ -442,38 +384,28 @@ class Fabric:
     def all_gather(self, data: Any, group: None = None, sync_grads: bool = False) -> Any:
         """Every rank's tensors, stacked: shape ``(world_size, *shape)``. In one process the data as it is.
 
-        Args:
-            data: a tensor, a number, or nested collections of them; equal shapes on every rank.
-            group: only None: all ranks take part.
-            sync_grads: whether gradients flow back to each rank's input.
+        Shapes must be equal on every rank; ``group`` must be None. ``sync_grads``: gradients flow back to each input.
         """
         self._started("all_gather")
-        require_no_group("all_gather", group)
+        _arguments.require_no_group("all_gather", group)
         return all_gather(self._world, data, sync_grads)
 
     def all_reduce(self, data: Any, group: None = None, reduce_op: str = "mean") -> Any:
-        """Tensors combined over ranks by ``"mean"`` (``"avg"``), ``"sum"``, ``"min"`` or ``"max"``.
+        """Tensors combined over ranks by ``"mean"`` (``"avg"``), ``"sum"``, ``"min"`` or ``"max"``, as new tensors.
 
-        Args:
-            data: a tensor, a number, or nested collections of them; equal shapes on every rank. It is left alone.
-            group: only None: all ranks take part.
-            reduce_op: how to combine.
+        Shapes must be equal on every rank; ``group`` must be None.
 
         Raises:
             MisconfigurationException: an unknown ``reduce_op``.
         """
         self._started("all_reduce")
-        require_no_group("all_reduce", group)
+        _arguments.require_no_group("all_reduce", group)
         return all_reduce(self._world, data, reduce_op)
 
-    @contextmanager
-    def rank_zero_first(self, local: bool = False) -> Generator[None, None, None]:
+    def rank_zero_first(self, local: bool = False) -> AbstractContextManager[None]:
         """Run the block on rank 0 (``local``: the first rank of each node) before the others, however long it takes."""
         self._started("rank_zero_first")
-        with self._world.rank_zero_first(local):
-            yield
-
-    # -- checkpoints --------------------------------------------------------------------------------------------------
+        return self._world.rank_zero_first(local)
 
     def save(
         self,
@@ -513,7 +445,7 @@ class Fabric:
         Whatever has ``load_state_dict`` takes its part; other entries of ``state`` are replaced in that very dict.
 
         Args:
-            path: a path or URL.
+            path: as ``save`` takes it.
             state: what to restore, by name. None: everything is returned.
             strict: whether every name in ``state``, and every weight, must be in the checkpoint.
             weights_only: False runs code from the file; only for files you trust. None means True.
@@ -544,24 +476,15 @@ class Fabric:
         checkpoint = self._assembly.checkpoint_io.load_checkpoint(os.fspath(path), None, weights_only)
         load_raw_into(obj, checkpoint, strict)
 
-    # -- callbacks and logs -------------------------------------------------------------------------------------------
-
     def call(self, hook_name: str, *args: object, **kwargs: object) -> None:
         """Call the method ``hook_name`` of every callback that has it; what they return is dropped.
 
         Keyword arguments that a method does not take are left out.
         """
-        for callback in self._callbacks:
-            method = getattr(callback, hook_name, None)
-            if method is None:
-                continue
-            if not callable(method):
-                rank_zero_warn(f"{type(callback).__name__}.{hook_name} is not a method; fabric.call() skips it.")
-                continue
-            method(*args, **accepted(method, kwargs))
+        call_each(self._callbacks, hook_name, args, kwargs)
 
     def log(self, name: str, value: object, step: int | None = None) -> None:
-        """Send one number or one-element tensor to every logger."""
+        """``log_dict`` of one value."""
         self.log_dict({name: value}, step)
 
     def log_dict(self, metrics: Mapping[str, object], step: int | None = None) -> None:

@@ -33,8 +33,14 @@ class StopSignal:
     """
 
     def __init__(
-        self, signals: Sequence[signal.Signals] = (signal.SIGTERM,), *, max_time: timedelta | None = None
+        self,
+        signals: Sequence[signal.Signals] = (signal.SIGTERM,),
+        *,
+        max_time: timedelta | None = None,
+        on_stop: Callable[[str], object] | None = None,
     ) -> None:
+        """``on_stop`` is called with the reason from inside the handler, so it may only set flags."""
+        self._on_stop = on_stop
         self.reason: str | None = None
         """Why to stop; None while nothing asks for it. Settable: the first reason is the one that counts."""
         self._signals = tuple(signals)
@@ -84,6 +90,8 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.reason is None:
             self.reason = f"received {signal.Signals(number).name}"
+            if self._on_stop is not None:
+                self._on_stop(self.reason)
         previous = self._previous.get(signal.Signals(number))
         if callable(previous):
             previous(number, frame)

@@ -11,28 +11,32 @@ import itertools
 import os
 import time
 import weakref
-from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol, cast
 
-from tensorboardX import SummaryWriter
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import directory_check
-from tensorboardX.summary import hparams as hparams_summaries
-from tensorboardX.summary import scalar as scalar_summary
-from tensorboardX.writer import FileWriter
+from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
+from tensorboardX import summary as summaries
+from tensorboardX.event_file_writer import EventsWriter  # type: ignore[import-untyped]
+from tensorboardX.proto.event_pb2 import Event  # type: ignore[import-untyped]
+from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+from tensorboardX.record_writer import directory_check  # type: ignore[import-untyped]
+from tensorboardX.writer import FileWriter  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping
 
 __all__ = ["EventFiles"]
 
 _count = itertools.count()
+# The library ships no types.
+_event = cast("Callable[..., object]", Event)
+_summary = cast("Callable[..., object]", Summary)
+_value = cast("Callable[..., object]", Summary.Value)
+_scalar = cast("Callable[[str, float], object]", summaries.scalar)
+_settings = cast("Callable[[dict[str, object], dict[str, float]], tuple[object, ...]]", summaries.hparams)
 
 
 class _Events(Protocol):
-    """``tensorboardX.event_file_writer.EventsWriter``; the library ships no types."""
+    """``tensorboardX.event_file_writer.EventsWriter``."""
 
     def write_event(self, event: object) -> object: ...
     def flush(self) -> object: ...
@@ -73,7 +77,7 @@ class _EventFile:
         """Never needed: a closed writer is replaced."""
 
 
-class _FileWriter(FileWriter):  # type: ignore[misc]  # untyped base
+class _FileWriter(FileWriter):  # type: ignore[misc]
     """tensorboardX's file writer on ``_EventFile``."""
 
     def __init__(self, logdir: str, flush_secs: float, suffix: str) -> None:
@@ -82,7 +86,7 @@ class _FileWriter(FileWriter):  # type: ignore[misc]  # untyped base
         self._default_metadata: dict[str, object] = {}
 
 
-class EventFiles(SummaryWriter):  # type: ignore[misc]  # untyped base
+class EventFiles(SummaryWriter):  # type: ignore[misc]
     """A ``tensorboardX.SummaryWriter`` whose files are written directly."""
 
     file_writer: _FileWriter | None
@@ -90,11 +94,15 @@ class EventFiles(SummaryWriter):  # type: ignore[misc]  # untyped base
 
     def _get_file_writer(self) -> _FileWriter:
         if self.file_writer is None or self.all_writers is None:
-            self.file_writer = _FileWriter(str(self.logdir), self._flush_secs, self._filename_suffix)
+            self.file_writer = self._new_file(str(self.logdir))
             self.all_writers = {self.file_writer.get_logdir(): self.file_writer}
             if self.purge_step is not None:
-                self.file_writer.add_event(Event(file_version="brain.Event:2"), step=self.purge_step)
+                self.file_writer.add_event(_event(file_version="brain.Event:2"), step=self.purge_step)
         return self.file_writer
+
+    def _new_file(self, folder: str) -> _FileWriter:
+        flush_secs = cast("float | None", self._flush_secs)
+        return _FileWriter(folder, 120.0 if flush_secs is None else flush_secs, self._filename_suffix or "")
 
     def add_scalars(
         self,
@@ -103,24 +111,24 @@ class EventFiles(SummaryWriter):  # type: ignore[misc]  # untyped base
         global_step: int | None = None,
         walltime: float | None = None,
     ) -> None:
-        """Several curves in one chart: each in a folder of its own, as TensorBoard wants it. Nothing stays in memory."""
+        """Several curves in one chart: each in a folder of its own, as TensorBoard wants it."""
         self._get_file_writer()
         writers = self.all_writers
-        assert writers is not None  # noqa: S101 - made by the line above
+        assert writers is not None
         for tag, value in tag_scalar_dict.items():
             folder = os.path.join(str(self.logdir), main_tag, tag)
             if folder not in writers:
-                writers[folder] = _FileWriter(folder, self._flush_secs, self._filename_suffix)
-            writers[folder].add_summary(scalar_summary(main_tag, value), global_step, walltime)
+                writers[folder] = self._new_file(folder)
+            writers[folder].add_summary(_scalar(main_tag, value), global_step, walltime)
 
     def add_row(self, values: Iterable[tuple[str, float]], step: int) -> None:
         """Write scalars of one step as one event."""
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values])
+        summary = _summary(value=[_value(tag=tag, simple_value=value) for tag, value in values])
         event_file = self._get_file_writer().event_writer
-        event_file.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        event_file.add_event(_event(wall_time=time.time(), step=step, summary=summary))
 
     def add_settings(self, params: dict[str, object], metrics: dict[str, float]) -> None:
         """Write what TensorBoard's HPARAMS page shows: settings, and the names of the metrics to compare."""
         file_writer = self._get_file_writer()
-        for summary in hparams_summaries(params, metrics):
+        for summary in _settings(params, metrics):
             file_writer.add_summary(summary)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import fsspec.core  # type: ignore[import-untyped]
 
 from fulmen_protocols.errors import BackendNotFound, MisconfigurationException, MissingPackage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["RunFolder"]
 
@@ -40,7 +42,7 @@ class RunFolder:
     def __init__(
         self, logger: str, save_dir: str | os.PathLike[str], name: str | None, version: int | str | None
     ) -> None:
-        self.save_dir = os.path.expanduser(os.fspath(save_dir))
+        self.save_dir: str = os.path.expanduser(os.fspath(save_dir))
         self.name = name
         self._logger = logger
         self._version = version

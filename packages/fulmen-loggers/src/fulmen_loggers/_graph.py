@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -36,7 +37,7 @@ def add_graph(writer: EventFiles, model: nn.Module, example: object) -> None:
         MissingPackage: torch's converter of graphs needs the package ``tensorboard``.
     """
     try:
-        import torch.utils.tensorboard  # noqa: F401 - it checks for the package itself
+        import_module("torch.utils.tensorboard")  # which checks for the package itself
     except ImportError as error:
         raise MissingPackage(
             "TensorBoardLogger(log_graph=True) uses torch.utils.tensorboard to convert graphs, which needs the package "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from fulmen_protocols.errors import MisconfigurationException
 
@@ -28,7 +28,6 @@ class Table:
         self._folder = folder
         self._path = path
         self._columns: dict[str, int] = {}
-        self._unwritten_columns = 0
         self._opened = False
         self._remote = bytearray()
         self.rows = 0
@@ -68,7 +67,7 @@ class Table:
         if self._folder.is_remote:
             data = self._folder.read(self._path) or b""
             self._remote = bytearray(data[: data.rfind(b"\n") + 1])
-            stream: io.BufferedIOBase = io.BytesIO(self._remote)
+            stream: IO[bytes] = io.BytesIO(self._remote)
         else:
             try:
                 _cut_half_a_line(self._path)
@@ -77,9 +76,10 @@ class Table:
                 return
             except OSError as error:
                 raise self._folder.unwritable(self._path, error) from error
-        with stream, io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
+        with stream:
+            header = stream.read(_end_of_header(stream, 1))
             try:
-                names = next(csv.reader(text), [])
+                names = next(iter(list(csv.reader(io.StringIO(header.decode(), newline="")))), list[str]())
             except (UnicodeDecodeError, csv.Error) as error:
                 raise MisconfigurationException(
                     f"{self._path!r} exists and is no table of metrics ({error}). Move it away, or use another version."
@@ -90,7 +90,7 @@ class Table:
         header, commas = self._header(), b"," * by + b"\n"
         if self._folder.is_remote:
             start = _end_of_header(io.BytesIO(self._remote), known)
-            self._remote = bytearray(header + bytes(self._remote[start:]).replace(b"\n", commas))
+            self._remote = bytearray(header + _lengthened(bytes(self._remote[start:]), commas))
             return
         staging = f"{self._path}.{os.getpid()}.partial"
         try:
@@ -99,9 +99,8 @@ class Table:
                 if known:
                     with open(self._path, "rb") as narrow:
                         narrow.seek(_end_of_header(narrow, known))
-                        # Cells are numbers: every line feed after the header ends a row.
                         while block := narrow.read(_BLOCK_BYTES):
-                            wide.write(block.replace(b"\n", commas))
+                            wide.write(_lengthened(block, commas))
             os.replace(staging, self._path)
         except OSError as error:
             raise self._folder.unwritable(self._path, error) from error
@@ -118,16 +117,23 @@ class Table:
             raise self._folder.unwritable(self._path, error) from error
 
 
-def _end_of_header(stream: io.BufferedIOBase | io.BufferedReader, columns: int) -> int:
+def _lengthened(rows: bytes, commas: bytes) -> bytes:
+    # Cells are numbers: every line feed after the header ends a row. Lightning's rows end in "\r\n".
+    return rows.replace(b"\r", b"").replace(b"\n", commas)
+
+
+def _end_of_header(stream: IO[bytes], columns: int) -> int:
     """Bytes of the header; a quoted name in it may hold line feeds."""
     if columns == 0:
         return 0
     size, quotes = 0, 0
+    stream.seek(0)
     while True:
         line = stream.readline()
         size += len(line)
         quotes += line.count(b'"')
         if quotes % 2 == 0 or not line:
+            stream.seek(0)
             return size
 
 

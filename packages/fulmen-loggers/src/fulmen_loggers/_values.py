@@ -60,7 +60,8 @@ def as_mapping(params: object) -> dict[str, object]:
     if hasattr(params, "__dict__") and not isinstance(params, type):
         return {str(key): value for key, value in vars(params).items()}
     raise MisconfigurationException(
-        f"log_hyperparams was given {params!r} of type {type(params).__name__}. Give a dict, a dataclass or a namespace."
+        f"log_hyperparams was given {params!r} of type {type(params).__name__}. "
+        "Give a dict, a dataclass or a namespace."
     )
 
 
@@ -78,9 +79,9 @@ def simplify(value: object) -> object:
         return sorted((simplify(item) for item in cast("set[object]", value)), key=repr)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return simplify(as_mapping(value))
-    if isinstance(value, (bool, int, float, str)):  # subclasses
-        base = next(kind for kind in (bool, int, float, str) if isinstance(value, kind))
-        return base(value)
+    for base in (int, float, str):  # of a subclass only the value
+        if isinstance(value, base):
+            return base(cast("str", value))
     item = getattr(value, "item", None)
     if callable(item):
         try:
@@ -96,11 +97,15 @@ def flatten(params: Mapping[str, object], above: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in params.items():
         name = f"{above}/{key}" if above else str(key)
-        if isinstance(value, Mapping) and value:
+        if _is_nested(value):
             flat.update(flatten(cast("Mapping[str, object]", value), name))
         else:
             flat[name] = value if value is None or type(value) in (bool, int, float, str) else str(value)
     return flat
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, Mapping) and len(cast("Mapping[object, object]", value)) > 0
 
 
 def _key(key: object) -> object:
@@ -109,8 +114,11 @@ def _key(key: object) -> object:
 
 def _text(value: object) -> str:
     # The address in a function's repr would differ in every run.
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{getattr(value, '__module__', '')}.{value.__qualname__}".lstrip(".")
+    if callable(value):
+        module = cast("object", getattr(value, "__module__", ""))
+        name = cast("object", getattr(value, "__qualname__", ""))
+        if name:
+            return f"{module}.{name}" if module else f"{name}"
     try:
         return str(value)
     except Exception:  # noqa: BLE001 - a user's __str__ must not stop the run

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fulmen_loggers._folder import RunFolder
 from fulmen_loggers._hparams import FILE as HPARAMS_FILE
@@ -64,7 +64,9 @@ class TensorBoardLogger:
         self._log_graph = log_graph
         self._default_hp_metric = default_hp_metric
         self._prefix = prefixed(prefix)
-        self._sub_dir = None if sub_dir is None else os.path.expanduser(os.path.expandvars(os.fspath(sub_dir)))
+        self._sub_dir: str | None = (
+            None if sub_dir is None else os.path.expanduser(os.path.expandvars(os.fspath(sub_dir)))
+        )
         self._kwargs = kwargs
         self._writer: EventFiles | None = None
         self._next_step = 0
@@ -126,7 +128,7 @@ class TensorBoardLogger:
             folder = self.log_dir
             self._folder.make(folder)
             try:
-                self._writer = EventFiles(logdir=folder, **self._kwargs)
+                self._writer = EventFiles(folder, **cast("dict[str, Any]", self._kwargs))
             except OSError as error:
                 raise self._folder.unwritable(folder, error) from error
         return self._writer
@@ -205,8 +207,8 @@ class TensorBoardLogger:
         if not is_example(example):
             found = "none was found" if example is None else f"it is of type {type(example).__name__}"
             warnings.warn(
-                f"TensorBoardLogger(log_graph=True) needs an example input (a tensor or a tuple of tensors), but {found}."
-                f" Set {type(model).__name__}.example_input_array; no graph is drawn.",
+                f"TensorBoardLogger(log_graph=True) needs an example input (a tensor or a tuple of tensors), but "
+                f"{found}. Set {type(model).__name__}.example_input_array; no graph is drawn.",
                 stacklevel=2,
             )
             return

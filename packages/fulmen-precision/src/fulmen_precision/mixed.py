@@ -70,6 +70,11 @@ class MixedPrecision:
                 f"MixedPrecision got precision={precision!r}.{did_you_mean(str(precision), _DTYPES)} "
                 f"Allowed: {', '.join(map(repr, _DTYPES))}."
             )
+        if precision == "16-mixed" and not isinstance(self, ScaledMixedPrecision):
+            raise MisconfigurationException(
+                f"{type(self).__qualname__} got precision='16-mixed' but is no ScaledMixedPrecision: losses would not "
+                "be scaled and small gradients would become zero. Derive it from ScaledMixedPrecision."
+            )
         if scaler is not None and precision != "16-mixed":
             raise MisconfigurationException(
                 f"MixedPrecision got scaler={scaler!r} with precision={precision!r}: bfloat16 has float32's range and "

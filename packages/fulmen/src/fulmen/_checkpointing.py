@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+from fulmen import _files
 from fulmen.checkpoints import LIGHTNING_VERSION, lightning_loops, progress_from_lightning
 from fulmen.hparams import checkpoint_entries
 from fulmen_fabric import collect_rng_state, rank_zero_info, rank_zero_warn, restore_rng_state
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "dump",
+    "find_last",
     "load",
-    "newest_whole",
     "restore_modules_and_callbacks",
     "restore_position",
     "restore_rng",
@@ -215,6 +216,8 @@ def _mine(trainer: Trainer, session: Session) -> dict[str, Any] | None:
 
 def restore_position(trainer: Trainer, session: Session) -> None:
     """Data position and running metrics, before the first batch."""
+    if session.resumed is not None:
+        trainer._reporter.restore(session.resumed["callback_metrics"], trainer.world.device)
     mine = _mine(trainer, session)
     if mine is None:
         if session.resumed is not None:
@@ -238,10 +241,14 @@ def restore_rng(trainer: Trainer, session: Session) -> None:
         restore_rng_state(mine["rng"], trainer.world.device)
 
 
-def newest_whole(trainer: Trainer, candidates: list[str]) -> str | None:
-    """The first of ``candidates`` (newest first) that is not damaged; says which were passed over."""
+def find_last(trainer: Trainer) -> str | None:
+    """The newest whole checkpoint that the checkpoint callbacks call last; says which were passed over as damaged."""
+    found: set[str] = set()
+    for callback in trainer.checkpoint_callbacks:
+        if hasattr(callback, "_find_last_checkpoints"):
+            found |= callback._find_last_checkpoints(trainer)
     io = trainer.strategy.checkpoint_io
-    for path in candidates:
+    for path in sorted(found, key=_files.modified, reverse=True):
         if not supports(io, SupportsVerification):
             return path
         try:

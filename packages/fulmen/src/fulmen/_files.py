@@ -20,6 +20,7 @@ __all__ = [
     "link",
     "list_folder",
     "make_folder",
+    "modified",
     "open_text",
     "parent",
     "real",
@@ -75,6 +76,15 @@ def list_folder(path: str) -> list[str]:
     if not remote.exists(path):
         return []
     return sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in remote.ls(path, detail=False))
+
+
+def modified(path: str) -> float:
+    """Seconds since the epoch when a file was last written; 0 where the storage does not know."""
+    if is_local(path):
+        return os.stat(path).st_mtime
+    info: dict[str, Any] = _remote(path).info(path)
+    written: Any = info.get("mtime") or info.get("LastModified") or info.get("created") or 0
+    return float(written.timestamp() if hasattr(written, "timestamp") else written)
 
 
 def make_folder(path: str) -> None:

@@ -331,6 +331,11 @@ class TrainerSurface:
         return self._progress.updates if manual is None else manual.updates()  # type: ignore[no-any-return]
 
     @property
+    def batches_that_stepped(self) -> int:
+        """Batches after which an optimizer was stepped so far: the loggers' x of the next batch."""
+        return self._progress.stepped_batches
+
+    @property
     def current_epoch(self) -> int:
         """Completed epochs; the running one's index."""
         return self._progress.epoch

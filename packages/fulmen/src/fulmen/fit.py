@@ -86,6 +86,7 @@ def train_epoch(
         progress.epoch_started = True
     if validation_is_owed(plan, progress, parts):
         parts.validate()
+    progress.batch_is_open = False
 
     transfer, schedule, validates = parts.transfer, parts.schedule, plan.validates
     for batch, is_last in batches():
@@ -105,6 +106,7 @@ def train_epoch(
         progress.total_batches += 1
         progress.epoch_is_whole = is_last
         progress.window_is_open = not stepping
+        progress.batch_is_open = True
         if stepping:
             progress.stepped_batches += 1
             progress.updates = progress.updates + 1 if parts.updates is None else parts.updates()
@@ -121,6 +123,7 @@ def train_epoch(
             parts.validate()
         if stepping and parts.schedule_on_metric is not None:
             parts.schedule_on_metric(batch_idx, False)
+        progress.batch_is_open = False
         if progress.replan or plan.finished(progress):
             return
 

@@ -71,14 +71,15 @@ class Metering:
         self.train.pending_sync()
 
     def reduce_train(self) -> None:
-        """Compute the epoch's values, over ranks where asked for."""
+        """Compute the epoch's values, over ranks where asked for; the last step's values stay known beside them."""
+        self._reporter.remember_steps(self.train)
         self.train.reduce_epoch()
 
     def log_train_epoch(self) -> None:
         """A row of epoch values; the next epoch starts from nothing."""
         self.train.reduce_epoch()
         self._reporter.report_train_epoch(
-            self.train, batches_that_stepped=self._progress.log_step + 1, epoch=self._progress.epoch
+            self.train, batches_that_stepped=self._progress.log_step, epoch=self._progress.epoch
         )
         self.train.reset()
 
@@ -92,16 +93,15 @@ class Metering:
 
     def eval_end_batch(self, store: MetricStore, *, several: bool) -> Callable[[int], None]:
         """Reports what was logged with ``on_step=True`` after each batch of loader ``dataloader_idx``."""
-        seen, reporter, progress = self._seen, self._reporter, self._progress
+        seen, reporter = self._seen, self._reporter
 
         def end_batch(dataloader_idx: int) -> None:
-            if not store.step_metrics().log:
+            if store.stage == "sanity_check" or not store.step_metrics().log:
                 return
             count = seen.get(dataloader_idx, 0)
             reporter.report_eval_step(
                 store,
                 batches_seen=count,
-                epoch=progress.epoch,
                 dataloader_idx=dataloader_idx if several else None,
             )
             seen[dataloader_idx] = count + 1

@@ -108,6 +108,11 @@ class MetricStore:
         self._batches = 0
         self._flushes = 0
 
+    @property
+    def device(self) -> torch.device:
+        """Where the values are wanted."""
+        return self._device
+
     # The path of a batch -----------------------------------------------------------------------------------------
 
     def start_batch(self, batch: object, batch_idx: int = 0, dataloader_idx: int | None = None) -> object:

@@ -328,14 +328,14 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
             return
         trainer = self.trainer
         value = _one_of("gradient_clip_val", gradient_clip_val, trainer.gradient_clip_val)
-        algorithm = (
-            _one_of("gradient_clip_algorithm", gradient_clip_algorithm, trainer.gradient_clip_algorithm) or "norm"
-        )
+        # The Trainer's algorithm counts only with its value: it has a default.
+        trainers = None if trainer.gradient_clip_val is None else trainer.gradient_clip_algorithm
+        algorithm = _one_of("gradient_clip_algorithm", gradient_clip_algorithm, trainers) or "norm"
         if algorithm not in ("norm", "value"):
             raise MisconfigurationException(f"gradient_clip_algorithm={algorithm!r}; it is 'norm' or 'value'.")
         if value:
             raw = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-            trainer.strategy.clip_gradients(raw, value, algorithm)
+            trainer.strategy.clip_gradients(raw, value, cast("Any", algorithm))
 
     def configure_gradient_clipping(
         self,

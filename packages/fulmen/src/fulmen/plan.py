@@ -53,8 +53,8 @@ class Plan:
         return self.max_epochs != -1 and progress.epoch >= self.max_epochs
 
     def may_stop(self, progress: Progress) -> bool:
-        """Whether a request to stop is honoured now: ``min_epochs`` and ``min_steps`` are behind us."""
-        return progress.epoch >= self.min_epochs and progress.updates >= self.min_steps
+        """Whether a request to stop is honoured now: ``min_epochs`` and ``min_steps`` are behind us, or it cannot wait."""
+        return progress.stop_now or (progress.epoch >= self.min_epochs and progress.updates >= self.min_steps)
 
     def finished(self, progress: Progress) -> bool:
         """Whether no further batch will be trained."""
@@ -96,7 +96,7 @@ class Plan:
             return time.monotonic() - last_validation_s >= self.validate_every_s
         if is_last and self.validate_every_batches == _INF:
             return True
-        if progress.stop_reason is not None and self.may_stop(progress):
+        if progress.stop_reason is not None and not progress.stop_now and self.may_stop(progress):
             return True
         if self.validate_every_batches == _INF:
             return False

@@ -33,6 +33,8 @@ class Progress:
     """Batches that ended with an optimizer step, the last one included."""
     window_is_open: bool = False
     """Whether the last batch left its gradients for a later step."""
+    batch_is_open: bool = False
+    """Whether the last batch is still being reported on: its hooks, its row and its validation belong to it."""
     validated_at: int = -1
     """``total_batches`` at the end of the last validation; -1 before the first."""
     epoch_started: bool = False
@@ -47,16 +49,19 @@ class Progress:
     # The rest lives for one call only and is not saved.
     stop_reason: str | None = None
     """Why somebody asked the run to stop; None while nobody has."""
+    stop_now: bool = False
+    """The reason does not wait for ``min_epochs`` and ``min_steps`` (a signal)."""
     replan: bool = False
     """Somebody changed the plan, the parts or the hooks: leave the loop after this batch and come back with new ones."""
 
     @property
     def log_step(self) -> int:
-        """Where loggers draw the last batch: the number of batches that had stepped before it."""
-        return self.stepped_batches if self.window_is_open or self.stepped_batches == 0 else self.stepped_batches - 1
+        """Where loggers draw: the number of batches that had stepped before the one being reported on."""
+        return self.stepped_batches - int(self.batch_is_open and not self.window_is_open)
 
-    def stop(self, reason: str) -> None:
-        """Ask the run to stop. The first reason is kept."""
+    def stop(self, reason: str, *, now: bool = False) -> None:
+        """Ask the run to stop; ``now`` does not wait for its minimum. The first reason is kept."""
+        self.stop_now = self.stop_now or now
         if self.stop_reason is None:
             self.stop_reason = reason
 
@@ -85,4 +90,4 @@ class Progress:
             setattr(self, name, value)
 
 
-_TRANSIENT = frozenset({"stop_reason", "replan"})
+_TRANSIENT = frozenset({"stop_reason", "stop_now", "replan"})

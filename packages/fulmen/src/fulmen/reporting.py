@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fulmen._metric_read import HostSnapshot, read_scalars
+from fulmen._metric_view import as_tensors
 from fulmen._result_table import print_results
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ class _Row(NamedTuple):
     """An evaluation step's metrics: numbers as they are, tensors stacked, unread."""
 
     x: int
-    epoch: int
     numbers: dict[str, float]
     names: tuple[str, ...]
     values: Tensor | None
@@ -77,7 +77,7 @@ class Reporter:
         The same dict every time: what is written into it stays until ``reset``.
         """
         if self.store is not None:
-            self._callback.update(self.store.callback_metrics)
+            self._take_callback(self.store)
         return self._callback
 
     @property
@@ -105,6 +105,10 @@ class Reporter:
         self._bar.clear()
         self._snapshot = HostSnapshot()
         self._queue.clear()
+
+    def restore(self, callback_metrics: Mapping[str, Tensor], device: torch.device) -> None:
+        """Let callbacks and schedulers know what they knew when a checkpoint was written."""
+        self._callback.update({name: value.to(device) for name, value in callback_metrics.items()})
 
     def to_cpu(self) -> None:
         """Take what is pending and move it off the device, which the run is about to give back. Waits for the device.
@@ -137,19 +141,16 @@ class Reporter:
 
     def report_train_epoch(self, store: MetricStore, *, batches_that_stepped: int, epoch: int) -> None:
         """A row of the training epoch's values, at the x of its last batch. After the last ``reduce_epoch``."""
-        self._callback.update(store.callback_metrics)
+        self._take_callback(store)
         self._report(store.epoch_metrics(), x=batches_that_stepped - 1, epoch=epoch)
         self.save()
 
-    def report_eval_step(
-        self, store: MetricStore, *, batches_seen: int, epoch: int, dataloader_idx: int | None = None
-    ) -> None:
+    def report_eval_step(self, store: MetricStore, *, batches_seen: int, dataloader_idx: int | None = None) -> None:
         """A row of an evaluation batch's step values. Read with many others, at the latest at the epoch's end.
 
         Args:
             store: the evaluation's metrics.
             batches_seen: the row's x: how many batches of this loader the fit had evaluated before.
-            epoch: the training epoch.
             dataloader_idx: the batch's loader; None with one loader.
         """
         log = store.step_metrics(dataloader_idx).log
@@ -161,7 +162,7 @@ class Reporter:
         # A stack of its own: the step may write over its tensors before the row is read.
         wide = torch.float32 if any(v.device.type == "mps" for v in tensors.values()) else torch.float64
         stacked = torch.stack([v.reshape(()).to(wide) for v in tensors.values()]) if tensors else None
-        self._queue.append(_Row(batches_seen, epoch, numbers, tuple(tensors), stacked))
+        self._queue.append(_Row(batches_seen, numbers, tuple(tensors), stacked))
         if len(self._queue) >= _QUEUED_ROWS:
             self._flush_queue()
 
@@ -170,7 +171,7 @@ class Reporter:
 
         During the sanity check callbacks get the values, loggers nothing.
         """
-        self._callback.update(store.callback_metrics)
+        self._take_callback(store)
         view = store.epoch_metrics()
         if store.stage == "sanity_check":
             self._take_bar(view.bar)
@@ -192,12 +193,20 @@ class Reporter:
         """A row of the framework's own, such as learning rates. One device read if there are tensors."""
         self._write(dict(zip(metrics, read_scalars(list(metrics.values())), strict=True)), x, epoch)
 
+    def remember_steps(self, store: MetricStore) -> None:
+        """Keep the last step's values for callbacks when the epoch's take over."""
+        self._callback.update(as_tensors(store.step_metrics().callback, store.device))
+
     def save(self) -> None:
         """Let every logger write what it buffers."""
         self._saved_at = monotonic()
         if self._is_global_zero:
             for logger in self.loggers:
                 logger.save()
+
+    def _take_callback(self, store: MetricStore) -> None:
+        self.remember_steps(store)
+        self._callback.update(store.callback_metrics)
 
     def _report(self, view: MetricView, *, x: int, epoch: int) -> None:
         for name, value in view.log.items():
@@ -219,12 +228,13 @@ class Reporter:
     def _take_bar(self, bar: Mapping[str, Scalar]) -> None:
         self._bar.update(self._snapshot.update(bar))
 
-    def _write(self, metrics: dict[str, float], x: int, epoch: int) -> None:
+    def _write(self, metrics: dict[str, float], x: int, epoch: int | None) -> None:
         """Give a row to every logger. A metric named ``step`` sets the x axis instead of being drawn."""
         if not self._is_global_zero:
             return
         x = int(metrics.pop("step", x))
-        metrics.setdefault("epoch", epoch)
+        if epoch is not None:
+            metrics.setdefault("epoch", epoch)
         for logger in self.loggers:
             logger.log_metrics(dict(metrics), step=x)
 
@@ -239,7 +249,7 @@ class Reporter:
         for row in rows:
             read = dict(zip(row.names, numbers[position : position + len(row.names)], strict=True))
             position += len(row.names)
-            self._write({**row.numbers, **read}, row.x, row.epoch)
+            self._write({**row.numbers, **read}, row.x, None)  # its x counts batches, not training steps
 
 
 def _on_cpu(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fulmen.fit import FitParts
 from fulmen.manual import ManualOptimization
 from fulmen.metrics import scope_for
 from fulmen.module import LightningModule
@@ -271,6 +270,3 @@ class ModelModes:
         for module, training in self._flags:
             module.training = training
         self._flags = []
-
-
-

@@ -22,6 +22,7 @@ from fulmen._explain import explain_run
 from fulmen._surface import TrainerSurface
 from fulmen.datamodule import LightningDataModule
 from fulmen.evaluate import EvalParts, evaluate
+from fulmen.exceptions import SIGTERMException
 from fulmen.fit import FitParts, fit
 from fulmen.hooks import HookBinder
 from fulmen.loaders import EvalLoaders, LoaderSource, Splitter, TrainLoader
@@ -37,8 +38,19 @@ from fulmen.session import ModelModes, Session, unchanged
 from fulmen.settings import BatchLimit, Interval, Settings
 from fulmen.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from fulmen.strategy_facade import StrategyFacade
-from fulmen_fabric import Assembly, World, assemble, isolate_rng, move_data_to_device, rank_zero_info, rank_zero_warn
+from fulmen_fabric import (
+    Assembly,
+    StopAgreement,
+    StopSignal,
+    World,
+    assemble,
+    isolate_rng,
+    move_data_to_device,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from fulmen_fabric.abilities import supports
+from fulmen_fabric.stopping import group_store
 from fulmen_protocols import (
     MisconfigurationException,
     MisconfigurationTypeError,
@@ -160,6 +172,9 @@ class Trainer(TrainerSurface):
         self._plan = Plan()
         self._ckpt_path: str | None = None
         self._last_validation_s = 0.0
+        self._signals = StopSignal()
+        self._agreement: StopAgreement | None = None
+        self._calls = 0
         self._results: list[dict[str, float]] = []
         self._reporter = Reporter(
             loggers=self.loggers,
@@ -292,8 +307,9 @@ class Trainer(TrainerSurface):
                 self.world.start()
             else:
                 self.world.launch(_nothing)
+            self._watch_signals()
             self._set_up(session, weights_only)
-            with self._determinism():
+            with self._determinism(), self._signals:
                 if fn is TrainerFn.FITTING:
                     parts, hooks = self._prepare_fit(session)
                     self._sanity_check(session)
@@ -304,6 +320,7 @@ class Trainer(TrainerSurface):
                             if not self._progress.replan:
                                 break
                             parts, hooks = self._replan(session)
+                    self._leave_if_signalled()
                     self._end_training(session, hooks)
                 elif fn is TrainerFn.PREDICTING:
                     outputs = predict(*self._prepare_predict(session, keep=keep))
@@ -345,7 +362,7 @@ class Trainer(TrainerSurface):
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
         self.state.stage = _FIRST_STAGE[fn]
         if fn is TrainerFn.FITTING:
-            self._progress.stop_reason = None
+            self._progress.stop_reason, self._progress.stop_now = None, False
         if datamodule is not None:
             datamodule.trainer = self
         _callbacks.let_log(self.callbacks, model)
@@ -487,8 +504,7 @@ class Trainer(TrainerSurface):
                 )
             self._ckpt_path = callback.best_model_path
         elif text == "last":
-            candidates = [path for c in self.checkpoint_callbacks for path in c.last_checkpoints(self)]
-            self._ckpt_path = _checkpointing.newest_whole(self, candidates)
+            self._ckpt_path = _checkpointing.find_last(self)
             if self._ckpt_path is None:
                 rank_zero_warn("ckpt_path='last', but no checkpoint was found: nothing is loaded.")
         else:
@@ -543,7 +559,7 @@ class Trainer(TrainerSurface):
             )
             if session.module.automatic_optimization
             else None,
-            log=metering.log_train_step,
+            log=self._log_step,
             end_batch=metering.sync_train_step if metering.train.may_sync_steps else None,
             end_epoch=metering.reduce_train,
             log_epoch=self._close_epoch,
@@ -630,6 +646,37 @@ class Trainer(TrainerSurface):
         assert session.train_loader is not None
         return session.train_loader.epoch_batches(progress.epoch, progress.batch)
 
+    def _log_step(self) -> None:
+        """A declared point inside an epoch: a row to the loggers, and the ranks' agreement whether to stop."""
+        self._metering.log_train_step()
+        self._agree_to_stop()
+
+    def _agree_to_stop(self) -> None:
+        if self._agreement is not None and self._agreement.point(self._signals.poll()):
+            self._progress.stop(str(self._agreement.reason), now=True)
+
+    def _watch_signals(self) -> None:
+        """One process stops at the next batch; several agree at the next declared point."""
+        self._agreement = None
+        if self.world.world_size > 1:
+            self._calls += 1
+            self._agreement = StopAgreement(
+                group_store(), self.world.rank, self.world.world_size, name=f"fulmen/stop/{self._calls}"
+            )
+            self._signals = StopSignal()
+        else:
+            self._signals = StopSignal(on_stop=lambda reason: self._progress.stop(reason, now=True))
+
+    def _leave_if_signalled(self) -> None:
+        if self._progress.stop_now and self.received_sigterm:
+            raise SIGTERMException(str(self._progress.stop_reason))
+
+    @property
+    def received_sigterm(self) -> bool:
+        """Whether this run was asked to end by SIGTERM, here or on another rank."""
+        reason = self._signals.reason or (self._agreement.reason if self._agreement is not None else None)
+        return reason is not None and "SIGTERM" in reason
+
     def _close_epoch(self) -> None:
         """After the hooks at the end of a training epoch."""
         session = self._session
@@ -637,6 +684,7 @@ class Trainer(TrainerSurface):
         assert session.train_loader is not None
         self._metering.log_train_epoch()
         session.train_loader.end_epoch()
+        self._agree_to_stop()
         progress = self._progress
         if progress.stop_reason is not None and not self._plan.may_stop(replace(progress, epoch=progress.epoch + 1)):
             rank_zero_info(

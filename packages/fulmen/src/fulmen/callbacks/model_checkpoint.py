@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -19,7 +20,7 @@ from fulmen.callbacks.checkpoint import Checkpoint
 from fulmen_protocols import MisconfigurationException, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Generator, Mapping
     from datetime import timedelta
     from os import PathLike
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from fulmen.trainer import Trainer
 
 __all__ = ["ModelCheckpoint"]
+
+_RANKING = ("best_model_path", "best_model_score", "kth_best_model_path", "kth_value", "current_score")
 
 
 class ModelCheckpoint(Checkpoint):
@@ -123,6 +126,7 @@ class ModelCheckpoint(Checkpoint):
         self._step_of_last = -1
         self._next_step_due = 0
         self._first_batch = True
+        self._warned_of_missing = False
 
     # -- moments ------------------------------------------------------------------------------------------------------
 
@@ -133,8 +137,9 @@ class ModelCheckpoint(Checkpoint):
             raise MisconfigurationException(
                 f"ModelCheckpoint(save_last='link') cannot link in {self.dirpath!r}. Use save_last=True there."
             )
-        if stage == "fit" and trainer.is_global_zero and self.save_top_k != 0:
-            self._warn_if_not_empty(trainer)
+        new = stage == "fit" and trainer.ckpt_path is None and self.save_top_k != 0
+        if new and trainer.is_global_zero and _files.list_folder(self.dirpath):
+            warnings.warn(f"the checkpoint folder {self.dirpath!r} is not empty; what is there is kept.", stacklevel=2)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count steps and time from here."""
@@ -150,8 +155,6 @@ class ModelCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if a number of steps or a time is over."""
-        if not self._every_n_train_steps and self._clock is None:
-            return
         if self._first_batch:
             self._first_batch = False
             self._value.after_first_batch(trainer.callback_metrics)
@@ -243,21 +246,25 @@ class ModelCheckpoint(Checkpoint):
         if self.monitor is not None and self.save_top_k != 0:
             metrics = trainer.callback_metrics
             if not self._value.is_fresh(metrics, moment, trainer.global_step):
-                if self.monitor not in metrics and moment != "step":
-                    self._missing(trainer, metrics)
+                if self.monitor not in metrics and (
+                    moment == "epoch" or (not self._save_is_pending and moment != "step")
+                ):
+                    self._missing(trainer, metrics, moment)
                 self._save_is_pending = True
                 return
         self._save_is_pending = False
         self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
-    def _missing(self, trainer: Trainer, metrics: Mapping[str, Tensor]) -> None:
+    def _missing(self, trainer: Trainer, metrics: Mapping[str, Tensor], moment: Moment) -> None:
         found = (
             f"ModelCheckpoint(monitor={self.monitor!r}) found no such value.{did_you_mean(str(self.monitor), metrics)} "
             f"Logged are {sorted(metrics)!r}. Log it with self.log({self.monitor!r}, ...)."
         )
-        if self._value.validated_at is not None or not trainer.enable_validation:
+        if self._value.validated_at is not None and moment == "epoch":  # nothing is left that could produce it
             raise MisconfigurationException(found)
-        warnings.warn(f"{found} Nothing is saved until validation has run.", stacklevel=4)
+        if not self._warned_of_missing:
+            self._warned_of_missing = True
+            warnings.warn(f"{found} Until then nothing is ranked or kept.", stacklevel=4)
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if self.save_top_k == 0:
@@ -276,32 +283,23 @@ class ModelCheckpoint(Checkpoint):
         # A name that does not change is overwritten, unless all are kept.
         replaced = previous if self.save_top_k == 1 else None
         filepath = self._get_metric_interpolated_filepath_name(monitor_candidates, trainer, replaced)
-        self.best_model_path = filepath
-        try:
+        with self._taken_back_on_failure():
+            self.best_model_path = filepath
             self._save_checkpoint(trainer, filepath)
-        except BaseException:
-            self.best_model_path = previous
-            raise
         if self.save_top_k == 1 and previous and self._should_remove_checkpoint(trainer, previous, filepath):
             self._remove_checkpoint(trainer, previous)
 
     def _update_best_and_save(self, current: Tensor, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        before = self._ranking()
-        room = self.save_top_k == -1 or len(self.best_k_models) < self.save_top_k
-        evicted = "" if room else self.kth_best_model_path
-        self.best_k_models.pop(evicted, None)
-        filepath = self._get_metric_interpolated_filepath_name(monitor_candidates, trainer, evicted)
         if torch.isnan(current):
             current = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
-        self.current_score = current
-        self.best_k_models[filepath] = current
-        # The checkpoint holds this ranking, itself included, so it is made before saving and taken back on failure.
-        self._rank_models()
-        try:
+        with self._taken_back_on_failure():
+            room = self.save_top_k == -1 or len(self.best_k_models) < self.save_top_k
+            evicted = "" if room else self.kth_best_model_path
+            self.best_k_models.pop(evicted, None)
+            filepath = self._get_metric_interpolated_filepath_name(monitor_candidates, trainer, evicted)
+            self.current_score = self.best_k_models[filepath] = current
+            self._rank_models()
             self._save_checkpoint(trainer, filepath)
-        except BaseException:
-            self._restore_ranking(before)
-            raise
         if self.verbose and trainer.is_global_zero:
             trainer.print(f"Step {trainer.global_step}: {self.monitor}={current.item():.5f}, saved to {filepath!r}.")
         if evicted and self._should_remove_checkpoint(trainer, evicted, filepath):
@@ -317,13 +315,15 @@ class ModelCheckpoint(Checkpoint):
             self.kth_best_model_path = worst(ranked, key=lambda path: ranked[path])
             self.kth_value = ranked[self.kth_best_model_path]
 
-    def _ranking(self) -> dict[str, Any]:
-        names = ("best_model_path", "best_model_score", "kth_best_model_path", "kth_value", "current_score")
-        return {**{name: getattr(self, name) for name in names}, "best_k_models": dict(self.best_k_models)}
-
-    def _restore_ranking(self, ranking: dict[str, Any]) -> None:
-        for name, value in ranking.items():
-            setattr(self, name, value)
+    @contextmanager
+    def _taken_back_on_failure(self) -> Generator[None, None, None]:
+        """The ranking is made before saving, since the checkpoint holds it; a failed save undoes it."""
+        before = {**{name: getattr(self, name) for name in _RANKING}, "best_k_models": dict(self.best_k_models)}
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            raise
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         step = trainer.global_step
@@ -451,11 +451,6 @@ class ModelCheckpoint(Checkpoint):
     def _resolve_dirpath(self, trainer: Trainer) -> str:
         return default_dirpath(trainer) if self.dirpath is None else self.dirpath
 
-    def _warn_if_not_empty(self, trainer: Trainer) -> None:
-        folder = str(self.dirpath)
-        if trainer.ckpt_path is None and _files.list_folder(folder):
-            warnings.warn(f"the checkpoint folder {folder!r} is not empty; what is there is kept.", stacklevel=3)
-
     # -- state --------------------------------------------------------------------------------------------------------
 
     @property
@@ -471,18 +466,9 @@ class ModelCheckpoint(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """The ranking and the journal of written files."""
-        return {
-            "monitor": self.monitor,
-            "best_model_score": self.best_model_score,
-            "best_model_path": self.best_model_path,
-            "current_score": self.current_score,
-            "dirpath": self.dirpath,
-            "best_k_models": dict(self.best_k_models),
-            "kth_best_model_path": self.kth_best_model_path,
-            "kth_value": self.kth_value,
-            "last_model_path": self.last_model_path,
-            "written": list(self._written),
-        }
+        names = ("monitor", "dirpath", "last_model_path", *_RANKING)
+        lists = {"best_k_models": dict(self.best_k_models), "written": list(self._written)}
+        return {**{name: getattr(self, name) for name in names}, **lists}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the ranking of the resumed run; in another folder, only its best path is kept."""

@@ -1,0 +1,20 @@
+"""Exceptions that a run ends with. Configuration errors are in ``fulmen_protocols.errors``; this adds Lightning's names."""
+
+from __future__ import annotations
+
+import signal
+
+from fulmen_protocols import MisconfigurationException
+
+__all__ = ["MisconfigurationException", "SIGTERMException"]
+
+
+class SIGTERMException(SystemExit):  # Lightning's name
+    """The run was asked to end by SIGTERM and did so between two batches; the process exits with 128 + 15 = 143."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(128 + signal.SIGTERM)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason

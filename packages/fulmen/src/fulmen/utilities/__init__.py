@@ -1,0 +1,1 @@
+"""Helpers that user code imports by name."""
