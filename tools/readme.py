@@ -7,6 +7,7 @@ Standard library only: it also runs in environments that hold one package and it
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -41,9 +42,12 @@ def run(path: Path, python: str = sys.executable, *, timeout_s: float = 300) -> 
         # Processes that a block starts (DDP) run the main script again: it must be a file that stays while they live.
         program = Path(folder) / f"{path.stem.lower().replace('-', '_')}_blocks.py"
         program.write_text(script(path), encoding="utf-8")
+        # The examples are small: several threads would only wait for each other, most of all on a busy machine.
+        env = {"OMP_NUM_THREADS": "1", **os.environ}
         return subprocess.run(
-            [python, str(program)], cwd=folder, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
+            [python, str(program)],
+            cwd=folder, env=env, capture_output=True, text=True, timeout=timeout_s, check=False,
+        )  # fmt: skip
 
 
 def main(files: list[str]) -> int:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,6 +12,9 @@ import torch
 from fulmen._metric_read import HostSnapshot
 from fulmen.metrics import MetricStore, scope_for
 from fulmen.reporting import Reporter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 pytestmark = [
     pytest.mark.cuda,
@@ -89,7 +91,7 @@ def test_evaluation_in_inference_mode_waits_for_nothing() -> None:
         for step in range(100):
             store.start_batch(torch.zeros(1 + step % 3, 2, device="cuda"), step, None)
             log(store, "x", torch.ones((), device="cuda"))
-            reporter.report_eval_step(store, batches_seen=step, epoch=0)
+            reporter.report_eval_step(store, batches_seen=step)
         store.reduce_epoch()
     torch.cuda.set_sync_debug_mode("default")
     assert float(store.callback_metrics["x_epoch"]) == 1.0

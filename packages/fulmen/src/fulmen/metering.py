@@ -56,6 +56,9 @@ class Metering:
         return store
 
     def _attach(self, store: MetricStore | None) -> None:
+        left = self._reporter.store
+        if left is not None and left is not store:
+            self._reporter.remember_steps(left)  # a validation within the epoch leaves the step values readable
         self._session.store = self._reporter.store = store
         for module in self._modules:
             module.__dict__["_metric_store"] = store if self._enabled else None
@@ -65,10 +68,6 @@ class Metering:
     def log_train_step(self) -> None:
         """A row of step values."""
         self._reporter.report_step(self.train, batches_that_stepped=self._progress.log_step, epoch=self._progress.epoch)
-
-    def sync_train_step(self) -> None:
-        """Reduce the step values that the user wants reduced over ranks at every step."""
-        self.train.pending_sync()
 
     def reduce_train(self) -> None:
         """Compute the epoch's values, over ranks where asked for; the last step's values stay known beside them."""
