@@ -1,7 +1,7 @@
 """Every kit passes what is right and catches what is broken, by exactly the test that is meant to catch it.
 
-``drills/`` holds one file for each kit: subclasses of the kit with a correct backend, and one for each way to be wrong. The
-names in ``caught_by`` are all the kit tests that fail on it.
+``drills/`` holds one file for each kit: subclasses of the kit with a correct backend, and one for each way to be wrong.
+The names in ``caught_by`` are all the kit tests that fail on it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import fulmen_conformance
 import pytest
+
+import fulmen_conformance
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -70,7 +71,13 @@ def drilled() -> list[tuple[str, str]]:
     return [(name, cls) for name in names for cls in vars(module_of(name)) if cls.startswith("Test")]
 
 
-@pytest.mark.parametrize(("drill", "cls"), drilled())
+SLOW = {"drill_strategy_world", "drill_launcher"}  # processes for each broken backend
+
+
+@pytest.mark.parametrize(
+    ("drill", "cls"),
+    [pytest.param(*case, marks=[pytest.mark.slow] if case[0] in SLOW else []) for case in drilled()],
+)
 def test_a_kit_catches_exactly_what_is_broken(drill: str, cls: str) -> None:
     outcomes = outcomes_of(drill)
 

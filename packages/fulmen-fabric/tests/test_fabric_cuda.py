@@ -53,6 +53,7 @@ def test_a_loop_on_the_gpu_has_the_bits_of_plain_pytorch(precision):
     assert same(model, raw)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_step_never_waits_for_the_device():
     fabric = Fabric(accelerator="cuda", devices=1, precision="bf16-mixed")
     model, optimizer = fabric.setup(*make("cpu"))

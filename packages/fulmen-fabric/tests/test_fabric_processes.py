@@ -68,15 +68,19 @@ RAW = """
 """
 
 OURS = """
+    import os
     from torch.utils.data import DataLoader
     from fulmen_fabric import Fabric, StopSignal, rank_zero_only
     from fulmen_protocols import MisconfigurationException
 
     fabric = Fabric(accelerator="cpu", devices=2)
     early = fabric.world_size
+    torch.rand(int(os.environ.get("LOCAL_RANK", "0")) + 1)  # ranks have drawn differently before they meet
     fabric.launch()
+    draw = torch.rand(3)
     rank = fabric.global_rank
-    out = {"early": early, "rank": rank, "zero": fabric.is_global_zero, "rank_zero_only": rank_zero_only.rank}
+    out = {"early": early, "draw": draw, "rank": rank, "zero": fabric.is_global_zero}
+    out["rank_zero_only"] = rank_zero_only.rank
 
     def train(accumulate, call):
         torch.manual_seed(0 if rank == 0 else 99)  # rank 0's weights must win
@@ -104,6 +108,9 @@ OURS = """
         out["helper"] = str(error)
     model.mark_forward_method("helper")
     out["marked"] = list(model.helper(data(0)[0]).shape)
+    model.eval()
+    out["modes"] = [model.training, model.placed.training, model.module.a.training]
+    model.train()
 
     out["gathered"] = fabric.all_gather({"r": rank, "t": torch.full((2,), float(rank))})
     ops = ("mean", "avg", "sum", "min", "max")
@@ -240,10 +247,20 @@ def test_each_process_knows_who_it_is(ours):
     assert [one["rank_zero_only"] for one in ours] == [0, 1]
 
 
+def test_a_global_seed_makes_every_rank_start_equal(ours):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    assert all(torch.equal(one["draw"], expected) for one in ours)
+
+
 def test_a_method_that_would_bypass_the_wrapper_is_refused_until_it_is_marked(ours):
     for one in ours:
         assert "mark_forward_method('helper')" in one["helper"]
         assert one["marked"] == [8, 2]
+
+
+def test_evaluation_mode_reaches_the_wrapper_and_the_module(ours):
+    assert [one["modes"] for one in ours] == [[False] * 3] * 2
 
 
 def test_collectives_combine_all_ranks(ours):

@@ -112,6 +112,12 @@ def test_a_mixed_row_is_not_mistaken_for_a_row_of_tensors():
     assert back[1]["x"].device.type == "cpu"
 
 
+@pytest.mark.parametrize("batch", [torch.ones(1, device="meta"), [torch.ones(1), torch.ones(1, device="meta")]])
+def test_what_is_elsewhere_is_brought_to_the_cpu(batch):
+    with pytest.raises(NotImplementedError, match="meta"):  # torch has nothing to copy, but was asked to
+        mover(torch.device("cpu"))(batch)
+
+
 def test_classes_strings_and_numbers_are_left_alone():
     batch = [Movable, "text", b"bytes", 1, None]
     assert move_data_to_device(batch, "meta") == batch

@@ -95,6 +95,8 @@ ME, SOMEBODY, NOBODY = os.getpid(), os.getppid(), 2**22 + 1
         ({"FULMEN_LAUNCHED": str(SOMEBODY), "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, ME, False),  # a rank's own child
         ({"FULMEN_LAUNCHED": str(NOBODY), "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 1, True),  # a rank without rank 0
     ],
+    # Process ids in the test names would differ between the workers of a parallel run.
+    ids=["nothing", "left-over", "pod", "external", "rank", "child of a rank", "rank without rank 0"],
 )
 def test_whether_the_processes_exist_follows_from_the_environment(
     env: Mapping[str, str], parent: int, expected: bool

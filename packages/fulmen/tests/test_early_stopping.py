@@ -148,6 +148,24 @@ def test_validations_are_checked_where_there_are_several_in_an_epoch() -> None:
     assert trainer.should_stop
 
 
+def test_a_training_epochs_value_is_checked_at_the_epochs_end_where_validations_are_counted() -> None:
+    callback = EarlyStopping("train_loss", patience=1)
+    trainer = StandIn(callback, check_val_every_n_epoch=2)
+    callback.setup(trainer, None, "fit")  # type: ignore[arg-type]
+    callback.on_train_start(trainer, None)  # type: ignore[arg-type]
+    waits = []
+    for epoch, value in enumerate([1.0, 2.0, 3.0, 4.0]):
+        trainer.global_step += 1
+        if epoch % 2:
+            callback.on_validation_start(trainer, None)  # type: ignore[arg-type]
+            callback.on_validation_end(trainer, None)  # type: ignore[arg-type]
+        trainer.callback_metrics["train_loss"] = torch.tensor(value)
+        callback.on_train_epoch_end(trainer, None)  # type: ignore[arg-type]
+        waits.append((callback.best_score.item(), trainer.should_stop))
+
+    assert waits == [(math.inf, False), (2.0, False), (2.0, False), (2.0, True)]
+
+
 def test_one_rank_that_wants_to_stop_stops_all() -> None:
     callback = EarlyStopping("val_loss")
     trainer = StandIn(callback)

@@ -442,6 +442,40 @@ def test_a_train_epoch_value_is_not_judged_by_a_validation_in_the_next_epoch(tmp
     assert scores == {4: 0.2}
 
 
+@pytest.mark.parametrize("named", ["loss", "train_acc"])
+def test_values_of_steps_and_of_epochs_are_told_apart_where_validations_save(tmp_path: Path, named: str) -> None:
+    callback = ModelCheckpoint(tmp_path / "c", "{step}", named, save_top_k=-1)
+    trainer = StandIn(str(tmp_path), callback, val_check_interval=0.5)
+    trainer.start()
+    for epoch in (0.0, 1.0):
+        trainer.batch(loss=0.1 + epoch)
+        if named == "train_acc" and not epoch:
+            with pytest.warns(UserWarning, match="'train_acc'.*found no such value"):
+                trainer.validate(val_loss=0.0)
+        else:
+            trainer.validate(val_loss=0.0)
+        trainer.batch(loss=0.2 + epoch)
+        trainer.end_epoch(train_acc=0.5 + epoch)
+
+    scores = {step_in(path): round(score.item(), 1) for path, score in callback.best_k_models.items()}
+    assert scores == ({1: 0.1, 3: 1.1} if named == "loss" else {2: 0.5, 4: 1.5})
+
+
+def test_a_value_that_is_nowhere_is_warned_of_while_validation_is_off(tmp_path: Path) -> None:
+    callback = ModelCheckpoint(tmp_path / "c", monitor="val_loss", save_last=True)
+    trainer = StandIn(str(tmp_path), callback, num_val_batches=[0])
+    trainer.start()
+    trainer.batch()
+    with pytest.warns(UserWarning, match="found no such value"):
+        trainer.end_epoch()
+    trainer.batch()
+    trainer.end_epoch()
+    with pytest.warns(UserWarning, match="training ended before"):
+        callback.on_train_end(trainer, None)  # type: ignore[arg-type]
+
+    assert files(tmp_path / "c") == ["last.ckpt"]
+
+
 def test_the_last_copy_does_not_wait_for_the_monitored_value(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", "{step}", "val_loss", save_last=True, every_n_train_steps=2)
     trainer = StandIn(str(tmp_path), callback)

@@ -345,3 +345,15 @@ def test_the_rich_theme_and_columns_can_be_changed() -> None:
     bar = Mine(theme=RichProgressBarTheme(metrics="bold"))
     assert bar.theme.metrics == "bold"
     assert len(bar.configure_columns(SimpleNamespace())) == 8
+
+
+def test_many_metrics_wrap_and_leave_the_rest_of_the_bar_readable() -> None:
+    code = SCRIPT.format(folder=os.path.dirname(__file__), bar="Many()").replace(
+        "bar = Many()",
+        "class Many(RichProgressBar):\n"
+        "    def get_metrics(self, *_): return {f'metric_{i}': 0.5 for i in range(12)}\n"
+        "bar = Many()",
+    )
+    written = run_on_terminal(code)
+    for expected in ("Epoch 1/1", "6/6", "metric_0: 0.500", "metric_11: 0.500"):
+        assert expected in written, expected

@@ -66,8 +66,8 @@ def _kit_members(cls: type) -> Iterator[tuple[str, object]]:
 
 
 def _marks(function: object) -> list[pytest.Mark]:
-    marks: object = getattr(function, "pytestmark", [])
-    return [mark for mark in marks if isinstance(mark, pytest.Mark)] if isinstance(marks, list) else []
+    marks: list[pytest.Mark] = getattr(function, "pytestmark", [])
+    return list(marks)
 
 
 def _is_honest_xfail(function: object) -> bool:

@@ -50,8 +50,8 @@ def _with_strategy(check: Callable[[Rank, Strategy], None]) -> Callable[[Rank], 
         strategy: Strategy = me.make()
         strategy.setup_environment(me.topology())
         reason = None
-        # The wrapped module dies with the frame of ``check``, before the group: torch deadlocks when DDP's reducer holds
-        # the last reference to a gloo group, whose destructor then joins threads while it keeps the interpreter's lock.
+        # The wrapped module dies with the frame of ``check``, before the group: torch deadlocks when DDP's reducer has
+        # the last reference to a gloo group, whose destructor then joins threads while it holds the GIL.
         # After any other error ranks stand at different places, and leaving a group could hang.
         try:
             check(me, strategy)

@@ -20,7 +20,7 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ class Rank:
             file.write_text(str(free_port()))
         self.meet()
         device = self.device
-        if device.type == "cpu" or device.index is not None:
+        if device.type == "cpu" or _has_index(device):
             devices = tuple(device for _ in range(self.world_size))
         else:
             devices = tuple(torch.device(device.type, i) for i in range(self.world_size))
@@ -84,6 +84,11 @@ class Rank:
             world_size=self.world_size,
             main_port=int(file.read_text()),
         )
+
+
+def _has_index(device: torch.device) -> bool:
+    # torch declares the index an int; where none was given it is None.
+    return cast("int | None", device.index) is not None
 
 
 def settle(checks: str, name: str, factory: str, num_processes: int, device: torch.device, timeout_s: float) -> None:
@@ -258,7 +263,7 @@ def _work(
             me.meet()
         except SkipCheck as reason:
             kind, text = "skipped", str(reason)
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - whatever a backend raises, this rank must report it
             kind, text = "failed", traceback.format_exc()
         staging = Path(folder) / f"staging-{index}-{rank}"
         staging.write_text(json.dumps([kind, text]))

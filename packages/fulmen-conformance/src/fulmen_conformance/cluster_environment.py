@@ -36,8 +36,8 @@ class Place(NamedTuple):
 class ClusterEnvironmentConformance(Kit):
     """Proves a ``ClusterEnvironment``.
 
-    Give the fixtures ``make_environment``, ``environment_variables`` (what the scheduler sets in one process, preferably
-    not of rank 0) and ``expected``. Subclass once more for each further place worth proving.
+    Give the fixtures ``make_environment``, ``environment_variables`` (what the scheduler sets in one process,
+    preferably not of rank 0) and ``expected``. Subclass once more for each further place worth proving.
     """
 
     @pytest.fixture
@@ -67,6 +67,7 @@ class ClusterEnvironmentConformance(Kit):
         environment_variables: Mapping[str, str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> ClusterEnvironment:
+        """The environment, made where the scheduler has set its variables. Not to be replaced."""
         for name, value in environment_variables.items():
             monkeypatch.setenv(name, value)
         return make_environment()
@@ -86,7 +87,7 @@ class ClusterEnvironmentConformance(Kit):
         is_fallback: bool,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """On failure look at variables that also others set: ``detect()`` must ask for what only this scheduler sets."""
+        """On failure look at variables that others set too: ``detect()`` asks for what only this scheduler sets."""
         if is_fallback:
             pytest.skip("is_fallback: it serves where no scheduler is found")
         for name, value in environment_variables.items():

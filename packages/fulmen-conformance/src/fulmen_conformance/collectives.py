@@ -19,13 +19,13 @@ __all__ = ["CollectivesConformance"]
 class CollectivesConformance(Kit):
     """Proves ``Collectives`` in real processes.
 
-    Give the fixture ``factory``; a backend of one process only also ``num_processes`` = 1. Each test runs on every rank;
-    a failure shows the traceback of each rank that failed.
+    Give the fixture ``factory``; a backend of one process only also ``num_processes`` = 1. Each test runs on every
+    rank; a failure shows the traceback of each rank that failed.
     """
 
     @pytest.fixture
     def factory(self) -> str:
-        """``"module:callable"`` or ``"/path/to/file.py:callable"``: takes a ``Topology``, joins, returns the backend."""
+        """``"module:callable"`` or ``"/path/file.py:callable"``: takes a ``Topology``, joins, returns the backend."""
         raise NotImplementedError('define a fixture `factory` that returns "module:callable"')
 
     @pytest.fixture
@@ -47,6 +47,7 @@ class CollectivesConformance(Kit):
     def kit_check(
         self, factory: str, num_processes: int, device: torch.device, timeout_s: float
     ) -> Callable[[str], None]:
+        """Runs one check on every rank. Not to be replaced."""
         return lambda name: settle("_collectives_checks", name, factory, num_processes, device, timeout_s)
 
     def test_rank_and_world_size_are_those_of_the_topology(self, kit_check: Callable[[str], None]) -> None:
@@ -70,7 +71,7 @@ class CollectivesConformance(Kit):
         kit_check("broadcast_object")
 
     def test_all_reduce_is_the_formula_and_leaves_its_input(self, kit_check: Callable[[str], None]) -> None:
-        """Mean, sum, min, max. On failure look at ``all_reduce``: the operation, the division, the missing ``clone``."""
+        """Mean, sum, min, max. On failure look at ``all_reduce``: the operation, the division, a missing ``clone``."""
         kit_check("all_reduce")
 
     def test_all_reduce_means_mean_unless_told_otherwise(self, kit_check: Callable[[str], None]) -> None:
@@ -98,7 +99,7 @@ class CollectivesConformance(Kit):
         kit_check("all_gather_without_gradient")
 
     def test_all_gather_sums_the_gradients_of_all_ranks(self, kit_check: Callable[[str], None]) -> None:
-        """Each rank weighs the entries differently. On failure look at the backward: it sums, and does not average."""
+        """Each rank weighs entries differently. On failure look at the backward: it sums, and does not average."""
         kit_check("all_gather_with_gradient")
 
     def test_all_gather_object_lists_in_rank_order(self, kit_check: Callable[[str], None]) -> None:

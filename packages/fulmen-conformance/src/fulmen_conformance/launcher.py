@@ -31,7 +31,7 @@ class LauncherConformance(Kit):
 
     @pytest.fixture
     def factory(self) -> str:
-        """``"module:callable"`` or ``"/path/to/file.py:callable"``: of no arguments, returns the launcher under test."""
+        """``"module:callable"`` or ``"/path/file.py:callable"``: of no arguments, returns the launcher under test."""
         raise NotImplementedError('define a fixture `factory` that returns "module:callable"')
 
     @pytest.fixture
@@ -41,6 +41,8 @@ class LauncherConformance(Kit):
 
     @pytest.fixture
     def kit_run(self, factory: str, timeout_s: float, tmp_path: Path) -> Callable[..., _Ended]:
+        """Runs one task of the script. Not to be replaced."""
+
         def run(task: str, num_processes: int = 2) -> _Ended:
             return _run_script(task, factory, num_processes, timeout_s, tmp_path)
 
@@ -51,7 +53,7 @@ class LauncherConformance(Kit):
         kit_run("members", 1).succeeded()
 
     def test_one_process_runs_the_function_and_returns_its_value(self, kit_run: Callable[..., _Ended]) -> None:
-        """On failure look at ``launch`` with ``num_processes=1``: the value must come back as the function returned it."""
+        """On failure look at ``launch`` with ``num_processes=1``: the value comes back as the function returned it."""
         ended = kit_run("value", 1).succeeded()
 
         assert ended.value == {"local_rank": 0, "answer": [42, None, "text"]}

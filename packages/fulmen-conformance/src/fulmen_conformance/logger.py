@@ -38,7 +38,7 @@ class LoggerConformance(Kit):
 
     @pytest.fixture
     def read_metrics(self) -> Callable[[], Metrics]:
-        """A raw reader that does not use the logger: for each metric its ``(step, value)`` pairs in order of writing."""
+        """A raw reader that does not use the logger: each metric's ``(step, value)`` pairs in order of writing."""
         raise NotImplementedError("define a fixture `read_metrics` that reads what the logger wrote")
 
     @pytest.fixture
@@ -163,7 +163,7 @@ class LoggerConformance(Kit):
         assert _pairs(read_metrics(), "test_loss") == [(1, 3.0)]
 
     def test_nothing_logged_is_nothing_to_fail_on(self, logger: Logger) -> None:
-        """A run may log nothing. On failure look at ``save`` and ``finalize`` before the first row, and called twice."""
+        """A run may log nothing. On failure look at ``save`` and ``finalize`` before the first row, or called twice."""
         logger.save()
         logger.finalize("success")
         logger.finalize("success")
@@ -191,7 +191,7 @@ class LoggerConformance(Kit):
         assert _pairs(read_metrics(), "loss") == [(0, 1.0), (1, 2.0)]
 
     def test_hyperparameters_of_any_kind_are_taken(self, logger: Logger) -> None:
-        """Users pass what they have. On failure look at values that cannot be written as they are: write their text."""
+        """Users pass what they have. On failure look at values that cannot be written as such: write their text."""
         logger.log_hyperparams(
             {
                 "lr": 0.1,

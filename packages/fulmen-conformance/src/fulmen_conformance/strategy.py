@@ -52,7 +52,7 @@ class StrategyConformance(Kit):
 
     @pytest.fixture
     def factory(self) -> str | None:
-        """``"module:callable"`` or ``"/path/to/file.py:callable"``: of no arguments, returns the strategy under test."""
+        """``"module:callable"`` or ``"/path/file.py:callable"``: of no arguments, returns the strategy under test."""
         return None
 
     @pytest.fixture
@@ -72,12 +72,14 @@ class StrategyConformance(Kit):
 
     @pytest.fixture
     def kit_topology(self, device: torch.device) -> Topology:
-        if device.type != "cpu" and device.index is None:
+        """The place of the only process of a run. Not to be replaced."""
+        if device.type != "cpu" and cast("int | None", device.index) is None:
             device = torch.device(device.type, 0)
         return Topology(devices=(device,), main_port=free_port())
 
     @pytest.fixture
     def kit_ready(self, strategy: Strategy, kit_topology: Topology) -> Iterator[Strategy]:
+        """The strategy between ``setup_environment`` and ``teardown``. Not to be replaced."""
         strategy.setup_environment(kit_topology)
         yield strategy
         strategy.teardown()
@@ -86,6 +88,7 @@ class StrategyConformance(Kit):
     def kit_check(
         self, strategy: Strategy, factory: str | None, num_processes: int, device: torch.device, timeout_s: float
     ) -> Callable[[str], None]:
+        """Runs one check on every rank. Not to be replaced."""
         need(strategy, SupportsCollectives)
         if factory is None:
             pytest.fail(
@@ -124,7 +127,7 @@ class StrategyConformance(Kit):
             assert equal_bits(got.bias, expected.bias)
 
     def test_an_empty_module_can_be_placed_and_loaded(self, kit_ready: Strategy) -> None:
-        """A checkpoint will fill it. On failure look at ``module_context(empty=True)`` and at ``place`` of its modules."""
+        """A checkpoint will fill it. On failure look at ``module_context(empty=True)``, ``place`` of its modules."""
         with kit_ready.module_context(empty=True):
             module = torch.nn.Linear(4, 2)
 
@@ -141,16 +144,19 @@ class StrategyConformance(Kit):
     def test_module_context_leaves_torch_as_it_was(self, kit_ready: Strategy, empty: bool) -> None:
         """Also after an error inside. On failure look for a default device or initialiser that is not put back."""
         before = (torch.get_default_dtype(), torch.tensor(1.0).device)
-        with pytest.raises(KeyError), kit_ready.module_context(empty=empty):
-            raise KeyError
+        try:
+            with pytest.raises(KeyError), kit_ready.module_context(empty=empty):
+                raise KeyError
 
-        torch.manual_seed(3)
-        first = torch.nn.Linear(2, 2)
-        torch.manual_seed(3)
+            torch.manual_seed(3)
+            first = torch.nn.Linear(2, 2)
+            torch.manual_seed(3)
 
-        assert (torch.get_default_dtype(), torch.tensor(1.0).device) == before
-        assert equal_bits(torch.nn.Linear(2, 2).weight, first.weight)
-        assert first.weight.abs().sum() > 0
+            assert (torch.get_default_dtype(), torch.tensor(1.0).device) == before
+            assert equal_bits(torch.nn.Linear(2, 2).weight, first.weight)
+            assert first.weight.abs().sum() > 0
+        finally:  # what leaks must not reach the tests that follow
+            torch.set_default_dtype(before[0])
 
     def test_a_placed_module_computes_what_the_module_computed(self, kit_ready: Strategy) -> None:
         """On failure look at ``place``: weights changed, or left on another device."""
@@ -242,7 +248,7 @@ class StrategyConformance(Kit):
         assert differences(full_state(kit_ready, module, placed), expected.state_dict()) == []
 
     def test_a_bound_method_runs_the_module_s_method(self, kit_ready: Strategy) -> None:
-        """``training_step`` goes through the wrapper. On failure look at ``bind_method``: arguments, result, gradient."""
+        """``training_step`` goes through the wrapper. On failure look at ``bind_method``: arguments, result, graph."""
         need(kit_ready, SupportsBoundMethods)
         module = tiny_net()
         placed, _ = prepare(kit_ready, module, sgd)
@@ -330,8 +336,8 @@ class StrategyConformance(Kit):
             try:
                 plans.apply_precision_plan(plan)
             except ValueError as refusal:
-                assert "bfloat16" in str(refusal), f"the message should name what was asked: {refusal}"
-                assert dtype is torch.bfloat16
+                if dtype is torch.float32 or "bfloat16" not in str(refusal):
+                    pytest.fail(f"refused, or without naming what was asked: {refusal}")
                 strategy.teardown()
                 continue
             weights = _weights_after_training(strategy, seen.append)
@@ -429,7 +435,7 @@ class StrategyConformance(Kit):
         kit_check("replicas_start_equal")
 
     def test_training_on_several_ranks_follows_the_mean_gradient(self, kit_check: Callable[[str], None]) -> None:
-        """Against plain PyTorch on all ranks' batches. On failure look at the reduction: sum, missing, wrong batches."""
+        """Against plain PyTorch on all batches. On failure look at the reduction: a sum, missing, wrong batches."""
         kit_check("training_follows_the_mean_gradient")
 
     def test_ranks_end_with_the_same_weights_bit_for_bit(self, kit_check: Callable[[str], None]) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 import torch
+
 from fulmen_conformance import AcceleratorConformance
 
 if TYPE_CHECKING:

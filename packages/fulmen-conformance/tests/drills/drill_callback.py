@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
+
 from fulmen_conformance import CallbackConformance
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 import torch
+
 from fulmen_conformance import CheckpointIOConformance
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ class RunsCode(Good):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)
             loaded = torch.load(io.BytesIO(content), map_location or "cpu", weights_only=False)
-            del loaded["x"]
+            loaded.pop("x", None)
             return loaded
 
 
@@ -290,7 +291,6 @@ TestNoDigest = broken(
     "test_a_cut_off_file_is_named_as_damaged",
     "test_a_flipped_bit_is_never_loaded",
     "test_verification_knows_whole_from_damaged_and_missing",
-    "test_code_in_a_file_is_not_run",
 )
 TestWritesInPlace = broken(
     WritesInPlace, "test_a_failed_save_keeps_the_old_checkpoint", "test_a_failed_save_leaves_no_rubbish"

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
+
 from fulmen_conformance import ClusterEnvironmentConformance, Place
 
 if TYPE_CHECKING:

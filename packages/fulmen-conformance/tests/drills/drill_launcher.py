@@ -10,12 +10,11 @@ import threading
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
+
 from fulmen_conformance import LauncherConformance
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from fulmen_protocols import Launcher
 
 
 class Good:
@@ -68,3 +67,36 @@ class TestGood(LauncherConformance):
     @pytest.fixture
     def factory(self) -> str:
         return f"{__file__}:{self.backend}"
+
+
+def broken(backend: str, *tests: str) -> type[LauncherConformance]:
+    """The drill with another backend, which exactly ``tests`` must catch."""
+    return type(f"Test{backend}", (TestGood,), {"backend": backend, "caught_by": set(tests)})
+
+
+class NeverLooks(Good):
+    """Starts the others and does not watch them."""
+
+    def watch(self, other: subprocess.Popen[bytes]) -> None:
+        other.wait()
+
+
+class TextOfTheValue(Good):
+    def launch(self, function: Callable[[], object], **place: object) -> object:
+        return str(super().launch(function, **place))
+
+
+class KillsNobody(Good):
+    def kill(self, signum: int) -> None:
+        self.killed = True
+
+
+TestNeverLooks = broken("NeverLooks", "test_an_error_on_another_rank_ends_the_run_with_its_traceback")
+TestTextOfTheValue = broken(
+    "TextOfTheValue",
+    "test_one_process_runs_the_function_and_returns_its_value",
+    "test_the_value_of_rank_zero_is_returned",
+)
+TestKillsNobody = broken(
+    "KillsNobody", "test_an_error_on_rank_zero_ends_the_others", "test_kill_ends_the_processes_it_started"
+)

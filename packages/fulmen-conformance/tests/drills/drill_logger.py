@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
+
 from fulmen_conformance import LoggerConformance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from fulmen_protocols import Logger, LoggerStatus
     from torch import nn
+
+    from fulmen_protocols import Logger, LoggerStatus
 
 
 class Good:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, ClassVar
 
 import pytest
+
 from fulmen_conformance import StorageConformance
 
 if TYPE_CHECKING:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 import torch
-import torch.distributed as dist
+
 from fulmen_conformance import StrategyConformance
-from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from fulmen_protocols import ReduceOp, Strategy, Topology
     from torch import Tensor, nn
     from torch.optim import Optimizer
+
+    from fulmen_protocols import Strategy, Topology
 
 
 class Single:
@@ -41,113 +42,6 @@ class Single:
         pass
 
 
-class _Group:
-    """Collectives just good enough for the strategy kit."""
-
-    def __init__(self) -> None:
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-
-    def barrier(self, name: str = "") -> None:
-        dist.barrier()
-
-    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        dist.broadcast(tensor, source)
-        return tensor
-
-    def all_reduce(self, tensor: Tensor, op: ReduceOp = "mean") -> Tensor:
-        out = tensor.clone()
-        dist.all_reduce(out)
-        return out
-
-    def broadcast_object(self, value: object, source: int = 0) -> object:
-        box = [value]
-        dist.broadcast_object_list(box, source)
-        return box[0]
-
-    def all_gather(self, tensor: Tensor, *, differentiable: bool = False) -> Tensor:
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor)
-        return torch.stack(parts)
-
-    def all_gather_object(self, value: object) -> list[object]:
-        parts: list[object] = [None] * self.world_size
-        dist.all_gather_object(parts, value)
-        return parts
-
-
-class _BoundMethod:
-    """Runs another method of the wrapped module through the wrapper's ``forward``."""
-
-    def __init__(self, placed: nn.Module, name: str) -> None:
-        self.placed, self.name = placed, name
-
-    def __call__(self, *args: object, **kwargs: object) -> object:
-        inner = self.placed.module
-        own_forward = inner.forward
-        method = getattr(inner, self.name)
-
-        def redirected(*args: object, **kwargs: object) -> object:
-            inner.forward = own_forward
-            return method(*args, **kwargs)
-
-        inner.forward = redirected
-        try:
-            return self.placed(*args, **kwargs)
-        finally:
-            inner.__dict__.pop("forward", None)
-
-
-class Ddp(Single):
-    """Replicas on several processes, with the abilities that DDP can have."""
-
-    launcher = "local"
-
-    def setup_environment(self, topology: Topology) -> None:
-        super().setup_environment(topology)
-        dist.init_process_group(
-            "gloo",
-            init_method=f"tcp://{topology.main_address}:{topology.main_port}",
-            rank=topology.rank,
-            world_size=topology.world_size,
-        )
-
-    @property
-    def collectives(self) -> _Group:
-        return _Group()
-
-    def place(self, module: nn.Module) -> nn.Module:
-        return DistributedDataParallel(module.to(self.root_device))
-
-    def place_for_inference(self, module: nn.Module) -> nn.Module:
-        for value in module.state_dict().values():
-            dist.broadcast(value, 0)
-        return module.to(self.root_device)
-
-    def no_sync(self, module: nn.Module) -> contextlib.AbstractContextManager[object]:
-        return module.no_sync()
-
-    def bind_method(self, placed: nn.Module, name: str) -> Callable[..., object]:
-        return _BoundMethod(placed, name)
-
-    def clip_grad_norm(
-        self,
-        module: nn.Module,
-        optimizer: Optimizer,
-        max_norm: float,
-        *,
-        norm_type: float = 2.0,
-        error_if_nonfinite: bool = False,
-    ) -> Tensor:
-        return torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm, norm_type, error_if_nonfinite)
-
-    def clip_grad_value(self, module: nn.Module, optimizer: Optimizer, clip_value: float) -> None:
-        torch.nn.utils.clip_grad_value_(module.parameters(), clip_value)
-
-    def teardown(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
 class TestSingle(StrategyConformance):
     caught_by: ClassVar[set[str]] = set()
 
@@ -156,13 +50,143 @@ class TestSingle(StrategyConformance):
         return Single()
 
 
-class TestDdp(StrategyConformance):
-    caught_by: ClassVar[set[str]] = set()
+def broken(backend: type[Single], *tests: str) -> type[StrategyConformance]:
+    """A subclass of the kit for ``backend``, which exactly ``tests`` must catch."""
 
-    @pytest.fixture
-    def strategy(self) -> Strategy:
-        return Ddp()
+    class Drill(StrategyConformance):
+        caught_by: ClassVar[set[str]] = set(tests)
 
-    @pytest.fixture
-    def factory(self) -> str:
-        return f"{__file__}:Ddp"
+        @pytest.fixture
+        def strategy(self) -> Strategy:
+            return backend()
+
+    return Drill
+
+
+_TRAINS = (
+    "test_training_gives_the_weights_of_plain_pytorch_bit_for_bit",
+    "test_gradients_accumulate_over_batches",
+    "test_teardown_can_be_called_twice_and_the_cycle_starts_again",
+)
+
+
+class HalvesTheLoss(Single):
+    def backward(self, loss: Tensor, module: nn.Module | None, **kwargs: object) -> None:
+        (loss * 0.5).backward()
+
+
+class PlacesACopy(Single):
+    def place(self, module: nn.Module) -> nn.Module:
+        return copy.deepcopy(module)
+
+
+class ChangesWeights(Single):
+    def place(self, module: nn.Module) -> nn.Module:
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(1e-7)
+        return module
+
+
+class DropsOptimizers(Single):
+    def prepare_optimizers(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
+        return []
+
+
+class ResetsOptimizers(Single):
+    def prepare_optimizers(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
+        return [torch.optim.SGD(module.parameters(), lr=0.1) for _ in optimizers]
+
+
+class WrongDevice(Single):
+    def setup_environment(self, topology: Topology) -> None:
+        self.root_device = torch.device("cpu", 0)
+
+
+class Reseeds(Single):
+    def module_context(self, *, empty: bool) -> contextlib.AbstractContextManager[object]:
+        torch.manual_seed(99)
+        return contextlib.nullcontext()
+
+
+class LeaksDtype(Single):
+    def module_context(self, *, empty: bool) -> contextlib.AbstractContextManager[object]:
+        @contextlib.contextmanager
+        def context() -> Iterator[None]:
+            torch.set_default_dtype(torch.float64)
+            yield
+            torch.set_default_dtype(torch.float32)
+
+        return context()
+
+
+class TearsDownOnce(Single):
+    def setup_environment(self, topology: Topology) -> None:
+        super().setup_environment(topology)
+        self.joined = True
+
+    def teardown(self) -> None:
+        del self.joined
+
+
+class ClosureDropped(Single):
+    def optimizer_step(
+        self, optimizer: Optimizer, module: nn.Module | None, closure: Callable[[], object] | None = None
+    ) -> object:
+        return optimizer.step()
+
+
+class StepsEveryTime(Single):
+    def set_accumulation(self, batches: int) -> None:
+        pass
+
+
+class UsesUpTheLoader(Single):
+    def process_loader(self, loader: Iterable[object]) -> Iterable[object]:
+        return iter(list(loader))
+
+
+class PlanIgnored(Single):
+    def apply_precision_plan(self, plan: object) -> None:
+        pass
+
+
+class HalfOfClipping(Single):
+    def clip_grad_value(self, module: nn.Module, optimizer: Optimizer, clip_value: float) -> None:
+        pass
+
+
+TestHalvesTheLoss = broken(HalvesTheLoss, *_TRAINS)
+TestPlacesACopy = broken(
+    PlacesACopy,
+    *_TRAINS,
+    "test_the_module_itself_has_the_trained_weights_by_canonical_name",
+    "test_an_empty_module_can_be_placed_and_loaded",
+)
+TestChangesWeights = broken(ChangesWeights, "test_a_placed_module_computes_what_the_module_computed", *_TRAINS)
+TestDropsOptimizers = broken(
+    DropsOptimizers, *_TRAINS, "test_the_module_itself_has_the_trained_weights_by_canonical_name"
+)
+TestResetsOptimizers = broken(
+    ResetsOptimizers,
+    _TRAINS[0],
+    _TRAINS[2],
+)
+TestWrongDevice = broken(
+    WrongDevice,
+    "test_its_root_device_is_this_process_s",
+    "test_a_placed_module_computes_what_the_module_computed",
+)
+TestReseeds = broken(Reseeds, "test_modules_are_created_with_the_values_of_plain_pytorch")
+TestLeaksDtype = broken(
+    LeaksDtype,
+    "test_an_empty_module_can_be_placed_and_loaded",
+    "test_modules_are_created_with_the_values_of_plain_pytorch",
+    "test_module_context_leaves_torch_as_it_was",
+)
+TestTearsDownOnce = broken(TearsDownOnce, "test_teardown_can_be_called_twice_and_the_cycle_starts_again")
+TestClosureDropped = broken(ClosureDropped, "test_an_engine_s_step_evaluates_the_closure")
+TestStepsEveryTime = broken(StepsEveryTime, "test_an_engine_that_accumulates_steps_once_a_window")
+TestUsesUpTheLoader = broken(UsesUpTheLoader, "test_a_processed_loader_gives_the_same_batches_on_the_device")
+TestPlanIgnored = broken(PlanIgnored, "test_a_precision_plan_is_honoured_or_refused")
+TestHalfOfClipping = broken(HalfOfClipping, "test_each_ability_is_whole_or_absent")

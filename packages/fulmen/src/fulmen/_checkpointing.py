@@ -216,6 +216,8 @@ def _mine(trainer: Trainer, session: Session) -> dict[str, Any] | None:
 
 def restore_position(trainer: Trainer, session: Session) -> None:
     """Data position and running metrics, before the first batch."""
+    if session.resumed is not None:
+        trainer._reporter.restore(session.resumed["callback_metrics"], trainer.world.device)
     mine = _mine(trainer, session)
     if mine is None:
         if session.resumed is not None:

@@ -20,6 +20,7 @@ __all__ = [
     "link",
     "list_folder",
     "make_folder",
+    "modified",
     "open_text",
     "parent",
     "real",
@@ -82,8 +83,8 @@ def modified(path: str) -> float:
     if is_local(path):
         return os.stat(path).st_mtime
     info: dict[str, Any] = _remote(path).info(path)
-    written = info.get("mtime") or info.get("LastModified") or info.get("created")
-    return float(written.timestamp() if hasattr(written, "timestamp") else written or 0)
+    written: Any = info.get("mtime") or info.get("LastModified") or info.get("created") or 0
+    return float(written.timestamp() if hasattr(written, "timestamp") else written)
 
 
 def make_folder(path: str) -> None:

@@ -106,6 +106,10 @@ class Reporter:
         self._snapshot = HostSnapshot()
         self._queue.clear()
 
+    def restore(self, callback_metrics: Mapping[str, Tensor], device: torch.device) -> None:
+        """Let callbacks and schedulers know what they knew when a checkpoint was written."""
+        self._callback.update({name: value.to(device) for name, value in callback_metrics.items()})
+
     def to_cpu(self) -> None:
         """Take what is pending and move it off the device, which the run is about to give back. Waits for the device.
 

@@ -207,7 +207,11 @@ class World:
 
     def _abort_all(self) -> str:
         """End the other ranks by SIGABRT, at which faulthandler writes down where they were, and return that."""
-        running = [(i, process) for i, process in enumerate(self._processes()) if process.poll() is None]
+        running = [
+            (i, process)
+            for i, process in enumerate(self._processes())
+            if process.poll() is None and not os.path.exists(self._error_file(i))  # else it is about to end by itself
+        ]
         for _, process in running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGABRT)

@@ -42,6 +42,8 @@ class MonitoredValue:
     def before_validation(self, metrics: Mapping[str, Tensor]) -> None:
         """Called when a validation begins."""
         self._absent_before_validation = self.name not in metrics
+        if self.source is None and not self._absent_before_validation:
+            self.source = "step"
 
     def after_validation(self, metrics: Mapping[str, Tensor], step: int) -> None:
         """Called when a validation has ended at ``step``."""

@@ -94,6 +94,8 @@ class EarlyStopping(Callback):
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         self.stopping_reason_message: str | None = None
         self._value = MonitoredValue(monitor)
+        self._check_is_pending = False
+        self._warned_of_missing = False
 
     @property
     def state_key(self) -> str:
@@ -109,6 +111,7 @@ class EarlyStopping(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget which metrics an earlier run had."""
         self._value.start()
+        self._check_is_pending = False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note whether validation is what produces the value."""
@@ -124,11 +127,12 @@ class EarlyStopping(Callback):
             self._run_early_stopping_check(trainer, "validation")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check, if epochs are what is counted."""
+        """Check, if epochs are what is counted, or if a validation's check waits for the epoch's value."""
         if self._should_skip_check(trainer):
             return
         self._value.after_epoch(trainer.callback_metrics)
-        if self._check_on_train_epoch_end:
+        if self._check_on_train_epoch_end or self._check_is_pending:
+            self._check_is_pending = False
             self._run_early_stopping_check(trainer, "epoch")
 
     def _should_skip_check(self, trainer: Trainer) -> bool:
@@ -137,30 +141,34 @@ class EarlyStopping(Callback):
     def _run_early_stopping_check(self, trainer: Trainer, moment: Moment) -> None:
         metrics = trainer.callback_metrics
         stop, message = False, None
-        if self.monitor not in metrics:
-            self._missing(trainer, metrics)
-        elif self._value.is_fresh(metrics, moment, trainer.global_step):
+        fresh = self._value.is_fresh(metrics, moment, trainer.global_step)
+        if fresh:
             # One wait for the device per check.
             stop, message = self._evaluate_stopping_criteria(metrics[self.monitor].detach().cpu().squeeze())
+        elif self.monitor not in metrics:
+            self._missing(trainer, metrics, moment)
         # Every rank asks, also one that has nothing to say, since the others wait for its answer.
-        agreed = bool(trainer.strategy.reduce_boolean_decision(stop, all=False))
-        if agreed:
+        if moment == "validation":
+            self._check_is_pending = bool(trainer.strategy.reduce_boolean_decision(not fresh, all=False))
+        if trainer.strategy.reduce_boolean_decision(stop, all=False):
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
         if message is not None and self.verbose and (trainer.is_global_zero or not self.log_rank_zero_only):
             prefix = f"[rank {trainer.global_rank}] " if trainer.world_size > 1 else ""
             trainer.print(f"{prefix}{message}")
 
-    def _missing(self, trainer: Trainer, metrics: Mapping[str, Tensor]) -> None:
+    def _missing(self, trainer: Trainer, metrics: Mapping[str, Tensor], moment: Moment) -> None:
+        if self._value.validated_at is None and trainer.enable_validation:
+            return  # the validation that may log it is yet to come
         found = (
             f"EarlyStopping(monitor={self.monitor!r}) found no such value.{did_you_mean(self.monitor, metrics)} "
             f"Logged are {sorted(metrics)!r}. Log it with self.log({self.monitor!r}, ...)."
         )
-        if self._value.validated_at is None and trainer.enable_validation:
-            return  # the validation that may log it is yet to come
-        if self.strict:
+        if self.strict and moment == "epoch":  # nothing is left that could produce it
             raise MisconfigurationException(found)
-        warnings.warn(found, stacklevel=4)
+        if not self._warned_of_missing:
+            self._warned_of_missing = True
+            warnings.warn(found, stacklevel=4)
 
     def _evaluate_stopping_criteria(self, current: Tensor) -> tuple[bool, str | None]:
         """Whether to stop at the value ``current``, and what to say."""

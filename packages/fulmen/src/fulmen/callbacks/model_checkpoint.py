@@ -155,8 +155,6 @@ class ModelCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if a number of steps or a time is over."""
-        if not self._every_n_train_steps and self._clock is None:
-            return
         if self._first_batch:
             self._first_batch = False
             self._value.after_first_batch(trainer.callback_metrics)
@@ -248,7 +246,9 @@ class ModelCheckpoint(Checkpoint):
         if self.monitor is not None and self.save_top_k != 0:
             metrics = trainer.callback_metrics
             if not self._value.is_fresh(metrics, moment, trainer.global_step):
-                if self.monitor not in metrics and (moment == "epoch" or not self._save_is_pending and moment != "step"):
+                if self.monitor not in metrics and (
+                    moment == "epoch" or (not self._save_is_pending and moment != "step")
+                ):
                     self._missing(trainer, metrics, moment)
                 self._save_is_pending = True
                 return

@@ -93,6 +93,7 @@ class RichProgressBar(DrawnProgressBar):
         A task's ``fields["metrics"]`` holds the metrics as one line of text.
         """
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.table import Column
 
         theme = self.theme
         return [
@@ -106,7 +107,8 @@ class RichProgressBar(DrawnProgressBar):
             _styled(TimeElapsedColumn, theme.time),
             _styled(TimeRemainingColumn, theme.time),
             TextColumn("{task.fields[speed]}", style=theme.processing_speed),
-            TextColumn("{task.fields[metrics]}", style=theme.metrics),
+            # The only text that may wrap: rich takes the room that is missing from it.
+            TextColumn("{task.fields[metrics]}", style=theme.metrics, table_column=Column(overflow="fold")),
         ]
 
     def _open(self, stage: str) -> Bar:
@@ -201,6 +203,7 @@ class _RichBar:
 
 def _styled(column: Any, style: str) -> Any:
     """A time column in a style of the theme; rich gives these columns a fixed one."""
+    from rich.table import Column
     from rich.text import Text
 
     class Styled(column):  # type: ignore[misc]  # the parent is known at run time
@@ -209,4 +212,4 @@ def _styled(column: Any, style: str) -> Any:
             parent: Any = super()
             return Text(parent.render(task).plain, style=style)
 
-    return Styled()
+    return Styled(table_column=Column(no_wrap=True))
