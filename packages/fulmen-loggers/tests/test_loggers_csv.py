@@ -99,6 +99,27 @@ def test_the_version_of_another_process_can_be_taken_over(tmp_path: Path) -> Non
     assert os.listdir(tmp_path / "lightning_logs") == ["version_0"]
 
 
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+def test_only_the_first_process_of_a_run_takes_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "1")
+    logger = CSVLogger(tmp_path / "new")
+    assert logger.version == 0
+    assert list(tmp_path.iterdir()) == []
+    logger.version = 4
+    assert logger.log_dir.endswith("version_4")
+    # Many runs under one launcher (a search with srun): who writes is a run of its own.
+    one, other = CSVLogger(tmp_path / "search"), CSVLogger(tmp_path / "search")
+    assert one.version == other.version == 0
+    one.save()
+    other.save()
+    assert (one.version, other.version) == (0, 1)
+    monkeypatch.setenv(name, "0")
+    assert CSVLogger(tmp_path / "new").version == 0
+    assert os.listdir(tmp_path / "new" / "lightning_logs") == ["version_0"]
+
+
 def test_rows_and_columns_grow(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, flush_logs_every_n_steps=2)
     logger.log_metrics({"a": 1.5}, step=3)

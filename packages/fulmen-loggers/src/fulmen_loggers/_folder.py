@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RunFolder"]
 
+# How launchers (torchrun and ours, SLURM, Open MPI, MPICH, LSF) tell a process which of a run it is.
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "JSM_NAMESPACE_RANK")
 _VERSION = re.compile(r"version_(\d+)")
 
 
@@ -46,6 +48,7 @@ class RunFolder:
         self.name = name
         self._logger = logger
         self._version = version
+        self._guessed = False
 
     @property
     def is_remote(self) -> bool:
@@ -59,14 +62,24 @@ class RunFolder:
 
     @property
     def version(self) -> int | str:
-        """Which run this is. First read without a version given: makes the next free folder, and so owns it."""
+        """Which run this is. First read without a version given: makes the next free folder, and so owns it.
+
+        Only in the first process of a run: another one, reading it by chance, must not take a second folder. It gets a
+        guess until it is told, or writes.
+        """
         if self._version is None:
-            self._version = self._next_remote() if self.is_remote else self._claim()
+            self._guessed = not self.is_remote and _is_follower()
+            self._version = self._next_local() if self._guessed else self._take()
         return self._version
 
     @version.setter
     def version(self, version: int | str) -> None:
-        self._version = version
+        self._version, self._guessed = version, False
+
+    def own(self) -> None:
+        """Make sure that the version is this run's, before the first write."""
+        if self._version is None or self._guessed:
+            self._version, self._guessed = self._take(), False
 
     @property
     def path(self) -> str:
@@ -132,10 +145,15 @@ class RunFolder:
             "Choose a save_dir that this process may write, with space left."
         )
 
-    def _claim(self) -> int:
+    def _next_local(self) -> int:
+        return _after(os.listdir(self.root)) if os.path.isdir(self.root) else 0
+
+    def _take(self) -> int:
+        if self.is_remote:  # an object store has no folders to own
+            return self._next_remote()
         root = self.root
         self.make(root)
-        number = _after(os.listdir(root))
+        number = self._next_local()
         while True:
             try:
                 # The only operation that two runs starting together cannot both succeed at.
@@ -177,3 +195,7 @@ class RunFolder:
 def _after(names: list[str]) -> int:
     taken = [int(match[1]) for match in map(_VERSION.fullmatch, names) if match]
     return max(taken, default=-1) + 1
+
+
+def _is_follower() -> bool:
+    return any(os.environ.get(name, "0") not in ("", "0") for name in _RANKS)

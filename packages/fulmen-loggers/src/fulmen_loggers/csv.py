@@ -135,6 +135,7 @@ class CSVLogger:
 
     def _flush(self) -> None:
         folder = self._folder
+        folder.own()
         directory = folder.path
         if self._table is None:
             folder.make(directory)

@@ -125,6 +125,7 @@ class TensorBoardLogger:
             # Here because it imports tensorboardX, which whoever logs to CSV only does not have.
             from fulmen_loggers._event_files import EventFiles
 
+            self._folder.own()
             folder = self.log_dir
             self._folder.make(folder)
             try:
@@ -217,6 +218,7 @@ class TensorBoardLogger:
     def save(self) -> None:
         """Write everything so far to disk."""
         folder = self._folder
+        folder.own()
         directory = self.log_dir
         folder.make(directory)
         self._hparams.save(folder, folder.join(directory, self.NAME_HPARAMS_FILE))

@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from fulmen_protocols.errors import MisconfigurationException, MisconfigurationTypeError, did_you_mean
@@ -138,7 +137,7 @@ class DDPStrategy:
         # Without device_ids DDP leaves inputs alone. With them it would rebuild every batch's containers only to find
         # that its tensors are where they should be.
         placed = DistributedDataParallel(Entry(module), **self._options)
-        _outlive(placed.reducer, dist.group.WORLD)
+        _outlive(placed.reducer, cast("object", placed.process_group))
         if self._comm_hook is not None:
             hook = self._comm_hook if self._comm_wrapper is None else self._comm_wrapper(self._comm_hook)
             placed.register_comm_hook(self._comm_state, hook)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from fulmen._silent import DummyLogger
 from fulmen.hparams import hyperparameters_for_loggers
 from fulmen_fabric import rank_zero_info
 from fulmen_fabric.abilities import supports
@@ -21,8 +22,10 @@ __all__ = ["complete", "log_hyperparameters"]
 
 def complete(logger: Logger | Iterable[Logger] | bool | None, settings: Settings) -> list[Logger]:
     """The loggers of a run: those given, a default one, or none."""
-    if settings.fast_dev_run or settings.barebones or logger is False:
+    if settings.barebones or logger is False:
         return []
+    if settings.fast_dev_run:
+        return [DummyLogger()]  # code that uses self.logger.experiment runs in a quick run too
     if logger is None or logger is True:
         # Asking for "the default" is asking for what is installed; the line says which it was.
         name = "tensorboard" if find_spec("tensorboardX") is not None else "csv"

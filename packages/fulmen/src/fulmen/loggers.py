@@ -2,4 +2,6 @@
 
 from fulmen_loggers import CSVLogger, TensorBoardLogger
 
-__all__ = ["CSVLogger", "TensorBoardLogger"]
+from fulmen._silent import DummyLogger
+
+__all__ = ["CSVLogger", "DummyLogger", "TensorBoardLogger"]

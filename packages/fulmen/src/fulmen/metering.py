@@ -56,6 +56,9 @@ class Metering:
         return store
 
     def _attach(self, store: MetricStore | None) -> None:
+        left = self._reporter.store
+        if left is not None and left is not store:
+            self._reporter.remember_steps(left)  # a validation within the epoch leaves the step values readable
         self._session.store = self._reporter.store = store
         for module in self._modules:
             module.__dict__["_metric_store"] = store if self._enabled else None

@@ -19,6 +19,7 @@ import torch
 
 from fulmen import _callbacks, _checkpointing, _loggers, _verify
 from fulmen._explain import explain_run
+from fulmen._silent import DummyLogger, MutedLogger
 from fulmen._surface import TrainerSurface
 from fulmen.datamodule import LightningDataModule
 from fulmen.evaluate import EvalParts, evaluate
@@ -469,10 +470,19 @@ class Trainer(TrainerSurface):
             torch.backends.cudnn.benchmark = before[2]
 
     def _share_log_dir(self) -> None:
-        """Rank 0 chooses the run's folder; the others take its word."""
+        """Rank 0 chooses each logger's version and the run's folder; the others take its word."""
         self._shared_log_dir = None
-        if self.world.world_size > 1:
-            self._shared_log_dir = self.world.collectives.broadcast_object(self.log_dir)
+        if self.world.world_size == 1:
+            return
+        collectives = self.world.collectives
+        versions = [logger.version for logger in self.loggers] if self.world.is_global_zero else []
+        versions = collectives.broadcast_object(versions)
+        if not self.world.is_global_zero:
+            for logger, version in zip(self.loggers, versions, strict=True):
+                if getattr(getattr(type(logger), "version", None), "fset", None) is not None:
+                    logger.version = version  # type: ignore[misc]  # settable where the logger says so
+            self.loggers = [one if isinstance(one, DummyLogger) else MutedLogger(one) for one in self.loggers]
+        self._shared_log_dir = collectives.broadcast_object(self.log_dir if self.world.is_global_zero else None)
 
     def _resolve_ckpt_path(self, asked: str | os.PathLike[str] | None, *, model_given: bool) -> None:
         """Turn ``best``, ``last``, a path or None into the path to load, before anything starts."""
