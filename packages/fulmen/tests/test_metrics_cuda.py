@@ -91,7 +91,7 @@ def test_evaluation_in_inference_mode_waits_for_nothing() -> None:
         for step in range(100):
             store.start_batch(torch.zeros(1 + step % 3, 2, device="cuda"), step, None)
             log(store, "x", torch.ones((), device="cuda"))
-            reporter.report_eval_step(store, batches_seen=step, epoch=0)
+            reporter.report_eval_step(store, batches_seen=step)
         store.reduce_epoch()
     torch.cuda.set_sync_debug_mode("default")
     assert float(store.callback_metrics["x_epoch"]) == 1.0

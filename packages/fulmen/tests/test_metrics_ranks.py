@@ -166,6 +166,29 @@ for step in range(8):
     steps.append(floats(store.callback_metrics))
 RESULT["rare"] = steps
 
+# a second metric appears on one rank while another is agreed on, with no flush
+store = make()
+for step in range(70):
+    store.start_batch(torch.zeros(2, 2), step, None)
+    log(store, "steady", 1.0)
+    if RANK == WORLD - 1 and step >= 10:
+        log(store, "joins", float(step))
+    store.pending_sync()
+RESULT["joins"] = floats(store.callback_metrics)
+
+# DTensors: a replicated one is as good as a tensor, a partial one would communicate
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Partial, DTensor, Replicate
+
+mesh = init_device_mesh("cpu", (WORLD,))
+store = make()
+store.start_batch(torch.zeros(2, 2), 0, None)
+log(store, "replicated", DTensor.from_local(torch.tensor(2.5), mesh, [Replicate()]), sync_dist=False)
+try:
+    log(store, "partial", DTensor.from_local(torch.tensor(2.5), mesh, [Partial()]), sync_dist=False)
+except ValueError as error:
+    RESULT["dtensor"] = [floats(store.callback_metrics), str(error)]
+
 # nobody syncs step values: what does that cost?
 store = make()
 for step in range(200):
@@ -329,6 +352,18 @@ def test_a_step_metric_that_appears_late_on_one_rank_is_shared_from_the_next_flu
     assert [step.get("rare") for step in results[0]["rare"]] == [None, None, 2, 3, 4, 5, 6, 7]
     for result in results[1:]:
         assert [step.get("rare") for step in result["rare"]] == [None, None, None, 3, 4, 5, 6, 7]
+
+
+def test_a_step_metric_that_joins_others_is_shared_without_waiting_for_a_flush(results: Results) -> None:
+    for result in results:
+        assert result["joins"] == {"steady": 1.0, "joins": 69.0}
+
+
+def test_a_replicated_dtensor_is_logged_and_a_partial_one_is_refused(results: Results) -> None:
+    for result in results:
+        values, error = result["dtensor"]
+        assert values == {"replicated": 2.5}
+        assert "full_tensor()" in error
 
 
 def test_runs_that_sync_no_step_value_pay_for_a_handful_of_agreements(results: Results) -> None:

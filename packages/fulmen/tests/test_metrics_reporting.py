@@ -128,11 +128,11 @@ def test_evaluation_steps_are_drawn_over_batches_seen_and_epochs_over_training_s
         for loader in (0, 1):
             store.start_batch(torch.zeros(2, 2), batch, loader)
             log(store, "x", torch.tensor(float(10 * loader + batch)), on_step=True, on_epoch=True)
-            reporter.report_eval_step(store, batches_seen=batch, epoch=4, dataloader_idx=loader)
+            reporter.report_eval_step(store, batches_seen=batch, dataloader_idx=loader)
     store.reduce_epoch()
     reporter.report_eval_epoch(store, batches_that_stepped=20, epoch=4)
 
-    steps = [(batch, {f"x_step/dataloader_idx_{loader}": 10.0 * loader + batch, "epoch": 4})
+    steps = [(batch, {f"x_step/dataloader_idx_{loader}": 10.0 * loader + batch})
              for batch in range(3) for loader in (0, 1)]  # fmt: skip
     ends = (20, {"x_epoch/dataloader_idx_0": 1.0, "x_epoch/dataloader_idx_1": 11.0, "epoch": 4})
     assert logger.rows == [*steps, ends]
@@ -142,7 +142,7 @@ def test_the_sanity_check_tells_callbacks_and_no_logger() -> None:
     logger, store = Rows(), make_store("sanity_check")
     reporter = Reporter(loggers=[logger])
     log(store, "x", 1.0, on_step=True, on_epoch=True)
-    reporter.report_eval_step(store, batches_seen=0, epoch=0)
+    reporter.report_eval_step(store, batches_seen=0)
     store.reduce_epoch()
     reporter.report_eval_epoch(store, batches_that_stepped=0, epoch=0)
 

@@ -196,6 +196,29 @@ def test_an_element_of_a_reused_buffer_is_recorded_as_it_was() -> None:
     assert epoch_values(store)["x_epoch"] == sum(range(12))
 
 
+def test_an_element_of_a_buffer_that_is_written_to_only_later_is_recorded_as_it_was() -> None:
+    store = make_store()
+    buffer = torch.ones(4)
+
+    for step in range(12):
+        if step >= 6:
+            buffer[1] = step
+        log(store, "x", buffer[1], on_epoch=True, reduce_fx="sum")
+
+    assert epoch_values(store)["x_epoch"] == 6 * 1 + sum(range(6, 12))
+
+
+def test_values_that_were_built_in_place_count_like_others() -> None:
+    store = make_store()
+
+    for step in range(12):
+        value = torch.zeros(())
+        value += step
+        log(store, "x", value, on_epoch=True, reduce_fx="sum")
+
+    assert epoch_values(store)["x_epoch"] == sum(range(12))
+
+
 def test_a_value_changed_in_inference_mode_is_recorded_as_it_was() -> None:
     store = make_store("validate", "validation_step")
 

@@ -69,10 +69,6 @@ class Metering:
         """A row of step values."""
         self._reporter.report_step(self.train, batches_that_stepped=self._progress.log_step, epoch=self._progress.epoch)
 
-    def sync_train_step(self) -> None:
-        """Reduce the step values that the user wants reduced over ranks at every step."""
-        self.train.pending_sync()
-
     def reduce_train(self) -> None:
         """Compute the epoch's values, over ranks where asked for; the last step's values stay known beside them."""
         self._reporter.remember_steps(self.train)

@@ -42,6 +42,9 @@ _Key = tuple[
 
 __all__ = ["LogScope", "MetricStore", "MetricView", "Scalar", "scope_for"]
 
+_AGREE_EVERY = 64
+"""Batches after which ranks that reduce step values look for metrics they have not agreed on."""
+
 
 class MetricStore:
     """The metrics of one stage of a run.
@@ -347,10 +350,10 @@ class MetricStore:
     def pending_sync(self, *, at_flush: bool = False) -> None:
         """Reduce over ranks the step values logged with ``sync_dist=True``. Call after each batch, on every rank.
 
-        Ranks agree which metrics that concerns after the first batch of an epoch and, ever more rarely while there
-        are none, at flushes: those calls read the host's copy of one small message. A batch in between costs one
-        asynchronous collective while metrics are agreed on, and nothing while there are none. A metric that first
-        appears between two agreements is this rank's own until the next one.
+        Ranks agree which metrics that concerns after the first batch of an epoch, at every 64th batch while there are
+        some, and at flushes, ever more rarely while there are none: those calls read one small message on the host. A
+        batch in between costs one asynchronous collective while metrics are agreed on, and nothing while there are
+        none. A metric that first appears between two agreements is this rank's own until the next one.
 
         Args:
             at_flush: the loggers get a row after this batch; the same on every rank.
@@ -359,7 +362,7 @@ class MetricStore:
             return
         self._batches += 1
         schema = self._step_schema
-        agree = self._batches == 1
+        agree = self._batches == 1 or (bool(schema.rows) and self._batches % _AGREE_EVERY == 0)
         if at_flush:
             self._flushes += 1
             often_enough = self._flushes & (self._flushes - 1) == 0 or self._flushes % 32 == 0

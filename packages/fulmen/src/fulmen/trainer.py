@@ -570,7 +570,7 @@ class Trainer(TrainerSurface):
             if session.module.automatic_optimization
             else None,
             log=self._log_step,
-            end_batch=metering.sync_train_step if metering.train.may_sync_steps else None,
+            end_batch=self._sync_step if metering.train.may_sync_steps else None,
             end_epoch=metering.reduce_train,
             log_epoch=self._close_epoch,
             validate=self._validate_in_fit,
@@ -655,6 +655,10 @@ class Trainer(TrainerSurface):
         assert session is not None
         assert session.train_loader is not None
         return session.train_loader.epoch_batches(progress.epoch, progress.batch)
+
+    def _sync_step(self) -> None:
+        due = not self._progress.window_is_open and self._plan.logs(self._progress)
+        self._metering.train.pending_sync(at_flush=due)
 
     def _log_step(self) -> None:
         """A declared point inside an epoch: a row to the loggers, and the ranks' agreement whether to stop."""
