@@ -96,10 +96,11 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
 def _exact_state(trainer: Trainer, session: Session) -> dict[str, Any]:
     """Counters, and each rank's random state, data position and running metrics."""
     store = trainer._metering.train if trainer._fitting else None
-    loader = session.train_loader
+    loader, progress = session.train_loader, trainer._progress
+    within_epoch = progress.epoch_started and not progress.epoch_ended
     mine = {
         "rng": collect_rng_state(trainer.world.device),
-        "loader": None if loader is None else loader.state_dict(trainer._progress.batch),
+        "loader": None if loader is None else loader.state_dict(progress.batch, within_epoch=within_epoch),
         "metrics": None if store is None else store.state_dict(),
     }
     return {
