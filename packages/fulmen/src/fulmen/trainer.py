@@ -846,7 +846,7 @@ class Trainer(TrainerSurface):
             no_grad=session.no_grad(inference_mode=self._uses_inference_mode()),
             model_eval=modes.eval,
             model_train=modes.restore,
-            keep=_to_cpu if keep else None,
+            keep=(_as_it_is if self.world.device.type == "cpu" else _to_cpu) if keep else None,
         )
         hooks = self._binder.evaluation("predict", several_loaders=loaders.several)
         return parts, hooks, loaders.loaders, loaders.limits
@@ -981,6 +981,10 @@ def _inside(
             return step(*args)
 
     return run
+
+
+def _as_it_is(outputs: object) -> object:
+    return outputs
 
 
 def _to_cpu(outputs: object) -> object:
