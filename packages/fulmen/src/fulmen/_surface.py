@@ -1,7 +1,7 @@
-"""The Trainer's readable surface: the properties that callbacks, loggers and integrations rely on, under Lightning's names.
+"""The Trainer's readable surface: the properties that callbacks, loggers and integrations use, under Lightning's names.
 
-Setting one that changes the run (``accumulate_grad_batches``, ``max_epochs``, ``limit_*``, ...) makes the loop take up a
-new plan after the batch in hand.
+Setting one that changes the run (``accumulate_grad_batches``, ``max_epochs``, ``limit_*``, ...) makes the loop take up
+a new plan after the batch in hand.
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ class TrainerSurface:
     def global_step(self) -> int:
         """Optimizer steps taken, all optimizers together."""
         manual = self._manual
-        return self._progress.updates if manual is None else manual.updates()  # type: ignore[no-any-return]
+        return self._progress.updates if manual is None else manual.updates()
 
     @property
     def batches_that_stepped(self) -> int:

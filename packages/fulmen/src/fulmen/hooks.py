@@ -2,8 +2,8 @@
 
 Built once per call, before the first batch. A hook that nobody overrides is an empty tuple, so it costs an empty loop.
 Callbacks come first, in their order, then the module; callbacks that watch metrics come last at the end of a training
-epoch, so that they see what the module logged there. Arguments that Lightning gives (``trainer``, ``pl_module``) are bound
-here, so the loops hold no Trainer.
+epoch, so that they see what the module logged there. Arguments that Lightning gives (``trainer``, ``pl_module``) are
+bound here, so the loops hold no Trainer.
 """
 
 from __future__ import annotations
