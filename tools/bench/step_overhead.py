@@ -113,10 +113,11 @@ def main() -> int:
                     f"{f['cpu_ratio']:.2f}",
                 ]
             )
+        print(f"{name}: measured", file=sys.stderr)
+        if arguments.json:  # after each: a run that is cut off keeps what it has
+            arguments.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     head = ["contestant", "raw µs", "µs", "over raw µs", "ratio", "over raw µs (CPU)", "ratio (CPU)"]
     print_table(head, rows, markdown=arguments.markdown)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     return int(not rows)
 
 

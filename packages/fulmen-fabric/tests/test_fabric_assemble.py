@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 
 import pytest
@@ -214,6 +215,11 @@ def test_a_vendors_objects_are_taken_by_what_they_can_do():
     assert (found.accelerator_name, found.strategy_name, found.precision_name) == ("acme", "OneProcess", "acme-8bit")
 
 
+def test_an_assembly_can_be_sent_to_a_spawned_process():
+    found = assemble(accelerator="cpu", devices=2)
+    assert pickle.loads(pickle.dumps(found)).sources == found.sources
+
+
 def test_auto_devices_ask_the_accelerator():
     assert assemble(accelerator=Acme(count=4), plugins=Cluster(4)).world_size == 4
     assert len(assemble(accelerator=Acme(count=3)).devices) == 3
@@ -257,8 +263,8 @@ def test_one_device_in_a_cluster_of_several_processes_is_taken_as_asked_with_a_w
         ({"accelerator": None}, "accelerator=None"),
         ({"accelerator": Acme(usable=False)}, "no device of that kind"),
         ({"accelerator": Acme}, "got the class Acme"),
-        ({"accelerator": object()}, "is not a Accelerator: it lacks"),
-        ({"accelerator": "cpu", "strategy": object()}, "is not a Strategy: it lacks"),
+        ({"accelerator": object()}, "Accelerator: it lacks"),
+        ({"accelerator": "cpu", "strategy": object()}, "Strategy: it lacks"),
         ({"accelerator": "cpu", "strategy": "single_device", "devices": 2}, "'single_device' runs in one process"),
         ({"accelerator": Acme(), "strategy": OneProcess(), "devices": 1, "num_nodes": 2}, "1 device(s) on 2 nodes"),
         ({"accelerator": "cpu", "precision": "32-true", "plugins": Numbers()}, "both set the precision"),

@@ -383,3 +383,93 @@ def test_a_run_can_be_closed_and_started_again():
     fabric.close()
     fabric.close()
     assert fabric.setup(nn.Linear(1, 1))(torch.ones(1)).shape == (1,)
+
+
+def test_ddp_with_one_process_has_the_bits_of_plain_pytorch_and_leaves_its_group():
+    raw, raw_optimizer = make()
+    for _ in range(2):
+        fabric = cpu(strategy="ddp")
+        model, opt = fabric.setup(*make())
+        for x in batches():
+            opt.zero_grad()
+            fabric.backward(model(x).sum())
+            opt.step()
+        assert torch.distributed.is_initialized()
+        del model, opt
+        fabric.close()
+        assert not torch.distributed.is_initialized()
+    fabric = cpu(strategy="ddp")
+    model, opt = fabric.setup(*make())
+    for x in batches():
+        for net, one in ((raw, raw_optimizer), (model, opt)):
+            one.zero_grad()
+            net(x).sum().backward()
+            one.step()
+    assert same(model, raw)
+    assert fabric.all_gather(torch.ones(2)).shape == (2,)
+    del model, opt
+    fabric.close()
+
+
+def test_a_strategy_whose_engine_owns_backward_and_step_is_asked_for_both():
+    class Engine:
+        """A vendor's engine, without any base class of ours."""
+
+        root_device = torch.device("cpu")
+
+        def __init__(self):
+            self.calls = []
+
+        def setup_environment(self, topology):
+            pass
+
+        def module_context(self, *, empty):
+            raise NotImplementedError
+
+        def place(self, module):
+            self.module = module
+            return module
+
+        def prepare_optimizers(self, module, optimizers):
+            return optimizers
+
+        def teardown(self):
+            pass
+
+        def backward(self, loss, module, **kwargs):
+            self.calls.append(("backward", module is self.module, kwargs))
+            loss.backward()
+
+        def optimizer_step(self, optimizer, module, closure=None):
+            self.calls.append(("step", module is self.module))
+            return optimizer.step()
+
+        def clip_grad_norm(self, module, optimizer, max_norm, *, norm_type=2.0, error_if_nonfinite=False):
+            self.calls.append(("clip", module is self.module, max_norm))
+            return torch.tensor(0.0)
+
+        def clip_grad_value(self, module, optimizer, clip_value):
+            self.calls.append(("clip value", clip_value))
+
+        def apply_precision_plan(self, plan):
+            self.compute = plan["compute"]
+
+    engine = Engine()
+    fabric = cpu(strategy=engine, precision="bf16-mixed")
+    model, opt = fabric.setup(*make())
+    loss = model(batches(1)[0]).sum()
+    with pytest.raises(RuntimeError, match=r"Call fabric\.backward"):
+        loss.backward(retain_graph=True)
+    fabric.backward(loss, model=model, again=True)
+    fabric.clip_gradients(model, opt, max_norm=1.0)
+    fabric.clip_gradients(model, opt, clip_val=0.5)
+    opt.step()
+    assert engine.compute == torch.bfloat16
+    assert engine.calls == [
+        ("backward", True, {"again": True}),
+        ("clip", True, 1.0),
+        ("clip value", 0.5),
+        ("step", True),
+    ]
+    with pytest.raises(MisconfigurationException, match="takes no positional"):
+        fabric.backward(loss, torch.ones(()))

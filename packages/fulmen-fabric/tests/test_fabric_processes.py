@@ -101,6 +101,24 @@ OURS = """
         model, opt = train(accumulate, call)
         out[name] = model.state_dict()
 
+    class Manual(Net):
+        automatic_optimization = False
+
+        def training_step(self, x):
+            loss = self(x).square().mean()
+            fabric.backward(loss)
+            return loss
+
+    torch.manual_seed(0)
+    net = Manual()
+    manual, manual_opt = fabric.setup(net, optimizer(net))
+    for x in data(rank):
+        manual.training_step(x)
+        fabric.clip_gradients(manual, manual_opt, max_norm=0.05)
+        manual_opt.step()
+        manual_opt.zero_grad()
+    out["manual"] = manual.state_dict()
+
     try:
         model.helper(data(0)[0])
         out["helper"] = "ran"
@@ -152,6 +170,7 @@ OURS = """
     for point in range(1, 100):
         if point == 4 and rank == 1:
             signal.reason = "tired"
+        fabric.barrier()  # a step of training; without it a fast rank could be done before the other asks
         if agreement.point(signal.poll()):
             break
     out["stopped"] = (point, agreement.reason)
@@ -238,6 +257,11 @@ def test_two_processes_have_the_bits_of_raw_ddp(ours, raw, loop):
 def test_a_step_method_goes_through_the_wrapper_like_forward(ours):
     assert equal(ours[0]["through_step"], ours[0]["plain"])
     assert equal(ours[1]["through_step"], ours[0]["plain"])
+
+
+def test_backward_inside_a_step_of_manual_optimization_is_averaged_too(ours):
+    assert equal(ours[0]["manual"], ours[0]["plain"])
+    assert equal(ours[1]["manual"], ours[0]["plain"])
 
 
 def test_each_process_knows_who_it_is(ours):

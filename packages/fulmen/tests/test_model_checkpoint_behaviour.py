@@ -236,6 +236,39 @@ def test_a_ranking_from_a_checkpoint_without_our_journal_cannot_reach_out_of_the
     assert files(tmp_path / "c") == ["step=1.ckpt"]
 
 
+def test_a_file_that_is_ranked_but_not_in_the_journal_survives(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    callback = ModelCheckpoint(folder, "{step}", monitor="val_loss")
+    trainer = StandIn(str(tmp_path), callback)
+    trainer.start()
+    folder.mkdir()
+    (folder / "hand-made.ckpt").write_text("put here by a person")
+    ranked = str(folder / "hand-made.ckpt")
+    callback.load_state_dict(
+        {**callback.state_dict(), "best_k_models": {ranked: torch.tensor(9.0)}, "kth_best_model_path": ranked}
+    )
+
+    trainer.batch()
+    trainer.validate(val_loss=0.1)
+    trainer.end_epoch()
+
+    assert files(folder) == ["hand-made.ckpt", "step=1.ckpt"]
+
+
+def test_a_checkpoint_names_itself_in_its_journal_and_a_failed_one_nowhere(tmp_path: Path) -> None:
+    callback = ModelCheckpoint(tmp_path / "c", "{step}", monitor="val_loss")
+    trainer = StandIn(str(tmp_path), callback)
+    trainer.epochs_of([0.5])
+    trainer.fail_saving = True
+    trainer.batch()
+    trainer.validate(val_loss=0.1)
+    with pytest.raises(OSError, match="disk full"):
+        trainer.end_epoch()
+
+    state = torch.load(callback.best_model_path, weights_only=True)["state"]
+    assert state["written"] == callback.state_dict()["written"] == [callback.best_model_path]
+
+
 @pytest.mark.parametrize("through_link", [False, True])
 def test_the_file_that_the_run_was_resumed_from_survives(tmp_path: Path, through_link: bool) -> None:
     first = ModelCheckpoint(tmp_path / "c", "{step}", monitor="val_loss")

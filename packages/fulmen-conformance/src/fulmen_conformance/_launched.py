@@ -5,17 +5,35 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulmen_conformance._importing import import_callable
-from fulmen_conformance._reference import free_port
 from fulmen_protocols import Launcher, missing_members
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+def _import_callable(name: str) -> Callable[..., Any]:
+    # By path: importing the package would import torch, which costs seconds in every process of every test.
+    spec = spec_from_file_location("_importing", Path(__file__).with_name("_importing.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: Callable[..., Any] = module.import_callable(name)
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 class _Run:
@@ -25,8 +43,8 @@ class _Run:
         self.folder, self.num_processes = folder, num_processes
         self.calls = 0
         # A process that was started by executing the script again is placed already and needs no launcher.
-        self.launcher: Any = None if "LOCAL_RANK" in os.environ else import_callable(factory)()
-        self.port = free_port()
+        self.launcher: Any = None if "LOCAL_RANK" in os.environ else _import_callable(factory)()
+        self.port = _free_port()
 
     def launch(self, function: Callable[[], object]) -> object:
         if self.launcher is None:
@@ -114,4 +132,5 @@ def main(task: str, factory: str, num_processes: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # this script's folder: its modules must not stand in for a vendor's of the same name
     main(*sys.argv[1:])

@@ -1,63 +1,13 @@
-"""A minimal correct launcher, and broken ones that LauncherConformance must catch."""
+"""LauncherConformance passes a correct launcher and catches broken ones; they are in launchers.py."""
 
 from __future__ import annotations
 
-import atexit
-import os
-import subprocess
-import sys
-import threading
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from fulmen_conformance import LauncherConformance
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-
-class Good:
-    """Executes the script again for each further rank and watches them from a thread."""
-
-    is_interactive_compatible = False
-
-    def __init__(self) -> None:
-        self.others: list[subprocess.Popen[bytes]] = []
-        self.killed = False
-
-    def launch(
-        self,
-        function: Callable[[], object],
-        *,
-        num_processes: int,
-        num_nodes: int,
-        node_rank: int,
-        main_address: str,
-        main_port: int,
-    ) -> object:
-        if not self.others:
-            self.start(num_processes)
-        return function()
-
-    def start(self, num_processes: int) -> None:
-        for rank in range(1, num_processes):
-            self.others.append(
-                subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {"LOCAL_RANK": str(rank)})
-            )
-        atexit.register(self.kill, 15)
-        for other in self.others:
-            threading.Thread(target=self.watch, args=(other,), daemon=True).start()
-
-    def watch(self, other: subprocess.Popen[bytes]) -> None:
-        if other.wait() != 0 and not self.killed:
-            self.kill(15)
-            os._exit(1)
-
-    def kill(self, signum: int) -> None:
-        self.killed = True
-        for other in self.others:
-            other.send_signal(signum)
 
 
 class TestGood(LauncherConformance):
@@ -66,29 +16,12 @@ class TestGood(LauncherConformance):
 
     @pytest.fixture
     def factory(self) -> str:
-        return f"{__file__}:{self.backend}"
+        return f"{Path(__file__).with_name('launchers.py')}:{self.backend}"
 
 
 def broken(backend: str, *tests: str) -> type[LauncherConformance]:
     """The drill with another backend, which exactly ``tests`` must catch."""
     return type(f"Test{backend}", (TestGood,), {"backend": backend, "caught_by": set(tests)})
-
-
-class NeverLooks(Good):
-    """Starts the others and does not watch them."""
-
-    def watch(self, other: subprocess.Popen[bytes]) -> None:
-        other.wait()
-
-
-class TextOfTheValue(Good):
-    def launch(self, function: Callable[[], object], **place: object) -> object:
-        return str(super().launch(function, **place))
-
-
-class KillsNobody(Good):
-    def kill(self, signum: int) -> None:
-        self.killed = True
 
 
 TestNeverLooks = broken("NeverLooks", "test_an_error_on_another_rank_ends_the_run_with_its_traceback")

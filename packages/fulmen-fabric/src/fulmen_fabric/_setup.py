@@ -26,6 +26,7 @@ from fulmen_protocols import (
     SupportsGradClipping,
     SupportsGradScaling,
     SupportsInputConversion,
+    SupportsManualBackward,
     SupportsNoSync,
     SupportsOutputConversion,
     SupportsPrecisionPlan,
@@ -54,6 +55,8 @@ class Composer:
         self._precision = assembly.precision
         self._plan_is_applied = supports(assembly.strategy, SupportsPrecisionPlan)
         self._running_backward = False
+        # The placed module whose training_step runs now and calls backward itself (manual optimization).
+        self._in_manual_step: nn.Module | None = None
         # Of the modules set up, those whose wrapper is still in use.
         self._wrappers: WeakSet[FabricModule] = WeakSet()
 
@@ -113,10 +116,34 @@ class Composer:
             placed,
             original,
             self._around(),
-            strategy.bind_method if supports(strategy, SupportsBoundMethods) and placed is not original else None,
+            self._bind(original) if supports(strategy, SupportsBoundMethods) and placed is not original else None,
             module_state if sharded is not None else None,
             load_state if sharded is not None else None,
         )
+
+    def _bind(self, original: nn.Module) -> Callable[[nn.Module, str], Callable[..., object]]:
+        strategy = self._strategy
+        assert supports(strategy, SupportsBoundMethods)
+        plain = strategy.bind_method
+        if getattr(original, "automatic_optimization", True) or not supports(strategy, SupportsManualBackward):
+            return plain
+        manual = strategy.bind_manual_method
+
+        def bind(placed: nn.Module, name: str) -> Callable[..., object]:
+            if name != "training_step":
+                return plain(placed, name)
+            step = manual(placed, name)
+
+            def manual_step(*args: object, **kwargs: object) -> object:
+                before, self._in_manual_step = self._in_manual_step, placed
+                try:
+                    return step(*args, **kwargs)
+                finally:
+                    self._in_manual_step = before
+
+            return manual_step
+
+        return bind
 
     def _around(self) -> Pass:
         precision = self._precision
@@ -155,6 +182,19 @@ class Composer:
 
     def backward(self) -> Callable[..., None]:
         """``(loss, model, *args, **kwargs)``: one backward pass."""
+        strategy, run = self._strategy, self._backward_pass()
+        if not supports(strategy, SupportsManualBackward):
+            return run
+        prepare = strategy.manual_backward
+
+        def run_anywhere(loss: Tensor, model: nn.Module | None, *args: object, **kwargs: object) -> None:
+            placed = self._in_manual_step
+            with nullcontext() if placed is None else prepare(placed, loss):
+                run(loss, model, *args, **kwargs)
+
+        return run_anywhere
+
+    def _backward_pass(self) -> Callable[..., None]:
         strategy, precision = self._strategy, self._precision
         if supports(strategy, OwnsBackward):
             engine = strategy.backward

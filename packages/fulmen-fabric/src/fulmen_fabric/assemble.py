@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
 from fulmen_fabric._resolve import (
@@ -130,5 +129,5 @@ def assemble(
         launcher=launcher,
         checkpoint_io=cast("CheckpointIO", checkpoint_io),
         chosen=tuple(notes.chosen),
-        sources=MappingProxyType(notes.sources),
+        sources=dict(notes.sources),
     )

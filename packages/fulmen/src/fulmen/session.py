@@ -21,6 +21,7 @@ from fulmen_protocols import (
     SupportsForwardContext,
     SupportsInputConversion,
     SupportsLoaderProcessing,
+    SupportsManualBackward,
     SupportsNoSync,
 )
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from contextlib import AbstractContextManager
 
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from fulmen.datamodule import LightningDataModule
@@ -95,9 +96,22 @@ class Session:
             return strategy.bind_method(self.placed, name)
         return getattr(self.module, name)  # type: ignore[no-any-return]
 
-    def step_method(self, name: str, *, several_loaders: bool = False, bind: bool = True) -> Callable[..., Any]:
-        """A step of the module, called with ``(batch, batch_idx)``, and ``dataloader_idx`` where there are several."""
-        method = self.bound(name) if bind else getattr(self.module, name)
+    def step_method(
+        self, name: str, *, several_loaders: bool = False, bind: bool = True, manually: bool = False
+    ) -> Callable[..., Any]:
+        """A step of the module, called with ``(batch, batch_idx)``, and ``dataloader_idx`` where there are several.
+
+        Args:
+            name: of the module's method.
+            several_loaders: whether ``dataloader_idx`` is passed.
+            bind: whether to enter it through the strategy's wrapper.
+            manually: whether it runs its own backward passes.
+        """
+        strategy = self.assembly.strategy
+        if manually and self.placed is not None and supports(strategy, SupportsManualBackward):
+            method: Callable[..., Any] = strategy.bind_manual_method(self.placed, name)
+        else:
+            method = self.bound(name) if bind else getattr(self.module, name)
         takes = _positional(getattr(self.module, name))
         given = 3 if several_loaders else 2
         if takes >= given:
@@ -161,7 +175,11 @@ class Session:
         """``step``, ``accumulate`` and ``updates`` of ``FitParts`` for automatic or manual optimization."""
         module, placed, strategy = self.module, self.placed, self.assembly.strategy
         self.gradients = gradients = Gradients(strategy, self.assembly.precision, placed)
-        training_step = self.step_method("training_step")
+        backward_context: Callable[[Tensor], AbstractContextManager[object]] | None = None
+        wrapper = None if placed is module else placed
+        if not module.automatic_optimization and wrapper is not None and supports(strategy, SupportsManualBackward):
+            backward_context = partial(strategy.manual_backward, wrapper)
+        training_step = self.step_method("training_step", manually=backward_context is not None)
         overridden_backward = binder.overridden("backward")
         hooks: dict[str, Any] = {
             "on_before_backward": binder.both("on_before_backward"),
@@ -170,16 +188,13 @@ class Session:
             "backward": None if overridden_backward is None else self.scoped("backward", overridden_backward),
         }
         if not module.automatic_optimization:
-            backward_context = getattr(strategy, "prepare_backward", None)
             self.manual = manual = ManualOptimization(
                 training_step,
                 gradients,
                 StepHooks(**hooks),
                 progress,
                 keep_outputs=keep_outputs,
-                backward_context=(
-                    partial(backward_context, placed) if backward_context is not None and placed is not module else None
-                ),
+                backward_context=backward_context,
             )
             hold_sync: Callable[[], AbstractContextManager[object]] | None = None
             if supports(strategy, SupportsNoSync) and placed is not None:
@@ -230,6 +245,12 @@ class Session:
             world_size=self.world.world_size,
         )
         return {"step": step, "accumulate": accumulate_only}
+
+    def share_buffers(self) -> None:
+        """Give every rank rank 0's buffers (running statistics), as DDP does before a forward pass."""
+        if self.world.world_size > 1:
+            for buffer in self.module.buffers():
+                self.world.collectives.broadcast(buffer)
 
     def forward_context(self) -> Callable[[], AbstractContextManager[object]] | None:
         """The context in which the precision wants every forward pass; None where it wants none."""

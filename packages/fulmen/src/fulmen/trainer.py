@@ -26,6 +26,7 @@ from fulmen.evaluate import EvalParts, evaluate
 from fulmen.exceptions import SIGTERMException
 from fulmen.fit import FitParts, fit
 from fulmen.hooks import HookBinder
+from fulmen.hparams import drop_unpicklable
 from fulmen.loaders import EvalLoaders, LoaderSource, Splitter, TrainLoader
 from fulmen.metering import Metering
 from fulmen.module import LightningModule
@@ -56,6 +57,7 @@ from fulmen_protocols import (
     MisconfigurationException,
     MisconfigurationTypeError,
     SupportsInferencePlacement,
+    SupportsPatientBarrier,
     SupportsPrecisionPlan,
 )
 
@@ -302,6 +304,9 @@ class Trainer(TrainerSurface):
         """Everything that happens in one call, in order. The loops are called from here, so that stacks stay short."""
         session = self._connect(fn, model, given, datamodule)
         self._resolve_ckpt_path(ckpt_path, model_given=model is not None)
+        for owner in (session.module, session.datamodule):
+            if owner is not None and owner.hparams:
+                drop_unpicklable(owner)
         outputs: list[Any] | None = None
         try:
             if self.assembly.launcher is None:
@@ -384,6 +389,8 @@ class Trainer(TrainerSurface):
             stage=_STORE[fn],
         )
         self._binder = binder = HookBinder(self, module, self.callbacks, session.scoped)
+        for each in session.logging_modules():
+            each.__dict__["_target_device"] = self.world.device  # self.device is right in setup already
         if datamodule is not None:
             datamodule.setup(fn.value)
         for hook in binder.of_callbacks("setup"):
@@ -420,7 +427,11 @@ class Trainer(TrainerSurface):
             per_node = getattr(owner, "prepare_data_per_node", True)
             if self.world.local_rank == 0 if per_node else self.world.is_global_zero:
                 session.scoped("prepare_data", owner.prepare_data)()
-        self.strategy.barrier("prepare_data")
+        collectives = self.world.collectives
+        if supports(collectives, SupportsPatientBarrier):  # one rank may be downloading for hours
+            collectives.patient_barrier("prepare_data")
+        else:
+            collectives.barrier("prepare_data")
 
     def _place(self, session: Session) -> None:
         strategy, module = self.assembly.strategy, session.module
@@ -433,6 +444,8 @@ class Trainer(TrainerSurface):
         else:
             session.placed = strategy.place(module)
         self.strategy.model = session.placed
+        for each in session.logging_modules():
+            each.__dict__["_target_device"] = None
 
     def _make_optimizers(self, session: Session) -> None:
         module = session.module
@@ -754,7 +767,12 @@ class Trainer(TrainerSurface):
         hooks = self._binder.evaluation(name, several_loaders=loaders.several)
         modes = ModelModes(session.module)
         metering = self._metering
-        step = session.step_method(f"{name}_step", several_loaders=loaders.several, bind=in_fit)
+        # Where inference needs no wrapper, validation inside fit does without it too: ranks may have different numbers
+        # of batches, and a wrapper's forward may be a collective.
+        bare = supports(self.assembly.strategy, SupportsInferencePlacement)
+        if in_fit and bare:
+            session.share_buffers()
+        step = session.step_method(f"{name}_step", several_loaders=loaders.several, bind=in_fit and not bare)
         context = session.forward_context()
         parts = EvalParts(
             step=step if context is None else _inside(context, step),

@@ -317,8 +317,9 @@ class ModelCheckpoint(Checkpoint):
 
     @contextmanager
     def _taken_back_on_failure(self) -> Generator[None, None, None]:
-        """The ranking is made before saving, since the checkpoint holds it; a failed save undoes it."""
-        before = {**{name: getattr(self, name) for name in _RANKING}, "best_k_models": dict(self.best_k_models)}
+        """Ranking and journal change before saving, since the checkpoint holds them; a failed save undoes it."""
+        before = {name: getattr(self, name) for name in _RANKING}
+        before |= {"best_k_models": dict(self.best_k_models), "_written": dict(self._written)}
         try:
             yield
         except BaseException:
@@ -342,8 +343,9 @@ class ModelCheckpoint(Checkpoint):
             self._remove_checkpoint(trainer, previous)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        trainer.save_checkpoint(filepath, self.save_weights_only)
-        self._written[filepath] = None
+        with self._taken_back_on_failure():
+            self._written[filepath] = None
+            trainer.save_checkpoint(filepath, self.save_weights_only)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         if self._clock is not None:
@@ -360,8 +362,6 @@ class ModelCheckpoint(Checkpoint):
         self._written[linkpath] = None
         trainer.strategy.barrier()
 
-    # -- deleting -----------------------------------------------------------------------------------------------------
-
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         if previous == current or previous not in self._written or self.dirpath is None:
             return False
@@ -372,8 +372,6 @@ class ModelCheckpoint(Checkpoint):
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         trainer.strategy.remove_checkpoint(filepath)
         self._written.pop(filepath, None)
-
-    # -- judging ------------------------------------------------------------------------------------------------------
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         """Whether a checkpoint with the value ``current`` would be kept; all ranks must agree on it."""
