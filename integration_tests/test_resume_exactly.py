@@ -119,6 +119,30 @@ def test_a_run_resumed_from_any_of_its_checkpoints_ends_like_the_unbroken_one(
             assert tail == model.order[len(model.order) - len(tail) :], "batches go on in the order of the unbroken run"
 
 
+def test_a_loader_with_a_generator_of_its_own_goes_on_in_its_order_from_the_end_of_an_epoch(tmp_path: Path) -> None:
+    def fit(folder: Path, resume: Path | None = None) -> Model:
+        torch.manual_seed(3)
+        trainer = fulmen.Trainer(
+            accelerator="cpu",
+            max_epochs=4,
+            callbacks=[ModelCheckpoint(dirpath=str(folder), save_top_k=-1, filename="{epoch}")],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        model = Model()
+        train = DataLoader(dataset(26), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(8))
+        trainer.fit(model, train, DataLoader(dataset(6), batch_size=3), ckpt_path=resume)
+        return model
+
+    whole = fit(tmp_path / "whole")
+    resumed = fit(tmp_path / "resumed", tmp_path / "whole" / "epoch=1.ckpt")
+
+    assert resumed.order == whole.order[14:]
+    for got, want in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_a_checkpoint_is_readable_by_plain_torch_with_the_documented_keys(tmp_path: Path) -> None:
     trainer, model = train(tmp_path, workers=0, accumulate=1)
     trainer.save_checkpoint(tmp_path / "now.ckpt")

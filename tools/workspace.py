@@ -41,6 +41,12 @@ class Package:
         return self.pyproject["project"].get("dependencies", [])  # type: ignore[index, union-attr, no-any-return]
 
     @property
+    def optional_dependencies(self) -> list[str]:
+        """What its extras bring."""
+        extras: dict[str, list[str]] = self.pyproject["project"].get("optional-dependencies", {})  # type: ignore[index, union-attr]
+        return [requirement for listed in extras.values() for requirement in listed]
+
+    @property
     def test_dependencies(self) -> list[str]:
         """What its tests need beside that: its dependency group ``test``."""
         return group(self.pyproject, "test") if "test" in self.pyproject.get("dependency-groups", {}) else []  # type: ignore[operator]

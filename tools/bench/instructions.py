@@ -5,8 +5,8 @@ Two counts, between the forward of step ``FIRST`` and that of step ``LAST`` of o
 - *calls*: calls of Python functions and of C functions from Python, in everything, torch included;
 - *lines*: lines of Python executed in the framework's own files (torch's and the user's are left out).
 
-``python -m tools.bench.instructions`` prints both for the raw loop and for the Trainer; ``--write`` records the
-Trainer's figures over the raw loop, and a tenth more, in step_budget.json, which integration_tests/test_step_budget.py holds.
+``python -m tools.bench.instructions`` prints the Trainer's figures over the raw loop's; ``--write`` records them, and a
+tenth more, in step_budget.json, which integration_tests/test_step_budget.py holds.
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ from pathlib import Path
 from tools.alone import IMPORT_ALL, needs_torch
 
 
-def import_all(folder: Path, *, torch: str = "without-torch", **modules: str) -> subprocess.CompletedProcess[str]:
+def import_all(folder: Path, *optional: str, **modules: str) -> subprocess.CompletedProcess[str]:
     (folder / "pkg").mkdir()
     for name, text in {"__init__": "", **modules}.items():
         (folder / "pkg" / f"{name}.py").write_text(text)
-    command = [sys.executable, "-c", IMPORT_ALL, "pkg", torch]
+    command = [sys.executable, "-c", IMPORT_ALL, "pkg", "without-torch", *optional]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
@@ -31,6 +31,17 @@ def test_an_undeclared_library_is_an_error(tmp_path: Path) -> None:
 
     assert result.returncode == 1
     assert "no_such_library_anywhere" in result.stderr
+
+
+def test_only_a_private_module_may_import_an_optional_library_bare(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "2").mkdir()
+
+    private = import_all(tmp_path / "1", "absent-lib", _a="import Absent_Lib.part")
+    public = import_all(tmp_path / "2", "absent-lib", a="import Absent_Lib.part")
+
+    assert private.returncode == 0, private.stderr
+    assert public.returncode == 1
 
 
 def test_a_package_that_does_not_declare_torch_may_not_import_it(tmp_path: Path) -> None:

@@ -119,6 +119,16 @@ class LoaderPosition(Generic[T]):
             samples += samples_before or 0
         return state | {"samples": samples, "length": sized_len(self.loader), "start": start}
 
+    def generator_states(self) -> dict[str, torch.Tensor]:
+        """Where the loader's and its samplers' own generators are now: what decides the epochs to come."""
+        return {path: generator.get_state() for path, generator in _generators(self.loader).items()}
+
+    def set_generator_states(self, states: Mapping[str, torch.Tensor]) -> None:
+        """Put the generators where ``generator_states`` found them; between epochs, for within one the position does."""
+        for path, generator in _generators(self.loader).items():
+            if path in states:
+                generator.set_state(states[path].cpu())
+
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
         """Let the next ``iter`` go on where ``state_dict`` was taken, in another process too.
 

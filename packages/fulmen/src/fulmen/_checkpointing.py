@@ -99,9 +99,10 @@ def _exact_state(trainer: Trainer, session: Session) -> dict[str, Any]:
     progress = trainer._progress  # pyright: ignore[reportPrivateUsage]
     store = trainer._metering.train if trainer._fitting else None  # pyright: ignore[reportPrivateUsage]
     loader = session.train_loader
+    within_epoch = progress.epoch_started and not progress.epoch_ended
     mine = {
         "rng": collect_rng_state(trainer.world.device),
-        "loader": None if loader is None else loader.state_dict(progress.batch),
+        "loader": None if loader is None else loader.state_dict(progress.batch, within_epoch=within_epoch),
         "metrics": None if store is None else store.state_dict(),
     }
     return {

@@ -52,6 +52,8 @@ class FitParts:
     """Reduce epoch metrics; called before the hooks at the end of an epoch."""
     log_epoch: Callable[[], None] = _nothing
     """Write epoch metrics to the loggers; called after those hooks."""
+    close_epoch: Callable[[], None] = _nothing
+    """Forget what belonged to the epoch."""
     validate: Callable[[], None] = _nothing
     """Run the validation loop."""
     last_validation_s: Callable[[], float] | None = None
@@ -137,14 +139,17 @@ def train_epoch(
 
 def end_epoch(parts: FitParts, hooks: FitHooks, progress: Progress) -> None:
     """Close the running epoch: reduce its metrics, tell the hooks, step what watches metrics, write the row."""
-    if not progress.epoch_ended:
+    resumed_behind_hooks = progress.epoch_ended
+    if not resumed_behind_hooks:
         progress.epoch_ended = True
         parts.end_epoch()
         for hook in hooks.on_train_epoch_end:
             hook()
     if progress.epoch_is_whole and parts.schedule_on_metric is not None:
         parts.schedule_on_metric(None, True)
-    parts.log_epoch()
+    if not resumed_behind_hooks:  # else the run that wrote the checkpoint went on to write the row
+        parts.log_epoch()
+    parts.close_epoch()
     progress.epoch += 1
     progress.batch = 0
     progress.epoch_started = progress.epoch_ended = progress.epoch_is_whole = False

@@ -262,13 +262,23 @@ class TrainLoader:
         """Forget the running iterator: the next epoch starts a new one."""
         self._running = None
 
-    def state_dict(self, batch: int) -> dict[str, object]:
-        """Where the loader is after ``batch`` batches of the running epoch."""
-        return self._position.state_dict(batch)
+    def state_dict(self, batch: int, *, within_epoch: bool) -> dict[str, object]:
+        """Where the loader is after ``batch`` batches of the running epoch, or between two epochs."""
+        position = self._position.state_dict(batch) if within_epoch else None
+        return {"position": position, "generators": self._position.generator_states()}
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on from there when the epoch's batches are next asked for."""
-        self._restored = state
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there when batches are next asked for."""
+        if state["position"] is None:
+            self._position.set_generator_states(state["generators"])
+        else:
+            self._restored = state["position"]
+
+    def close(self) -> None:
+        """Let go of the running iterator, and so of its workers, now and not whenever it is collected."""
+        self._running = None
+        if self._loaded_in is not None:
+            self._position.restart()
 
 
 def _combined_length(combined: CombinedLoader) -> float:

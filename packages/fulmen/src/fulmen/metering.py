@@ -75,11 +75,14 @@ class Metering:
         self.train.reduce_epoch()
 
     def log_train_epoch(self) -> None:
-        """A row of epoch values; the next epoch starts from nothing."""
+        """A row of epoch values."""
         self.train.reduce_epoch()
         self._reporter.report_train_epoch(
             self.train, batches_that_stepped=self._progress.log_step, epoch=self._progress.epoch
         )
+
+    def close_train_epoch(self) -> None:
+        """The next epoch starts from nothing."""
         self.train.reset()
 
     # ------------------------------------------------------------------ evaluation

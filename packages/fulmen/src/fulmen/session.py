@@ -246,6 +246,11 @@ class Session:
         )
         return {"step": step, "accumulate": accumulate_only}
 
+    def close_loaders(self) -> None:
+        """Let the training loader's workers go."""
+        if self.train_loader is not None:
+            self.train_loader.close()
+
     def share_buffers(self) -> None:
         """Give every rank rank 0's buffers (running statistics), as DDP does before a forward pass."""
         if self.world.world_size > 1:

@@ -587,7 +587,8 @@ class Trainer(TrainerSurface):
             log=self._log_step,
             end_batch=self._sync_step if metering.train.may_sync_steps else None,
             end_epoch=metering.reduce_train,
-            log_epoch=self._close_epoch,
+            log_epoch=metering.log_train_epoch,
+            close_epoch=self._close_epoch,
             validate=self._validate_in_fit,
             last_validation_s=self._last_validation_clock if self._plan.validate_every_s is not None else None,
         )
@@ -711,7 +712,7 @@ class Trainer(TrainerSurface):
         session = self._session
         assert session is not None
         assert session.train_loader is not None
-        self._metering.log_train_epoch()
+        self._metering.close_train_epoch()
         session.train_loader.end_epoch()
         self._agree_to_stop()
         progress = self._progress
@@ -847,7 +848,7 @@ class Trainer(TrainerSurface):
             no_grad=session.no_grad(inference_mode=self._uses_inference_mode()),
             model_eval=modes.eval,
             model_train=modes.restore,
-            keep=_to_cpu if keep else None,
+            keep=(_as_it_is if self.world.device.type == "cpu" else _to_cpu) if keep else None,
         )
         hooks = self._binder.evaluation("predict", several_loaders=loaders.several)
         return parts, hooks, loaders.loaders, loaders.limits
@@ -860,6 +861,7 @@ class Trainer(TrainerSurface):
 
     def _tear_down(self, session: Session) -> None:
         module, fn, binder = session.module, session.fn, self._binder
+        session.close_loaders()
         self._metering.finish()
         if self.world.device.type != "cpu":
             module.cpu()
@@ -880,6 +882,7 @@ class Trainer(TrainerSurface):
         self.state.status = TrainerStatus.INTERRUPTED
         where = f"rank {self.world.rank}, epoch {self._progress.epoch}, batch {self._progress.batch}"
         error.add_note(f"fulmen: in {session.fn.value}, {where}, optimizer step {self._progress.updates}")
+        session.close_loaders()
         for module in session.logging_modules():
             module.__dict__["_metric_store"] = None
         for callback in self.callbacks:
@@ -981,6 +984,10 @@ def _inside(
             return step(*args)
 
     return run
+
+
+def _as_it_is(outputs: object) -> object:
+    return outputs
 
 
 def _to_cpu(outputs: object) -> object:
