@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any, cast
 
 from fulmen import _files
-from fulmen.checkpoints import LIGHTNING_VERSION, lightning_loops, progress_from_lightning
+from fulmen._checkpoint_layout import LIGHTNING_VERSION, lightning_loops, progress_from_lightning
 from fulmen.hparams import checkpoint_entries
 from fulmen_fabric import collect_rng_state, rank_zero_info, rank_zero_warn, restore_rng_state
 from fulmen_fabric.abilities import supports
@@ -21,7 +21,7 @@ from fulmen_protocols import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fulmen.session import Session
+    from fulmen._session import Session
     from fulmen.trainer import Trainer
 
 __all__ = [

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from fulmen._loaders import EvalLoaders
+    from fulmen._reporting import Reporter
+    from fulmen._session import Session
     from fulmen.datamodule import LightningDataModule
-    from fulmen.loaders import EvalLoaders
     from fulmen.module import LightningModule
     from fulmen.optimizer import LRSchedulerConfig
     from fulmen.plan import Plan
     from fulmen.progress import Progress
-    from fulmen.reporting import Reporter
-    from fulmen.session import Session
     from fulmen.settings import BatchLimit, Settings
     from fulmen.states import TrainerState
     from fulmen.strategy_facade import StrategyFacade

@@ -14,7 +14,7 @@ from fulmen_protocols import MisconfigurationException
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from fulmen.loaders import LoaderSource
+    from fulmen._loaders import LoaderSource
     from fulmen.settings import Settings
 
 __all__ = ["loaders_or_datamodule", "modules_in_eval_mode", "run", "step_takes_dataloader_idx"]

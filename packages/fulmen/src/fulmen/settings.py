@@ -11,7 +11,7 @@ from typing import Literal, cast
 
 from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError
 
-__all__ = ["BatchLimit", "Interval", "Settings", "parse_duration"]
+__all__ = ["BatchLimit", "Interval", "Settings"]
 
 BatchLimit = int | float
 Interval = int | float | str | timedelta | Mapping[str, int]

@@ -19,6 +19,11 @@ import torch
 
 from fulmen import _callbacks, _checkpointing, _loggers, _verify
 from fulmen._explain import explain_run
+from fulmen._loaders import EvalLoaders, LoaderSource, Splitter, TrainLoader
+from fulmen._metering import Metering
+from fulmen._reporting import Reporter, print_results
+from fulmen._schedules import plain_schedule, watching_schedule
+from fulmen._session import ModelModes, Session, unchanged
 from fulmen._silent import DummyLogger, MutedLogger
 from fulmen._surface import TrainerSurface
 from fulmen.datamodule import LightningDataModule
@@ -27,16 +32,11 @@ from fulmen.exceptions import SIGTERMException
 from fulmen.fit import FitParts, fit
 from fulmen.hooks import HookBinder
 from fulmen.hparams import drop_unpicklable
-from fulmen.loaders import EvalLoaders, LoaderSource, Splitter, TrainLoader
-from fulmen.metering import Metering
 from fulmen.module import LightningModule
 from fulmen.optimizer import parse_optimizers
 from fulmen.plan import Plan
 from fulmen.predict import PredictParts, predict
 from fulmen.progress import Progress
-from fulmen.reporting import Reporter, print_results
-from fulmen.schedules import plain_schedule, watching_schedule
-from fulmen.session import ModelModes, Session, unchanged
 from fulmen.settings import BatchLimit, Interval, Settings
 from fulmen.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from fulmen.strategy_facade import StrategyFacade

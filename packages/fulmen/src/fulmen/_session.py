@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from fulmen._loaders import EvalLoaders, LoaderSource, TrainLoader
     from fulmen.datamodule import LightningDataModule
     from fulmen.hooks import HookBinder
-    from fulmen.loaders import EvalLoaders, LoaderSource, TrainLoader
     from fulmen.metrics import MetricStore
     from fulmen.optimizer import LRSchedulerConfig
     from fulmen.progress import Progress
