@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import TYPE_CHECKING, Any, cast
 
 from fulmen import _files
 from fulmen._checkpoint_layout import LIGHTNING_VERSION, lightning_loops, progress_from_lightning
 from fulmen.hparams import checkpoint_entries
+from fulmen.states import TrainerFn
 from fulmen_fabric import collect_rng_state, rank_zero_info, rank_zero_warn, restore_rng_state
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
@@ -21,13 +23,14 @@ from fulmen_protocols import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fulmen._metering import Metering
     from fulmen._session import Session
     from fulmen.trainer import Trainer
 
 __all__ = [
     "dump",
-    "find_last",
     "load",
+    "resolve_path",
     "restore_modules_and_callbacks",
     "restore_position",
     "restore_rng",
@@ -115,6 +118,43 @@ def _exact_state(trainer: Trainer, session: Session) -> dict[str, Any]:
 
 def _state_key(callback: Any) -> str:
     return str(getattr(callback, "state_key", type(callback).__qualname__))
+
+
+def resolve_path(trainer: Trainer, asked: str | os.PathLike[str] | None, *, model_given: bool) -> str | None:
+    """The path that ``ckpt_path`` means: ``best``, ``last``, a path, or None; found before anything starts.
+
+    Raises:
+        MisconfigurationException: there is no best checkpoint.
+    """
+    fn, callback = trainer.state.fn, trainer.checkpoint_callback
+    best: str = getattr(callback, "best_model_path", "")
+    if asked is None:
+        if fn is TrainerFn.FITTING or model_given or not best:
+            return None
+        rank_zero_info(
+            f"trainer.{fn}() without a model uses the best checkpoint, {best}. Pass the model to use its "
+            "weights as they are."
+        )
+        return best
+    text = os.fspath(asked)
+    if text == "best":
+        if trainer.settings.fast_dev_run:
+            raise MisconfigurationException("ckpt_path='best': fast_dev_run saves no checkpoint. Drop one of the two.")
+        if callback is None:
+            raise MisconfigurationException(
+                "ckpt_path='best', but there is no checkpoint callback. Add ModelCheckpoint."
+            )
+        if not best:
+            raise MisconfigurationException(
+                "ckpt_path='best', but the checkpoint callback has saved nothing yet. Call fit first, or give a path."
+            )
+        return best
+    if text == "last":
+        last = _find_last(trainer)
+        if last is None:
+            rank_zero_warn("ckpt_path='last', but no checkpoint was found: nothing is loaded.")
+        return last
+    return text
 
 
 def load(trainer: Trainer, path: str, weights_only: bool | None) -> dict[str, Any]:
@@ -211,44 +251,42 @@ def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, A
     session.resumed = exact
 
 
-def _mine(trainer: Trainer, session: Session) -> dict[str, Any] | None:
+def _mine(session: Session) -> dict[str, Any] | None:
     exact = session.resumed
     if exact is None:
         return None
     ranks = exact["ranks"]
-    return ranks[trainer.world.rank] if len(ranks) == trainer.world.world_size else None
+    return ranks[session.world.rank] if len(ranks) == session.world.world_size else None
 
 
-def restore_position(trainer: Trainer, session: Session) -> None:
+def restore_position(session: Session, metering: Metering) -> None:
     """Data position and running metrics, before the first batch."""
     if session.resumed is not None:
-        reporter = trainer._reporter  # pyright: ignore[reportPrivateUsage]
-        reporter.restore(session.resumed["callback_metrics"], trainer.world.device)
-    mine = _mine(trainer, session)
+        metering.reporter.restore(session.resumed["callback_metrics"], session.world.device)
+    mine = _mine(session)
     if mine is None:
         if session.resumed is not None:
             rank_zero_warn(
                 f"this run was saved by {len(session.resumed['ranks'])} processes and goes on with "
-                f"{trainer.world.world_size}: random states are not restored."
+                f"{session.world.world_size}: random states are not restored."
             )
         return
     assert session.train_loader is not None
     if mine["loader"] is not None:
         session.train_loader.load_state_dict(mine["loader"])
     if mine["metrics"] is not None:
-        store = trainer._metering.train  # pyright: ignore[reportPrivateUsage]
-        store.load_state_dict(mine["metrics"], module=session.module)
+        metering.train.load_state_dict(mine["metrics"], module=session.module)
 
 
-def restore_rng(trainer: Trainer, session: Session) -> None:
+def restore_rng(session: Session) -> None:
     """Random states, last of all: nothing may draw between this and the first batch."""
-    mine = _mine(trainer, session)
+    mine = _mine(session)
     session.resumed = None
     if mine is not None:
-        restore_rng_state(mine["rng"], trainer.world.device)
+        restore_rng_state(mine["rng"], session.world.device)
 
 
-def find_last(trainer: Trainer) -> str | None:
+def _find_last(trainer: Trainer) -> str | None:
     """The newest whole checkpoint that the checkpoint callbacks call last; says which were passed over as damaged."""
     found: set[str] = set()
     for callback in trainer.checkpoint_callbacks:

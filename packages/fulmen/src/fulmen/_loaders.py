@@ -353,16 +353,20 @@ class EvalLoaders:
         limit_name: str,
         split: Callable[[object], object],
         process: Callable[[Iterable[object]], Iterable[object]] | None = None,
+        reload_every_n_epochs: int = 0,
     ) -> None:
         self._source, self._limit, self._limit_name = source, limit, limit_name
         self._split, self._process = split, process
+        self._reload_every = reload_every_n_epochs
+        self._loaded_in: int | None = None
         self.user_loaders: object = None
         self.loaders: list[Iterable[object]] = []
         self.limits: list[float] = []
 
-    def setup(self, *, again: bool = False) -> None:
-        """Ask for the loaders if that has not been done, or ``again``."""
-        if self.loaders and not (again and self._source.from_hook):
+    def setup(self, epoch: int) -> None:
+        """Ask for the loaders if that has not been done, or if it is time to ask again."""
+        due = self._reload_every > 0 and self._loaded_in is not None and epoch - self._loaded_in >= self._reload_every
+        if self._loaded_in is not None and not (due and self._source.from_hook):
             return
         self.user_loaders = loaders = self._source.load()
         split = _map(loaders, self._split)
@@ -377,6 +381,7 @@ class EvalLoaders:
         for index, length in enumerate(lengths):
             if length == 0:
                 rank_zero_warn(f"{self._source.hook}: loader {index} has no batch.")
+        self._loaded_in = epoch
 
     @property
     def several(self) -> bool:

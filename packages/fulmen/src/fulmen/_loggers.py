@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from fulmen._silent import DummyLogger
+from fulmen._silent import DummyLogger, MutedLogger
 from fulmen.hparams import hyperparameters_for_loggers
 from fulmen_fabric import rank_zero_info
 from fulmen_fabric.abilities import supports
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from fulmen._session import Session
     from fulmen.settings import Settings
     from fulmen.trainer import Trainer
+    from fulmen_fabric import World
 
-__all__ = ["complete", "log_hyperparameters"]
+__all__ = ["complete", "follow_rank_zero", "log_hyperparameters"]
 
 
 def complete(logger: Logger | Iterable[Logger] | bool | None, settings: Settings) -> list[Logger]:
@@ -34,6 +35,18 @@ def complete(logger: Logger | Iterable[Logger] | bool | None, settings: Settings
     if isinstance(logger, Iterable) and not hasattr(logger, "log_metrics"):
         return [check(LOGGERS, one) for one in logger]
     return [check(LOGGERS, logger)]
+
+
+def follow_rank_zero(loggers: list[Logger], world: World) -> list[Logger]:
+    """Rank 0 chooses each logger's version; the others take its word, and write nothing. Every rank must call it."""
+    versions = [logger.version for logger in loggers] if world.is_global_zero else []
+    versions = world.collectives.broadcast_object(versions)
+    if world.is_global_zero:
+        return loggers
+    for logger, version in zip(loggers, versions, strict=True):
+        if getattr(getattr(type(logger), "version", None), "fset", None) is not None:
+            logger.version = version  # type: ignore[misc]  # settable where the logger says so
+    return [one if isinstance(one, DummyLogger) else MutedLogger(one) for one in loggers]
 
 
 def log_hyperparameters(trainer: Trainer, session: Session) -> None:

@@ -32,7 +32,7 @@ class Metering:
     def __init__(
         self, session: Session, reporter: Reporter, progress: Progress, world: World, *, enabled: bool, stage: str
     ) -> None:
-        self._session, self._reporter, self._progress, self._world = session, reporter, progress, world
+        self._session, self.reporter, self._progress, self._world = session, reporter, progress, world
         self._enabled = enabled
         self._modules: list[LightningModule] = session.logging_modules()
         self._stores: dict[str, MetricStore] = {}
@@ -56,10 +56,10 @@ class Metering:
         return store
 
     def _attach(self, store: MetricStore | None) -> None:
-        left = self._reporter.store
+        left = self.reporter.store
         if left is not None and left is not store:
-            self._reporter.remember_steps(left)  # a validation within the epoch leaves the step values readable
-        self._session.store = self._reporter.store = store
+            self.reporter.remember_steps(left)  # a validation within the epoch leaves the step values readable
+        self._session.store = self.reporter.store = store
         for module in self._modules:
             module.__dict__["_metric_store"] = store if self._enabled else None
 
@@ -67,17 +67,17 @@ class Metering:
 
     def log_train_step(self) -> None:
         """A row of step values."""
-        self._reporter.report_step(self.train, batches_that_stepped=self._progress.log_step, epoch=self._progress.epoch)
+        self.reporter.report_step(self.train, batches_that_stepped=self._progress.log_step, epoch=self._progress.epoch)
 
     def reduce_train(self) -> None:
         """Compute the epoch's values, over ranks where asked for; the last step's values stay known beside them."""
-        self._reporter.remember_steps(self.train)
+        self.reporter.remember_steps(self.train)
         self.train.reduce_epoch()
 
     def log_train_epoch(self) -> None:
         """A row of epoch values."""
         self.train.reduce_epoch()
-        self._reporter.report_train_epoch(
+        self.reporter.report_train_epoch(
             self.train, batches_that_stepped=self._progress.log_step, epoch=self._progress.epoch
         )
 
@@ -95,7 +95,7 @@ class Metering:
 
     def eval_end_batch(self, store: MetricStore, *, several: bool) -> Callable[[int], None]:
         """Reports what was logged with ``on_step=True`` after each batch of loader ``dataloader_idx``."""
-        seen, reporter = self._seen, self._reporter
+        seen, reporter = self._seen, self.reporter
 
         def end_batch(dataloader_idx: int) -> None:
             if store.stage == "sanity_check" or not store.step_metrics().log:
@@ -112,17 +112,15 @@ class Metering:
 
     def log_eval_epoch(self, store: MetricStore) -> None:
         """A row of the evaluation's epoch values."""
-        self._reporter.report_eval_epoch(
-            store, batches_that_stepped=self._progress.log_step, epoch=self._progress.epoch
-        )
+        self.reporter.report_eval_epoch(store, batches_that_stepped=self._progress.log_step, epoch=self._progress.epoch)
 
     def end_eval_in_fit(self, *, sanity_check: bool) -> None:
         """Go back to the training store."""
         if sanity_check:
-            self._reporter.reset()
+            self.reporter.reset()
         self._attach(self.train)
 
     def finish(self) -> None:
         """Take what is known off the device and let go of the module."""
-        self._reporter.to_cpu()
+        self.reporter.to_cpu()
         self._attach(None)

@@ -1,8 +1,4 @@
-"""The Trainer's readable surface: the properties that callbacks, loggers and integrations use, under Lightning's names.
-
-Setting one that changes the run (``accumulate_grad_batches``, ``max_epochs``, ``limit_*``, ...) makes the loop take up
-a new plan after the batch in hand.
-"""
+"""The Trainer's readable surface: what callbacks, loggers and integrations use, under Lightning's names."""
 
 from __future__ import annotations
 
@@ -11,14 +7,15 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from fulmen._run_loaders import train_loader
+from fulmen._surface_settings import SettingsSurface
 from fulmen.callbacks.checkpoint import Checkpoint
 from fulmen.callbacks.early_stopping import EarlyStopping
 from fulmen.callbacks.progress import ProgressBar
+from fulmen.plan import Plan
 from fulmen.states import RunningStage, TrainerFn, TrainerStatus
 
 if TYPE_CHECKING:
-    from datetime import timedelta
-
     import torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -26,12 +23,10 @@ if TYPE_CHECKING:
     from fulmen._loaders import EvalLoaders
     from fulmen._reporting import Reporter
     from fulmen._session import Session
+    from fulmen._training import Training
     from fulmen.datamodule import LightningDataModule
     from fulmen.module import LightningModule
     from fulmen.optimizer import LRSchedulerConfig
-    from fulmen.plan import Plan
-    from fulmen.progress import Progress
-    from fulmen.settings import BatchLimit, Settings
     from fulmen.states import TrainerState
     from fulmen.strategy_facade import StrategyFacade
     from fulmen_fabric import Assembly, World
@@ -40,10 +35,9 @@ if TYPE_CHECKING:
 __all__ = ["TrainerSurface"]
 
 
-class TrainerSurface:
+class TrainerSurface(SettingsSurface):
     """Properties over what a Trainer holds; no behaviour."""
 
-    settings: Settings
     assembly: Assembly
     world: World
     strategy: StrategyFacade
@@ -51,167 +45,11 @@ class TrainerSurface:
     loggers: list[Logger]
     state: TrainerState
     fast_dev_run: int
-    _progress: Progress
-    _plan: Plan
     _session: Session | None
+    _training: Training | None
     _reporter: Reporter
     _ckpt_path: str | None
     _shared_log_dir: str | None = None
-
-    # ------------------------------------------------------------------ settings
-
-    def _set(self, **changes: Any) -> None:
-        self.settings = replace(self.settings, **changes)
-        self._progress.replan = True
-
-    @property
-    def max_epochs(self) -> int:
-        """Epochs after which training ends; -1: no limit. Settable."""
-        return self.settings.max_epochs
-
-    @max_epochs.setter
-    def max_epochs(self, value: int) -> None:
-        self._set(max_epochs=value)
-
-    @property
-    def min_epochs(self) -> int:
-        """Epochs before which nobody can stop training. Settable."""
-        return self.settings.min_epochs
-
-    @min_epochs.setter
-    def min_epochs(self, value: int) -> None:
-        self._set(min_epochs=value)
-
-    @property
-    def max_steps(self) -> int:
-        """Optimizer steps after which training ends; -1: no limit. Settable."""
-        return self.settings.max_steps
-
-    @max_steps.setter
-    def max_steps(self, value: int) -> None:
-        self._set(max_steps=value)
-
-    @property
-    def min_steps(self) -> int:
-        """Optimizer steps before which nobody can stop training."""
-        return self.settings.min_steps
-
-    @property
-    def accumulate_grad_batches(self) -> int:
-        """Batches per optimizer step. Settable during a run; the loop takes it up after the batch in hand."""
-        return self.settings.accumulate_grad_batches
-
-    @accumulate_grad_batches.setter
-    def accumulate_grad_batches(self, value: int) -> None:
-        self._set(accumulate_grad_batches=value)
-
-    @property
-    def gradient_clip_val(self) -> float | None:
-        """Clipping threshold. Settable."""
-        return self.settings.gradient_clip_val
-
-    @gradient_clip_val.setter
-    def gradient_clip_val(self, value: float | None) -> None:
-        self._set(gradient_clip_val=value)
-
-    @property
-    def gradient_clip_algorithm(self) -> str:
-        """``norm`` or ``value``."""
-        return self.settings.gradient_clip_algorithm
-
-    @property
-    def log_every_n_steps(self) -> int:
-        """Optimizer-stepping batches between rows of the loggers; 0: never. Settable."""
-        return self.settings.log_every_n_steps
-
-    @log_every_n_steps.setter
-    def log_every_n_steps(self, value: int) -> None:
-        self._set(log_every_n_steps=value)
-
-    @property
-    def limit_train_batches(self) -> BatchLimit:
-        """How much of the training loader to use. Settable before a call."""
-        return self.settings.limit_train_batches
-
-    @limit_train_batches.setter
-    def limit_train_batches(self, value: BatchLimit) -> None:
-        self._set(limit_train_batches=value)
-
-    @property
-    def limit_val_batches(self) -> BatchLimit:
-        """How much of the validation loaders to use. Settable before a call."""
-        return self.settings.limit_val_batches
-
-    @limit_val_batches.setter
-    def limit_val_batches(self, value: BatchLimit) -> None:
-        self._set(limit_val_batches=value)
-
-    @property
-    def limit_test_batches(self) -> BatchLimit:
-        """How much of the test loaders to use. Settable before a call."""
-        return self.settings.limit_test_batches
-
-    @limit_test_batches.setter
-    def limit_test_batches(self, value: BatchLimit) -> None:
-        self._set(limit_test_batches=value)
-
-    @property
-    def limit_predict_batches(self) -> BatchLimit:
-        """How much of the prediction loaders to use. Settable before a call."""
-        return self.settings.limit_predict_batches
-
-    @limit_predict_batches.setter
-    def limit_predict_batches(self, value: BatchLimit) -> None:
-        self._set(limit_predict_batches=value)
-
-    @property
-    def val_check_interval(self) -> int | float | timedelta:
-        """Between validations: batches, a fraction of the epoch, or a duration. Settable."""
-        return self.settings.val_check_interval
-
-    @val_check_interval.setter
-    def val_check_interval(self, value: int | float | timedelta) -> None:
-        self._set(val_check_interval=value)
-
-    @property
-    def check_val_every_n_epoch(self) -> int | None:
-        """Epochs between epochs with validation; None: intervals count across epochs. Settable."""
-        return self.settings.check_val_every_n_epoch
-
-    @check_val_every_n_epoch.setter
-    def check_val_every_n_epoch(self, value: int | None) -> None:
-        self._set(check_val_every_n_epoch=value)
-
-    @property
-    def val_check_batch(self) -> float:
-        """Batches between validations of the running fit; ``inf`` where only the epoch's end counts."""
-        every = self._plan.validate_every_batches
-        return self._plan.batches if every == math.inf else every
-
-    @property
-    def num_sanity_val_steps(self) -> float:
-        """Validation batches tried before training; ``inf``: all."""
-        return self.settings.num_sanity_val_steps
-
-    @property
-    def overfit_batches(self) -> BatchLimit:
-        """How much of the data to overfit on; 0: off."""
-        return self.settings.overfit_batches
-
-    @property
-    def reload_dataloaders_every_n_epochs(self) -> int:
-        """Epochs after which loaders are asked for anew; 0: never."""
-        return self.settings.reload_dataloaders_every_n_epochs
-
-    @property
-    def barebones(self) -> bool:
-        """Whether everything but training is off."""
-        return self.settings.barebones
-
-    @property
-    def default_root_dir(self) -> str:
-        """Where logs and checkpoints go unless a logger says otherwise."""
-        return self.settings.default_root_dir
 
     # ------------------------------------------------------------------ where we run
 
@@ -325,6 +163,11 @@ class TrainerSurface:
     # ------------------------------------------------------------------ progress
 
     @property
+    def _plan(self) -> Plan:
+        """Of the running fit, or of the last one."""
+        return Plan() if self._training is None else self._training.plan
+
+    @property
     def global_step(self) -> int:
         """Optimizer steps taken, all optimizers together."""
         manual = self._manual
@@ -358,13 +201,19 @@ class TrainerSurface:
         return self._progress.epoch_is_whole
 
     @property
+    def val_check_batch(self) -> float:
+        """Batches between validations of the running fit; ``inf`` where only the epoch's end counts."""
+        every = self._plan.validate_every_batches
+        return self._plan.batches if every == math.inf else every
+
+    @property
     def estimated_stepping_batches(self) -> float:
         """Optimizer steps of the whole fit; ``inf`` when unbounded. May ask for the training loader."""
         session = self._session
         if session is None:
             return math.inf
         if session.train_loader is None:
-            self._early_train_loader(session)
+            train_loader(session, self.settings).setup(self._progress.epoch)
         return replace(
             self._plan,
             max_epochs=self.max_epochs,
@@ -372,9 +221,6 @@ class TrainerSurface:
             accumulate=self.accumulate_grad_batches,
             batches=self.num_training_batches,
         ).estimated_steps()
-
-    def _early_train_loader(self, session: Session) -> None:
-        raise NotImplementedError  # supplied by Trainer
 
     @property
     def num_training_batches(self) -> float:

@@ -9,7 +9,7 @@ from fulmen.hooks import check_hook_names
 from fulmen.module import LightningModule
 from fulmen.states import TrainerFn
 from fulmen_fabric import PossibleUserWarning, rank_zero_warn
-from fulmen_protocols import MisconfigurationException
+from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,7 +17,21 @@ if TYPE_CHECKING:
     from fulmen._loaders import LoaderSource
     from fulmen.settings import Settings
 
-__all__ = ["loaders_or_datamodule", "modules_in_eval_mode", "run", "step_takes_dataloader_idx"]
+__all__ = ["lightning_module", "loaders_or_datamodule", "modules_in_eval_mode", "run", "step_takes_dataloader_idx"]
+
+
+def lightning_module(fn: TrainerFn, model: object) -> LightningModule:
+    """``model``, if the Trainer can run it."""
+    if model is None:
+        raise MisconfigurationTypeError(
+            f"trainer.{fn.value}() was called without a model, and this trainer has none yet. Pass the model."
+        )
+    if not isinstance(model, LightningModule):
+        raise MisconfigurationTypeError(
+            f"model is of type {type(model).__name__}; the Trainer needs a LightningModule. "
+            "Put the model inside one, or keep your own loop with fulmen.Fabric."
+        )
+    return model
 
 
 def loaders_or_datamodule(fn: TrainerFn, given: Mapping[str, object], datamodule: object) -> None:

@@ -1,0 +1,221 @@
+"""Everything in one call that trains nothing: sanity check, validation inside ``fit``, validate, test, predict.
+
+It composes the parts with which ``evaluate.py`` and ``predict.py`` run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from fulmen._reporting import print_results
+from fulmen._run_loaders import eval_loaders
+from fulmen._session import ModelModes
+from fulmen.evaluate import EvalParts, evaluate
+from fulmen.predict import PredictParts
+from fulmen.states import RunningStage, TrainerFn
+from fulmen_fabric import isolate_rng, move_data_to_device
+from fulmen_fabric.abilities import supports
+from fulmen_protocols import SupportsInferencePlacement
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from contextlib import AbstractContextManager
+
+    from fulmen._loaders import EvalLoaders
+    from fulmen._metering import Metering
+    from fulmen._session import Session
+    from fulmen.hooks import EvalHooks, HookBinder
+    from fulmen.metrics import MetricStore
+    from fulmen.progress import Progress
+    from fulmen.settings import Settings
+    from fulmen.states import TrainerState
+
+    EvalArguments = tuple[EvalParts, EvalHooks, list[Iterable[object]], list[float]]
+    PredictArguments = tuple[PredictParts, EvalHooks, list[Iterable[object]], list[float]]
+
+__all__ = ["Evaluation"]
+
+
+class Evaluation:
+    """The evaluations of one call.
+
+    Args:
+        session: what is evaluated.
+        settings: asked for whenever they are needed, since users change them during a run.
+        binder: the hooks; replaced when the user has changed them.
+        metering: where metrics go, and who knows the results.
+        progress: read, but for the mark that a validation has been done.
+        state: told which stage is running.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        settings: Callable[[], Settings],
+        binder: HookBinder,
+        metering: Metering,
+        progress: Progress,
+        state: TrainerState,
+    ) -> None:
+        self._session, self._settings, self.binder = session, settings, binder
+        self._metering, self._progress, self._state = metering, progress, state
+        self._last_validation_s = 0.0
+        self.results: list[dict[str, float]] = []
+        """Of ``validate`` or ``test``: the logged metrics, one dict per loader."""
+
+    # ------------------------------------------------------------------ inside fit
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is anything to validate."""
+        return (
+            self._session.sources["val"].is_defined
+            and self.binder.overridden("validation_step") is not None
+            and self._settings().limit_val_batches != 0
+        )
+
+    def sanity_check(self) -> None:
+        """Try a few validation batches before training; metrics and random states are as before afterwards."""
+        limit = self._settings().num_sanity_val_steps
+        if limit == 0 or not self.validates or self._progress.batch > 0:
+            return  # a run resumed inside an epoch has validated before
+        self._state.stage = RunningStage.SANITY_CHECKING
+        with isolate_rng():
+            for hook in self.binder.both("on_sanity_check_start"):
+                hook()
+            store = self._metering.begin_eval("sanity_check")
+            evaluate(*self._arguments("val", store, limit=limit, in_fit=True))
+            for hook in self.binder.both("on_sanity_check_end"):
+                hook()
+        self._metering.end_eval_in_fit(sanity_check=True)
+        self._state.stage = RunningStage.TRAINING
+
+    def validate(self) -> None:
+        """Validate between two training batches."""
+        self._state.stage = RunningStage.VALIDATING
+        if not self._progress.window_is_open:
+            self._session.module.on_validation_model_zero_grad()
+        store = self._metering.begin_eval("validate")
+        parts, hooks, loaders, limits = self._arguments("val", store, in_fit=True)
+        hooks = replace(hooks, on_epoch_end=(*hooks.on_epoch_end, self._mark_validated))
+        evaluate(parts, hooks, loaders, limits)
+        self._metering.end_eval_in_fit(sanity_check=False)
+        self.start_clock()
+        self._state.stage = RunningStage.TRAINING
+
+    def _mark_validated(self) -> None:
+        # Before on_validation_end: a checkpoint written there must not validate again when it is resumed.
+        self._progress.validated_at = self._progress.total_batches
+
+    def start_clock(self) -> None:
+        """Count the time to the next validation from now."""
+        self._last_validation_s = time.monotonic()
+
+    def last_validation_s(self) -> float:
+        """``time.monotonic()`` when the clock was last started."""
+        return self._last_validation_s
+
+    # ------------------------------------------------------------------ a call of its own
+
+    def prepare(self, *, verbose: bool) -> EvalArguments:
+        """What ``evaluate`` needs for ``trainer.validate`` or ``trainer.test``; it leaves ``results`` behind."""
+        stage = "val" if self._session.fn is TrainerFn.VALIDATING else "test"
+        parts, hooks, loaders, limits = self._arguments(stage, self._metering.train, in_fit=False)
+        return replace(parts, log=partial(self._conclude, parts, len(loaders), verbose)), hooks, loaders, limits
+
+    def _conclude(self, parts: EvalParts, num_dataloaders: int, verbose: bool) -> None:
+        """After the last batch of ``validate`` or ``test``: rows, the returned metrics, and their table."""
+        parts.log()
+        self.results = self._metering.reporter.results(self._metering.train, num_dataloaders=num_dataloaders)
+        if verbose and self._session.world.is_global_zero:
+            assert self._state.stage is not None
+            print_results(self.results, str(self._state.stage))
+
+    def prepare_predict(self, *, keep: bool) -> PredictArguments:
+        """What ``predict`` needs; ``keep``: the outputs are returned."""
+        session, loaders = self._session, self.loaders("predict")
+        modes = ModelModes(session.module)
+        step = session.step_method("predict_step", several_loaders=loaders.several, bind=False)
+        context = session.forward_context()
+        parts = PredictParts(
+            step=step if context is None else _inside(context, step),
+            transfer=session.transfer(),
+            no_grad=session.no_grad(inference_mode=self._uses_inference_mode()),
+            model_eval=modes.eval,
+            model_train=modes.restore,
+            keep=(_as_it_is if session.world.device.type == "cpu" else _to_cpu) if keep else None,
+        )
+        hooks = self.binder.evaluation("predict", several_loaders=loaders.several)
+        return parts, hooks, loaders.loaders, loaders.limits
+
+    # ------------------------------------------------------------------ what they share
+
+    def loaders(self, stage: str) -> EvalLoaders:
+        """The loaders of ``stage``, asked for when first needed and when it is time to ask again."""
+        return eval_loaders(self._session, self._settings(), stage, epoch=self._progress.epoch)
+
+    def _arguments(self, stage: str, store: MetricStore, *, limit: float = math.inf, in_fit: bool) -> EvalArguments:
+        session, metering, loaders = self._session, self._metering, self.loaders(stage)
+        name = "validation" if stage == "val" else stage
+        hooks = self.binder.evaluation(name, several_loaders=loaders.several)
+        modes = ModelModes(session.module)
+        # Where inference needs no wrapper, validation inside fit does without it too: ranks may have different numbers
+        # of batches, and a wrapper's forward may be a collective.
+        bare = supports(session.assembly.strategy, SupportsInferencePlacement)
+        if in_fit and bare:
+            session.share_buffers()
+        step = session.step_method(f"{name}_step", several_loaders=loaders.several, bind=in_fit and not bare)
+        context = session.forward_context()
+        parts = EvalParts(
+            step=step if context is None else _inside(context, step),
+            transfer=_starting(store, session.transfer(), several=loaders.several),
+            no_grad=session.no_grad(inference_mode=not in_fit and self._uses_inference_mode()),
+            model_eval=modes.eval,
+            model_train=modes.restore,
+            end_batch=metering.eval_end_batch(store, several=loaders.several),
+            reduce=store.reduce_epoch,
+            log=partial(metering.log_eval_epoch, store),
+        )
+        return parts, hooks, loaders.loaders, [min(limit, each) for each in loaders.limits]
+
+    def _uses_inference_mode(self) -> bool:
+        # gloo reduces tensors in place, which inference tensors refuse.
+        world = self._session.world
+        return self._settings().inference_mode and not (world.world_size > 1 and world.device.type == "cpu")
+
+
+def _starting(
+    store: MetricStore, transfer: Callable[[object, int], object], *, several: bool
+) -> Callable[[object, int], object]:
+    """``transfer`` that also tells the store which batch is being evaluated."""
+
+    def start(batch: object, dataloader_idx: int) -> object:
+        return store.start_batch(transfer(batch, dataloader_idx), 0, dataloader_idx if several else None)
+
+    return start
+
+
+def _inside(
+    context: Callable[[], AbstractContextManager[object]], step: Callable[..., object]
+) -> Callable[..., object]:
+    """``step``, run inside a new ``context`` each time."""
+
+    def run(*args: object) -> object:
+        with context():
+            return step(*args)
+
+    return run
+
+
+def _as_it_is(outputs: object) -> object:
+    return outputs
+
+
+def _to_cpu(outputs: object) -> object:
+    return move_data_to_device(outputs, torch.device("cpu"))

@@ -1,0 +1,74 @@
+"""From a module as the user wrote it to one that can be run: data prepared, placed, with its optimizers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fulmen.optimizer import parse_optimizers
+from fulmen.states import TrainerFn
+from fulmen_fabric.abilities import supports
+from fulmen_protocols import SupportsInferencePlacement, SupportsPatientBarrier, SupportsPrecisionPlan
+
+if TYPE_CHECKING:
+    from fulmen._session import Session
+
+__all__ = ["configure_model", "make_optimizers", "place", "prepare_data"]
+
+
+def prepare_data(session: Session) -> None:
+    """Call ``prepare_data`` once per node, or once per run where its owner wants that; every rank waits for it."""
+    world = session.world
+    for owner in (session.datamodule, session.module):
+        if owner is None:
+            continue
+        per_node = getattr(owner, "prepare_data_per_node", True)
+        if world.local_rank == 0 if per_node else world.is_global_zero:
+            session.scoped("prepare_data", owner.prepare_data)()
+    collectives = world.collectives
+    if supports(collectives, SupportsPatientBarrier):  # one rank may be downloading for hours
+        collectives.patient_barrier("prepare_data")
+    else:
+        collectives.barrier("prepare_data")
+
+
+def configure_model(session: Session) -> None:
+    """Call ``configure_model``; what it makes has the precision's dtype, where the strategy wants it."""
+    assembly = session.assembly
+    with assembly.precision.init_context(), assembly.strategy.module_context(empty=False):
+        session.module.configure_model()
+
+
+def place(session: Session, *, sync_batchnorm: bool) -> None:
+    """Convert the module to its precision and let the strategy place it: ``session.placed``."""
+    strategy, module = session.assembly.strategy, session.module
+    fits = session.fn is TrainerFn.FITTING
+    if not supports(strategy, SupportsPrecisionPlan):
+        session.assembly.precision.convert_module(module)
+    if sync_batchnorm and session.world.world_size > 1 and fits:
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+    if not fits and supports(strategy, SupportsInferencePlacement):
+        session.placed = strategy.place_for_inference(module)
+    else:
+        session.placed = strategy.place(module)
+    for each in session.logging_modules():
+        each.__dict__["_target_device"] = None
+
+
+def make_optimizers(session: Session, *, steps_own_schedulers: bool) -> None:
+    """Call ``configure_optimizers``: ``session.optimizers`` and ``session.schedulers``.
+
+    Args:
+        session: its module has been placed.
+        steps_own_schedulers: whether the module has its own ``lr_scheduler_step``, and so may use any scheduler.
+    """
+    module = session.module
+    returned = session.scoped("configure_optimizers", module.configure_optimizers)()
+    optimizers, session.schedulers = parse_optimizers(
+        returned,
+        automatic_optimization=module.automatic_optimization,
+        steps_own_schedulers=steps_own_schedulers,
+    )
+    assert session.placed is not None
+    session.optimizers = list(session.assembly.strategy.prepare_optimizers(session.placed, optimizers))

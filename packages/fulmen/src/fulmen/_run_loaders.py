@@ -1,0 +1,65 @@
+"""The loaders of one call, made from their sources when they are first needed and kept in its session."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from fulmen import _verify
+from fulmen._loaders import EvalLoaders, Splitter, TrainLoader
+from fulmen.states import TrainerFn
+
+if TYPE_CHECKING:
+    from fulmen._session import Session
+    from fulmen.settings import BatchLimit, Settings
+
+__all__ = ["eval_loaders", "train_loader"]
+
+
+def train_loader(session: Session, settings: Settings) -> TrainLoader:
+    """The training loader. The user is asked for it in its ``setup``, not here."""
+    if session.train_loader is None:
+        session.train_loader = TrainLoader(
+            session.sources["train"],
+            limit=settings.limit_train_batches,
+            limit_name="limit_train_batches" if not settings.overfit_batches else "overfit_batches",
+            split=_splitter(session, settings).train,
+            process=session.process_loader(),
+            reload_every_n_epochs=settings.reload_dataloaders_every_n_epochs,
+            overfit=bool(settings.overfit_batches),
+        )
+    return session.train_loader
+
+
+def eval_loaders(session: Session, settings: Settings, stage: str, *, epoch: int) -> EvalLoaders:
+    """The loaders of ``stage``, asked for now unless they are known and, in ``epoch``, still good."""
+    loaders = session.eval_loaders.get(stage)
+    if loaders is not None:
+        loaders.setup(epoch)
+        return loaders
+    limits: dict[str, BatchLimit] = {
+        "val": settings.limit_val_batches,
+        "test": settings.limit_test_batches,
+        "predict": settings.limit_predict_batches,
+    }
+    session.eval_loaders[stage] = loaders = EvalLoaders(
+        session.sources[stage],
+        limit=limits[stage],
+        limit_name=f"limit_{stage}_batches",
+        split=_splitter(session, settings).evaluation,
+        process=session.process_loader(),
+        reload_every_n_epochs=settings.reload_dataloaders_every_n_epochs if session.fn is TrainerFn.FITTING else 0,
+    )
+    loaders.setup(epoch)
+    _verify.step_takes_dataloader_idx(session.module, stage, several=loaders.several)
+    return loaders
+
+
+def _splitter(session: Session, settings: Settings) -> Splitter:
+    return Splitter(
+        rank=session.world.data_parallel_rank,
+        world_size=session.world.data_parallel_size,
+        seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+        enabled=settings.use_distributed_sampler,
+        overfit=bool(settings.overfit_batches),
+    )

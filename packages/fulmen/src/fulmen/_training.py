@@ -1,0 +1,175 @@
+"""One fit: the parts that ``fit.py`` runs with, its plan, and what happens right before and after the loop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from fulmen import _checkpointing, _verify
+from fulmen._planning import make_plan
+from fulmen._run_loaders import train_loader
+from fulmen._schedules import plain_schedule, watching_schedule
+from fulmen._session import unchanged
+from fulmen.fit import FitParts
+from fulmen.states import RunningStage
+from fulmen_fabric import rank_zero_info
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fulmen._evaluation import Evaluation
+    from fulmen._metering import Metering
+    from fulmen._session import Session
+    from fulmen._stopping import Stopping
+    from fulmen.fit import Batches
+    from fulmen.hooks import FitHooks, HookBinder
+    from fulmen.metrics import MetricStore
+    from fulmen.plan import Plan
+    from fulmen.progress import Progress
+    from fulmen.settings import Settings
+    from fulmen.states import TrainerState
+
+__all__ = ["Training"]
+
+
+class Training:
+    """The training of one call.
+
+    Args:
+        session: what is trained.
+        settings: asked for whenever they are needed, since users change them during a run.
+        evaluation: validates when the loop says so.
+        metering: where metrics go, and who knows what schedulers watch.
+        progress: where the run is; changed by the loop, read here.
+        state: told which stage is running.
+        stopping: lets ranks agree to stop, at every row and at the end of every epoch.
+        plan: of the fit before; in force until this one knows how long its loader is.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        settings: Callable[[], Settings],
+        evaluation: Evaluation,
+        metering: Metering,
+        progress: Progress,
+        state: TrainerState,
+        stopping: Stopping,
+        plan: Plan,
+    ) -> None:
+        self._session, self._settings, self._evaluation = session, settings, evaluation
+        self._metering, self._progress = metering, progress
+        self._state, self._stopping = state, stopping
+        self._loader = train_loader(session, settings())
+        self._has_started = False
+        self.plan = plan
+
+    def compose(self, binder: HookBinder) -> tuple[FitParts, FitHooks]:
+        """The loop's parts and hooks, from what callbacks, module and user have set so far."""
+        session, settings, progress, metering = self._session, self._settings(), self._progress, self._metering
+        self._evaluation.binder = binder
+        hooks = binder.fit(before_watching=(metering.reduce_train,))
+        own_schedule = binder.overridden("lr_scheduler_step")
+        schedule = schedule_on_metric = None
+        if session.module.automatic_optimization:
+            schedule = plain_schedule(session.schedulers, progress, own_schedule)
+            schedule_on_metric = watching_schedule(
+                session.schedulers, progress, own_schedule, lambda: metering.reporter.callback_metrics
+            )
+        validates_by_time = isinstance(settings.val_check_interval, timedelta)
+        parts = FitParts(
+            **session.training_callables(
+                binder,
+                progress,
+                accumulate=settings.accumulate_grad_batches,
+                clip_val=settings.gradient_clip_val,
+                clip_algorithm=settings.gradient_clip_algorithm,
+                keep_outputs=bool(hooks.on_train_batch_end),
+            ),
+            transfer=_starting(metering.train, session.transfer()),
+            schedule=schedule,
+            schedule_on_metric=schedule_on_metric,
+            log=self._log_step,
+            end_batch=self._sync_step if metering.train.may_sync_steps else None,
+            end_epoch=metering.reduce_train,
+            log_epoch=metering.log_train_epoch,
+            close_epoch=self._close_epoch,
+            validate=self._evaluation.validate,
+            last_validation_s=self._evaluation.last_validation_s if validates_by_time else None,
+        )
+        return parts, hooks
+
+    def make_plan(self) -> None:
+        """Take up what the user has set so far; the loader knows its length.
+
+        Raises:
+            MisconfigurationException: validation would never run.
+        """
+        self.plan = make_plan(self._settings(), batches=self._loader.batches, validates=self._evaluation.validates)
+
+    def begin(self, binder: HookBinder) -> None:
+        """Ask for the loaders, go back to where a resumed run was, and tell everybody that training starts."""
+        session = self._session
+        self._loader.setup(self._progress.epoch)
+        self.make_plan()
+        self._state.stage = RunningStage.TRAINING
+        if self.plan.validates and "val" not in session.eval_loaders:
+            self._evaluation.loaders("val")
+        if session.resumed is not None:
+            _checkpointing.restore_position(session, self._metering)
+        self._evaluation.start_clock()
+        if self.plan.finished(self._progress):
+            return
+        _verify.modules_in_eval_mode(session.module)
+        for hook in binder.both("on_train_start"):
+            hook()
+        self._has_started = True
+        if session.resumed is not None:
+            if self._progress.epoch_started and not self._progress.epoch_ended:
+                self.batches()  # making the iterator draws random numbers that the saved run had drawn before
+            _checkpointing.restore_rng(session)
+
+    def batches(self) -> Batches:
+        """The rest of the running epoch."""
+        return self._loader.epoch_batches(self._progress.epoch, self._progress.batch)
+
+    def end(self, hooks: FitHooks) -> None:
+        """Tell everybody that training has ended, if it had started."""
+        if self._has_started:
+            for hook in hooks.on_train_end:
+                hook()
+
+    # ------------------------------------------------------------------ what the loop calls
+
+    def _sync_step(self) -> None:
+        due = not self._progress.window_is_open and self.plan.logs(self._progress)
+        self._metering.train.pending_sync(at_flush=due)
+
+    def _log_step(self) -> None:
+        """A declared point inside an epoch: a row to the loggers, and the ranks' agreement whether to stop."""
+        self._metering.log_train_step()
+        self._stopping.agree()
+
+    def _close_epoch(self) -> None:
+        """After the hooks at the end of a training epoch."""
+        self._metering.close_train_epoch()
+        self._loader.end_epoch()
+        self._stopping.agree()
+        plan, progress = self.plan, self._progress
+        if progress.stop_reason is not None and not plan.may_stop(replace(progress, epoch=progress.epoch + 1)):
+            rank_zero_info(
+                f"asked to stop ({progress.stop_reason}), but min_epochs={plan.min_epochs} or "
+                f"min_steps={plan.min_steps} is not reached: training goes on."
+            )
+
+
+def _starting(store: MetricStore, transfer: Callable[[object, int], object]) -> Callable[[object], object]:
+    """``transfer`` that also tells the store which batch is being trained."""
+    if transfer is unchanged:
+        return store.start_batch
+
+    def start(batch: object) -> object:
+        return store.start_batch(transfer(batch, 0))
+
+    return start
