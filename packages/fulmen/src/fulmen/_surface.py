@@ -12,7 +12,6 @@ from fulmen._surface_settings import SettingsSurface
 from fulmen.callbacks.checkpoint import Checkpoint
 from fulmen.callbacks.early_stopping import EarlyStopping
 from fulmen.callbacks.progress import ProgressBar
-from fulmen.plan import Plan
 from fulmen.states import RunningStage, TrainerFn, TrainerStatus
 
 if TYPE_CHECKING:
@@ -23,10 +22,10 @@ if TYPE_CHECKING:
     from fulmen._loaders import EvalLoaders
     from fulmen._reporting import Reporter
     from fulmen._session import Session
-    from fulmen._training import Training
     from fulmen.datamodule import LightningDataModule
     from fulmen.module import LightningModule
     from fulmen.optimizer import LRSchedulerConfig
+    from fulmen.plan import Plan
     from fulmen.states import TrainerState
     from fulmen.strategy_facade import StrategyFacade
     from fulmen_fabric import Assembly, World
@@ -46,7 +45,7 @@ class TrainerSurface(SettingsSurface):
     state: TrainerState
     fast_dev_run: int
     _session: Session | None
-    _training: Training | None
+    _plan: Plan
     _reporter: Reporter
     _ckpt_path: str | None
     _shared_log_dir: str | None = None
@@ -161,11 +160,6 @@ class TrainerSurface(SettingsSurface):
         return [] if self._session is None else list(self._session.wrapped)
 
     # ------------------------------------------------------------------ progress
-
-    @property
-    def _plan(self) -> Plan:
-        """Of the running fit, or of the last one."""
-        return Plan() if self._training is None else self._training.plan
 
     @property
     def global_step(self) -> int:

@@ -12,6 +12,7 @@ from fulmen._run_loaders import train_loader
 from fulmen._schedules import plain_schedule, watching_schedule
 from fulmen._session import unchanged
 from fulmen.fit import FitParts
+from fulmen.plan import Plan
 from fulmen.states import RunningStage
 from fulmen_fabric import rank_zero_info
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from fulmen.fit import Batches
     from fulmen.hooks import FitHooks, HookBinder
     from fulmen.metrics import MetricStore
-    from fulmen.plan import Plan
     from fulmen.progress import Progress
     from fulmen.settings import Settings
     from fulmen.states import TrainerState
@@ -44,7 +44,6 @@ class Training:
         progress: where the run is; changed by the loop, read here.
         state: told which stage is running.
         stopping: lets ranks agree to stop, at every row and at the end of every epoch.
-        plan: of the fit before; in force until this one knows how long its loader is.
     """
 
     def __init__(
@@ -56,14 +55,13 @@ class Training:
         progress: Progress,
         state: TrainerState,
         stopping: Stopping,
-        plan: Plan,
     ) -> None:
         self._session, self._settings, self._evaluation = session, settings, evaluation
         self._metering, self._progress = metering, progress
         self._state, self._stopping = state, stopping
         self._loader = train_loader(session, settings())
         self._has_started = False
-        self.plan = plan
+        self._plan = Plan()
 
     def compose(self, binder: HookBinder) -> tuple[FitParts, FitHooks]:
         """The loop's parts and hooks, from what callbacks, module and user have set so far."""
@@ -100,26 +98,29 @@ class Training:
         )
         return parts, hooks
 
-    def make_plan(self) -> None:
-        """Take up what the user has set so far; the loader knows its length.
+    def load(self) -> None:
+        """Ask the user for the training loader; now its length is known."""
+        self._loader.setup(self._progress.epoch)
+
+    def make_plan(self) -> Plan:
+        """The plan, from what the user has set so far and the length of the loader.
 
         Raises:
             MisconfigurationException: validation would never run.
         """
-        self.plan = make_plan(self._settings(), batches=self._loader.batches, validates=self._evaluation.validates)
+        self._plan = make_plan(self._settings(), batches=self._loader.batches, validates=self._evaluation.validates)
+        return self._plan
 
     def begin(self, binder: HookBinder) -> None:
-        """Ask for the loaders, go back to where a resumed run was, and tell everybody that training starts."""
+        """Go back to where a resumed run was, and tell everybody that training starts, unless nothing is left to do."""
         session = self._session
-        self._loader.setup(self._progress.epoch)
-        self.make_plan()
         self._state.stage = RunningStage.TRAINING
-        if self.plan.validates and "val" not in session.eval_loaders:
+        if self._plan.validates and "val" not in session.eval_loaders:
             self._evaluation.loaders("val")
         if session.resumed is not None:
             _checkpointing.restore_position(session, self._metering)
         self._evaluation.start_clock()
-        if self.plan.finished(self._progress):
+        if self._plan.finished(self._progress):
             return
         _verify.modules_in_eval_mode(session.module)
         for hook in binder.both("on_train_start"):
@@ -143,7 +144,7 @@ class Training:
     # ------------------------------------------------------------------ what the loop calls
 
     def _sync_step(self) -> None:
-        due = not self._progress.window_is_open and self.plan.logs(self._progress)
+        due = not self._progress.window_is_open and self._plan.logs(self._progress)
         self._metering.train.pending_sync(at_flush=due)
 
     def _log_step(self) -> None:
@@ -156,7 +157,7 @@ class Training:
         self._metering.close_train_epoch()
         self._loader.end_epoch()
         self._stopping.agree()
-        plan, progress = self.plan, self._progress
+        plan, progress = self._plan, self._progress
         if progress.stop_reason is not None and not plan.may_stop(replace(progress, epoch=progress.epoch + 1)):
             rank_zero_info(
                 f"asked to stop ({progress.stop_reason}), but min_epochs={plan.min_epochs} or "

@@ -25,6 +25,7 @@ from fulmen.evaluate import evaluate
 from fulmen.fit import FitParts, fit
 from fulmen.hooks import FitHooks, HookBinder
 from fulmen.hparams import drop_unpicklable
+from fulmen.plan import Plan
 from fulmen.predict import predict
 from fulmen.progress import Progress
 from fulmen.settings import BatchLimit, Interval, Settings
@@ -152,7 +153,7 @@ class Trainer(TrainerSurface):
         self._progress = Progress()
         self._stopping = Stopping(self._progress, self.world)
         self._session: Session | None = None
-        self._training: Training | None = None
+        self._plan = Plan()
         self._ckpt_path: str | None = None
         self._reporter = Reporter(
             loggers=self.loggers,
@@ -293,18 +294,19 @@ class Trainer(TrainerSurface):
                 shared = (self._metering, self._progress, self.state)
                 evaluation = Evaluation(session, lambda: self.settings, self._binder, *shared)
                 if fn is TrainerFn.FITTING:
-                    training = Training(session, lambda: self.settings, evaluation, *shared, self._stopping, self._plan)
-                    self._training = training
+                    training = Training(session, lambda: self.settings, evaluation, *shared, self._stopping)
                     parts, hooks = self._compose(session, training)
                     evaluation.sanity_check()
+                    training.load()
+                    self._plan = training.make_plan()
                     training.begin(self._binder)
                     with _switches.anomaly_detection(self.settings):
                         while True:
-                            fit(parts, training.plan, hooks, self._progress, training.batches)
+                            fit(parts, self._plan, hooks, self._progress, training.batches)
                             if not self._progress.replan:
                                 break
                             self._progress.replan = False
-                            training.make_plan()
+                            self._plan = training.make_plan()
                             parts, hooks = self._compose(session, training)
                     self._stopping.raise_if_terminated()
                     training.end(hooks)
