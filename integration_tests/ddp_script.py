@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def raw(folder: str, optimizer_name: str, accumulate: int) -> None:
                     (F.cross_entropy(ddp(x), y) / accumulate).backward()
     report(folder, rank, digest=digest(net))
     torch.distributed.destroy_process_group()
+    time.sleep(0.1)  # a thread of gloo may still need the GIL, and aborts the process if the interpreter is gone by then
 
 
 def through_the_trainer(folder: str, optimizer_name: str, accumulate: int) -> None:

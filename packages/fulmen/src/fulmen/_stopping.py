@@ -26,7 +26,7 @@ class Stopping:
         self._agreement: StopAgreement | None = None
         self._calls = 0
         self.signals = StopSignal()
-        """Entered as a context, it watches; to be taken after ``begin``."""
+        """A context that watches for them; a new one after each ``begin``."""
 
     def begin(self) -> None:
         """Forget the call before this one. The processes have met; every rank must come here."""
