@@ -34,6 +34,11 @@ def results(library: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+@pytest.mark.proves("5.19", "5.23", "5.24")
+@pytest.mark.proves("6.13", "6.14", "6.16", "6.17", "6.21", "6.22", "6.23", "6.24", "6.26")
+@pytest.mark.proves("9.4", "9.5", "9.10", "9.13", "9.14", "9.33", "9.39", "9.41", "9.42")
+@pytest.mark.proves("10.3")
+@pytest.mark.proves("11.6", "11.8")
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_training_leaves_the_same_behind_as_under_lightning(scenario: str) -> None:
     ours, theirs = results("fulmen")[scenario], results("lightning.pytorch")[scenario]

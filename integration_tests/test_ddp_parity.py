@@ -23,6 +23,7 @@ def run(command: list[str], folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
+@pytest.mark.proves("4.14", "6.18", "9.34")
 @pytest.mark.parametrize(("optimizer", "accumulate"), [("sgd", 1), ("adam", 4)])
 def test_ddp_through_the_trainer_equals_a_raw_ddp_loop_bit_for_bit(
     optimizer: str, accumulate: int, tmp_path: Path
@@ -49,12 +50,14 @@ def test_ddp_through_the_trainer_equals_a_raw_ddp_loop_bit_for_bit(
     assert ours[0]["steps"] == 2 * -(-6 // accumulate)
 
 
+@pytest.mark.proves("4.40")
 def test_the_same_script_runs_under_torchrun(tmp_path: Path) -> None:
     ours = run([*TORCHRUN, str(SCRIPT), "fulmen", str(tmp_path), "sgd", "1"], tmp_path)
 
     assert ours[0]["digest"] == ours[1]["digest"]
 
 
+@pytest.mark.proves("4.34")
 def test_a_rank_that_raises_ends_the_run_with_its_own_traceback_last(tmp_path: Path) -> None:
     script = tmp_path / "fails.py"
     script.write_text(

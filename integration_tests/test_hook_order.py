@@ -28,12 +28,17 @@ def orders(library: str) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.proves("5.6", "5.7")
+@pytest.mark.proves("9.23", "9.25", "9.26", "9.27", "9.28", "9.30", "9.33", "9.39")
+@pytest.mark.proves("10.2", "10.3", "10.4", "10.5", "10.16", "10.17")
+@pytest.mark.proves("11.1")
 @pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="Lightning is not installed to compare with")
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_hooks_are_called_in_the_same_order_as_by_lightning(scenario: str) -> None:
     assert orders("fulmen")[scenario] == orders("lightning.pytorch")[scenario]
 
 
+@pytest.mark.proves("9.27")
 def test_a_plain_fit_calls_its_hooks_in_the_documented_order() -> None:
     order = [call for call in orders("fulmen")["plain"] if call.startswith("module.")]
 

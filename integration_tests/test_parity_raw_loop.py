@@ -87,6 +87,7 @@ def same_weights(ours: nn.Module, theirs: nn.Module) -> None:
         assert torch.equal(got, expected), f"{name} differs by {(got - expected).abs().max()}"
 
 
+@pytest.mark.proves("9.13", "9.14", "9.41")
 @pytest.mark.parametrize("schedule", [None, "step", "epoch"])
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("accumulate", [1, 4])

@@ -91,6 +91,7 @@ def state(trainer: Any, model: nn.Module) -> dict[str, Any]:
     }
 
 
+@pytest.mark.proves("3.5", "5.38", "5.39", "9.52")
 @pytest.mark.parametrize(
     ("workers", "accumulate", "options"),
     [(0, 1, {}), (0, 3, {}), (2, 2, {}), (0, 1, {"val_check_interval": 3}), (0, 1, {"precision": "16-mixed"})],
@@ -143,6 +144,7 @@ def test_a_loader_with_a_generator_of_its_own_goes_on_in_its_order_from_the_end_
         assert torch.equal(got, want)
 
 
+@pytest.mark.proves("5.1")
 def test_a_checkpoint_is_readable_by_plain_torch_with_the_documented_keys(tmp_path: Path) -> None:
     trainer, model = train(tmp_path, workers=0, accumulate=1)
     trainer.save_checkpoint(tmp_path / "now.ckpt")
@@ -157,6 +159,7 @@ def test_a_checkpoint_is_readable_by_plain_torch_with_the_documented_keys(tmp_pa
     assert list(checkpoint["state_dict"]) == list(model.state_dict())
 
 
+@pytest.mark.proves("5.29")
 def test_the_last_whole_checkpoint_is_found_when_the_newest_is_damaged(tmp_path: Path) -> None:
     def trainer(epochs: int) -> fulmen.Trainer:
         keep = ModelCheckpoint(dirpath=str(tmp_path), save_last=True)

@@ -12,6 +12,7 @@ from fulmen_accelerators import CUDAAccelerator, find_usable_cuda_devices, get_n
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
+@pytest.mark.proves("2.13", "2.14")
 def test_setup_makes_the_device_current_logs_it_and_writes_no_environment(caplog) -> None:
     accelerator = CUDAAccelerator()
     before = dict(os.environ)
@@ -23,6 +24,7 @@ def test_setup_makes_the_device_current_logs_it_and_writes_no_environment(caplog
     assert dict(os.environ) == before
 
 
+@pytest.mark.proves("2.13")
 def test_the_hint_at_tensor_cores_comes_once_and_only_at_highest_precision() -> None:
     script = """
 import logging, torch
@@ -41,6 +43,7 @@ for _ in range(2):
     assert hints == {"highest": int(ampere), "high": 0}
 
 
+@pytest.mark.proves("2.13", "2.16")
 def test_stats_count_the_memory_that_was_taken_and_teardown_gives_the_cache_back() -> None:
     accelerator, device = CUDAAccelerator(), torch.device("cuda", 0)
     before = accelerator.get_device_stats(device)
@@ -56,6 +59,7 @@ def test_stats_count_the_memory_that_was_taken_and_teardown_gives_the_cache_back
     )
 
 
+@pytest.mark.proves("2.12")
 def test_usable_devices_are_found_and_hold_memory() -> None:
     found = find_usable_cuda_devices()
     assert found == find_usable_cuda_devices(len(found))
@@ -63,6 +67,7 @@ def test_usable_devices_are_found_and_hold_memory() -> None:
     assert len(find_usable_cuda_devices(1)) == 1
 
 
+@pytest.mark.proves("2.12")
 def test_too_few_usable_devices_is_an_error_that_names_those_that_refused(monkeypatch) -> None:
     real = torch.cuda.device_count()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: real + 1)

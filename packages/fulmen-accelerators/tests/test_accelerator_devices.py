@@ -18,6 +18,7 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> CUDAAccelerator:
     return CUDAAccelerator()
 
 
+@pytest.mark.proves("2.6")
 @pytest.mark.parametrize(
     ("devices", "ids"),
     [
@@ -39,6 +40,7 @@ def test_every_way_to_name_cuda_devices_gives_their_ids(four_gpus, devices, ids)
     assert four_gpus.get_parallel_devices(ids) == [torch.device("cuda", i) for i in ids]
 
 
+@pytest.mark.proves("2.7")
 @pytest.mark.parametrize(
     ("devices", "error", "says"),
     [
@@ -79,6 +81,7 @@ def test_asking_for_cuda_where_there_is_none_says_so(monkeypatch) -> None:
         accelerator.parse_devices(1)
 
 
+@pytest.mark.proves("2.8")
 def test_under_torchrun_with_one_visible_device_each_several_can_be_asked_for(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     accelerator = CUDAAccelerator()
@@ -94,12 +97,14 @@ def test_under_torchrun_with_one_visible_device_each_several_can_be_asked_for(mo
         accelerator.parse_devices([1, 1])
 
 
+@pytest.mark.proves("2.8")
 def test_under_torchrun_with_all_devices_visible_ids_are_still_checked(four_gpus, monkeypatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     with pytest.raises(ValueError, match="asks for 5"):
         four_gpus.parse_devices(5)
 
 
+@pytest.mark.proves("2.9")
 def test_auto_takes_one_cuda_device_in_an_interactive_session_and_says_so(four_gpus, monkeypatch, caplog) -> None:
     assert four_gpus.auto_device_count() == 4
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
@@ -108,6 +113,7 @@ def test_auto_takes_one_cuda_device_in_an_interactive_session_and_says_so(four_g
     assert "takes 1 of 4 CUDA devices, because this session is interactive" in caplog.text
 
 
+@pytest.mark.proves("2.15")
 def test_counting_cuda_devices_neither_starts_cuda_nor_writes_the_environment() -> None:
     script = """
 import os, torch
@@ -126,6 +132,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, "CUDA was poisoned
     subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=120)
 
 
+@pytest.mark.proves("2.5")
 @pytest.mark.parametrize(("devices", "count"), [(1, 1), (3, 3), ("2", 2), (" 2 ", 2), ("auto", 1)])
 def test_cpu_devices_are_processes(devices, count) -> None:
     accelerator = CPUAccelerator()
@@ -134,6 +141,7 @@ def test_cpu_devices_are_processes(devices, count) -> None:
     assert accelerator.get_parallel_devices(ids) == [torch.device("cpu")] * count
 
 
+@pytest.mark.proves("2.5")
 @pytest.mark.parametrize(
     ("devices", "error"),
     [
@@ -155,11 +163,13 @@ def test_cpu_refuses_what_is_not_a_number_of_processes(devices, error) -> None:
         CPUAccelerator().parse_devices(devices)
 
 
+@pytest.mark.proves("2.5")
 def test_auto_on_the_cpu_is_one_process_and_the_cpu_is_always_there() -> None:
     assert CPUAccelerator().auto_device_count() == 1
     assert CPUAccelerator().is_available()
 
 
+@pytest.mark.proves("2.10")
 @pytest.mark.parametrize("devices", [1, "1", -1, "-1", [0], "0,", (0,), "auto"])
 def test_mps_has_one_device_with_id_0(devices, monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -175,6 +185,7 @@ def test_mps_has_one_device_with_id_0(devices, monkeypatch) -> None:
         accelerator.parse_devices(2)
 
 
+@pytest.mark.proves("2.10")
 def test_mps_is_off_on_other_processors_and_where_the_environment_says_so(monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr("platform.processor", lambda: "i386")
@@ -188,6 +199,7 @@ def test_mps_is_off_on_other_processors_and_where_the_environment_says_so(monkey
         MPSAccelerator().parse_devices(1)
 
 
+@pytest.mark.proves("2.1")
 @pytest.mark.parametrize("kind", [CPUAccelerator, CUDAAccelerator, MPSAccelerator])
 def test_an_accelerator_is_found_by_the_name_it_gives_and_refuses_another_ones_device(kind) -> None:
     accelerator = load(ACCELERATORS, kind().name())
@@ -205,6 +217,7 @@ def test_cpu_setup_takes_the_cpu_and_leaves_the_environment_alone() -> None:
     assert dict(os.environ) == before
 
 
+@pytest.mark.proves("2.16")
 @pytest.mark.parametrize("kind", [CPUAccelerator, MPSAccelerator])
 def test_host_stats_are_percentages(kind) -> None:
     pytest.importorskip("psutil")
@@ -215,18 +228,21 @@ def test_host_stats_are_percentages(kind) -> None:
     assert stats[f"{prefix}_vm_percent"] > 0.0
 
 
+@pytest.mark.proves("2.16")
 def test_stats_without_psutil_name_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "psutil", None)
     with pytest.raises(ImportError, match=r"pip install 'fulmen-accelerators\[stats\]'"):
         CPUAccelerator().get_device_stats(torch.device("cpu"))
 
 
+@pytest.mark.proves("2.12")
 @pytest.mark.parametrize("bad", [-2, True, "1"])
 def test_searching_usable_devices_refuses_what_is_no_number(bad) -> None:
     with pytest.raises(ValueError, match="is not a number of devices"):
         find_usable_cuda_devices(bad)
 
 
+@pytest.mark.proves("2.12")
 def test_searching_more_usable_devices_than_are_visible_is_refused() -> None:
     visible = torch.cuda.device_count()
     with pytest.raises(ValueError, match=f"{visible + 1} CUDA devices were asked for; {visible} are visible"):
@@ -234,6 +250,7 @@ def test_searching_more_usable_devices_than_are_visible_is_refused() -> None:
     assert find_usable_cuda_devices(0) == []
 
 
+@pytest.mark.proves("2.6")
 @pytest.mark.parametrize("available", [[0], [0, 1, 2], [4, 5]])
 def test_a_count_takes_the_first_of_the_available_ids(available) -> None:
     assert parse_device_ids(-1, available, kind="X") == available

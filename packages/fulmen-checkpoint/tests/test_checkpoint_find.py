@@ -37,6 +37,7 @@ def test_of_the_same_instant_the_greater_number_is_newer(tmp_path: Path) -> None
     assert [os.path.basename(path) for path in list_checkpoints(tmp_path)] == names[::-1]
 
 
+@pytest.mark.proves("5.29")
 def test_the_newest_whole_one_is_found_and_damaged_ones_are_reported(tmp_path: Path) -> None:
     _save(tmp_path, ["0.ckpt", "1.ckpt", "2.ckpt", "3.ckpt"])
     whole = (tmp_path / "3.ckpt").read_bytes()

@@ -82,11 +82,13 @@ def _kill_many(path: Path, times: int) -> int:
     return cut
 
 
+@pytest.mark.proves("5.11")
 def test_a_kill_at_any_instant_leaves_the_old_or_the_new_checkpoint(tmp_path: Path) -> None:
     # Without kills in the middle of a file the test would prove nothing.
     assert _kill_many(tmp_path / "last.ckpt", 40) > 0
 
 
+@pytest.mark.proves("5.11")
 @pytest.mark.slow
 def test_five_hundred_kills_leave_the_old_or_the_new_checkpoint(tmp_path: Path) -> None:
     assert _kill_many(tmp_path / "last.ckpt", 500) > 50

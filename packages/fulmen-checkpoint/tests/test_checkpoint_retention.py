@@ -31,6 +31,7 @@ def test_what_this_run_wrote_is_deleted_once(tmp_path: Path) -> None:
     assert path.exists()
 
 
+@pytest.mark.proves("5.25")
 def test_files_of_others_are_never_deleted(tmp_path: Path) -> None:
     theirs = _make(tmp_path / "previous_run.ckpt")
     assert not Retention().may_remove(theirs)
@@ -38,6 +39,7 @@ def test_files_of_others_are_never_deleted(tmp_path: Path) -> None:
     assert theirs.exists()
 
 
+@pytest.mark.proves("5.25")
 def test_what_the_run_resumed_from_is_kept_under_every_spelling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def test_reading_streams_can_seek(place: tuple[FsspecStorage, str]) -> None:
         assert stream.read(2) == bytes([90, 91])
 
 
+@pytest.mark.proves("5.11")
 def test_an_unfinished_or_failed_write_leaves_the_old_content_and_nothing_else(
     place: tuple[FsspecStorage, str],
 ) -> None:
@@ -184,6 +185,7 @@ class Failing(MemoryFileSystem):
         return super().cp_file(path1, path2, **kwargs)
 
 
+@pytest.mark.proves("5.11")
 @pytest.mark.parametrize("where", ["write", "move"])
 def test_a_storage_that_fails_midway_keeps_the_old_content(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.register_implementation("failing", Failing, clobber=True)

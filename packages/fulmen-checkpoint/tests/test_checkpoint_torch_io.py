@@ -92,6 +92,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path, mmap: bool) -> None:
     io.teardown()
 
 
+@pytest.mark.proves("5.1")
 def test_plain_torch_and_zip_tools_read_our_files(tmp_path: Path) -> None:
     saved = {"w": torch.randn(700, 700), "n": 1}
     TorchCheckpointIO().save_checkpoint(saved, tmp_path / "a.ckpt")
@@ -135,6 +136,7 @@ def test_files_written_without_checksums_load(tmp_path: Path) -> None:
         assert torch.equal(TorchCheckpointIO().load_checkpoint(tmp_path / name)["w"], torch.ones(9))
 
 
+@pytest.mark.proves("5.12")
 @pytest.mark.parametrize("where", ["memory", "s3"])
 def test_checkpoints_on_urls(where: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(f"{where}_folder")
@@ -149,6 +151,7 @@ def test_checkpoints_on_urls(where: str, request: pytest.FixtureRequest) -> None
         io.load_checkpoint(f"{folder}/a.ckpt")
 
 
+@pytest.mark.proves("5.12")
 def test_storage_options_of_a_save_reach_fsspec(s3_options: dict[str, object], s3_folder: str) -> None:
     TorchCheckpointIO().save_checkpoint({"n": 1}, f"{s3_folder}/a.ckpt", storage_options=s3_options)
     assert TorchCheckpointIO(FsspecStorage(s3_options)).load_checkpoint(f"{s3_folder}/a.ckpt") == {"n": 1}
@@ -173,6 +176,7 @@ def test_map_location_is_followed(tmp_path: Path) -> None:
     assert io.load_checkpoint(tmp_path / "a.ckpt", map_location=torch.device("cpu"))["w"].device.type == "cpu"
 
 
+@pytest.mark.proves("5.12")
 def test_a_missing_file_is_named_with_a_neighbour(tmp_path: Path) -> None:
     io = TorchCheckpointIO()
     io.save_checkpoint({"n": 1}, tmp_path / "epoch=3.ckpt")
@@ -191,6 +195,7 @@ def test_a_folder_is_named_as_such(tmp_path: Path) -> None:
         TorchCheckpointIO().save_checkpoint({}, tmp_path)
 
 
+@pytest.mark.proves("5.12")
 def test_removing_tolerates_nothing_and_takes_folders(tmp_path: Path) -> None:
     (tmp_path / "d" / "e").mkdir(parents=True)
     (tmp_path / "d" / "e" / "x").write_bytes(b"x")
@@ -399,6 +404,7 @@ def test_shared_and_cyclic_containers_are_scanned_once(tmp_path: Path) -> None:
     assert loaded["a"].data_ptr() == loaded["b"].data_ptr()
 
 
+@pytest.mark.proves("5.15")
 @pytest.mark.parametrize("zipped", [True, False])
 def test_an_object_in_a_file_is_refused_by_name_and_loaded_only_on_request(tmp_path: Path, zipped: bool) -> None:
     torch.save({"a": Path("x")}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
@@ -461,6 +467,7 @@ print(sorted({event for event, _ in seen} & {"pickle.find_class", "os.system"}),
 """
 
 
+@pytest.mark.proves("5.15")
 def test_loading_runs_no_code_from_the_file(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _AUDITED, str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
@@ -493,6 +500,7 @@ class FullDisk(MemoryFileSystem):
         return stream
 
 
+@pytest.mark.proves("5.11")
 @pytest.mark.parametrize("room", [0, 100, 5_000, 150_000, 2_000_000])
 def test_a_full_disk_keeps_the_old_checkpoint_and_the_process(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.register_implementation("fulldisk", FullDisk, clobber=True)
@@ -504,6 +512,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_process(room: int, monkeyp
     assert io.load_checkpoint(path) == {"n": 1}
 
 
+@pytest.mark.proves("5.11")
 def test_an_interrupt_while_writing_stays_an_interrupt(tmp_path: Path) -> None:
     class Interrupting(FsspecStorage):
         def write_atomic(self, path):  # type: ignore[no-untyped-def]

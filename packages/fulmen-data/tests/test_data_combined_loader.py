@@ -14,6 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning
 Pair = namedtuple("Pair", ["x", "y"])
 
 
+@pytest.mark.proves("13.10")
 def test_min_size_stops_with_the_shortest_and_keeps_the_collections_shape() -> None:
     combined = CombinedLoader({"a": range(3), "b": [range(10, 15), range(20, 24)]}, "min_size")
     assert list(combined) == [
@@ -24,18 +25,21 @@ def test_min_size_stops_with_the_shortest_and_keeps_the_collections_shape() -> N
     assert len(combined) == 3
 
 
+@pytest.mark.proves("13.10")
 def test_max_size_cycle_begins_short_loaders_again() -> None:
     combined = CombinedLoader([range(2), range(10, 15)], "max_size_cycle")
     assert [batch for batch, *_ in combined] == [[0, 10], [1, 11], [0, 12], [1, 13], [0, 14]]
     assert len(combined) == 5
 
 
+@pytest.mark.proves("13.10")
 def test_max_size_pads_with_none() -> None:
     combined = CombinedLoader((range(2), range(10, 13)), "max_size")
     assert list(combined) == [((0, 10), 0, 0), ((1, 11), 1, 0), ((None, 12), 2, 0)]
     assert len(combined) == 3
 
 
+@pytest.mark.proves("13.10")
 def test_sequential_reads_one_after_the_other_and_counts_each_from_zero() -> None:
     combined = CombinedLoader([range(2), [], range(10, 12)], "sequential")
     assert list(combined) == [(0, 0, 0), (1, 1, 0), (10, 0, 2), (11, 1, 2)]
@@ -113,6 +117,7 @@ def test_a_loader_without_length_takes_part_and_only_the_length_is_missing() -> 
     assert len(CombinedLoader([stream, range(2)], "min_size")) == 2
 
 
+@pytest.mark.proves("13.10")
 def test_collections_of_every_kind_keep_their_kind() -> None:
     tree = OrderedDict(p=Pair(range(2), {"z": range(2)}), q=(range(2), [range(2)]))
     batch, _, _ = next(iter(CombinedLoader(tree, "min_size")))

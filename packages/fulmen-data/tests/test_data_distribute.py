@@ -36,6 +36,7 @@ def collate_twice(batch: list[int]) -> torch.Tensor:
     return torch.tensor([*batch, *batch])
 
 
+@pytest.mark.proves("9.34")
 @pytest.mark.parametrize("world", [2, 3, 8])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_training_batches_equal_those_of_a_loader_with_torchs_distributed_sampler(world, shuffle) -> None:
@@ -50,6 +51,7 @@ def test_training_batches_equal_those_of_a_loader_with_torchs_distributed_sample
             assert [b.tolist() for b in ours] == [b.tolist() for b in theirs]
 
 
+@pytest.mark.proves("13.11")
 @pytest.mark.parametrize("world", [2, 3, 8, 30])
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_evaluation_reads_each_sample_exactly_once_over_ranks(world, shuffled) -> None:

@@ -56,6 +56,7 @@ def on_a_rank(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.proves("13.11")
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_two_processes_train_as_raw_ddp_does_and_evaluate_each_sample_once(tmp_path) -> None:
     mp.start_processes(on_a_rank, args=(str(tmp_path),), nprocs=WORLD, start_method="spawn")

@@ -168,6 +168,7 @@ def run(make, options, stop):
     return whole, before, after, data, iterator_reads
 
 
+@pytest.mark.proves("5.38")
 @pytest.mark.parametrize("stop", [(0, 0), (0, 1), (0, 4), (1, 3)])
 @pytest.mark.parametrize("kind", LOADERS)
 def test_a_resumed_run_sees_the_batches_and_random_numbers_of_the_uninterrupted_one(kind, stop) -> None:
@@ -368,6 +369,7 @@ class OwnState:
         self.start = self.at = state["at"]
 
 
+@pytest.mark.proves("5.38")
 def test_a_loader_with_a_state_of_its_own_is_saved_and_restored_by_it() -> None:
     position = LoaderPosition(OwnState())
     iterator = iter(position)

@@ -127,6 +127,7 @@ def draws(rank: int, epochs: int = 3, persistent: bool = False) -> list[tuple[fl
     return [row for _ in range(epochs) for batch in loader for row in zip(*(c.tolist() for c in batch), strict=True)]
 
 
+@pytest.mark.proves("13.12")
 @pytest.mark.parametrize("persistent", [False, True])
 def test_no_worker_rank_or_epoch_repeats_anothers_random_numbers(persistent) -> None:
     rows = draws(0, persistent=persistent) + draws(1, persistent=persistent)
@@ -135,6 +136,7 @@ def test_no_worker_rank_or_epoch_repeats_anothers_random_numbers(persistent) -> 
         assert len(set(source)) == 48
 
 
+@pytest.mark.proves("13.12")
 def test_the_same_run_draws_the_same_numbers() -> None:
     assert draws(1, epochs=2) == draws(1, epochs=2)
 

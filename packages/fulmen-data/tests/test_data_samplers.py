@@ -17,6 +17,7 @@ from fulmen_data import (
 )
 
 
+@pytest.mark.proves("13.11")
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_evaluation_samplers_give_every_sample_exactly_once_for_all_sizes_and_ranks(shuffle) -> None:
     for size in range(1, 51):
@@ -36,6 +37,7 @@ def test_evaluation_order_without_shuffling_is_the_data_sets_when_ranks_are_inte
     assert parts == [[0, 3, 6], [1, 4], [2, 5]]
 
 
+@pytest.mark.proves("13.11")
 @given(
     size=st.integers(1, 60),
     ranks=st.integers(1, 8),
@@ -194,6 +196,7 @@ def test_a_sampler_without_or_with_a_wrong_length_is_refused() -> None:
         list(DistributedSamplerWrapper(Liar(), 2, 0))
 
 
+@pytest.mark.proves("13.11")
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])
 def test_whole_batches_are_dealt_to_ranks(ranks) -> None:
     batches = [[0, 1], [2], [3, 4, 5], [6], [7, 8]]

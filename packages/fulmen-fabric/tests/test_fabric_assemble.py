@@ -153,6 +153,7 @@ def refusal(**arguments):
     return str(caught.value)
 
 
+@pytest.mark.proves("4.1")
 def test_everything_auto_on_a_cpu_is_one_process_in_32_true_and_says_what_it_chose():
     found = assemble(accelerator="cpu")
     assert (found.accelerator_name, found.strategy_name, found.precision_name) == ("cpu", "single_device", "32-true")
@@ -164,6 +165,7 @@ def test_everything_auto_on_a_cpu_is_one_process_in_32_true_and_says_what_it_cho
     assert len(found.chosen) == 2  # the accelerator and the precision were not left open
 
 
+@pytest.mark.proves("2.1", "2.2")
 def test_auto_takes_the_best_usable_accelerator_and_names_the_others():
     found = assemble()
     best = "mps" if torch.backends.mps.is_available() else "cuda" if torch.cuda.is_available() else "cpu"
@@ -171,6 +173,7 @@ def test_auto_takes_the_best_usable_accelerator_and_names_the_others():
     assert any(f"accelerator='auto' chose {best!r}" in line for line in found.chosen)
 
 
+@pytest.mark.proves("4.1")
 def test_several_devices_choose_ddp_and_its_launcher():
     found = assemble(accelerator="cpu", devices=2)
     assert found.strategy_name == "ddp"
@@ -186,6 +189,7 @@ def test_sources_name_the_distribution_and_version_or_the_class():
     assert found.sources["precision"] == "an instance of Numbers"
 
 
+@pytest.mark.proves("3.1")
 @pytest.mark.parametrize(
     ("asked", "name"), [(None, "32-true"), (32, "32-true"), ("32", "32-true"), (64, "64-true"), ("bf16-mixed",) * 2]
 )
@@ -193,6 +197,7 @@ def test_precision_has_one_canonical_name(asked, name):
     assert assemble(accelerator="cpu", precision=asked).precision_name == name
 
 
+@pytest.mark.proves("3.1")
 @pytest.mark.parametrize(("asked", "name"), [(16, "16-mixed"), ("16", "16-mixed"), ("bf16", "bf16-mixed")])
 def test_an_alias_that_could_mean_true_or_mixed_warns_and_means_mixed(asked, name):
     with pytest.warns(UserWarning, match=f"is read as '{name}'"):
@@ -205,6 +210,7 @@ def test_a_precision_factory_that_takes_a_device_gets_its_type():
         assert torch.is_autocast_enabled("cpu")
 
 
+@pytest.mark.proves("2.1", "4.6", "9.2")
 def test_a_vendors_objects_are_taken_by_what_they_can_do():
     accelerator, strategy, numbers, files = Acme(), OneProcess(), Numbers(), Files()
     found = assemble(accelerator=accelerator, strategy=strategy, devices=1, plugins=[files, numbers])
@@ -225,6 +231,7 @@ def test_auto_devices_ask_the_accelerator():
     assert len(assemble(accelerator=Acme(count=3)).devices) == 3
 
 
+@pytest.mark.proves("9.2")
 def test_auto_devices_are_as_many_as_a_cluster_has_started():
     found = assemble(accelerator="cpu", plugins=Cluster(processes=4), num_nodes=2)
     assert len(found.devices) == 2
@@ -247,6 +254,7 @@ def test_one_device_in_a_cluster_of_several_processes_is_taken_as_asked_with_a_w
         assert assemble(accelerator="cpu", devices=1, plugins=Cluster(2)).world_size == 1
 
 
+@pytest.mark.proves("2.3", "3.1", "3.2", "4.6")
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -306,12 +314,14 @@ def test_a_wrong_type_alone_is_also_a_type_error():
         assemble(accelerator="cpu", precision=[16])
 
 
+@pytest.mark.proves("3.3")
 def test_the_precision_plan_reaches_a_strategy_that_applies_it():
     strategy = TakesThePlan()
     assemble(accelerator="cpu", strategy=strategy, precision="bf16-mixed")
     assert strategy.plan["compute"] == torch.bfloat16
 
 
+@pytest.mark.proves("2.4")
 def test_mps_with_a_parallel_strategy_is_a_conflict():
     class Apple(Acme):
         def get_parallel_devices(self, devices):
@@ -320,6 +330,7 @@ def test_mps_with_a_parallel_strategy_is_a_conflict():
     assert "cannot run on 'mps'" in refusal(accelerator=Apple(), strategy="ddp", devices=1)
 
 
+@pytest.mark.proves("2.9", "4.5")
 def test_an_interactive_session_gets_one_device_and_no_launcher_that_reruns_the_script(monkeypatch):
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     found = assemble(accelerator=Acme(count=4))
@@ -332,6 +343,7 @@ def test_names_of_strategies_may_be_written_in_capitals():
     assert assemble(accelerator="cpu", strategy="DDP", devices=2).strategy_name == "ddp"
 
 
+@pytest.mark.proves("2.1", "2.2")
 def test_gpu_means_mps_or_cuda():
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         assert assemble(accelerator="gpu", devices=1).accelerator_name in {"mps", "cuda"}
@@ -351,6 +363,7 @@ def test_abilities_are_found_without_running_properties():
     assert not supports(object(), SupportsCollectives)
 
 
+@pytest.mark.proves("4.40")
 def test_torchrun_is_recognised_by_itself(monkeypatch):
     for name, value in {
         "TORCHELASTIC_RUN_ID": "1",

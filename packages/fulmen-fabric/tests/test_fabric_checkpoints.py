@@ -37,6 +37,7 @@ def trained(fabric, seed=0):
     return model, opt
 
 
+@pytest.mark.proves("5.40", "8.14")
 def test_what_was_saved_comes_back_and_plain_entries_are_replaced_in_place(fabric, tmp_path):
     path = tmp_path / "deep" / "a.ckpt"
     model, opt = trained(fabric)
@@ -65,6 +66,7 @@ def test_the_file_is_one_that_plain_torch_reads(fabric, tmp_path):
     assert plain["step"] == 1
 
 
+@pytest.mark.proves("5.40", "8.14")
 def test_without_a_state_everything_is_returned(fabric, tmp_path):
     model, _ = trained(fabric)
     fabric.save(tmp_path / "a.ckpt", {"model": model, "step": 1})
@@ -73,12 +75,14 @@ def test_without_a_state_everything_is_returned(fabric, tmp_path):
     assert torch.equal(loaded["model"]["weight"], model.weight)
 
 
+@pytest.mark.proves("5.40", "8.14")
 def test_a_filter_keeps_what_it_says(fabric, tmp_path):
     model, _ = trained(fabric)
     fabric.save(tmp_path / "a.ckpt", {"model": model, "n": 1}, filter={"model": lambda key, _: "bias" in key})
     assert list(fabric.load(tmp_path / "a.ckpt")["model"]) == ["bias"]
 
 
+@pytest.mark.proves("8.14")
 @pytest.mark.parametrize(
     ("filters", "says"),
     [
@@ -93,6 +97,7 @@ def test_a_filter_that_fits_nothing_is_refused_before_writing(fabric, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.proves("5.40", "8.14")
 def test_a_missing_name_changes_nothing_when_strict(fabric, tmp_path):
     model, _ = trained(fabric)
     fabric.save(tmp_path / "a.ckpt", {"model": model})
@@ -107,6 +112,7 @@ def test_a_missing_name_changes_nothing_when_strict(fabric, tmp_path):
     assert state["step"] == 0
 
 
+@pytest.mark.proves("8.14")
 def test_missing_weights_fail_when_strict_and_are_named_otherwise(fabric, tmp_path):
     model, _ = trained(fabric)
     fabric.save(tmp_path / "a.ckpt", {"model": model}, filter={"model": lambda key, _: key == "bias"})
@@ -116,6 +122,7 @@ def test_missing_weights_fail_when_strict_and_are_named_otherwise(fabric, tmp_pa
         fabric.load(tmp_path / "a.ckpt", {"model": model}, strict=False)
 
 
+@pytest.mark.proves("8.14")
 def test_raw_files_of_torch_load_into_modules_and_optimizers(fabric, tmp_path):
     source = nn.Linear(2, 2)
     torch.save(source.state_dict(), tmp_path / "weights.pt")

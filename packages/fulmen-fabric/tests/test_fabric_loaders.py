@@ -24,6 +24,7 @@ def _seed(monkeypatch):
     monkeypatch.delenv("PL_SEED_WORKERS", raising=False)
 
 
+@pytest.mark.proves("8.8")
 def test_one_process_reads_everything_in_the_users_order():
     fabric = Fabric(accelerator="cpu", devices=1)
     loader = fabric.setup_dataloaders(DataLoader(DATA, batch_size=3))
@@ -35,6 +36,7 @@ def test_one_process_reads_everything_in_the_users_order():
     assert len(one) == len(two) == 10
 
 
+@pytest.mark.proves("8.8")
 def test_samplers_learn_the_epoch_at_each_iteration():
     fabric = Fabric(accelerator="cpu", devices=1)
     sampler = DistributedSampler(DATA, 1, 0)
@@ -46,12 +48,14 @@ def test_samplers_learn_the_epoch_at_each_iteration():
     assert indices(loader) == first
 
 
+@pytest.mark.proves("8.8")
 def test_a_loader_is_set_up_once():
     fabric = Fabric(accelerator="cpu", devices=1)
     with pytest.raises(MisconfigurationException, match="set up before"):
         fabric.setup_dataloaders(fabric.setup_dataloaders(DataLoader(DATA)))
 
 
+@pytest.mark.proves("8.8")
 def test_workers_are_seeded_when_the_seed_asks_for_it(monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that seed_everything's own writes are undone
     monkeypatch.setenv("PL_SEED_WORKERS", "0")

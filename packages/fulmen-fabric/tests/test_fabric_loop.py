@@ -31,6 +31,7 @@ def cpu(**arguments):
     return Fabric(accelerator="cpu", devices=1, **arguments)
 
 
+@pytest.mark.proves("3.18", "8.10")
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("clip", [None, "norm", "value"])
 def test_a_loop_has_the_bits_of_plain_pytorch(optimizer, clip):
@@ -61,6 +62,7 @@ def test_a_loop_has_the_bits_of_plain_pytorch(optimizer, clip):
         assert torch.equal(last, raw_norm)
 
 
+@pytest.mark.proves("8.12")
 def test_accumulation_with_no_backward_sync_has_the_bits_of_plain_pytorch():
     raw, raw_optimizer = make()
     for number, x in enumerate(batches(), 1):
@@ -103,6 +105,7 @@ def test_a_scheduler_works_whether_made_before_or_after_setup(before):
     assert opt.param_groups[0]["lr"] == raw_optimizer.param_groups[0]["lr"]
 
 
+@pytest.mark.proves("8.19")
 def test_lbfgs_gets_its_closure_and_returns_its_loss():
     def train(model, opt, backward):
         for x in batches(2):
@@ -164,6 +167,7 @@ def test_bf16_mixed_equals_autocast_in_plain_pytorch():
     assert same(model, raw)
 
 
+@pytest.mark.proves("3.18", "8.10")
 def test_16_mixed_equals_autocast_and_a_grad_scaler_in_plain_pytorch():
     raw, raw_optimizer = make()
     scaler = torch.amp.GradScaler("cpu")
@@ -187,6 +191,7 @@ def test_16_mixed_equals_autocast_and_a_grad_scaler_in_plain_pytorch():
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+@pytest.mark.proves("8.9")
 def test_where_the_loss_must_be_scaled_plain_backward_is_refused():
     fabric = cpu(precision="16-mixed")
     model, _ = fabric.setup(*make())
@@ -202,6 +207,7 @@ def test_a_closure_with_a_scaler_is_refused():
         opt.step(lambda: None)
 
 
+@pytest.mark.proves("8.11")
 def test_autocast_computes_outside_the_module_in_the_same_precision():
     with cpu(precision="bf16-mixed").autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
@@ -209,6 +215,7 @@ def test_autocast_computes_outside_the_module_in_the_same_precision():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
+@pytest.mark.proves("3.19", "8.13")
 def test_tensors_and_modules_are_created_in_the_precision():
     fabric = cpu(precision="bf16-true")
     with fabric.init_tensor():
@@ -218,6 +225,7 @@ def test_tensors_and_modules_are_created_in_the_precision():
     assert torch.ones(1).dtype == torch.float32
 
 
+@pytest.mark.proves("3.19", "8.13")
 def test_an_empty_module_draws_no_random_numbers():
     fabric = cpu()
     before = torch.get_rng_state()
@@ -227,6 +235,7 @@ def test_an_empty_module_draws_no_random_numbers():
     assert module.weight.shape == (50, 50)
 
 
+@pytest.mark.proves("8.6")
 def test_setup_returns_what_it_was_given_in_that_order():
     fabric = cpu()
     module, optimizer = make()
@@ -240,6 +249,7 @@ def test_setup_returns_what_it_was_given_in_that_order():
     assert is_wrapped(fabric.setup(make()[0]))
 
 
+@pytest.mark.proves("8.7")
 def test_the_optimizer_may_be_made_after_the_module_is_placed():
     raw, raw_optimizer = make()
     fabric = cpu()
@@ -255,6 +265,7 @@ def test_the_optimizer_may_be_made_after_the_module_is_placed():
     assert len(two) == 2
 
 
+@pytest.mark.proves("8.6")
 def test_a_compiled_module_is_compiled_again_around_what_the_strategy_placed():
     compiled = []
 
@@ -275,6 +286,7 @@ def test_a_compiled_module_is_compiled_again_around_what_the_strategy_placed():
     assert not compiled
 
 
+@pytest.mark.proves("8.4", "8.6")
 @pytest.mark.parametrize(
     ("act", "says"),
     [
@@ -308,6 +320,7 @@ def test_wrong_types_are_type_errors_too():
         cpu().setup("model")
 
 
+@pytest.mark.proves("8.5")
 def test_several_devices_must_be_launched_first():
     fabric = Fabric(accelerator="cpu", devices=2)
     module, optimizer = make()
@@ -324,6 +337,7 @@ def test_several_devices_must_be_launched_first():
             act()
 
 
+@pytest.mark.proves("4.7", "4.16", "8.11")
 def test_one_process_gathers_and_reduces_what_it_has():
     fabric = cpu()
     data = {"a": torch.ones(2), "b": [1.5, "text"]}
@@ -338,12 +352,14 @@ def test_one_process_gathers_and_reduces_what_it_has():
         pass
 
 
+@pytest.mark.proves("8.4")
 def test_launch_passes_the_fabric_and_returns_the_value():
     fabric = cpu()
     assert fabric.launch(lambda f, x, y: (f is fabric, x + y), 1, y=2) == (True, 3)
     assert fabric.launch() is None
 
 
+@pytest.mark.proves("8.17")
 def test_a_subclass_may_hold_the_loop_in_run():
     class Mine(Fabric):
         def run(self, start):
@@ -354,6 +370,7 @@ def test_a_subclass_may_hold_the_loop_in_run():
         cpu().run()
 
 
+@pytest.mark.proves("8.2")
 def test_environment_variables_override_arguments(monkeypatch):
     monkeypatch.setenv("LT_PRECISION", "64-true")
     monkeypatch.setenv("LT_DEVICES", "1")
@@ -370,6 +387,7 @@ def test_print_prints(capsys):
     assert capsys.readouterr().out == "hello!"
 
 
+@pytest.mark.proves("8.11")
 def test_data_and_modules_go_to_the_device():
     fabric = cpu()
     module = nn.Linear(1, 1)
@@ -411,6 +429,7 @@ def test_ddp_with_one_process_has_the_bits_of_plain_pytorch_and_leaves_its_group
     fabric.close()
 
 
+@pytest.mark.proves("3.3", "8.9")
 def test_a_strategy_whose_engine_owns_backward_and_step_is_asked_for_both():
     class Engine:
         """A vendor's engine, without any base class of ours."""

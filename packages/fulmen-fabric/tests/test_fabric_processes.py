@@ -248,22 +248,26 @@ def equal(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.proves("4.11")
 @pytest.mark.parametrize("loop", ["plain", "accumulated"])
 def test_two_processes_have_the_bits_of_raw_ddp(ours, raw, loop):
     for rank in range(2):
         assert equal(ours[rank][loop], raw[rank][loop])
 
 
+@pytest.mark.proves("4.11", "8.18")
 def test_a_step_method_goes_through_the_wrapper_like_forward(ours):
     assert equal(ours[0]["through_step"], ours[0]["plain"])
     assert equal(ours[1]["through_step"], ours[0]["plain"])
 
 
+@pytest.mark.proves("4.11")
 def test_backward_inside_a_step_of_manual_optimization_is_averaged_too(ours):
     assert equal(ours[0]["manual"], ours[0]["plain"])
     assert equal(ours[1]["manual"], ours[0]["plain"])
 
 
+@pytest.mark.proves("8.3")
 def test_each_process_knows_who_it_is(ours):
     assert [one["early"] for one in ours] == [2, 2]
     assert [one["rank"] for one in ours] == [0, 1]
@@ -271,12 +275,14 @@ def test_each_process_knows_who_it_is(ours):
     assert [one["rank_zero_only"] for one in ours] == [0, 1]
 
 
+@pytest.mark.proves("4.15")
 def test_a_global_seed_makes_every_rank_start_equal(ours):
     torch.manual_seed(3)
     expected = torch.rand(3)
     assert all(torch.equal(one["draw"], expected) for one in ours)
 
 
+@pytest.mark.proves("8.18")
 def test_a_method_that_would_bypass_the_wrapper_is_refused_until_it_is_marked(ours):
     for one in ours:
         assert "mark_forward_method('helper')" in one["helper"]
@@ -287,6 +293,7 @@ def test_evaluation_mode_reaches_the_wrapper_and_the_module(ours):
     assert [one["modes"] for one in ours] == [[False] * 3] * 2
 
 
+@pytest.mark.proves("4.16", "8.11")
 def test_collectives_combine_all_ranks(ours):
     for one in ours:
         assert one["gathered"]["r"].tolist() == [0, 1]
@@ -304,16 +311,19 @@ def test_collectives_combine_all_ranks(ours):
     assert [one["gather_grad"].item() for one in ours] == [2.0, 20.0]
 
 
+@pytest.mark.proves("8.12")
 def test_rank_zero_goes_first(ours):
     assert [one["order"] for one in ours] == ["01", "01"]
 
 
+@pytest.mark.proves("8.8")
 def test_every_sample_is_read_once_an_epoch_in_a_new_order(ours):
     for epoch in range(2):
         assert sorted(ours[0]["epochs"][epoch] + ours[1]["epochs"][epoch]) == list(range(10))
     assert ours[0]["epochs"][0] != ours[0]["epochs"][1]
 
 
+@pytest.mark.proves("5.40", "8.14")
 def test_a_checkpoint_is_written_once_to_rank_zeros_path_and_read_by_all(ours):
     for one in ours:
         assert equal(one["loaded"], ours[0]["through_step"])
@@ -333,11 +343,13 @@ def test_ranks_stop_together_for_the_reason_of_the_one_that_asked(ours):
     assert reason == "rank 1: tired"
 
 
+@pytest.mark.proves("8.4", "8.17")
 def test_run_and_launched_functions_run_in_every_process(ours):
     assert [one["run"] for one in ours] == [15, 15]
     assert [one["function"] for one in ours] == [7, 8]
 
 
+@pytest.mark.proves("4.34")
 def test_an_error_on_another_rank_ends_the_run_with_its_traceback_last(tmp_path):
     body = """
         from fulmen_fabric import Fabric

@@ -33,6 +33,7 @@ def _as_a_fresh_process(monkeypatch):
     rank_zero_only.rank = None
 
 
+@pytest.mark.proves("13.13")
 def test_a_function_runs_on_rank_zero_only():
     @rank_zero_only
     def where(x):
@@ -50,6 +51,7 @@ def test_other_ranks_get_the_default():
     assert rank_zero_only(lambda: "here", default="elsewhere")() == "elsewhere"
 
 
+@pytest.mark.proves("13.13")
 @pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"])
 def test_before_launch_the_launchers_variables_tell_the_rank(monkeypatch, variable):
     assert rank_zero_only.rank == 0
@@ -57,12 +59,14 @@ def test_before_launch_the_launchers_variables_tell_the_rank(monkeypatch, variab
     assert rank_zero_only.rank == 3
 
 
+@pytest.mark.proves("13.13")
 def test_the_global_rank_wins_over_the_local_one(monkeypatch):
     monkeypatch.setenv("RANK", "4")
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert rank_zero_only.rank == 4
 
 
+@pytest.mark.proves("13.13")
 def test_log_lines_come_from_rank_zero(caplog):
     with caplog.at_level(logging.DEBUG, logger="fulmen"):
         rank_zero_info("one %s", "line")
@@ -89,6 +93,7 @@ def test_a_warning_blames_the_users_line():
     assert caught[0].filename == __file__
 
 
+@pytest.mark.proves("13.13")
 def test_other_ranks_do_not_warn():
     rank_zero_only.rank = 1
     with warnings.catch_warnings():

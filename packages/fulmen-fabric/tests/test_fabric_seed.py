@@ -30,6 +30,7 @@ def draw():
     return random.random(), float(np.random.rand()), float(np.random.randn()), torch.rand(1).item(), random.gauss(0, 1)
 
 
+@pytest.mark.proves("13.12")
 def test_one_seed_fixes_python_numpy_and_torch():
     assert seed_everything(7, verbose=False) == 7
     first = draw()
@@ -39,6 +40,7 @@ def test_one_seed_fixes_python_numpy_and_torch():
     assert all(a != b for a, b in zip(draw(), first, strict=True))
 
 
+@pytest.mark.proves("13.12")
 def test_the_seed_is_that_of_plain_pytorch():
     seed_everything(3, verbose=False)
     ours = torch.rand(4)
@@ -52,16 +54,19 @@ def test_child_processes_can_read_the_seed():
     assert os.environ["PL_SEED_WORKERS"] == "1"
 
 
+@pytest.mark.proves("13.12")
 def test_without_a_seed_the_environment_decides(monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "11")
     assert seed_everything(verbose=False) == 11
 
 
+@pytest.mark.proves("13.12")
 def test_without_any_seed_it_is_zero_with_a_warning():
     with pytest.warns(UserWarning, match="using 0"):
         assert seed_everything(verbose=False) == 0
 
 
+@pytest.mark.proves("13.12")
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_out_of_range_is_refused(seed):
     with pytest.raises(ValueError, match="out of range"):

@@ -47,6 +47,7 @@ def model(fabric):
     return fabric.setup(Net())
 
 
+@pytest.mark.proves("8.18")
 def test_state_has_the_modules_own_names(model):
     names = ["count", "layer.weight", "layer.bias"]
     assert list(model.state_dict()) == names
@@ -58,6 +59,7 @@ def test_state_has_the_modules_own_names(model):
     model.load_state_dict(Net().state_dict())
 
 
+@pytest.mark.proves("8.18")
 def test_attributes_are_read_from_and_written_to_the_module(model):
     assert model.scale == 2.0
     assert model.kind == "net"
@@ -95,6 +97,7 @@ def test_step_methods_and_helpers_work_as_before(model):
     assert torch.equal(model.helper(x), model.layer(x))
 
 
+@pytest.mark.proves("8.18")
 def test_methods_marked_or_known_run_in_the_precision():
     model = Fabric(accelerator="cpu", devices=1, precision="64-true").setup(Net())
     with pytest.raises(RuntimeError):
@@ -151,6 +154,7 @@ def test_a_dropped_module_is_freed(fabric):
     assert ref() is None
 
 
+@pytest.mark.proves("8.19")
 def test_the_optimizer_is_of_its_own_class_and_shares_everything(fabric):
     net = Net()
     raw = torch.optim.Adam(net.parameters(), lr=0.1)
@@ -175,6 +179,7 @@ def test_the_optimizer_is_of_its_own_class_and_shares_everything(fabric):
     assert "FabricAdam" in repr(opt)
 
 
+@pytest.mark.proves("8.19")
 def test_step_hooks_run_once_wherever_they_are_registered(fabric):
     net = Net()
     raw = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -187,6 +192,7 @@ def test_step_hooks_run_once_wherever_they_are_registered(fabric):
     assert calls == ["before setup", "after setup"]
 
 
+@pytest.mark.proves("8.17")
 def test_wrapped_things_are_known(fabric, model):
     opt = fabric.setup_optimizers(torch.optim.SGD(model.parameters(), lr=1))
     loader = fabric.setup_dataloaders(torch.utils.data.DataLoader([1]))
@@ -194,11 +200,13 @@ def test_wrapped_things_are_known(fabric, model):
     assert not any(map(is_wrapped, (model.module, opt.optimizer, [1])))
 
 
+@pytest.mark.proves("8.6")
 def test_move_to_device_false_leaves_a_module_where_it_is(fabric):
     net = nn.Linear(1, 1, device="meta")
     assert fabric.setup(net, move_to_device=False).weight.is_meta
 
 
+@pytest.mark.proves("8.6")
 def test_a_module_on_several_devices_is_named(fabric):
     class Split(nn.Module):
         def __init__(self):
@@ -229,6 +237,7 @@ class Recorder:
     broken = "not a method"
 
 
+@pytest.mark.proves("8.15")
 def test_callbacks_hear_of_setup_steps_and_calls():
     recorder = Recorder()
     fabric = Fabric(accelerator="cpu", devices=1, callbacks=[recorder, object()])
@@ -241,6 +250,7 @@ def test_callbacks_hear_of_setup_steps_and_calls():
         fabric.call("broken")
 
 
+@pytest.mark.proves("8.20")
 def test_a_module_that_knows_fabric_learns_whose_loop_runs_it_and_becomes_a_callback():
     class Lit(Net):
         _fabric = None
@@ -284,6 +294,7 @@ class Memory:
         pass
 
 
+@pytest.mark.proves("8.16")
 def test_metrics_reach_every_logger_as_numbers():
     loggers = [Memory(), Memory()]
     fabric = Fabric(accelerator="cpu", devices=1, loggers=loggers)
@@ -295,6 +306,7 @@ def test_metrics_reach_every_logger_as_numbers():
     assert fabric.logger is loggers[0]
 
 
+@pytest.mark.proves("8.3")
 def test_without_a_logger_the_first_one_is_an_index_error(fabric):
     fabric.log("a", 1.0)
     with pytest.raises(IndexError, match="no logger"):

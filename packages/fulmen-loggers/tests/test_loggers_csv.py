@@ -61,6 +61,7 @@ def test_nothing_is_touched_before_the_first_use(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.proves("6.3")
 def test_the_layout_is_save_dir_name_version(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     logger.log_metrics({"loss": 1.0}, step=0)
@@ -72,6 +73,7 @@ def test_the_layout_is_save_dir_name_version(tmp_path: Path) -> None:
     assert CSVLogger(tmp_path, name=None, version=7).log_dir == str(tmp_path / "version_7")
 
 
+@pytest.mark.proves("6.3")
 def test_versions_count_on_from_the_greatest_that_exists(tmp_path: Path) -> None:
     for name in ("version_3", "version_11", "version_x", "other"):
         (tmp_path / "lightning_logs" / name).mkdir(parents=True)
@@ -120,6 +122,7 @@ def test_only_the_first_process_of_a_run_takes_a_folder(
     assert os.listdir(tmp_path / "new" / "lightning_logs") == ["version_0"]
 
 
+@pytest.mark.proves("6.3")
 def test_rows_and_columns_grow(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, flush_logs_every_n_steps=2)
     logger.log_metrics({"a": 1.5}, step=3)
@@ -274,6 +277,7 @@ class Config:
     path: Path = Path("a/b")
 
 
+@pytest.mark.proves("6.3")
 def test_hyperparameters_of_any_kind_become_safe_yaml(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     logger.log_hyperparams(

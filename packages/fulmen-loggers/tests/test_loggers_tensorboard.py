@@ -65,6 +65,7 @@ def test_nothing_is_touched_before_the_first_use(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.proves("6.2")
 def test_scalars_are_read_by_tensorboard(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     values = [math.pi, math.nan, math.inf, -math.inf, 1e-30, 7, np.float64(2), torch.tensor([3.0])]
@@ -115,6 +116,7 @@ def test_logging_after_finalize_loses_nothing_of_the_same_second(tmp_path: Path)
     assert len(_scalars(Path(logger.log_dir, "both", "a"), "both")) == 5
 
 
+@pytest.mark.proves("6.2")
 def test_a_mapping_draws_its_curves_in_one_chart(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, prefix="p")
     logger.log_metrics({"loss": {"train": 1.0, "val": torch.tensor(2.0)}, "x": 5.0}, step=3)
@@ -147,6 +149,7 @@ def test_experiment_is_a_summary_writer_in_the_same_file(tmp_path: Path) -> None
     assert _scalars(logger.log_dir, "direct") == [(1, 2.0), (2, 3.0)]
 
 
+@pytest.mark.proves("6.2")
 def test_hyperparameters_are_shown_and_written(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     logger.log_hyperparams(
@@ -174,6 +177,7 @@ def test_hyperparameters_are_shown_and_written(tmp_path: Path) -> None:
     assert _scalars(logger.log_dir, "hp_metric") == [(0, -1.0), (7, pytest.approx(0.9))]
 
 
+@pytest.mark.proves("6.2")
 @pytest.mark.parametrize(
     ("metrics", "expected"), [(0.5, {"hp_metric": 0.5}), ({"acc": 0.25, "f1": 1}, {"acc": 0.25, "f1": 1.0})]
 )
@@ -209,6 +213,7 @@ class Net(nn.Module):
         return y if scale is None else y * scale
 
 
+@pytest.mark.proves("6.2")
 @pytest.mark.parametrize("example", [torch.randn(2, 4), (torch.randn(2, 4), torch.ones(1))])
 def test_a_graph_is_drawn_and_the_model_is_left_as_it_was(tmp_path: Path, example: object) -> None:
     logger, model = TensorBoardLogger(tmp_path, log_graph=True), Net()
@@ -237,6 +242,7 @@ def test_a_graph_without_an_example_is_a_warning_and_without_the_flag_nothing(tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.proves("6.2")
 def test_sub_dir_is_expanded_and_lies_below_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHICH", "fold_1")
     logger = TensorBoardLogger(tmp_path, version="v", sub_dir="$WHICH")

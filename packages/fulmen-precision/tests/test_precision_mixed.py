@@ -39,6 +39,7 @@ def assert_equal_weights(ours: nn.Module, theirs: nn.Module) -> None:
         assert torch.equal(got, expected), "not one bit may differ"
 
 
+@pytest.mark.proves("3.5")
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_bf16_mixed_training_equals_a_raw_autocast_loop_bit_for_bit(kind) -> None:
     precision = MixedPrecision("bf16-mixed", "cpu", cache_casts=True)
@@ -63,6 +64,7 @@ def test_bf16_mixed_training_equals_a_raw_autocast_loop_bit_for_bit(kind) -> Non
     assert_equal_weights(ours, theirs)
 
 
+@pytest.mark.proves("3.4")
 @pytest.mark.parametrize("kind", ["sgd", "adam", "fused adam"])
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_16_mixed_training_on_the_cpu_equals_a_raw_scaler_loop_bit_for_bit(kind, clip) -> None:
@@ -108,6 +110,7 @@ def test_16_mixed_training_on_the_cpu_equals_a_raw_scaler_loop_bit_for_bit(kind,
     assert precision.state_dict() == scaler.state_dict()
 
 
+@pytest.mark.proves("3.5")
 def test_only_16_mixed_offers_scaling_and_none_casts_inputs() -> None:
     scaled, plain = MixedPrecision("16-mixed", "cpu"), MixedPrecision("bf16-mixed", "cpu")
     assert isinstance(scaled, SupportsGradScaling)
@@ -131,6 +134,7 @@ def test_casting_the_inputs_first_would_change_nothing_that_enters_a_matrix_prod
         assert torch.equal(linear(x), linear(x.to(mixed.plan()["compute"])))
 
 
+@pytest.mark.proves("3.9")
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
 @pytest.mark.parametrize("cache_casts", [False, None])
 @pytest.mark.parametrize("own_context", [False, True])
@@ -227,6 +231,7 @@ def test_stepping_without_any_gradient_says_what_is_missing() -> None:
         precision.update()
 
 
+@pytest.mark.proves("3.5")
 def test_the_scale_survives_a_checkpoint() -> None:
     first = ScaledMixedPrecision(scaler=GradScaler("cpu", init_scale=64.0, growth_interval=1))
     weight = nn.Parameter(torch.ones(1))

@@ -47,6 +47,7 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.randn(5, 6, generator=generator), torch.randn(5, 3, generator=generator)) for _ in range(8)]
 
 
+@pytest.mark.proves("3.10")
 @pytest.mark.parametrize(("precision", "dtype"), CASTING)
 def test_training_in_true_precision_equals_a_raw_loop_in_that_dtype_bit_for_bit(precision, dtype) -> None:
     torch.manual_seed(0)
@@ -100,6 +101,7 @@ def test_true_half_and_double_offer_context_and_both_conversions_but_no_scaling(
     assert plan["output"] == torch.float32
 
 
+@pytest.mark.proves("3.20")
 @pytest.mark.parametrize(("precision", "dtype"), CASTING)
 def test_a_context_restores_the_dtype_found_at_entry_not_the_one_at_construction(precision, dtype) -> None:
     context = precision.forward_context()
@@ -112,6 +114,7 @@ def test_a_context_restores_the_dtype_found_at_entry_not_the_one_at_construction
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.proves("3.20")
 def test_a_context_restores_the_dtype_when_the_block_raises_and_may_be_nested() -> None:
     context = DoublePrecision().init_context()
     with context:
@@ -123,6 +126,7 @@ def test_a_context_restores_the_dtype_when_the_block_raises_and_may_be_nested() 
     assert torch.get_default_dtype() == torch.float32
 
 
+@pytest.mark.proves("3.10", "3.19")
 @pytest.mark.parametrize(("precision", "dtype"), [*CASTING, (FullPrecision(), torch.float32)])
 def test_modules_and_tensors_made_in_the_init_context_have_the_parameter_dtype(precision, dtype) -> None:
     with precision.init_context():
@@ -136,6 +140,7 @@ class Sample:
     name: str
 
 
+@pytest.mark.proves("3.10")
 def test_input_conversion_enters_every_kind_of_collection_and_leaves_other_leaves_alone() -> None:
     precision = HalfPrecision("bf16-true")
     labels = torch.tensor([1, 2])
@@ -186,6 +191,7 @@ def test_outputs_are_cast_back_to_the_default_dtype_of_the_moment() -> None:
         assert precision.convert_output(output)[0].dtype == torch.float64 == precision.plan()["output"]
 
 
+@pytest.mark.proves("3.1")
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

@@ -149,18 +149,22 @@ def _check_equals_raw_ddp(me: Rank, make: Callable[[nn.Module], torch.optim.Opti
     me.same(module, raw_module)
 
 
+@pytest.mark.proves("4.11")
 def check_sgd_through_training_step_equals_raw_ddp_bit_for_bit(me: Rank) -> None:
     _check_equals_raw_ddp(me, sgd, 1)
 
 
+@pytest.mark.proves("4.11")
 def check_adam_through_training_step_equals_raw_ddp_bit_for_bit(me: Rank) -> None:
     _check_equals_raw_ddp(me, adam, 1)
 
 
+@pytest.mark.proves("4.14")
 def check_accumulation_equals_raw_ddp_bit_for_bit(me: Rank) -> None:
     _check_equals_raw_ddp(me, adam, 3)
 
 
+@pytest.mark.proves("4.14")
 def check_accumulating_four_batches_reduces_once(me: Rank) -> None:
     reduced: list[int] = []
 
@@ -181,6 +185,7 @@ def check_accumulating_four_batches_reduces_once(me: Rank) -> None:
     assert reduced == [0, 0], "one bucket, two windows"
 
 
+@pytest.mark.proves("4.11")
 def check_methods_may_return_anything(me: Rank) -> None:
     module = Net()
     placed, batch = me.strategy.place(module), batches(me.rank, 1)[0]
@@ -193,6 +198,7 @@ def check_methods_may_return_anything(me: Rank) -> None:
     assert me.strategy.bind_method(placed, "none_step")() is None
 
 
+@pytest.mark.proves("4.11")
 def check_after_an_error_forward_is_forward_again(me: Rank) -> None:
     placed = me.strategy.place(Net())
     x, y = batches(me.rank, 1)[0]
@@ -236,6 +242,7 @@ def check_nothing_to_train_means_no_wrapper(me: Rank) -> None:
     assert torch.equal(loss, module.training_step(batch, 0))  # type: ignore[arg-type]
 
 
+@pytest.mark.proves("4.10")
 def check_inference_uses_weights_and_buffers_of_rank_zero(me: Rank) -> None:
     module = Net(seed=me.rank)
     module.norm.running_mean.fill_(me.rank + 1.0)
@@ -249,6 +256,7 @@ def check_inference_uses_weights_and_buffers_of_rank_zero(me: Rank) -> None:
     assert module.mask.tolist() == [True, True]
 
 
+@pytest.mark.proves("4.13")
 def check_an_unused_parameter_is_explained(me: Rank) -> None:
     placed = me.strategy.place(Net())
     step = me.strategy.bind_method(placed, "one_branch_step")
@@ -261,6 +269,7 @@ def check_an_unused_parameter_is_explained(me: Rank) -> None:
     assert any("find_unused_parameters=True" in note for note in caught.value.__notes__)
 
 
+@pytest.mark.proves("4.8")
 def check_unused_parameters_can_be_allowed(me: Rank) -> None:
     strategy = find_unused_parameters()
     strategy.setup_environment(me.topology)
@@ -308,6 +317,7 @@ class Gan(nn.Module):
         self.generator.requires_grad_(True)
 
 
+@pytest.mark.proves("4.11")
 def check_two_optimizers_by_hand_equal_averaged_gradients_bit_for_bit(me: Rank) -> None:
     plain, module = Gan(), Gan()
     strategy = me.joined(find_unused_parameters=True)
@@ -369,10 +379,12 @@ def _check_manual(me: Rank, **options: Any) -> None:
     me.same(module, raw_module)
 
 
+@pytest.mark.proves("4.11")
 def check_backward_inside_the_step_equals_raw_ddp_bit_for_bit(me: Rank) -> None:
     _check_manual(me)
 
 
+@pytest.mark.proves("4.12")
 def check_backward_inside_the_step_works_with_a_static_graph(me: Rank) -> None:
     _check_manual(me, static_graph=True)
 
@@ -381,6 +393,7 @@ def check_backward_inside_the_step_works_with_bucket_views(me: Rank) -> None:
     _check_manual(me, gradient_as_bucket_view=True)
 
 
+@pytest.mark.proves("4.11")
 def check_several_backward_passes_in_one_step_are_averaged_each(me: Rank) -> None:
     module, plain = Manual(), Manual()
     placed = me.strategy.place(module)
@@ -439,6 +452,7 @@ def check_manual_backward_within_no_sync_stays_local(me: Rank) -> None:
     assert torch.equal(module.first.weight.grad, plain.first.weight.grad)
 
 
+@pytest.mark.proves("4.11")
 def check_manual_and_automatic_steps_share_a_wrapper(me: Rank) -> None:
     raw_module, module, data = Manual(), Manual(), batches(me.rank, 4)
     raw = DistributedDataParallel(raw_module)
@@ -460,6 +474,7 @@ def check_manual_and_automatic_steps_share_a_wrapper(me: Rank) -> None:
     me.same(module, raw_module)
 
 
+@pytest.mark.proves("4.8")
 def check_a_comm_hook_and_its_wrapper_are_used(me: Rank) -> None:
     module = Net()
     strategy = me.joined(ddp_comm_hook=fp16_compress_hook)
@@ -505,6 +520,7 @@ def check_setting_up_twice_is_setting_up_once(me: Rank) -> None:
     assert dist.group.WORLD is group
 
 
+@pytest.mark.proves("4.15")
 def check_a_group_that_exists_is_used_and_left_alone(me: Rank) -> None:
     group = dist.group.WORLD
     guest = me.joined()
@@ -513,6 +529,7 @@ def check_a_group_that_exists_is_used_and_left_alone(me: Rank) -> None:
     assert dist.group.WORLD is group
 
 
+@pytest.mark.proves("4.15")
 def check_a_group_that_contradicts_is_refused(me: Rank) -> None:
     with pytest.raises(MisconfigurationException, match=f"rank {me.rank} of 3.*rank {me.rank} of 2"):
         DDPStrategy().setup_environment(me.topology._replace(world_size=3, devices=me.topology.devices * 2))
@@ -535,6 +552,7 @@ def check_wrappers_may_be_collected_after_teardown(me: Rank) -> None:
     me.strategy = me.joined()
 
 
+@pytest.mark.proves("4.8", "4.47")
 def check_a_patient_barrier_outlasts_the_groups_timeout(me: Rank) -> None:
     me.strategy.teardown()
     impatient = me.joined(timeout=timedelta(seconds=1))
@@ -548,6 +566,7 @@ def check_a_patient_barrier_outlasts_the_groups_timeout(me: Rank) -> None:
     me.strategy = me.joined()
 
 
+@pytest.mark.proves("4.16")
 def check_collectives_keep_odd_dtypes_whole(me: Rank) -> None:
     c, r = me.strategy.collectives, me.rank
     assert c.all_reduce(torch.tensor([r == 0, True, False]), "sum").tolist() == [True, True, False]
@@ -672,6 +691,7 @@ def test_it_offers_what_ddp_can_do() -> None:
     assert strategy.launcher == "local"
 
 
+@pytest.mark.proves("4.8")
 @pytest.mark.parametrize(
     ("options", "message"),
     [

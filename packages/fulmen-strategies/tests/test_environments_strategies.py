@@ -84,6 +84,7 @@ def setenv(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
 ME, SOMEBODY, NOBODY = os.getpid(), os.getppid(), 2**22 + 1
 
 
+@pytest.mark.proves("4.39")
 @pytest.mark.parametrize(
     ("env", "parent", "expected"),
     [
@@ -104,6 +105,7 @@ def test_whether_the_processes_exist_follows_from_the_environment(
     assert is_launched(env, parent, lambda pid: pid != NOBODY) is expected
 
 
+@pytest.mark.proves("4.39")
 class TestLightningEnvironment:
     def test_one_node_needs_no_variable(self, setenv) -> None:  # type: ignore[no-untyped-def]
         setenv()
@@ -180,6 +182,7 @@ class TestLightningEnvironment:
             _ = LightningEnvironment().main_port
 
 
+@pytest.mark.proves("4.40")
 def test_torchruns_workers_per_node_are_compared_with_the_devices(setenv) -> None:  # type: ignore[no-untyped-def]
     setenv(TORCHELASTIC_RUN_ID="x", WORLD_SIZE="4", LOCAL_WORLD_SIZE="4")
     with pytest.raises(MisconfigurationException, match=r"devices=2.*LOCAL_WORLD_SIZE=4"):
@@ -200,6 +203,7 @@ def torchrun(
     return done, [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 
+@pytest.mark.proves("4.40")
 def test_torchruns_workers_find_their_place_and_start_nothing(tmp_path: Path) -> None:
     done, results = torchrun(tmp_path, "work")
 
@@ -207,6 +211,7 @@ def test_torchruns_workers_find_their_place_and_start_nothing(tmp_path: Path) ->
     assert [(r["rank"], r["total"], r["children"]) for r in results] == [(0, 3.0, []), (1, 3.0, [])]
 
 
+@pytest.mark.proves("4.40")
 @pytest.mark.slow
 def test_torchrun_restarts_meet_anew_every_time(tmp_path: Path) -> None:
     # One pass proves little: with a store shared between attempts about half of the restarts work.

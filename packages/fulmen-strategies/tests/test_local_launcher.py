@@ -231,6 +231,7 @@ def alive(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.proves("4.34")
 @pytest.mark.parametrize("case", ALL_FAULTS, ids=lambda case: f"{case.task} on rank {case.culprit} of {case.processes}")
 class TestWhenOneRankFails:
     def test_every_process_ends_within_ten_seconds(self, ended: dict[Case, Ended], case: Case) -> None:
@@ -273,6 +274,7 @@ def test_rank_zeros_own_exit_code_is_kept(ended: dict[Case, Ended], case: Case) 
     assert ended[case].code == 5
 
 
+@pytest.mark.proves("4.34")
 class TestWhenAllGoesWell:
     case = OTHERS[0]
 
@@ -291,6 +293,7 @@ class TestWhenAllGoesWell:
         assert first["argv"][1:] == second["argv"][1:]  # type: ignore[index]
         assert second["flags"] is True  # type: ignore[index]
 
+    @pytest.mark.proves("4.37")
     def test_the_cpus_are_shared_out(self, ended: dict[Case, Ended]) -> None:
         gathered = ended[self.case].result(0)["results"][0]["gathered"]  # type: ignore[index]
         share = max(1, len(os.sched_getaffinity(0)) // 2)
@@ -307,6 +310,7 @@ class TestWhenAllGoesWell:
             assert "2" in refusal
 
 
+@pytest.mark.proves("4.34")
 def test_a_rank_that_fails_after_rank_zero_is_done_fails_the_program(ended: dict[Case, Ended]) -> None:
     late = ended[Case("fail late", 1, 2)]
 
@@ -363,6 +367,7 @@ def test_one_process_starts_nothing() -> None:
     assert (sys.excepthook, threading.active_count()) == (hook, threads)
 
 
+@pytest.mark.proves("4.5")
 def test_a_prompt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -379,6 +384,7 @@ def test_a_process_that_somebody_else_has_started_just_runs_the_function(monkeyp
     assert launch_here(lambda: 42, processes=2) == 42
 
 
+@pytest.mark.proves("4.34")
 def test_a_module_can_be_launched(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(
         "from fulmen_strategies import LightningEnvironment, LocalLauncher\n"

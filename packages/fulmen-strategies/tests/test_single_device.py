@@ -47,11 +47,13 @@ def test_the_device_is_unknown_before_setup_and_after_teardown() -> None:
         strategy.teardown()
 
 
+@pytest.mark.proves("4.7")
 def test_several_processes_are_refused() -> None:
     with pytest.raises(MisconfigurationException, match="2"):
         SingleDeviceStrategy().setup_environment(Topology(devices=(CPU, CPU), world_size=2))
 
 
+@pytest.mark.proves("4.7")
 def test_the_placed_module_is_the_module_on_the_device() -> None:
     module = nn.Linear(2, 2)
 
@@ -59,12 +61,14 @@ def test_the_placed_module_is_the_module_on_the_device() -> None:
     assert module.weight.device == META
 
 
+@pytest.mark.proves("3.19")
 def test_modules_are_created_on_the_device() -> None:
     with SingleDeviceStrategy("meta").module_context(empty=False):
         assert nn.Linear(2, 2).weight.device == META
     assert nn.Linear(2, 2).weight.device == CPU
 
 
+@pytest.mark.proves("3.19")
 def test_empty_modules_draw_no_random_numbers() -> None:
     before = torch.get_rng_state()
 

@@ -22,6 +22,7 @@ class Stream(IterableDataset[int]):
         return iter(range(3))
 
 
+@pytest.mark.proves("10.21")
 def test_loaders_are_made_from_datasets() -> None:
     data = LightningDataModule.from_datasets(
         numbers(10), [numbers(4), numbers(5)], {"a": numbers(6)}, Stream(), batch_size=2, num_workers=0
@@ -58,6 +59,7 @@ def test_a_loader_that_is_not_defined_is_named() -> None:
         LightningDataModule().val_dataloader()
 
 
+@pytest.mark.proves("10.21")
 def test_keyword_arguments_go_to_the_constructor() -> None:
     class Mine(LightningDataModule):
         def __init__(self, root: str) -> None:
@@ -67,6 +69,7 @@ def test_keyword_arguments_go_to_the_constructor() -> None:
     assert Mine.from_datasets(numbers(1), root="r").hparams.root == "r"
 
 
+@pytest.mark.proves("10.21")
 def test_it_shows_its_sizes() -> None:
     class Mine(LightningDataModule):
         def setup(self, stage: Any) -> None:
@@ -86,6 +89,7 @@ def test_it_shows_its_sizes() -> None:
     assert "validation: 3 samples, 4 samples" in str(LightningDataModule.from_datasets(None, [numbers(3), numbers(4)]))
 
 
+@pytest.mark.proves("10.21")
 def test_its_defaults_are_lightnings() -> None:
     data = LightningDataModule()
 

@@ -68,6 +68,7 @@ class StandIn:
         return len(epochs)
 
 
+@pytest.mark.proves("11.6")
 @pytest.mark.parametrize(
     ("values", "patience", "mode", "epochs"),
     [
@@ -91,6 +92,7 @@ def test_training_ends_after_as_many_checks_without_improvement_as_patience_allo
         assert callback.stopped_epoch == epochs - 1
 
 
+@pytest.mark.proves("11.6")
 @pytest.mark.parametrize(("mode", "values"), [("min", [1.0, 0.95, 0.9]), ("max", [1.0, 1.05, 1.1])])
 def test_an_improvement_smaller_than_min_delta_does_not_count(mode: str, values: list[float]) -> None:
     assert StandIn(EarlyStopping("val_loss", min_delta=0.2, patience=2, mode=mode)).fit(list(values)) == 3
@@ -99,6 +101,7 @@ def test_an_improvement_smaller_than_min_delta_does_not_count(mode: str, values:
     assert callback.wait_count == 0
 
 
+@pytest.mark.proves("11.6")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_value_that_is_not_finite_ends_training_at_once(value: float) -> None:
     callback = EarlyStopping("val_loss")
@@ -109,6 +112,7 @@ def test_a_value_that_is_not_finite_ends_training_at_once(value: float) -> None:
     assert StandIn(EarlyStopping("val_loss", check_finite=False, patience=9)).fit([1.0, value, 1.0]) == 3
 
 
+@pytest.mark.proves("11.6")
 @pytest.mark.parametrize(
     ("mode", "arguments", "reason"),
     [
@@ -129,6 +133,7 @@ def test_thresholds_end_training_at_once(
     assert callback.stopping_reason is (reason or EarlyStoppingReason.NOT_STOPPED)
 
 
+@pytest.mark.proves("11.6")
 def test_epochs_without_a_validation_use_up_no_patience() -> None:
     callback = EarlyStopping("val_loss", patience=2, check_on_train_epoch_end=True)
     trainer = StandIn(callback, check_val_every_n_epoch=3)
@@ -166,6 +171,7 @@ def test_a_training_epochs_value_is_checked_at_the_epochs_end_where_validations_
     assert waits == [(math.inf, False), (2.0, False), (2.0, False), (2.0, True)]
 
 
+@pytest.mark.proves("11.6")
 def test_one_rank_that_wants_to_stop_stops_all() -> None:
     callback = EarlyStopping("val_loss")
     trainer = StandIn(callback)
@@ -194,6 +200,7 @@ def test_nothing_is_checked_while_trying_out(inert: dict[str, bool]) -> None:
     assert trainer.fit([math.nan, math.nan]) == 2
 
 
+@pytest.mark.proves("11.6")
 def test_a_resumed_run_goes_on_counting() -> None:
     first = EarlyStopping("val_loss", patience=3)
     StandIn(first).fit([1.0, 1.0, 1.0])

@@ -36,6 +36,7 @@ class Plain(LightningModule):
         self.save_hyperparameters()
 
 
+@pytest.mark.proves("5.34")
 def test_all_arguments_are_saved_with_defaults_and_keywords() -> None:
     assert Plain(0.5, 4, "dropped", extra=True).hparams == {"lr": 0.5, "width": 4, "name": "n", "extra": True}
 
@@ -50,6 +51,7 @@ def test_a_value_is_read_as_it_is_when_it_is_saved() -> None:
     assert Late(3).hparams.width == 6
 
 
+@pytest.mark.proves("5.34")
 def test_names_choose_and_ignore_leaves_out() -> None:
     class Chosen(LightningModule):
         def __init__(self, a: int, b: int, c: int, how: str) -> None:
@@ -76,6 +78,7 @@ def test_a_name_that_is_no_argument_is_refused_with_the_nearest() -> None:
         Wrong(0.1)
 
 
+@pytest.mark.proves("5.34")
 def test_arguments_of_subclasses_are_saved_and_win() -> None:
     class Base(LightningModule):
         def __init__(self, lr: float, depth: int = 1) -> None:
@@ -89,6 +92,7 @@ def test_arguments_of_subclasses_are_saved_and_win() -> None:
     assert Sub(0.1, 8).hparams == {"lr": 0.1, "heads": 8, "depth": 1}
 
 
+@pytest.mark.proves("5.34")
 def test_ignore_in_a_subclass_removes_what_the_base_saved() -> None:
     class Base(LightningModule):
         def __init__(self, lr: float, secret: str) -> None:
@@ -151,6 +155,7 @@ class DataclassModule(LightningModule):
         self.save_hyperparameters()
 
 
+@pytest.mark.proves("5.34")
 def test_dataclass_modules_save_their_fields() -> None:
     assert DataclassModule(0.3).hparams == {"lr": 0.3, "sizes": [1, 2]}
 
@@ -161,6 +166,7 @@ class Settings:
     depth: int = 2
 
 
+@pytest.mark.proves("5.34")
 @pytest.mark.parametrize(
     "config", [{"lr": 0.1, "depth": 2}, Namespace(lr=0.1, depth=2), Settings(), AttributeDict(lr=0.1, depth=2)]
 )
@@ -190,6 +196,7 @@ def test_hyperparameters_can_be_given_outside_of_a_constructor() -> None:
     assert module.hparams == {"lr": 1.0, "depth": 2}
 
 
+@pytest.mark.proves("5.34")
 def test_the_initial_values_do_not_follow_changes() -> None:
     module = Plain(rest=[1])
     module.hparams.lr = 9.0
@@ -201,11 +208,13 @@ def test_the_initial_values_do_not_follow_changes() -> None:
     assert module.hparams_initial["lr"] == 0.1
 
 
+@pytest.mark.proves("5.34")
 def test_a_module_as_value_is_warned_of() -> None:
     with pytest.warns(UserWarning, match=r"save_hyperparameters\(ignore=\['backbone'\]\)"):
         Plain(backbone=nn.Linear(1, 1))
 
 
+@pytest.mark.proves("5.34")
 def test_what_cannot_be_pickled_is_dropped_with_a_warning() -> None:
     module = Plain(lock=threading.Lock(), kept=1)
 
@@ -244,6 +253,7 @@ def test_loggers_get_both_and_equal_values_may_meet() -> None:
     assert merged["lr"] == 0.1
 
 
+@pytest.mark.proves("5.34")
 def test_the_same_key_with_other_values_is_an_error() -> None:
     with pytest.raises(MisconfigurationException, match=r"'lr' is 0\.1 in Plain and 0\.2 in Data"):
         hyperparameters_for_loggers(Plain(), Data(lr=0.2))

@@ -73,12 +73,14 @@ def halving(model: Model) -> Any:
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": StepLR(optimizer, 1, 0.5), "interval": "step"}}
 
 
+@pytest.mark.proves("11.8")
 def test_step_rates_are_logged_at_the_batches_that_get_rows_before_the_step_is_taken() -> None:
     trainer, rows = fit(LearningRateMonitor("step"), halving)
     assert rows.rows == [(x, {"lr-SGD": pytest.approx(0.8 * 0.5**x)}) for x in (1, 3, 5, 7)]
     assert float(trainer.callback_metrics["lr-SGD"]) == pytest.approx(0.8 * 0.5**7)
 
 
+@pytest.mark.proves("11.8")
 def test_epoch_rates_are_logged_at_the_epochs_start() -> None:
     monitor = LearningRateMonitor("epoch")
     _, rows = fit(monitor, halving)
@@ -86,6 +88,7 @@ def test_epoch_rates_are_logged_at_the_epochs_start() -> None:
     assert monitor.lrs["lr-SGD"] == [0.8, pytest.approx(0.05)]
 
 
+@pytest.mark.proves("11.8")
 def test_without_an_interval_each_scheduler_is_logged_at_its_own() -> None:
     def configure(model: Model) -> Any:
         first, second = SGD(model.layer.parameters(), lr=1.0), Adam(model.head.parameters(), lr=0.1)
@@ -120,6 +123,7 @@ def test_without_an_interval_each_scheduler_is_logged_at_its_own() -> None:
     assert all(set(row) in ({"slow"}, {"lr-SGD"}) for _, row in rows.rows)
 
 
+@pytest.mark.proves("11.8")
 def test_parameter_groups_are_named_by_number_or_by_their_own_name() -> None:
     def configure(model: Model) -> Any:
         groups = [{"params": model.layer.parameters(), "lr": 0.1}, {"params": model.head.parameters(), "name": "head"}]
@@ -129,6 +133,7 @@ def test_parameter_groups_are_named_by_number_or_by_their_own_name() -> None:
     assert rows.rows == [(0, {"opt/lr-SGD/pg1": 0.1, "opt/lr-SGD/head": 0.2})]
 
 
+@pytest.mark.proves("11.8")
 def test_momentum_and_weight_decay_are_logged_when_asked_for() -> None:
     monitor = LearningRateMonitor("epoch", log_momentum=True, log_weight_decay=True)
     _, rows = fit(
@@ -153,6 +158,7 @@ def test_groups_of_one_name_are_refused() -> None:
         fit(LearningRateMonitor(), configure)
 
 
+@pytest.mark.proves("11.8")
 def test_a_logger_is_needed() -> None:
     with pytest.raises(MisconfigurationException, match="needs a logger"):
         fit(LearningRateMonitor(), halving, logger=False)

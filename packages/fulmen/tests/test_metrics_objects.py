@@ -41,6 +41,7 @@ def log(store: MetricStore, name: str, value: object, module: nn.Module | None, 
     )  # fmt: skip
 
 
+@pytest.mark.proves("6.11", "6.19")
 def test_a_metric_object_gives_the_batchs_value_at_the_step_and_its_own_at_the_epochs_end() -> None:
     store, model = make_store(), Model()
     for value, weight in ((1.0, 1.0), (5.0, 3.0)):
@@ -53,6 +54,7 @@ def test_a_metric_object_gives_the_batchs_value_at_the_step_and_its_own_at_the_e
     assert float(store.callback_metrics["acc_epoch"]) == 4.0
 
 
+@pytest.mark.proves("6.19")
 def test_the_framework_resets_metric_objects() -> None:
     store, model = make_store(), Model()
     model.accuracy(torch.tensor(1.0))

@@ -278,6 +278,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 Results = list[dict[str, Any]]
 
 
+@pytest.mark.proves("6.18")
 def test_synced_epoch_values_are_those_of_all_batches_of_all_ranks(results: Results) -> None:
     fed = [pair for result in results for pair in result["ragged"]["fed"]]
     values, sizes = np.array(fed).T

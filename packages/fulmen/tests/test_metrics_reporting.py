@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 
 from fulmen._reporting import Reporter, print_results
@@ -12,8 +13,6 @@ from fulmen.metrics import MetricStore, scope_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    import pytest
 
 
 class Alone:
@@ -68,17 +67,20 @@ def log(store: MetricStore, name: str, value: Any, **options: Any) -> None:
     store.log(name, value, **{**given, **options})
 
 
+@pytest.mark.proves("6.21")
 def test_rows_come_every_n_batches_that_stepped_counted_from_one() -> None:
     reporter = Reporter(log_every_n_steps=3)
     assert [step for step in range(10) if reporter.is_due(step)] == [2, 5, 8]
     assert reporter.is_due(0, stopping=True)
 
 
+@pytest.mark.proves("6.21")
 def test_zero_steps_between_rows_means_none() -> None:
     reporter = Reporter(log_every_n_steps=0)
     assert not any(reporter.is_due(step, stopping=True) for step in range(100))
 
 
+@pytest.mark.proves("6.22")
 def test_a_training_row_holds_the_latest_values_and_the_epoch() -> None:
     logger, store = Rows(), make_store()
     reporter = Reporter(loggers=[logger])
@@ -92,6 +94,7 @@ def test_a_training_row_holds_the_latest_values_and_the_epoch() -> None:
     assert set(reporter.logged_metrics) == {"loss", "half"}
 
 
+@pytest.mark.proves("6.22")
 def test_a_metric_named_step_sets_the_x_axis() -> None:
     logger, store = Rows(), make_store()
     log(store, "step", 1234.0)
@@ -107,6 +110,7 @@ def test_a_users_own_epoch_is_kept() -> None:
     assert logger.rows == [(1, {"epoch": 7.5})]
 
 
+@pytest.mark.proves("6.22")
 def test_the_training_epochs_row_is_at_its_last_batch() -> None:
     logger, store = Rows(), make_store()
     reporter = Reporter(loggers=[logger])
@@ -121,6 +125,7 @@ def test_the_training_epochs_row_is_at_its_last_batch() -> None:
     assert {"loss", "loss_epoch"} <= set(reporter.callback_metrics)
 
 
+@pytest.mark.proves("6.23")
 def test_evaluation_steps_are_drawn_over_batches_seen_and_epochs_over_training_steps() -> None:
     logger, store = Rows(), make_store("validate")
     reporter = Reporter(loggers=[logger])
@@ -138,6 +143,7 @@ def test_evaluation_steps_are_drawn_over_batches_seen_and_epochs_over_training_s
     assert logger.rows == [*steps, ends]
 
 
+@pytest.mark.proves("6.25")
 def test_the_sanity_check_tells_callbacks_and_no_logger() -> None:
     logger, store = Rows(), make_store("sanity_check")
     reporter = Reporter(loggers=[logger])
@@ -193,6 +199,7 @@ def test_a_row_reads_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert logger.rows[0][1] == {**{f"x{index}": float(index) for index in range(10)}, "epoch": 0}
 
 
+@pytest.mark.proves("6.25")
 def test_the_three_views_follow_the_running_store_and_outlive_it() -> None:
     train, validate = make_store(), make_store("validate")
     reporter = Reporter()
@@ -215,6 +222,7 @@ def test_the_three_views_follow_the_running_store_and_outlive_it() -> None:
     assert all(type(value) is float for value in reporter.progress_bar_metrics.values())
 
 
+@pytest.mark.proves("6.26")
 def test_results_are_the_logged_epoch_values_of_each_loader_and_of_the_epoch_hooks() -> None:
     store = make_store("test")
     for loader in (0, 1):
@@ -234,6 +242,7 @@ def test_results_are_the_logged_epoch_values_of_each_loader_and_of_the_epoch_hoo
     assert Reporter().results(make_store("test")) == [{}]
 
 
+@pytest.mark.proves("6.26")
 def test_the_result_table_has_a_row_for_each_metric_and_a_column_for_each_loader() -> None:
     out = io.StringIO()
     print_results([{"x/dataloader_idx_0": 0.5, "end": 3.0}, {"x/dataloader_idx_1": 0.25, "end": 3.0}], "test", file=out)

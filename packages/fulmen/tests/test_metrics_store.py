@@ -70,6 +70,7 @@ def epoch_values(store: MetricStore) -> dict[str, float]:
 finite = st.floats(-1e3, 1e3, width=32)
 
 
+@pytest.mark.proves("6.17")
 @settings(deadline=None, max_examples=60)
 @given(
     batches=st.lists(st.tuples(finite, st.integers(1, 50)), min_size=1, max_size=3 * FOLD_EVERY),
@@ -90,6 +91,7 @@ def test_the_epoch_mean_is_the_mean_weighted_by_batch_size(
     assert epoch_values(store)["x_epoch"] == pytest.approx(expected, rel=1e-6, abs=1e-4)
 
 
+@pytest.mark.proves("6.16")
 @pytest.mark.parametrize(("name", "expected"), [("sum", np.sum), ("min", np.min), ("max", np.max)])
 @settings(deadline=None, max_examples=30)
 @given(values=st.lists(finite, min_size=1, max_size=2 * FOLD_EVERY + 5), split=st.integers(0, 200))
@@ -117,6 +119,7 @@ def test_a_nan_anywhere_in_the_epoch_is_not_hidden(reduce_fx: str, as_tensor: bo
     assert math.isnan(epoch_values(store)["x"])
 
 
+@pytest.mark.proves("6.20")
 def test_half_precision_values_add_up_without_losing_the_small_ones() -> None:
     store = make_store()
 
@@ -295,6 +298,7 @@ def test_no_logged_value_is_read_by_the_host_before_a_declared_point() -> None:
 # Names -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("6.13")
 def test_a_metric_of_step_and_epoch_is_forked_for_loggers_and_known_to_callbacks_by_all_names() -> None:
     store = make_store()
     log(store, "loss", 1.0, on_step=True, on_epoch=True, prog_bar=True)
@@ -310,6 +314,7 @@ def test_a_metric_of_step_and_epoch_is_forked_for_loggers_and_known_to_callbacks
     assert store.callback_metrics == {"loss": 2.0, "loss_epoch": 2.0}
 
 
+@pytest.mark.proves("6.13")
 def test_a_metric_of_one_kind_keeps_its_name() -> None:
     store = make_store()
     log(store, "step_only", 1.0)
@@ -329,6 +334,7 @@ def test_logger_false_hides_a_metric_from_loggers_alone() -> None:
     assert (view.log, view.bar, view.callback) == ({}, {"x": 1.0}, {"x": 1.0})
 
 
+@pytest.mark.proves("6.14")
 def test_callbacks_see_no_step_values_of_evaluation() -> None:
     store = make_store("validate", "validation_step")
     log(store, "x", 1.0, on_step=True, on_epoch=True)
@@ -339,6 +345,7 @@ def test_callbacks_see_no_step_values_of_evaluation() -> None:
     assert store.callback_metrics == {"x": 1.0, "x_epoch": 1.0}
 
 
+@pytest.mark.proves("6.24")
 def test_each_dataloader_has_metrics_of_its_own() -> None:
     store = make_store("validate", "validation_step")
     for loader in (0, 1):
@@ -360,6 +367,7 @@ def test_each_dataloader_has_metrics_of_its_own() -> None:
     assert "end" in store.epoch_metrics(1).log
 
 
+@pytest.mark.proves("6.15")
 def test_the_same_name_in_two_hooks_is_two_metrics() -> None:
     store = make_store()
     log(store, "x", 1.0, on_step=False, on_epoch=True)
@@ -396,6 +404,7 @@ def test_values_logged_after_the_first_reduction_count() -> None:
 # What is refused ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("6.12")
 @pytest.mark.parametrize("hook", ["predict_step", "on_fit_start", "setup", "configure_optimizers", "on_train_end"])
 def test_a_hook_that_cannot_log_says_its_name_and_what_to_do(hook: str) -> None:
     store = make_store()
@@ -405,6 +414,7 @@ def test_a_hook_that_cannot_log_says_its_name_and_what_to_do(hook: str) -> None:
         log(store, "x", 1.0)
 
 
+@pytest.mark.proves("6.12")
 @pytest.mark.parametrize(
     ("hook", "expected"),
     [
@@ -424,12 +434,14 @@ def test_each_hook_has_its_own_defaults(hook: str, expected: tuple[bool, bool]) 
     assert (on_step, "x" in epoch_values(store)) == expected
 
 
+@pytest.mark.proves("6.12")
 def test_step_values_in_an_epoch_hook_are_refused() -> None:
     store = make_store("train", "on_train_epoch_end")
     with pytest.raises(MisconfigurationException, match="once an epoch"):
         log(store, "x", 1.0, on_step=True)
 
 
+@pytest.mark.proves("6.12")
 def test_logging_outside_of_hooks_is_refused() -> None:
     store = make_store()
     store.scope = None
@@ -442,6 +454,7 @@ def test_a_misspelt_hook_is_named_with_the_nearest_one() -> None:
         scope_for("trainig_step")
 
 
+@pytest.mark.proves("6.15")
 def test_the_same_name_with_other_options_in_one_hook_is_refused() -> None:
     store = make_store()
     log(store, "x", 1.0)
@@ -449,6 +462,7 @@ def test_the_same_name_with_other_options_in_one_hook_is_refused() -> None:
         log(store, "x", 1.0, prog_bar=True)
 
 
+@pytest.mark.proves("6.16")
 def test_an_unknown_reduction_points_to_torchmetrics() -> None:
     with pytest.raises(MisconfigurationException, match="torchmetrics"):
         log(make_store(), "x", 1.0, reduce_fx="median")
@@ -456,6 +470,7 @@ def test_an_unknown_reduction_points_to_torchmetrics() -> None:
         log(make_store(), "x", 1.0, reduce_fx=torch.std)
 
 
+@pytest.mark.proves("6.16")
 @pytest.mark.parametrize("reduce_fx", ["avg", "MEAN", torch.mean])
 def test_means_are_known_by_all_their_names(reduce_fx: Any) -> None:
     store = make_store()
@@ -464,6 +479,7 @@ def test_means_are_known_by_all_their_names(reduce_fx: Any) -> None:
     assert epoch_values(store)["x_epoch"] == 2.0
 
 
+@pytest.mark.proves("6.24")
 def test_a_name_with_the_dataloader_ending_is_refused_unless_it_is_not_added() -> None:
     store = make_store("validate", "validation_step")
     with pytest.raises(MisconfigurationException, match="leave it out"):
@@ -471,17 +487,20 @@ def test_a_name_with_the_dataloader_ending_is_refused_unless_it_is_not_added() -
     log(store, "x/dataloader_idx_0", 1.0, add_dataloader_idx=False)
 
 
+@pytest.mark.proves("6.11")
 @pytest.mark.parametrize("value", ["text", {"a": 1.0}, None, [1.0]])
 def test_other_values_are_refused(value: object) -> None:
     with pytest.raises(ValueError, match="log a number"):
         log(make_store(), "x", value)
 
 
+@pytest.mark.proves("6.11")
 def test_a_tensor_of_several_elements_is_refused_with_its_shape() -> None:
     with pytest.raises(ValueError, match=r"\(3,\)"):
         log(make_store(), "x", torch.ones(3))
 
 
+@pytest.mark.proves("6.11")
 @pytest.mark.parametrize("value", [3, True, np.float32(3), np.int64(3), torch.tensor([[3.0]]), torch.tensor([3.0])])
 def test_numbers_and_one_element_tensors_of_any_shape_are_logged(value: Any) -> None:
     store = make_store()
@@ -491,6 +510,7 @@ def test_numbers_and_one_element_tensors_of_any_shape_are_logged(value: Any) -> 
     assert epoch_values(store)["x_epoch"] == float(value)
 
 
+@pytest.mark.proves("6.20")
 def test_integer_tensors_are_converted_with_one_warning() -> None:
     store = make_store()
     with pytest.warns(UserWarning, match="int64"):
@@ -504,6 +524,7 @@ def test_integer_tensors_are_converted_with_one_warning() -> None:
 # Batch size --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("6.17")
 @pytest.mark.parametrize(
     ("batch", "size"),
     [

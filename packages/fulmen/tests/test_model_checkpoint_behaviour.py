@@ -121,6 +121,7 @@ def step_in(path: str | Path) -> int:
 # -- what is kept ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("5.23")
 def test_without_monitor_only_the_newest_is_kept(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c")
     trainer = StandIn(str(tmp_path), callback)
@@ -131,6 +132,7 @@ def test_without_monitor_only_the_newest_is_kept(tmp_path: Path) -> None:
     assert callback.best_model_path == str(tmp_path / "c" / "epoch=2-step=3.ckpt")
 
 
+@pytest.mark.proves("5.23")
 @pytest.mark.parametrize(("mode", "kept"), [("min", [1, 3]), ("max", [2, 4])])
 def test_the_best_k_are_kept_and_the_worst_of_them_makes_room(tmp_path: Path, mode: str, kept: list[int]) -> None:
     callback = ModelCheckpoint(tmp_path / "c", "{step}", monitor="val_loss", save_top_k=2, mode=mode)
@@ -146,6 +148,7 @@ def test_the_best_k_are_kept_and_the_worst_of_them_makes_room(tmp_path: Path, mo
     assert callback.kth_value.item() == pytest.approx({"min": 0.2, "max": 0.8}[mode])
 
 
+@pytest.mark.proves("5.23")
 def test_a_value_equal_to_the_worst_kept_one_is_not_better(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", "{step}", monitor="val_loss")
     StandIn(str(tmp_path), callback).epochs_of([0.5, 0.5])
@@ -153,6 +156,7 @@ def test_a_value_equal_to_the_worst_kept_one_is_not_better(tmp_path: Path) -> No
     assert files(tmp_path / "c") == ["step=1.ckpt"]
 
 
+@pytest.mark.proves("5.23")
 def test_nan_is_worse_than_any_number(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", "{step}", monitor="val_loss", save_top_k=1)
     StandIn(str(tmp_path), callback).epochs_of([float("nan"), 5.0, float("nan")])
@@ -162,6 +166,7 @@ def test_nan_is_worse_than_any_number(tmp_path: Path) -> None:
     assert callback.best_model_score.item() == 5.0
 
 
+@pytest.mark.proves("5.23")
 def test_minus_one_keeps_all_and_zero_keeps_none(tmp_path: Path) -> None:
     everything = ModelCheckpoint(tmp_path / "all", "{step}", monitor="val_loss", save_top_k=-1)
     nothing = ModelCheckpoint(tmp_path / "none", "{step}", monitor="val_loss", save_top_k=0)
@@ -174,6 +179,7 @@ def test_minus_one_keeps_all_and_zero_keeps_none(tmp_path: Path) -> None:
     assert files(tmp_path / "none") == []
 
 
+@pytest.mark.proves("5.23")
 def test_the_old_file_is_deleted_only_after_the_new_one_is_written(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", "{step}", monitor="val_loss")
     trainer = StandIn(str(tmp_path), callback)
@@ -190,6 +196,7 @@ def test_the_old_file_is_deleted_only_after_the_new_one_is_written(tmp_path: Pat
     assert list(callback.best_k_models) == [callback.best_model_path]
 
 
+@pytest.mark.proves("5.28")
 def test_a_checkpoint_holds_a_ranking_that_includes_itself(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", "{step}", monitor="val_loss")
     StandIn(str(tmp_path), callback).epochs_of([0.5, 0.3])
@@ -203,6 +210,7 @@ def test_a_checkpoint_holds_a_ranking_that_includes_itself(tmp_path: Path) -> No
 # -- what is never deleted ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("5.25")
 def test_files_of_another_run_in_the_folder_survive(tmp_path: Path) -> None:
     folder = tmp_path / "c"
     folder.mkdir()
@@ -217,6 +225,7 @@ def test_files_of_another_run_in_the_folder_survive(tmp_path: Path) -> None:
     assert files(folder) == ["step=1.ckpt", "step=3.ckpt"]
 
 
+@pytest.mark.proves("5.25")
 def test_a_ranking_from_a_checkpoint_without_our_journal_cannot_reach_out_of_the_folder(tmp_path: Path) -> None:
     stranger = tmp_path / "stranger.ckpt"
     stranger.write_text("not ours")
@@ -269,6 +278,7 @@ def test_a_checkpoint_names_itself_in_its_journal_and_a_failed_one_nowhere(tmp_p
     assert state["written"] == callback.state_dict()["written"] == [callback.best_model_path]
 
 
+@pytest.mark.proves("5.25")
 @pytest.mark.parametrize("through_link", [False, True])
 def test_the_file_that_the_run_was_resumed_from_survives(tmp_path: Path, through_link: bool) -> None:
     first = ModelCheckpoint(tmp_path / "c", "{step}", monitor="val_loss")
@@ -300,6 +310,7 @@ def test_a_resumed_run_goes_on_pruning_what_it_wrote_before(tmp_path: Path) -> N
     assert files(tmp_path / "c") == ["step=2.ckpt", "step=3.ckpt"]
 
 
+@pytest.mark.proves("5.28")
 def test_in_another_folder_only_the_best_path_is_taken_over(tmp_path: Path) -> None:
     first = ModelCheckpoint(tmp_path / "old", "{step}", monitor="val_loss")
     StandIn(str(tmp_path), first).epochs_of([0.5])
@@ -320,6 +331,7 @@ def test_in_another_folder_only_the_best_path_is_taken_over(tmp_path: Path) -> N
 # -- when it saves -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("5.20")
 def test_every_n_train_steps_saves_at_those_steps_and_not_at_the_end_of_epochs(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", save_top_k=-1, every_n_train_steps=2)
     trainer = StandIn(str(tmp_path), callback)
@@ -334,6 +346,7 @@ def test_every_n_train_steps_saves_at_those_steps_and_not_at_the_end_of_epochs(t
     assert [step for _, step in trainer.saved] == [2, 4, 6, 8, 10]
 
 
+@pytest.mark.proves("5.22")
 def test_batches_of_an_accumulation_do_not_save_twice_for_one_step(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", save_top_k=-1, every_n_train_steps=1)
     trainer = StandIn(str(tmp_path), callback)
@@ -355,6 +368,7 @@ def test_two_optimizers_that_step_over_the_multiple_still_save(tmp_path: Path) -
     assert [step for _, step in trainer.saved] == [6, 10]
 
 
+@pytest.mark.proves("5.20")
 def test_every_n_epochs_counts_epochs(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", save_top_k=-1, every_n_epochs=2)
     trainer = StandIn(str(tmp_path), callback)
@@ -363,6 +377,7 @@ def test_every_n_epochs_counts_epochs(tmp_path: Path) -> None:
     assert [name for name, _ in trainer.saved] == ["epoch=1-step=2.ckpt", "epoch=3-step=4.ckpt"]
 
 
+@pytest.mark.proves("5.17")
 @pytest.mark.parametrize("trigger", ["every_n_train_steps", "every_n_epochs"])
 def test_zero_turns_a_trigger_off(tmp_path: Path, trigger: str) -> None:
     callback = ModelCheckpoint(tmp_path / "c", **{trigger: 0})
@@ -372,6 +387,7 @@ def test_zero_turns_a_trigger_off(tmp_path: Path, trigger: str) -> None:
     assert trainer.saved == []
 
 
+@pytest.mark.proves("5.20")
 def test_a_time_interval_saves_when_it_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
@@ -386,6 +402,7 @@ def test_a_time_interval_saves_when_it_is_over(tmp_path: Path, monkeypatch: pyte
     assert trainer.strategy.broadcasts < 60, "ranks must not talk at every batch"
 
 
+@pytest.mark.proves("5.20")
 def test_several_validations_per_epoch_each_save(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", "{step}", monitor="val_loss", save_top_k=-1)
     trainer = StandIn(str(tmp_path), callback, val_check_interval=0.5)
@@ -399,6 +416,7 @@ def test_several_validations_per_epoch_each_save(tmp_path: Path) -> None:
     assert trainer.saved == [("step=1.ckpt", 1), ("step=2.ckpt", 2)]
 
 
+@pytest.mark.proves("5.20")
 def test_without_validation_the_end_of_training_epochs_saves(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", "{step}", monitor="train_loss")
     trainer = StandIn(str(tmp_path), callback, num_val_batches=[0], val_check_interval=0.5)
@@ -409,6 +427,7 @@ def test_without_validation_the_end_of_training_epochs_saves(tmp_path: Path) -> 
     assert trainer.saved == [("step=1.ckpt", 1)]
 
 
+@pytest.mark.proves("5.22", "9.4")
 @pytest.mark.parametrize("inert", [{"fast_dev_run": True}, {"sanity_checking": True}])
 def test_nothing_is_saved_while_trying_out(tmp_path: Path, inert: dict[str, Any]) -> None:
     callback = ModelCheckpoint(tmp_path / "c", save_last=True, save_on_exception=True, every_n_train_steps=1)
@@ -422,6 +441,7 @@ def test_nothing_is_saved_while_trying_out(tmp_path: Path, inert: dict[str, Any]
 # -- fresh values ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("5.21")
 def test_a_step_that_is_due_before_validation_waits_for_its_value(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", "{step}-{val_loss:.1f}", "val_loss", every_n_train_steps=2)
     trainer = StandIn(str(tmp_path), callback)
@@ -434,6 +454,7 @@ def test_a_step_that_is_due_before_validation_waits_for_its_value(tmp_path: Path
     assert trainer.saved == [("step=3-val_loss=0.7.ckpt", 3)]
 
 
+@pytest.mark.proves("5.21")
 def test_best_is_never_decided_on_the_value_of_an_earlier_validation(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", "{step}", "val_loss", save_top_k=-1, every_n_train_steps=2)
     trainer = StandIn(str(tmp_path), callback)
@@ -449,6 +470,7 @@ def test_best_is_never_decided_on_the_value_of_an_earlier_validation(tmp_path: P
     assert {step_in(path): round(score.item(), 1) for path, score in callback.best_k_models.items()} == {2: 0.1, 4: 0.9}
 
 
+@pytest.mark.proves("5.21")
 def test_a_value_logged_at_every_step_is_judged_at_that_step(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", "{step}", "loss", save_top_k=1, every_n_train_steps=1)
     trainer = StandIn(str(tmp_path), callback)
@@ -459,6 +481,7 @@ def test_a_value_logged_at_every_step_is_judged_at_that_step(tmp_path: Path) -> 
     assert files(tmp_path / "c") == ["step=2.ckpt"]
 
 
+@pytest.mark.proves("5.21")
 def test_a_train_epoch_value_is_not_judged_by_a_validation_in_the_next_epoch(tmp_path: Path) -> None:
     callback = ModelCheckpoint(
         tmp_path / "c", "{step}", "train_acc", save_top_k=-1, every_n_train_steps=3, save_on_train_epoch_end=False
@@ -543,6 +566,7 @@ def test_a_save_that_never_got_its_value_is_told_at_the_end(tmp_path: Path) -> N
 # -- last --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("5.24")
 def test_last_follows_the_epochs_that_were_saved(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", "{step}", monitor="val_loss", save_last=True)
     trainer = StandIn(str(tmp_path), callback)
@@ -553,6 +577,7 @@ def test_last_follows_the_epochs_that_were_saved(tmp_path: Path) -> None:
     assert callback.last_model_path == str(tmp_path / "c" / "last.ckpt")
 
 
+@pytest.mark.proves("5.24")
 def test_last_is_written_at_the_end_if_nothing_ever_was(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", save_last=True, every_n_train_steps=100)
     trainer = StandIn(str(tmp_path), callback)
@@ -561,6 +586,7 @@ def test_last_is_written_at_the_end_if_nothing_ever_was(tmp_path: Path) -> None:
     assert trainer.saved == [("last.ckpt", 2)]
 
 
+@pytest.mark.proves("5.24")
 def test_last_as_a_link_points_at_the_newest_file_and_is_relative(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", "{step}", save_last="link")
     trainer = StandIn(str(tmp_path), callback)
@@ -604,6 +630,7 @@ def test_a_last_name_with_fields_replaces_its_predecessor(tmp_path: Path) -> Non
 # -- exceptions --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("5.26")
 def test_an_exception_saves_once_if_asked(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", save_on_exception=True)
     trainer = StandIn(str(tmp_path), callback)
@@ -618,6 +645,7 @@ def test_an_exception_saves_once_if_asked(tmp_path: Path) -> None:
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("5.19")
 @pytest.mark.parametrize(
     ("template", "insert", "expected"),
     [
@@ -643,6 +671,7 @@ def test_names_are_filled_in(template: str | None, insert: bool, expected: str) 
     assert callback.format_checkpoint_name(metrics, prefix="best") == f"best-{expected}"
 
 
+@pytest.mark.proves("5.19")
 def test_a_logged_epoch_names_the_file(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", "{epoch}")
     trainer = StandIn(str(tmp_path), callback)
@@ -658,6 +687,7 @@ def test_a_format_that_does_not_fit_names_the_field() -> None:
         ModelCheckpoint(filename="{val_loss:02d}").format_checkpoint_name({"val_loss": torch.tensor(0.5)})
 
 
+@pytest.mark.proves("5.19")
 def test_without_version_counter_a_name_is_overwritten(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", "model", save_top_k=-1, enable_version_counter=False)
     StandIn(str(tmp_path), callback).epochs_of([1.0, 1.0])
@@ -666,6 +696,7 @@ def test_without_version_counter_a_name_is_overwritten(tmp_path: Path) -> None:
     assert step_in(tmp_path / "c" / "model.ckpt") == 2
 
 
+@pytest.mark.proves("5.19")
 def test_equal_names_get_versions(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", "model", save_top_k=-1)
     StandIn(str(tmp_path), callback).epochs_of([1.0, 1.0, 1.0])
@@ -684,6 +715,7 @@ class SomeLogger:
         self.uploads.append(callback.best_model_path)
 
 
+@pytest.mark.proves("5.18")
 @pytest.mark.parametrize(
     ("logger", "expected"),
     [
@@ -733,6 +765,7 @@ def test_the_folder_is_looked_at_through_fsspec(tmp_path: Path) -> None:
 # -- arguments and state -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("5.17")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -750,6 +783,7 @@ def test_contradictory_arguments_are_refused(arguments: dict[str, Any], words: s
         ModelCheckpoint(**arguments)
 
 
+@pytest.mark.proves("5.28")
 def test_the_state_key_is_lightnings() -> None:
     assert ModelCheckpoint(monitor="v").state_key == (
         "ModelCheckpoint{'monitor': 'v', 'mode': 'min', 'every_n_train_steps': 0, 'every_n_epochs': 1, "
@@ -757,6 +791,7 @@ def test_the_state_key_is_lightnings() -> None:
     )
 
 
+@pytest.mark.proves("5.27")
 def test_best_models_are_written_as_yaml(tmp_path: Path) -> None:
     yaml = pytest.importorskip("yaml")
     callback = ModelCheckpoint(tmp_path / "c", "{step}", monitor="val_loss", save_top_k=2)
@@ -767,6 +802,7 @@ def test_best_models_are_written_as_yaml(tmp_path: Path) -> None:
     assert written == {str(tmp_path / "c" / f"step={step}.ckpt"): value for step, value in ((1, 0.5), (2, 0.25))}
 
 
+@pytest.mark.proves("5.23")
 def test_ranks_that_disagree_do_not_save(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", "{step}", monitor="val_loss")
     trainer = StandIn(str(tmp_path), callback)
@@ -777,6 +813,7 @@ def test_ranks_that_disagree_do_not_save(tmp_path: Path) -> None:
     assert files(tmp_path / "c") == ["step=1.ckpt"]
 
 
+@pytest.mark.proves("5.27")
 def test_a_method_that_people_override_is_called_for_every_save(tmp_path: Path) -> None:
     class Counting(ModelCheckpoint):
         count = 0

@@ -60,6 +60,7 @@ def fit(tmp_path: Path, callbacks: list[Any], *, ckpt_path: str | None = None, *
 
 @pytest.mark.filterwarnings("ignore:.*num_workers.*", "ignore:.*log_every_n_steps.*")
 class TestInAFit:
+    @pytest.mark.proves("5.23", "5.27")
     def test_the_best_by_validation_is_kept_and_loads_into_the_module(self, tmp_path: Path) -> None:
         callback = ModelCheckpoint(tmp_path / "c", monitor="val_loss", save_last=True)
         fit(tmp_path, [callback])
@@ -72,6 +73,7 @@ class TestInAFit:
         assert torch.equal(loaded.layer.weight, content["state_dict"]["layer.weight"])
         assert content["callbacks"][callback.state_key]["best_model_path"] == callback.best_model_path
 
+    @pytest.mark.proves("5.21")
     @pytest.mark.parametrize(
         ("monitor", "steps"), [("val_loss", [2, 4, 6]), ("loss", [2, 4, 6]), ("epoch_loss", [4, 8, 12])]
     )
@@ -95,6 +97,7 @@ class TestInAFit:
         assert expected[monitor] == scores
         assert list(scores)[:3] == steps
 
+    @pytest.mark.proves("5.25")
     def test_a_resumed_run_prunes_its_own_files_and_spares_the_one_it_came_from(self, tmp_path: Path) -> None:
         first = ModelCheckpoint(tmp_path / "c", "{step}", monitor="val_loss", save_top_k=2, mode="max")
         fit(tmp_path, [first], max_epochs=2)
@@ -106,6 +109,7 @@ class TestInAFit:
 
         assert sorted(os.listdir(tmp_path / "c")) == ["step=12.ckpt", "step=20.ckpt", "step=8.ckpt"]
 
+    @pytest.mark.proves("11.6")
     def test_training_ends_when_a_step_value_got_worse_at_two_validations(self, tmp_path: Path) -> None:
         callback = EarlyStopping("loss", patience=1, mode="max")
         trainer = fit(tmp_path, [callback], val_check_interval=0.5, max_epochs=9, enable_checkpointing=False)

@@ -57,6 +57,7 @@ class Nested(LightningModule):
         self.blocks = nn.Sequential(nn.Sequential(Tiny()), Tiny())
 
 
+@pytest.mark.proves("10.18")
 def test_without_a_trainer_it_counts_nothing_and_says_how_to_get_one() -> None:
     module = Tiny()
 
@@ -67,6 +68,7 @@ def test_without_a_trainer_it_counts_nothing_and_says_how_to_get_one() -> None:
     assert not hasattr(module, "unknown_attribute")
 
 
+@pytest.mark.proves("10.18")
 def test_modules_inside_it_get_its_trainer_however_deep() -> None:
     module, trainer = Nested(), StandIn()
     module.trainer = trainer  # type: ignore[assignment]
@@ -80,6 +82,7 @@ def test_modules_inside_it_get_its_trainer_however_deep() -> None:
         _ = inner.trainer
 
 
+@pytest.mark.proves("10.19")
 def test_printing_goes_through_the_trainer(capsys: pytest.CaptureFixture[str]) -> None:
     module, trainer = Tiny(), StandIn()
     module.print("alone")
@@ -93,6 +96,7 @@ def test_printing_goes_through_the_trainer(capsys: pytest.CaptureFixture[str]) -
 # -- where it lives ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("10.18")
 def test_device_and_dtype_are_those_of_the_weights_whoever_moved_them() -> None:
     module = Nested()
     assert (module.device, module.dtype) == (torch.device("cpu"), torch.float32)
@@ -113,6 +117,7 @@ def test_integer_buffers_do_not_count_as_its_dtype() -> None:
     assert module.dtype is torch.float64
 
 
+@pytest.mark.proves("10.18")
 def test_a_module_without_tensors_remembers_where_it_was_moved() -> None:
     module = LightningModule()
     parent = nn.Sequential(module, nn.Linear(1, 1))
@@ -132,6 +137,7 @@ def test_the_device_it_is_about_to_get_is_known_before() -> None:
 # -- logging -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("6.10")
 def test_log_hands_everything_to_the_store_of_the_run() -> None:
     module, store = Tiny(), Recorder()
     module.__dict__["_metric_store"] = store
@@ -148,6 +154,7 @@ def test_log_hands_everything_to_the_store_of_the_run() -> None:
     ]
 
 
+@pytest.mark.proves("6.10")
 def test_log_dict_logs_every_item_with_the_same_options() -> None:
     module, store = Tiny(), Recorder()
     module.__dict__["_metric_store"] = store
@@ -158,6 +165,7 @@ def test_log_dict_logs_every_item_with_the_same_options() -> None:
     assert all(entry[10] == 3 and entry[12] is True for entry in store.logged)
 
 
+@pytest.mark.proves("6.10")
 def test_log_dict_takes_a_metric_collection_with_its_own_names() -> None:
     torchmetrics = pytest.importorskip("torchmetrics")
     from torchmetrics import MeanMetric, MetricCollection
@@ -191,6 +199,7 @@ def test_logging_outside_of_a_run_is_an_error_and_in_a_bare_one_is_ignored() -> 
         module.log("a", 1)
 
 
+@pytest.mark.proves("8.20")
 def test_under_a_fabric_values_go_to_its_loggers_at_once() -> None:
     class FabricStandIn:
         global_rank, local_rank, world_size = 1, 0, 2
@@ -250,6 +259,7 @@ def test_a_compiled_step_logs_and_keeps_its_graphs_free_of_it() -> None:
 # -- copies ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("10.20")
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_copies_leave_the_run_behind(how: Any) -> None:
     module = Nested()
@@ -289,6 +299,7 @@ def test_prediction_is_the_forward_pass_by_default() -> None:
     assert torch.equal(module.predict_step(batch=batch, batch_idx=0), module(batch))
 
 
+@pytest.mark.proves("10.19")
 def test_freezing_and_unfreezing() -> None:
     module = Tiny()
 

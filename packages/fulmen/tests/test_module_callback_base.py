@@ -10,6 +10,7 @@ from fulmen.callbacks import Callback, Checkpoint, LambdaCallback
 from fulmen_protocols import HOOKS, MisconfigurationException
 
 
+@pytest.mark.proves("11.1")
 def test_every_hook_exists_with_the_arguments_of_the_protocol() -> None:
     for name, arguments in HOOKS.items():
         parameters = list(inspect.signature(getattr(Callback, name)).parameters)
@@ -22,6 +23,7 @@ def test_hooks_do_nothing() -> None:
         assert getattr(callback, name)(None, None, *arguments) is None
 
 
+@pytest.mark.proves("11.3")
 def test_a_state_key_tells_instances_with_other_arguments_apart() -> None:
     class Mine(Callback):
         def __init__(self, what: str) -> None:
@@ -37,6 +39,7 @@ def test_a_state_key_tells_instances_with_other_arguments_apart() -> None:
     assert Callback().state_dict() == {}
 
 
+@pytest.mark.proves("11.21")
 def test_functions_run_as_hooks_with_the_hooks_arguments() -> None:
     calls: list[object] = []
     callback = LambdaCallback(
@@ -50,6 +53,7 @@ def test_functions_run_as_hooks_with_the_hooks_arguments() -> None:
     assert calls == [("trainer", "module", "fit"), ("trainer", "module", "outputs", "batch", 3)]
 
 
+@pytest.mark.proves("11.21")
 def test_a_misspelt_hook_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(MisconfigurationException, match="Did you mean 'on_train_start'"):
         LambdaCallback(on_train_starts=print)

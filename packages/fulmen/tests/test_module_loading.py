@@ -32,6 +32,7 @@ def saved(module: LightningModule, path: Path, **more: Any) -> Path:
     return path
 
 
+@pytest.mark.proves("5.3", "5.31")
 def test_weights_and_hyperparameters_come_back(tmp_path: Path) -> None:
     module = Net(width=5, lr=0.7)
 
@@ -42,6 +43,7 @@ def test_weights_and_hyperparameters_come_back(tmp_path: Path) -> None:
     assert (loaded.device, loaded.training) == (torch.device("cpu"), True)
 
 
+@pytest.mark.proves("5.31")
 def test_a_file_that_plain_torch_wrote_is_read(tmp_path: Path) -> None:
     module = Net(3)
     # The keys are those of a file of Lightning.
@@ -53,6 +55,7 @@ def test_a_file_that_plain_torch_wrote_is_read(tmp_path: Path) -> None:
     assert torch.equal(Net.load_from_checkpoint(str(tmp_path / "l.ckpt")).layer.weight, module.layer.weight)
 
 
+@pytest.mark.proves("5.31")
 def test_keywords_override_saved_hyperparameters(tmp_path: Path) -> None:
     path = saved(Net(width=3), tmp_path / "a.ckpt")
 
@@ -61,6 +64,7 @@ def test_keywords_override_saved_hyperparameters(tmp_path: Path) -> None:
         Net.load_from_checkpoint(path, lear=9.0)
 
 
+@pytest.mark.proves("5.31")
 def test_hyperparameters_that_the_class_does_not_take_are_dropped_unless_it_takes_any(tmp_path: Path) -> None:
     class Open(LightningModule):
         def __init__(self, width: int, **more: Any) -> None:
@@ -100,6 +104,7 @@ def test_one_configuration_object_comes_back_and_is_overridden_inside(tmp_path: 
     assert loaded.name == "other"
 
 
+@pytest.mark.proves("5.31")
 def test_layers_of_configure_model_exist_before_weights_are_loaded(tmp_path: Path) -> None:
     class Late(LightningModule):
         def configure_model(self) -> None:
@@ -111,6 +116,7 @@ def test_layers_of_configure_model_exist_before_weights_are_loaded(tmp_path: Pat
     assert torch.equal(Late.load_from_checkpoint(saved(module, tmp_path / "a.ckpt")).layer.weight, module.layer.weight)
 
 
+@pytest.mark.proves("5.35")
 def test_the_modules_hook_may_change_what_is_loaded(tmp_path: Path) -> None:
     class Renamed(Net):
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -123,6 +129,7 @@ def test_the_modules_hook_may_change_what_is_loaded(tmp_path: Path) -> None:
     assert Renamed.load_from_checkpoint(path).seen == 5
 
 
+@pytest.mark.proves("5.33")
 def test_keys_must_match_unless_told_otherwise(tmp_path: Path) -> None:
     class Lenient(Net):
         def __init__(self, width: int = 2, lr: float = 0.1) -> None:
@@ -151,6 +158,7 @@ def test_keys_must_match_unless_told_otherwise(tmp_path: Path) -> None:
         Lenient.load_from_checkpoint(path, strict=True)
 
 
+@pytest.mark.proves("5.33")
 def test_strict_loading_is_true_unless_set() -> None:
     module = LightningModule()
     assert module.strict_loading is True
@@ -158,6 +166,7 @@ def test_strict_loading_is_true_unless_set() -> None:
     assert module.strict_loading is False
 
 
+@pytest.mark.proves("5.31")
 def test_it_is_refused_on_an_instance() -> None:
     module = Net()
     with pytest.raises(TypeError, match=r"Call Net\.load_from_checkpoint"):
@@ -183,6 +192,7 @@ class Payload:
         return exec, ("raise SystemExit('code of the file ran')",)
 
 
+@pytest.mark.proves("5.15")
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "evil.ckpt"
     torch.save({"state_dict": Net().state_dict(), "hyper_parameters": {"lr": Payload()}}, path)
@@ -201,6 +211,7 @@ def test_what_is_not_there_or_holds_no_model_is_named(tmp_path: Path) -> None:
         Net.load_from_checkpoint(tmp_path / "other.ckpt")
 
 
+@pytest.mark.proves("5.31")
 def test_hyperparameters_may_come_from_a_file_beside_it(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
     torch.save({"state_dict": Net(3).state_dict()}, tmp_path / "a.ckpt")
@@ -223,6 +234,7 @@ class Data(LightningDataModule):
         self.position = state_dict["position"]
 
 
+@pytest.mark.proves("5.32")
 def test_data_modules_get_their_hyperparameters_and_state_back(tmp_path: Path) -> None:
     entries = checkpoint_entries(Data(batch_size=8), "datamodule_")
     saved(Net(), tmp_path / "a.ckpt", **entries, Data={"position": 5})

@@ -68,6 +68,7 @@ def needs(module: nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
+@pytest.mark.proves("10.13")
 def test_one_optimizer_is_given_alone_and_several_as_a_list() -> None:
     module, first, second = gan()
 
@@ -86,6 +87,7 @@ def test_outside_of_manual_steps_the_optimizers_are_the_users() -> None:
     assert module.optimizers() is first
 
 
+@pytest.mark.proves("10.13")
 def test_schedulers_are_given_like_optimizers() -> None:
     module, first, _ = gan()
     trainer = attach(module, [first])
@@ -97,6 +99,7 @@ def test_schedulers_are_given_like_optimizers() -> None:
     assert module.lr_schedulers() == [one, two]
 
 
+@pytest.mark.proves("10.13")
 def test_manual_backward_goes_through_the_trainer() -> None:
     module, _, _ = gan()
     module.manual_backward(module.generator(torch.ones(1, 2)).sum(), retain_graph=True)
@@ -105,6 +108,7 @@ def test_manual_backward_goes_through_the_trainer() -> None:
     assert module.generator.weight.grad is not None
 
 
+@pytest.mark.proves("10.13")
 def test_manual_backward_needs_manual_optimization_and_a_step() -> None:
     module, first, _ = gan()
     module.automatic_optimization = True
@@ -116,6 +120,7 @@ def test_manual_backward_needs_manual_optimization_and_a_step() -> None:
         module.manual_backward(torch.ones(1))
 
 
+@pytest.mark.proves("10.13", "10.14")
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_toggling_leaves_only_one_optimizers_parameters_needing_gradients(wrapped: bool) -> None:
     module, _, _ = gan()
@@ -132,6 +137,7 @@ def test_toggling_leaves_only_one_optimizers_parameters_needing_gradients(wrappe
     assert needs(module) == before
 
 
+@pytest.mark.proves("10.13", "10.14")
 def test_toggling_from_one_to_the_next_forgets_nothing() -> None:
     module, first, second = gan()
     before = needs(module)
@@ -152,6 +158,7 @@ def test_what_happens_to_the_toggled_parameters_meanwhile_stays() -> None:
     assert "generator.bias" not in needs(module)
 
 
+@pytest.mark.proves("10.13", "10.14")
 def test_an_error_within_the_block_untoggles() -> None:
     module, first, _ = gan()
     before = needs(module)
@@ -161,6 +168,7 @@ def test_an_error_within_the_block_untoggles() -> None:
     assert needs(module) == before
 
 
+@pytest.mark.proves("10.13")
 @pytest.mark.parametrize(
     ("trainers", "given", "clipped"),
     [
@@ -219,6 +227,7 @@ def test_the_default_steps_do_the_obvious() -> None:
     assert seen == [(), (0.3,)]
 
 
+@pytest.mark.proves("10.19")
 def test_gathering_keeps_the_structure() -> None:
     module = LightningModule()
     stack: Callable[..., Tensor] = lambda tensor, group, sync_grads: torch.stack([tensor, tensor + 1])  # noqa: E731

@@ -19,12 +19,14 @@ def an_optimizer() -> SGD:
     return SGD(nn.Linear(1, 1).parameters(), lr=0.1)
 
 
+@pytest.mark.proves("10.10")
 def test_one_optimizer() -> None:
     optimizer = an_optimizer()
 
     assert parse_optimizers(optimizer) == ([optimizer], [])
 
 
+@pytest.mark.proves("10.10")
 def test_lists_and_tuples_of_optimizers_with_manual_optimization() -> None:
     optimizers = [an_optimizer(), an_optimizer()]
 
@@ -32,6 +34,7 @@ def test_lists_and_tuples_of_optimizers_with_manual_optimization() -> None:
     assert parse_optimizers(tuple(optimizers), automatic_optimization=False) == (optimizers, [])
 
 
+@pytest.mark.proves("10.10")
 @pytest.mark.parametrize("as_list", [True, False])
 def test_two_lists(as_list: bool) -> None:
     optimizer = an_optimizer()
@@ -51,6 +54,7 @@ def test_two_lists_without_schedulers() -> None:
     assert parse_optimizers(([optimizer], [])) == ([optimizer], [])
 
 
+@pytest.mark.proves("10.10")
 def test_a_dict_with_a_scheduler_and_a_monitor_beside_it() -> None:
     optimizer = an_optimizer()
     scheduler = ReduceLROnPlateau(optimizer)
@@ -60,6 +64,7 @@ def test_a_dict_with_a_scheduler_and_a_monitor_beside_it() -> None:
     assert config == LRSchedulerConfig(scheduler, reduce_on_plateau=True, monitor="val_loss")
 
 
+@pytest.mark.proves("10.11")
 def test_a_scheduler_dict_says_when_to_step() -> None:
     optimizer = an_optimizer()
     given = {
@@ -76,6 +81,7 @@ def test_a_scheduler_dict_says_when_to_step() -> None:
     assert vars(config) == {**given, "reduce_on_plateau": False}
 
 
+@pytest.mark.proves("10.10")
 def test_a_list_of_dicts_gives_each_scheduler_its_own_monitor() -> None:
     first, second = an_optimizer(), an_optimizer()
     returned = [
@@ -103,6 +109,7 @@ def test_what_was_returned_is_left_as_it_is() -> None:
     assert (scheduler, returned) == before
 
 
+@pytest.mark.proves("10.10")
 def test_none_trains_nothing_and_says_so() -> None:
     with pytest.warns(UserWarning, match="no optimizer"):
         [optimizer], configs = parse_optimizers(None)
@@ -134,6 +141,7 @@ def test_any_object_that_is_an_optimizer_by_its_methods_is_one() -> None:
     assert parse_optimizers(mine)[0] == [mine]
 
 
+@pytest.mark.proves("10.10")
 @pytest.mark.parametrize(
     "returned",
     [
@@ -158,6 +166,7 @@ def test_anything_else_is_refused_with_the_forms_that_are_allowed(returned: obje
         parse_optimizers(returned)
 
 
+@pytest.mark.proves("10.12")
 def test_several_optimizers_need_manual_optimization() -> None:
     with pytest.raises(MisconfigurationException, match=r"self\.automatic_optimization = False"):
         parse_optimizers([an_optimizer(), an_optimizer()])
@@ -175,6 +184,7 @@ def test_a_chain_of_schedulers_of_the_returned_optimizer_is_fine() -> None:
     assert parse_optimizers(([optimizer], [chain]))[1][0].scheduler is chain
 
 
+@pytest.mark.proves("10.11")
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -190,12 +200,14 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], words: str)
         parse_optimizers({"optimizer": optimizer, "lr_scheduler": {"scheduler": StepLR(optimizer, 1), **settings}})
 
 
+@pytest.mark.proves("10.11")
 def test_a_plateau_scheduler_needs_a_monitor() -> None:
     optimizer = an_optimizer()
     with pytest.raises(MisconfigurationException, match="ReduceLROnPlateau and no 'monitor'"):
         parse_optimizers(([optimizer], [ReduceLROnPlateau(optimizer)]))
 
 
+@pytest.mark.proves("10.11")
 def test_a_scheduler_dict_without_scheduler_and_a_list_are_refused() -> None:
     optimizer = an_optimizer()
     with pytest.raises(MisconfigurationException, match="no 'scheduler'"):
@@ -204,6 +216,7 @@ def test_a_scheduler_dict_without_scheduler_and_a_list_are_refused() -> None:
         parse_optimizers({"optimizer": optimizer, "lr_scheduler": [StepLR(optimizer, 1)]})
 
 
+@pytest.mark.proves("10.11")
 def test_unknown_keys_are_warned_of_with_the_nearest() -> None:
     optimizer = an_optimizer()
     with pytest.warns(UserWarning, match="Did you mean 'lr_scheduler'"):

@@ -38,6 +38,7 @@ def two_equal_models() -> tuple[nn.Linear, nn.Linear]:
     return one, other
 
 
+@pytest.mark.proves("10.15")
 def test_it_is_an_instance_of_the_wrapped_optimizers_class() -> None:
     optimizer = Adam([torch.ones(1, requires_grad=True)])
     wrapped = wrap(optimizer)
@@ -51,6 +52,7 @@ def test_it_is_an_instance_of_the_wrapped_optimizers_class() -> None:
     assert wrapped.state is optimizer.state
 
 
+@pytest.mark.proves("10.15")
 def test_training_with_it_changes_weights_as_training_without() -> None:
     one, other = two_equal_models()
     plain, wrapped = Adam(one.parameters(), 0.1), wrap(Adam(other.parameters(), 0.1))
@@ -77,6 +79,7 @@ def test_the_step_function_gets_closure_and_options_and_its_result_is_returned()
         wrapped.step(3)  # type: ignore[arg-type]
 
 
+@pytest.mark.proves("10.15")
 def test_state_lives_in_the_wrapped_optimizer_whatever_is_done_through_the_wrapper() -> None:
     model, other = two_equal_models()
     optimizer = Adam(model.parameters(), 0.1)

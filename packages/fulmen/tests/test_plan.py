@@ -12,6 +12,7 @@ from fulmen.plan import Plan
 from fulmen.progress import Progress
 
 
+@pytest.mark.proves("9.13")
 @given(batches=st.integers(1, 40), accumulate=st.integers(1, 9))
 def test_a_window_is_stepped_when_full_and_at_the_end_of_the_epoch(batches: int, accumulate: int) -> None:
     plan = Plan(batches=batches, accumulate=accumulate)
@@ -21,6 +22,7 @@ def test_a_window_is_stepped_when_full_and_at_the_end_of_the_epoch(batches: int,
     assert steps == math.ceil(batches / accumulate)
 
 
+@pytest.mark.proves("9.10")
 @given(batches=st.integers(1, 30), every=st.integers(1, 30), epochs=st.integers(1, 4))
 def test_validation_by_batches_counts_within_the_epoch_or_across_epochs(batches: int, every: int, epochs: int) -> None:
     for across in (False, True):
@@ -40,6 +42,7 @@ def test_validation_by_batches_counts_within_the_epoch_or_across_epochs(batches:
         assert validated == expected
 
 
+@pytest.mark.proves("9.10")
 def test_validation_at_the_end_of_every_second_epoch() -> None:
     plan = Plan(batches=3, validates=True, validate_every_epochs=2)
 
@@ -52,6 +55,7 @@ def test_validation_at_the_end_of_every_second_epoch() -> None:
     assert due == [False] * 5 + [True] + [False] * 5 + [True]
 
 
+@pytest.mark.proves("9.42")
 def test_a_request_to_stop_waits_for_min_epochs_and_min_steps() -> None:
     plan = Plan(max_epochs=10, min_epochs=2, min_steps=5, batches=3)
     progress = Progress(epoch=1, updates=7)
@@ -62,6 +66,7 @@ def test_a_request_to_stop_waits_for_min_epochs_and_min_steps() -> None:
     assert plan.finished(progress)
 
 
+@pytest.mark.proves("9.5")
 def test_training_ends_at_max_steps_or_max_epochs_whichever_comes_first() -> None:
     plan = Plan(max_epochs=3, max_steps=7, batches=4)
 

@@ -92,6 +92,7 @@ bar.print("the end")
 """
 
 
+@pytest.mark.proves("11.20")
 @pytest.mark.parametrize("bar", ["TQDMProgressBar(leave=True)", "RichProgressBar(leave=True)"])
 def test_on_a_terminal_bars_are_redrawn_in_place_and_end_complete(bar: str) -> None:
     written = run_on_terminal(SCRIPT.format(folder=os.path.dirname(__file__), bar=bar))
@@ -194,6 +195,7 @@ def test_a_refresh_rate_draws_only_at_its_batches() -> None:
     assert bar.drawn[-1] == 30
 
 
+@pytest.mark.proves("11.20")
 @pytest.mark.parametrize("kind", KINDS)
 def test_refresh_rate_zero_and_disable_draw_nothing(kind: type[Any], capsys: pytest.CaptureFixture[str]) -> None:
     disabled = kind()
@@ -208,6 +210,7 @@ def test_refresh_rate_zero_and_disable_draw_nothing(kind: type[Any], capsys: pyt
     assert disabled.is_enabled
 
 
+@pytest.mark.proves("11.20")
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_ranks_draw_nothing(kind: type[Any]) -> None:
     bar = kind()
@@ -221,6 +224,7 @@ def test_a_negative_refresh_rate_is_refused(kind: type[Any]) -> None:
         kind(refresh_rate=-1)
 
 
+@pytest.mark.proves("11.20")
 @pytest.mark.parametrize("kind", KINDS)
 def test_get_metrics_can_be_overridden(
     kind: type[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -239,6 +243,7 @@ def test_get_metrics_can_be_overridden(
     assert "half" not in out
 
 
+@pytest.mark.proves("11.20")
 @pytest.mark.parametrize(("version", "shown"), [(3, 3), ("a1b2c3d4", "c3d4"), (None, None), ("", None)])
 def test_v_num_is_the_loggers_version_or_the_end_of_it(version: object, shown: object) -> None:
     trainer: Any = SimpleNamespace(loggers=[SimpleNamespace(version=version)], progress_bar_metrics={})
@@ -288,6 +293,7 @@ def test_the_base_class_knows_names_and_totals_and_draws_nothing(capsys: pytest.
         Mine().disable()
 
 
+@pytest.mark.proves("11.20")
 def test_the_environment_and_colab_set_the_refresh_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert TQDMProgressBar(refresh_rate=3).refresh_rate == 3
     monkeypatch.setenv("TQDM_MINITERS", "13")
@@ -335,6 +341,7 @@ def test_missing_rich_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> 
         RichProgressBar()
 
 
+@pytest.mark.proves("11.20")
 def test_the_rich_theme_and_columns_can_be_changed() -> None:
     from rich.progress import TextColumn
 

@@ -11,6 +11,7 @@ import fulmen
 from fulmen.settings import parse_duration
 
 
+@pytest.mark.proves("9.55")
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -57,6 +58,7 @@ def test_a_wrong_argument_is_named_with_its_value_and_the_fix(arguments: dict[st
     assert says in str(raised.value)
 
 
+@pytest.mark.proves("9.55")
 def test_several_wrong_arguments_are_told_in_one_error() -> None:
     with pytest.raises(ValueError, match="max_epochs=-5") as raised:
         fulmen.Trainer(max_epochs=-5, limit_val_batches=-1, gradient_clip_algorithm="mean", logger=False)
@@ -65,6 +67,7 @@ def test_several_wrong_arguments_are_told_in_one_error() -> None:
     assert "gradient_clip_algorithm='mean'" in str(raised.value)
 
 
+@pytest.mark.proves("9.55")
 def test_conflicts_of_backends_are_told_in_one_error() -> None:
     with pytest.raises(ValueError, match="dpd") as raised:
         fulmen.Trainer(accelerator="cpu", strategy="dpd", precision="17", logger=False)
@@ -77,6 +80,7 @@ def test_a_wrong_type_is_a_type_error_too() -> None:
         fulmen.Trainer(max_epochs="ten", logger=False)  # type: ignore[arg-type]
 
 
+@pytest.mark.proves("9.6")
 @pytest.mark.parametrize(
     ("given", "seconds"),
     [("00:00:00:30", 30), ("01:02:03:04", 93784), (timedelta(minutes=2), 120), ({"hours": 1}, 3600)],
@@ -85,6 +89,7 @@ def test_a_duration_may_be_text_a_timedelta_or_its_arguments(given: object, seco
     assert parse_duration("max_time", given).total_seconds() == seconds
 
 
+@pytest.mark.proves("9.5")
 def test_without_a_limit_training_is_bounded_and_says_so() -> None:
     with pytest.warns(UserWarning, match="training ends after 1000 epochs"):
         trainer = fulmen.Trainer(accelerator="cpu", logger=False)
@@ -92,6 +97,7 @@ def test_without_a_limit_training_is_bounded_and_says_so() -> None:
     assert trainer.max_epochs == 1000
 
 
+@pytest.mark.proves("9.5")
 def test_max_steps_alone_leaves_epochs_unlimited() -> None:
     trainer = fulmen.Trainer(accelerator="cpu", max_steps=5, min_steps=2, logger=False)
 

@@ -42,6 +42,7 @@ class Net(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@pytest.mark.proves("13.9")
 def test_parameters_are_counted_as_torch_counts_them() -> None:
     summary = summarize(Net())
     assert summary.total_parameters == 4 * 3 + 3 + 3 + 3 + 3 * 2 + 2 + 7
@@ -58,6 +59,7 @@ def test_parameters_of_no_submodule_have_a_row_of_their_own() -> None:
     assert [cell.strip() for cell in row.split("|")] == ["", "other params", "n/a", "7", "n/a"]
 
 
+@pytest.mark.proves("13.9")
 @pytest.mark.parametrize(
     ("depth", "names"),
     [(0, []), (1, ["body", "head"]), (2, ["body", "body.0", "body.1", "body.2", "head"])],
@@ -73,6 +75,7 @@ def test_another_depth_is_refused(depth: Any) -> None:
         ModelSummary(Net(), max_depth=depth)
 
 
+@pytest.mark.proves("13.9")
 def test_an_example_shows_sizes_and_operations() -> None:
     summary = summarize(Net(torch.zeros(5, 4)))
     assert summary.in_sizes == [[5, 4], [5, 3]]
@@ -112,12 +115,14 @@ def test_an_example_that_does_not_fit_is_said_and_the_summary_goes_on() -> None:
     assert summary.in_sizes == ["?", "?"] or summary.out_sizes == ["?", "?"]
 
 
+@pytest.mark.proves("13.9")
 def test_lazy_parameters_count_nothing_and_are_said() -> None:
     with pytest.warns(UserWarning, match="lazy parameters"):
         summary = summarize(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)))
     assert summary.param_nums == [0, 8]
 
 
+@pytest.mark.proves("13.9")
 def test_shared_parameters_count_once_in_total() -> None:
     net = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     net["b"].weight = net["a"].weight
@@ -126,6 +131,7 @@ def test_shared_parameters_count_once_in_total() -> None:
     assert summary.total_layer_params == 12 + 12
 
 
+@pytest.mark.proves("13.9")
 def test_the_size_is_that_of_the_dtypes() -> None:
     net = nn.Sequential(nn.Linear(1000, 1000, bias=False), nn.Linear(1000, 1000, bias=False).half())
     assert summarize(net).model_size == pytest.approx(4 + 2)
@@ -183,6 +189,7 @@ def fit(callback: Any) -> None:
     trainer.fit(Net(torch.zeros(5, 4)), DataLoader(TensorDataset(torch.ones(4, 4)), batch_size=2))
 
 
+@pytest.mark.proves("11.19")
 @pytest.mark.parametrize("kind", [SummaryCallback, RichModelSummary])
 def test_a_fit_begins_with_the_summary(kind: type[Any], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -194,6 +201,7 @@ def test_a_fit_begins_with_the_summary(kind: type[Any], capsys: pytest.CaptureFi
         assert expected in shown, expected
 
 
+@pytest.mark.proves("11.19")
 @pytest.mark.parametrize("kind", [SummaryCallback, RichModelSummary])
 def test_depth_zero_prints_nothing(kind: type[Any], capsys: pytest.CaptureFixture[str]) -> None:
     fit(kind(max_depth=0))

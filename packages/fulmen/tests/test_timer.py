@@ -68,6 +68,7 @@ def test_an_unknown_interval_is_refused() -> None:
         Timer(interval="batch")
 
 
+@pytest.mark.proves("11.10")
 def test_training_ends_in_mid_epoch_when_its_time_is_up() -> None:
     timer = Timer(timedelta(seconds=0.1))
     trainer = make_trainer(max_epochs=1000, callbacks=[timer])
@@ -81,12 +82,14 @@ def test_training_ends_in_mid_epoch_when_its_time_is_up() -> None:
     assert timer.time_elapsed() >= 0.1
 
 
+@pytest.mark.proves("11.10")
 def test_with_interval_epoch_the_epoch_is_ended_first() -> None:
     trainer = make_trainer(max_epochs=1000, callbacks=[Timer(timedelta(seconds=0.001), interval="epoch")])
     trainer.fit(Model(), data())
     assert trainer.global_step == 20
 
 
+@pytest.mark.proves("11.10")
 def test_every_stage_has_a_clock_of_its_own() -> None:
     timer = Timer()
     trainer = make_trainer(max_epochs=1, limit_train_batches=4, limit_val_batches=2, callbacks=[timer])
@@ -116,6 +119,7 @@ def test_a_second_validation_adds_to_the_first() -> None:
     assert timer.time_elapsed("validate") >= once + 0.04
 
 
+@pytest.mark.proves("11.10")
 def test_time_spent_before_a_checkpoint_counts_after_resuming(tmp_path: Any) -> None:
     first = make_trainer(max_epochs=1, callbacks=[Timer(timedelta(seconds=1000))])
     first.fit(Model(), data())
@@ -144,6 +148,7 @@ def test_a_resumed_run_whose_time_is_up_trains_no_more_than_a_batch(tmp_path: An
     assert second.global_step <= 21
 
 
+@pytest.mark.proves("9.6", "11.10")
 def test_the_trainers_max_time_is_a_timer() -> None:
     trainer = make_trainer(max_epochs=-1, max_time={"seconds": 0.1})
     trainer.fit(Model(pause_s=0.02), data())

@@ -40,10 +40,12 @@ def fails(
     return str(raised.value)
 
 
+@pytest.mark.proves("9.20")
 def test_a_model_that_is_no_lightning_module_is_refused() -> None:
     assert "model is of type Linear; the Trainer needs a LightningModule" in fails(nn.Linear(1, 1), loader())
 
 
+@pytest.mark.proves("9.20")
 def test_everything_that_is_missing_is_told_at_once() -> None:
     message = fails(fulmen.LightningModule())
 
@@ -52,6 +54,7 @@ def test_everything_that_is_missing_is_told_at_once() -> None:
     assert "has no training loader: pass train_dataloaders=" in message
 
 
+@pytest.mark.proves("9.20")
 def test_loaders_and_a_datamodule_together_are_refused() -> None:
     class Data(fulmen.LightningDataModule):
         def train_dataloader(self) -> Any:
@@ -60,10 +63,12 @@ def test_loaders_and_a_datamodule_together_are_refused() -> None:
     assert "both train_dataloaders and datamodule=Data" in fails(Good(), loader(), datamodule=Data())
 
 
+@pytest.mark.proves("9.20")
 def test_a_loader_that_is_not_iterable_is_named() -> None:
     assert "train_dataloader gave an object of type int, which is not iterable" in fails(Good(), 7)
 
 
+@pytest.mark.proves("9.20")
 def test_a_loader_hook_that_returns_nothing_is_named() -> None:
     class Forgetful(Good):
         def train_dataloader(self) -> Any:
@@ -72,6 +77,7 @@ def test_a_loader_hook_that_returns_nothing_is_named() -> None:
     assert "train_dataloader returned None" in fails(Forgetful())
 
 
+@pytest.mark.proves("9.20")
 @pytest.mark.parametrize("samples", [0])
 def test_an_empty_loader_trains_nothing_and_says_so(samples: int) -> None:
     run = trainer()
@@ -82,6 +88,7 @@ def test_an_empty_loader_trains_nothing_and_says_so(samples: int) -> None:
     assert run.global_step == 0
 
 
+@pytest.mark.proves("9.20")
 def test_an_endless_run_over_an_iterable_without_batches_is_an_error() -> None:
     class Nothing:
         def __iter__(self) -> Any:
@@ -92,12 +99,14 @@ def test_an_endless_run_over_an_iterable_without_batches_is_an_error() -> None:
     assert "the training loader gave no batch, so training would never end" in message
 
 
+@pytest.mark.proves("9.20")
 def test_a_fraction_that_leaves_no_batch_is_an_error() -> None:
     message = fails(Good(), loader(), options={"limit_train_batches": 0.1})
 
     assert "limit_train_batches=0.1 of 4 batches is less than one batch. Give at least 0.25" in message
 
 
+@pytest.mark.proves("9.20")
 def test_a_fraction_of_an_unknown_length_is_an_error() -> None:
     class Endless:
         def __iter__(self) -> Any:
@@ -109,6 +118,7 @@ def test_a_fraction_of_an_unknown_length_is_an_error() -> None:
     )
 
 
+@pytest.mark.proves("9.20")
 def test_a_validation_interval_longer_than_the_epoch_is_an_error() -> None:
     class Validated(Good):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -120,6 +130,7 @@ def test_a_validation_interval_longer_than_the_epoch_is_an_error() -> None:
     assert "check_val_every_n_epoch=None" in message
 
 
+@pytest.mark.proves("10.10")
 @pytest.mark.parametrize(
     ("returned", "says"),
     [
@@ -139,6 +150,7 @@ def test_a_wrong_return_of_configure_optimizers_is_named_with_the_allowed_forms(
     assert "Allowed are" in message or "optimizer" in message
 
 
+@pytest.mark.proves("10.12")
 def test_several_optimizers_need_manual_optimization() -> None:
     class Two(Good):
         def configure_optimizers(self) -> Any:
@@ -170,6 +182,7 @@ def test_a_batch_of_the_wrong_type_ends_in_the_users_own_error_with_the_place_no
     assert any("in fit, rank 0, epoch 0, batch 0" in note for note in raised.value.__notes__)
 
 
+@pytest.mark.proves("9.14")
 def test_flags_that_manual_optimization_cannot_honour_are_refused() -> None:
     class Manual(Good):
         def __init__(self) -> None:
@@ -182,6 +195,7 @@ def test_flags_that_manual_optimization_cannot_honour_are_refused() -> None:
     assert "accumulate_grad_batches=2 cannot work with automatic_optimization=False" in message
 
 
+@pytest.mark.proves("11.1")
 def test_a_misspelt_hook_of_a_callback_is_named_with_the_nearest_hook() -> None:
     class Misspelt(fulmen.Callback):
         def on_train_bach_end(self, *_: Any) -> None:
@@ -205,6 +219,7 @@ def test_a_hook_with_too_few_arguments_is_named_with_those_it_gets() -> None:
     assert "Short.on_train_batch_end must take (trainer, pl_module, outputs, batch, batch_idx)" in message
 
 
+@pytest.mark.proves("9.30")
 def test_several_validation_loaders_need_a_step_that_takes_dataloader_idx() -> None:
     class Validated(Good):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -213,6 +228,7 @@ def test_several_validation_loaders_need_a_step_that_takes_dataloader_idx() -> N
     assert "validation_step does not take dataloader_idx" in fails(Validated(), loader(), [loader(), loader()])
 
 
+@pytest.mark.proves("9.30")
 def test_one_validation_loader_refuses_a_required_dataloader_idx() -> None:
     class Validated(Good):
         def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
@@ -221,6 +237,7 @@ def test_one_validation_loader_refuses_a_required_dataloader_idx() -> None:
     assert "requires dataloader_idx. Give it a default" in fails(Validated(), loader(), loader())
 
 
+@pytest.mark.proves("9.54")
 @pytest.mark.parametrize("gone", ["training_epoch_end", "validation_epoch_end", "training_step_end"])
 def test_hooks_that_no_longer_exist_are_refused_with_what_replaces_them(gone: str) -> None:
     class Old(Good):
@@ -231,16 +248,19 @@ def test_hooks_that_no_longer_exist_are_refused_with_what_replaces_them(gone: st
     assert f"defines {gone}, which is no longer called. Use" in fails(Old(), loader())
 
 
+@pytest.mark.proves("9.20")
 def test_validate_and_test_name_the_missing_step_and_loader() -> None:
     assert "has no validation_step" in fails(Good(), method="validate")
     assert "trainer.test() has no loader: pass dataloaders=" in fails(Good(), method="test")
 
 
+@pytest.mark.proves("9.20")
 def test_a_call_without_a_model_on_a_new_trainer_says_what_to_pass() -> None:
     with pytest.raises(TypeError, match=r"trainer.test\(\) was called without a model"):
         trainer().test()
 
 
+@pytest.mark.proves("5.29")
 def test_best_and_last_checkpoints_that_do_not_exist_are_explained() -> None:
     run = trainer()
     with pytest.raises(ValueError, match="there is no checkpoint callback"):
@@ -254,6 +274,7 @@ def test_a_checkpoint_callback_contradicts_enable_checkpointing_false() -> None:
         fulmen.Trainer(callbacks=[ModelCheckpoint()], enable_checkpointing=False, logger=False, max_epochs=1)
 
 
+@pytest.mark.proves("10.6")
 def test_an_overridden_optimizer_step_must_run_its_closure() -> None:
     class Lazy(Good):
         def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
@@ -262,6 +283,7 @@ def test_an_overridden_optimizer_step_must_run_its_closure() -> None:
     assert "did not run its closure" in fails(Lazy(), loader())
 
 
+@pytest.mark.proves("5.10")
 def test_save_checkpoint_before_there_is_a_model_says_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"save_checkpoint\(\) needs a model"):
         trainer().save_checkpoint("x.ckpt")

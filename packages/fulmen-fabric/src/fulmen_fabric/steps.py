@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
     MisconfigurationException,
     OwnsAccumulation,
@@ -78,13 +79,13 @@ class Gradients:
 
     def __init__(self, strategy: Strategy, precision: Precision, module: nn.Module | None) -> None:
         self.module = module
-        self.scaler: SupportsGradScaling | None = precision if isinstance(precision, SupportsGradScaling) else None
+        self.scaler: SupportsGradScaling | None = precision if supports(precision, SupportsGradScaling) else None
         self.forward_context: Callable[[], AbstractContextManager[object]] | None = (
-            precision.forward_context if isinstance(precision, SupportsForwardContext) else None
+            precision.forward_context if supports(precision, SupportsForwardContext) else None
         )
-        self._owned_backward = strategy.backward if isinstance(strategy, OwnsBackward) else None
-        self._owned_step = strategy.optimizer_step if isinstance(strategy, OwnsOptimizerStep) else None
-        clips = strategy if isinstance(strategy, SupportsGradClipping) else None
+        self._owned_backward = strategy.backward if supports(strategy, OwnsBackward) else None
+        self._owned_step = strategy.optimizer_step if supports(strategy, OwnsOptimizerStep) else None
+        clips = strategy if supports(strategy, SupportsGradClipping) else None
         self._clip_norm = clips.clip_grad_norm if clips is not None else None
         self._clip_value = clips.clip_grad_value if clips is not None else None
 
@@ -196,7 +197,7 @@ def automatic_step(
         cast("Callable[[Tensor], object]", Tensor.backward) if gradients.is_plain else gradients.backward
     )
     zero_grad: Callable[[], object] = hooks.zero_grad or optimizer.zero_grad
-    engine_accumulates = isinstance(strategy, OwnsAccumulation)
+    engine_accumulates = supports(strategy, OwnsAccumulation)
     divisor = 1 if engine_accumulates else accumulate
     window_is_empty = True  # no backward pass since the last optimizer step
 
@@ -279,7 +280,7 @@ def automatic_step(
         return visible(*evaluations[-1]) if keep_outputs else None
 
     hold_sync: Callable[[nn.Module], AbstractContextManager[object]] | None = (
-        strategy.no_sync if isinstance(strategy, SupportsNoSync) else None
+        strategy.no_sync if supports(strategy, SupportsNoSync) else None
     )
 
     def accumulate_only(batch: object, batch_idx: int, /) -> object:

@@ -82,9 +82,9 @@ class ProcessGroupMembership:
 
     def _leave_at_exit(self) -> None:
         self.leave()
-        # A thread of gloo drops the tensors of its last piece of work after that work is done, and needs the GIL for it.
-        # If the interpreter is finalised meanwhile, the thread is ended in the middle of C++ code and the process aborts
-        # (seen in about 1 of 16 runs). Sleeping gives the GIL away; there is nothing that could be waited for.
+        # A thread of gloo drops the tensors of its last piece of work after that work is done, and needs the GIL for
+        # it. If the interpreter is finalised meanwhile, the thread is ended in the middle of C++ code and the process
+        # aborts (seen in about 1 of 16 runs). Sleeping gives the GIL away; there is nothing that could be waited for.
         time.sleep(0.1)
 
     def leave(self) -> None:
