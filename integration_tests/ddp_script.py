@@ -76,7 +76,7 @@ def raw(folder: str, optimizer_name: str, accumulate: int) -> None:
                     (F.cross_entropy(ddp(x), y) / accumulate).backward()
     report(folder, rank, digest=digest(net))
     torch.distributed.destroy_process_group()
-    time.sleep(0.1)  # a thread of gloo may still need the GIL, and aborts the process if the interpreter is gone by then
+    time.sleep(0.1)  # a thread of gloo may still need the GIL; it aborts the process if the interpreter is gone
 
 
 def through_the_trainer(folder: str, optimizer_name: str, accumulate: int) -> None:
