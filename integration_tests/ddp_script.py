@@ -1,6 +1,7 @@
 """Trains one small model on two gloo processes, by hand with DDP or through the Trainer, and prints a digest of it.
 
-``python ddp_script.py raw FOLDER OPTIMIZER ACCUMULATE`` is started by torchrun; ``python ddp_script.py fulmen ...`` by itself.
+``python ddp_script.py raw FOLDER OPTIMIZER ACCUMULATE`` is started by torchrun; ``python ddp_script.py fulmen ...``
+by itself.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def optimizer_of(name: str, parameters: Any) -> torch.optim.Optimizer:
 
 
 def digest(module: nn.Module) -> str:
-    # Buffers of BatchNorm are each rank's own under DDP until the next forward: parameters tell whether training agreed.
+    # Buffers of BatchNorm are each rank's own under DDP until the next forward: parameters tell whether training
+    # agreed.
     return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in module.parameters())).hexdigest()
 
 

@@ -1,7 +1,7 @@
 """Records the order in which a Trainer calls the hooks of a module, a datamodule and a callback.
 
-Run as a script it prints the order as JSON: ``python hook_recorder.py LIBRARY SCENARIO``, where LIBRARY is a package with
-Lightning's names. That is how two libraries are compared: each in a process of its own.
+Run as a script it prints the order as JSON: ``python hook_recorder.py LIBRARY SCENARIO``, where LIBRARY is a package
+with Lightning's names. That is how two libraries are compared: each in a process of its own.
 """
 
 from __future__ import annotations

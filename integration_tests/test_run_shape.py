@@ -1,4 +1,4 @@
-"""What a reader and a debugger meet: short stacks, one readable loop, an explanation of every run, idle hooks for free."""
+"""What a reader and a debugger meet: short stacks, one readable loop, every run explained, idle hooks for free."""
 
 from __future__ import annotations
 
@@ -77,8 +77,19 @@ def test_explain_prints_the_order_of_a_run_and_who_supplies_each_part(capsys: An
     assert "32-true from fulmen-precision" in text
     assert "on_train_batch_end  <- Watching" in text
     assert "gradients are clipped (norm, 0.5)" in text
-    order = ["setup", "configure_optimizers", "on_fit_start", "on_train_start", "training_step", "backward",
-             "on_before_optimizer_step", "optimizer step", "on_train_batch_end", "on_train_epoch_end", "teardown"]  # fmt: skip
+    order = [
+        "setup",
+        "configure_optimizers",
+        "on_fit_start",
+        "on_train_start",
+        "training_step",
+        "backward",
+        "on_before_optimizer_step",
+        "optimizer step",
+        "on_train_batch_end",
+        "on_train_epoch_end",
+        "teardown",
+    ]
     places = [text.index(f" {word}") for word in order]
     assert places == sorted(places)
 

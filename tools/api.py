@@ -4,7 +4,8 @@
 
 packages/NAME/api.txt has one line for every public name: its kind, where it lives, its signature with types. Public is
 what a public module lists in ``__all__`` (or, without one, defines without a leading underscore), and the public
-members of its classes. The sources are read, not imported, so the text is the same on every machine.
+members of its classes, with those from private bases of the same package. The sources are read, not imported, so the
+text is the same on every machine.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _member_lines(path: str, member: griffe.Object | griffe.Alias) -> list[str]:
     if isinstance(member, griffe.Class):
         bases = f"({', '.join(_text(base) for base in member.bases)})" if member.bases else ""
         lines = [f"class     {path}{bases}{_decorators(member)}"]
-        for name, inner in member.members.items():
+        for name, inner in _members(member).items():
             if (_public(name) or name in SPECIAL) and not inner.is_alias:
                 lines += _member_lines(f"{path}.{name}", inner)
         return lines
@@ -72,6 +73,18 @@ def _member_lines(path: str, member: griffe.Object | griffe.Alias) -> list[str]:
         annotation = f": {_text(member.annotation)}" if member.annotation is not None else ""
         return [f"{kind} {path}{annotation}{' (settable)' if 'writable' in member.labels else ''}"]
     return [f"name      {path}"]
+
+
+def _members(kind: griffe.Class) -> dict[str, griffe.Object | griffe.Alias]:
+    """A class's own members and those of its private bases, unless they are recorded with a public base."""
+    bases = kind.mro()
+    public = [base for base in bases if all(map(_public, base.path.split(".")))]
+    recorded = {base.path for base in public} | {inner.path for base in public for inner in base.mro()}
+    found: dict[str, griffe.Object | griffe.Alias] = {}
+    for base in [*reversed(bases), kind]:
+        if base.path not in recorded:
+            found |= base.members
+    return found
 
 
 SPECIAL = {"__init__", "__call__", "__enter__", "__exit__", "__iter__", "__next__", "__len__", "__getitem__"}

@@ -66,6 +66,23 @@ def test_the_text_holds_public_names_with_signatures_and_nothing_else(package: P
     ]
 
 
+def test_members_from_a_private_base_are_public_members_of_the_class(package: Package) -> None:
+    source = package.source / "thing_box"
+    (source / "_inner.py").write_text(
+        "class Base:\n    size = 1\n    def grow(self, by: int): ...\n    def _hide(self): ...\n"
+    )
+    (source / "things.py").write_text(
+        "from thing_box._inner import Base\nclass Thing(Base):\n    def grow(self): ...\nclass Big(Thing):\n    pass\n"
+    )
+
+    lines = describe(package).splitlines()
+
+    assert "attribute thing_box.things.Thing.size" in lines
+    assert "function  thing_box.things.Thing.grow(self)" in lines, "what the class defines itself wins"
+    assert not any("_hide" in line or "_inner" in line for line in lines)
+    assert not any("things.Big." in line for line in lines), "what a public base has is recorded there"
+
+
 def test_a_changed_default_is_a_difference_until_it_is_written(
     package: Package, capsys: pytest.CaptureFixture[str]
 ) -> None:

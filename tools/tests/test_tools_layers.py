@@ -20,6 +20,7 @@ def lint(folder: Path, **files: str) -> subprocess.CompletedProcess[str]:
         (folder / package.module / "__init__.py").touch()
     for facade in FACADES:
         (folder / "fulmen" / f"{facade}.py").write_text("import fulmen_strategies\n")
+    (folder / "fulmen" / "trainer.py").touch()
     for name, text in files.items():
         path = folder / Path(*name.split("__")).with_suffix(".py")
         path.write_text(text)
@@ -37,6 +38,7 @@ def test_what_the_design_allows_passes(tmp_path: Path) -> None:
         fulmen_loggers__a="import fulmen_protocols\nimport torch\n",
         fulmen_fabric__a="import fulmen_protocols\nimport fulmen_data\n",
         fulmen__a="import fulmen_protocols\nimport fulmen_data\nimport fulmen_fabric.a\n",
+        fulmen__b="from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fulmen.trainer import Trainer\n",
     )
 
     assert result.returncode == 0, result.stdout + result.stderr
@@ -57,6 +59,7 @@ def test_what_the_design_allows_passes(tmp_path: Path) -> None:
         ("fulmen", "fulmen_loggers"),
         ("fulmen", "fulmen_conformance"),
         ("fulmen", "fulmen.strategies"),
+        ("fulmen", "fulmen.trainer"),
     ],
 )
 def test_what_the_design_forbids_is_caught_even_inside_a_function(tmp_path: Path, where: str, imported: str) -> None:

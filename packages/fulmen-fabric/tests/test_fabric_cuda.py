@@ -34,12 +34,12 @@ def same(left, right):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_a_loop_on_the_gpu_has_the_bits_of_plain_pytorch(precision):
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-    raw, raw_optimizer = make("cuda")
+    raw, raw_optimizer = make("cuda:0")
     scaler = torch.amp.GradScaler("cuda", enabled=precision == "16-mixed")
     for x in batches():
         raw_optimizer.zero_grad()
         with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
-            output = raw(x.cuda())
+            output = raw(x.to("cuda:0"))
         scaler.scale(output.float().square().mean()).backward()
         scaler.step(raw_optimizer)
         scaler.update()

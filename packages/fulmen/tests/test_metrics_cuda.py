@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fulmen._metric_read import HostSnapshot
+from fulmen._reporting import Reporter
 from fulmen.metrics import MetricStore, scope_for
-from fulmen.reporting import Reporter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from fulmen._reporting import Reporter, print_results
 from fulmen.metrics import MetricStore, scope_for
-from fulmen.reporting import Reporter, print_results
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,10 +19,10 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from fulmen import LightningModule, Trainer
+from fulmen._reporting import Reporter
 from fulmen.callbacks import Callback, ProgressBar, RichProgressBar, TQDMProgressBar
 from fulmen.callbacks.progress import RichProgressBarTheme, _bars
 from fulmen.callbacks.progress._bars import PlainBar
-from fulmen.reporting import Reporter
 from fulmen_protocols.errors import MisconfigurationException, MissingPackage
 
 KINDS = [TQDMProgressBar, RichProgressBar]

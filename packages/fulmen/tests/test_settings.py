@@ -1,4 +1,4 @@
-"""Every wrong argument of the Trainer gets one error that names the flag, the value and the fix, before anything starts."""
+"""Every wrong argument of the Trainer gets one error that names flag, value and fix, before anything starts."""
 
 from __future__ import annotations
 

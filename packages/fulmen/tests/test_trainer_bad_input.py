@@ -80,8 +80,9 @@ def test_a_loader_hook_that_returns_nothing_is_named() -> None:
 @pytest.mark.proves("9.20")
 @pytest.mark.parametrize("samples", [0])
 def test_an_empty_loader_trains_nothing_and_says_so(samples: int) -> None:
+    run = trainer()
+
     with pytest.warns(UserWarning, match="training loader has no batch"):
-        run = trainer()
         run.fit(Good(), [] if samples == 0 else loader(samples))
 
     assert run.global_step == 0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fulmen_checkpoint._fsspec import FileSystem
 
-__all__ = ["FsspecStorage", "local_path"]
+__all__ = ["FsspecStorage"]
 
 # In these an object appears when its upload is completed and not before, so the target itself can be written.
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "tos", "obs"})

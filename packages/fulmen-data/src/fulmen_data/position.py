@@ -124,7 +124,7 @@ class LoaderPosition(Generic[T]):
         return {path: generator.get_state() for path, generator in _generators(self.loader).items()}
 
     def set_generator_states(self, states: Mapping[str, torch.Tensor]) -> None:
-        """Put the generators where ``generator_states`` found them; between epochs, for within one the position does."""
+        """Put the generators where ``generator_states`` found them, between epochs; within one the position does it."""
         for path, generator in _generators(self.loader).items():
             if path in states:
                 generator.set_state(states[path].cpu())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fulmen_protocols import missing_members
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from typing_extensions import TypeIs  # typing has it from Python 3.13 on
 
 __all__ = ["supports"]
 
@@ -15,7 +17,7 @@ T = TypeVar("T")
 
 
 # Callable, not type[T]: a type checker refuses a Protocol as type[T], and every ability is a Protocol.
-def supports(backend: object, ability: Callable[..., T]) -> TypeGuard[T]:
+def supports(backend: object, ability: Callable[..., T]) -> TypeIs[T]:
     """Whether ``backend`` has every member of the protocol ``ability``.
 
     Unlike ``isinstance`` it runs no property of the backend: some, such as ``collectives``, raise before launch.

@@ -13,11 +13,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
     MisconfigurationException,
     OwnsAccumulation,
@@ -78,13 +79,13 @@ class Gradients:
 
     def __init__(self, strategy: Strategy, precision: Precision, module: nn.Module | None) -> None:
         self.module = module
-        self.scaler: SupportsGradScaling | None = precision if isinstance(precision, SupportsGradScaling) else None
+        self.scaler: SupportsGradScaling | None = precision if supports(precision, SupportsGradScaling) else None
         self.forward_context: Callable[[], AbstractContextManager[object]] | None = (
-            precision.forward_context if isinstance(precision, SupportsForwardContext) else None
+            precision.forward_context if supports(precision, SupportsForwardContext) else None
         )
-        self._owned_backward = strategy.backward if isinstance(strategy, OwnsBackward) else None
-        self._owned_step = strategy.optimizer_step if isinstance(strategy, OwnsOptimizerStep) else None
-        clips = strategy if isinstance(strategy, SupportsGradClipping) else None
+        self._owned_backward = strategy.backward if supports(strategy, OwnsBackward) else None
+        self._owned_step = strategy.optimizer_step if supports(strategy, OwnsOptimizerStep) else None
+        clips = strategy if supports(strategy, SupportsGradClipping) else None
         self._clip_norm = clips.clip_grad_norm if clips is not None else None
         self._clip_value = clips.clip_grad_value if clips is not None else None
 
@@ -98,7 +99,7 @@ class Gradients:
         if self._owned_backward is not None:
             self._owned_backward(loss, self.module, **kwargs)
         else:
-            loss.backward(**kwargs)  # type: ignore[arg-type]  # torch checks its own keywords
+            loss.backward(**kwargs)  # type: ignore[no-untyped-call]  # torch checks its own keywords
 
     def step(self, optimizer: Optimizer, closure: Callable[[], object] | None = None) -> object:
         """Step ``optimizer`` after a backward pass, or with a closure that runs it."""
@@ -167,8 +168,8 @@ def automatic_step(
 ) -> tuple[BatchStep, BatchStep]:
     """Compose the two things that can happen to a batch: ``(step, accumulate_only)``.
 
-    ``step`` ends a window of ``accumulate`` batches with an optimizer step; ``accumulate_only`` leaves the gradients for
-    a later batch. Losses are divided by ``accumulate``, also in the last, shorter window of an epoch: each sample
+    ``step`` ends a window of ``accumulate`` batches with an optimizer step; ``accumulate_only`` leaves the gradients
+    for a later batch. Losses are divided by ``accumulate``, also in the last, shorter window of an epoch: each sample
     weighs the same in every update of the run.
 
     Args:
@@ -193,10 +194,10 @@ def automatic_step(
     clip = hooks.clip
     unscale = None if scaler is None or not (before_step or clip) else scaler.unscale
     backward: Callable[[Tensor], object] = hooks.backward or (
-        torch.Tensor.backward if gradients.is_plain else gradients.backward
+        cast("Callable[[Tensor], object]", Tensor.backward) if gradients.is_plain else gradients.backward
     )
     zero_grad: Callable[[], object] = hooks.zero_grad or optimizer.zero_grad
-    engine_accumulates = isinstance(strategy, OwnsAccumulation)
+    engine_accumulates = supports(strategy, OwnsAccumulation)
     divisor = 1 if engine_accumulates else accumulate
     window_is_empty = True  # no backward pass since the last optimizer step
 
@@ -242,7 +243,9 @@ def automatic_step(
         if loss is None:
             return None
         loss = loss.detach()
-        return {**output, "loss": loss} if isinstance(output, Mapping) else {"loss": loss}
+        if not isinstance(output, Mapping):
+            return {"loss": loss}
+        return {**cast("Mapping[object, object]", output), "loss": loss}
 
     def step(batch: object, batch_idx: int, /) -> object:
         nonlocal window_is_empty
@@ -277,7 +280,7 @@ def automatic_step(
         return visible(*evaluations[-1]) if keep_outputs else None
 
     hold_sync: Callable[[nn.Module], AbstractContextManager[object]] | None = (
-        strategy.no_sync if isinstance(strategy, SupportsNoSync) else None
+        strategy.no_sync if supports(strategy, SupportsNoSync) else None
     )
 
     def accumulate_only(batch: object, batch_idx: int, /) -> object:
@@ -303,7 +306,8 @@ def automatic_step(
         if divisor != 1:
             raise MisconfigurationException(
                 f"{name} evaluates its closure several times a step, and the gradients of earlier batches of a window "
-                f"would be lost: accumulate_grad_batches={accumulate} cannot work with it. Use accumulate_grad_batches=1."
+                f"would be lost: accumulate_grad_batches={accumulate} cannot work with it. "
+                "Use accumulate_grad_batches=1."
             )
         chosen = step_with_closure
     return chosen, (chosen if engine_accumulates else accumulate_only)
@@ -313,12 +317,13 @@ def _loss_of(output: object) -> Tensor | None:
     if output is None:
         return None
     if isinstance(output, Mapping):
-        loss = output.get("loss")
+        outputs = cast("Mapping[object, object]", output)
+        loss = outputs.get("loss")
         if isinstance(loss, Tensor):
             return loss
-        if "loss" not in output:
+        if "loss" not in outputs:
             raise MisconfigurationException(
-                f"training_step returned a mapping with the keys {sorted(map(str, output))}, none of which is 'loss'. "
+                f"training_step returned a mapping with the keys {sorted(map(str, outputs))}, none of which is 'loss'. "
                 "Add the loss under 'loss', or return it alone."
             )
         raise MisconfigurationException(

@@ -26,12 +26,8 @@ if TYPE_CHECKING:
 __all__ = [
     "FabricModule",
     "FabricOptimizer",
-    "Pass",
     "is_wrapped",
-    "refuse_closure",
-    "require_fabric_backward",
     "unwrap",
-    "wrap_optimizer",
 ]
 
 T = TypeVar("T")

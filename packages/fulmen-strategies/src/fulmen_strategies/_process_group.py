@@ -6,6 +6,7 @@ import atexit
 import itertools
 import os
 import sys
+import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -77,14 +78,21 @@ class ProcessGroupMembership:
         self._hook_before, self._hook_of_torch = hook_before, sys.excepthook
         # A process that ends with a living group may abort in a destructor ("terminate called without an active
         # exception", exit status 134).
-        atexit.register(self.leave)
+        atexit.register(self._leave_at_exit)
+
+    def _leave_at_exit(self) -> None:
+        self.leave()
+        # A thread of gloo drops the tensors of its last piece of work after that work is done, and needs the GIL for
+        # it. If the interpreter is finalised meanwhile, the thread is ended in the middle of C++ code and the process
+        # aborts (seen in about 1 of 16 runs). Sleeping gives the GIL away; there is nothing that could be waited for.
+        time.sleep(0.1)
 
     def leave(self) -> None:
         """Destroy the group if this object has made it. May be called twice."""
         made, self._made = self._made, None
         if made is None:
             return
-        atexit.unregister(self.leave)
+        atexit.unregister(self._leave_at_exit)
         if dist.is_initialized() and dist.group.WORLD is made:
             dist.destroy_process_group()
         # init_process_group has wrapped sys.excepthook for good: each new group would add one more "[rank0]:".

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fulmen.callbacks.checkpoint import Checkpoint
 from fulmen.callbacks.model_checkpoint import ModelCheckpoint
@@ -25,7 +25,7 @@ def as_list(callbacks: object) -> list[Any]:
     if callbacks is None:
         return []
     if isinstance(callbacks, Sequence):
-        return list(callbacks)
+        return list(cast("Sequence[object]", callbacks))
     return [callbacks]
 
 
@@ -72,7 +72,7 @@ def complete(given: list[Any], settings: Settings) -> list[Any]:
     return callbacks
 
 
-def let_log(callbacks: Sequence[Any], module: LightningModule) -> None:
+def let_log(callbacks: Sequence[object], module: LightningModule) -> None:
     """Give callbacks the module's ``log`` and ``log_dict``, except those that have their own."""
     for callback in callbacks:
         for name in ("log", "log_dict"):
@@ -98,28 +98,29 @@ def _ordered(callbacks: list[Any]) -> list[Any]:
     return sorted(callbacks, key=lambda callback: isinstance(callback, Checkpoint))  # stable: the user's order is kept
 
 
-def _require_own_keys(callbacks: Sequence[Any]) -> None:
-    seen: dict[str, Any] = {}
+def _require_own_keys(callbacks: Sequence[object]) -> None:
+    seen: dict[str, object] = {}
     for callback in callbacks:
         key = getattr(callback, "state_key", None)
         if key is None or not _is_stateful(callback):
             continue
         if key in seen:
             raise MisconfigurationException(
-                f"two callbacks have the state key {key!r} ({type(seen[key]).__name__} and {type(callback).__name__}), so a "
-                "checkpoint could not tell their states apart. Give them different arguments, or override state_key."
+                f"two callbacks have the state key {key!r} ({type(seen[key]).__name__} and {type(callback).__name__}), "
+                "so a checkpoint could not tell their states apart. "
+                "Give them different arguments, or override state_key."
             )
         seen[key] = callback
 
 
-def _is_stateful(callback: Any) -> bool:
+def _is_stateful(callback: object) -> bool:
     from fulmen.callbacks.callback import Callback
 
     method = getattr(type(callback), "state_dict", None)
     return method is not None and method is not Callback.state_dict
 
 
-def attach_to(callbacks: list[Any], own: list[Any]) -> None:
+def attach_to(callbacks: list[Any], own: Sequence[object]) -> None:
     """Let the module's ``configure_callbacks`` replace callbacks of the same or a parent class, in place."""
     if not own:
         return

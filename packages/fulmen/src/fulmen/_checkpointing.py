@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fulmen import _files
-from fulmen.checkpoints import LIGHTNING_VERSION, lightning_loops, progress_from_lightning
+from fulmen._checkpoint_layout import LIGHTNING_VERSION, lightning_loops, progress_from_lightning
 from fulmen.hparams import checkpoint_entries
 from fulmen_fabric import collect_rng_state, rank_zero_info, rank_zero_warn, restore_rng_state
 from fulmen_fabric.abilities import supports
@@ -21,7 +21,7 @@ from fulmen_protocols import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fulmen.session import Session
+    from fulmen._session import Session
     from fulmen.trainer import Trainer
 
 __all__ = [
@@ -53,7 +53,8 @@ def save(
 
 def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> dict[str, Any]:
     """The content of a checkpoint of this moment. Every rank must call it."""
-    progress, module, strategy = trainer._progress, session.module, trainer.assembly.strategy
+    progress = trainer._progress  # pyright: ignore[reportPrivateUsage]
+    module, strategy = session.module, trainer.assembly.strategy
     placed = session.placed if session.placed is not None else module
     sharded = strategy if supports(strategy, SupportsShardedState) else None
     checkpoint: dict[str, Any] = {
@@ -95,8 +96,9 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
 
 def _exact_state(trainer: Trainer, session: Session) -> dict[str, Any]:
     """Counters, and each rank's random state, data position and running metrics."""
-    store = trainer._metering.train if trainer._fitting else None
-    loader, progress = session.train_loader, trainer._progress
+    progress = trainer._progress  # pyright: ignore[reportPrivateUsage]
+    store = trainer._metering.train if trainer._fitting else None  # pyright: ignore[reportPrivateUsage]
+    loader = session.train_loader
     within_epoch = progress.epoch_started and not progress.epoch_ended
     mine = {
         "rng": collect_rng_state(trainer.world.device),
@@ -105,7 +107,7 @@ def _exact_state(trainer: Trainer, session: Session) -> dict[str, Any]:
     }
     return {
         "version": _VERSION,
-        "progress": trainer._progress.state_dict(),
+        "progress": progress.state_dict(),
         "ranks": trainer.world.collectives.all_gather_object(mine),
         "callback_metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
     }
@@ -131,11 +133,12 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
     module.on_load_checkpoint(checkpoint)
     strict = module.strict_loading
     outcome = module.load_state_dict(checkpoint["state_dict"], strict=strict)
-    if not strict and (outcome.missing_keys or outcome.unexpected_keys):
+    missing = cast("list[str]", outcome.missing_keys)
+    unexpected = cast("list[str]", outcome.unexpected_keys)
+    if not strict and (missing or unexpected):
         rank_zero_warn(
-            f"loaded with strict_loading=False: {len(outcome.missing_keys)} keys are missing from the checkpoint "
-            f"({outcome.missing_keys[:5]}), {len(outcome.unexpected_keys)} are not in the module "
-            f"({outcome.unexpected_keys[:5]})."
+            f"loaded with strict_loading=False: {len(missing)} keys are missing from the checkpoint ({missing[:5]}), "
+            f"{len(unexpected)} are not in the module ({unexpected[:5]})."
         )
     if session.datamodule is not None:
         state = checkpoint.get(type(session.datamodule).__qualname__)
@@ -145,10 +148,10 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
         hook = getattr(callback, "on_load_checkpoint", None)
         if hook is not None:
             hook(trainer, module, checkpoint)
-    states = checkpoint.get("callbacks") or {}
+    states: dict[str, Any] = checkpoint.get("callbacks") or {}
     known = {_state_key(callback) for callback in trainer.callbacks}
     unknown = [key for key in states if key not in known]
-    if unknown and trainer._fitting:
+    if unknown and trainer._fitting:  # pyright: ignore[reportPrivateUsage]
         rank_zero_warn(f"the checkpoint holds the state of callbacks that this Trainer does not have: {unknown}.")
     for callback in trainer.callbacks:
         state = states.get(_state_key(callback))
@@ -167,27 +170,28 @@ def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, A
     scaler_state = checkpoint.get("MixedPrecision", checkpoint.get("native_amp_scaling_state"))
     if scaler_state and supports(precision, SupportsGradScaling):
         precision.load_state_dict(scaler_state)
-    if not trainer._fitting:
+    if not trainer._fitting:  # pyright: ignore[reportPrivateUsage]
         return
     if "optimizer_states" not in checkpoint:
         raise CheckpointError(
-            f"{trainer.ckpt_path} holds weights only (it was saved with save_weights_only=True), so training cannot resume "
-            "from it. Load the weights with load_from_checkpoint and start anew."
+            f"{trainer.ckpt_path} holds weights only (it was saved with save_weights_only=True), so training cannot "
+            "resume from it. Load the weights with load_from_checkpoint and start anew."
         )
     exact = checkpoint.get("fulmen")
-    progress = trainer._progress
+    progress = trainer._progress  # pyright: ignore[reportPrivateUsage]
     if exact is None:
         progress_from_lightning(checkpoint, progress)
     else:
         if exact["version"] != _VERSION:
             raise CheckpointError(
-                f"{trainer.ckpt_path} was written with layout {exact['version']}; this fulmen reads {_VERSION}. Update fulmen."
+                f"{trainer.ckpt_path} was written with layout {exact['version']}; this fulmen reads {_VERSION}. "
+                "Update fulmen."
             )
         progress.load_state_dict(exact["progress"])
     if trainer.max_epochs != -1 and progress.epoch > trainer.max_epochs:
         raise MisconfigurationException(
-            f"max_epochs={trainer.max_epochs}, but {trainer.ckpt_path} has already trained {progress.epoch} epochs. Give a "
-            "larger max_epochs."
+            f"max_epochs={trainer.max_epochs}, but {trainer.ckpt_path} has already trained {progress.epoch} epochs. "
+            "Give a larger max_epochs."
         )
     strategy = trainer.assembly.strategy
     states = checkpoint["optimizer_states"]
@@ -218,20 +222,22 @@ def _mine(trainer: Trainer, session: Session) -> dict[str, Any] | None:
 def restore_position(trainer: Trainer, session: Session) -> None:
     """Data position and running metrics, before the first batch."""
     if session.resumed is not None:
-        trainer._reporter.restore(session.resumed["callback_metrics"], trainer.world.device)
+        reporter = trainer._reporter  # pyright: ignore[reportPrivateUsage]
+        reporter.restore(session.resumed["callback_metrics"], trainer.world.device)
     mine = _mine(trainer, session)
     if mine is None:
         if session.resumed is not None:
             rank_zero_warn(
-                f"this run was saved by {len(session.resumed['ranks'])} processes and goes on with {trainer.world.world_size}: "
-                "random states are not restored."
+                f"this run was saved by {len(session.resumed['ranks'])} processes and goes on with "
+                f"{trainer.world.world_size}: random states are not restored."
             )
         return
     assert session.train_loader is not None
     if mine["loader"] is not None:
         session.train_loader.load_state_dict(mine["loader"])
     if mine["metrics"] is not None:
-        trainer._metering.train.load_state_dict(mine["metrics"], module=session.module)
+        store = trainer._metering.train  # pyright: ignore[reportPrivateUsage]
+        store.load_state_dict(mine["metrics"], module=session.module)
 
 
 def restore_rng(trainer: Trainer, session: Session) -> None:

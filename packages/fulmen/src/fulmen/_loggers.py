@@ -13,7 +13,7 @@ from fulmen_fabric.abilities import supports
 from fulmen_protocols import LOGGERS, Logger, SupportsGraph, check, load
 
 if TYPE_CHECKING:
-    from fulmen.session import Session
+    from fulmen._session import Session
     from fulmen.settings import Settings
     from fulmen.trainer import Trainer
 

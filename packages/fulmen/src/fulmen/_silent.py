@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from fulmen_protocols import Logger, LoggerStatus
 
 __all__ = ["DummyExperiment", "DummyLogger", "MutedLogger"]

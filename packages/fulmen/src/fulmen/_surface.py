@@ -1,7 +1,7 @@
-"""The Trainer's readable surface: the properties that callbacks, loggers and integrations rely on, under Lightning's names.
+"""The Trainer's readable surface: the properties that callbacks, loggers and integrations use, under Lightning's names.
 
-Setting one that changes the run (``accumulate_grad_batches``, ``max_epochs``, ``limit_*``, ...) makes the loop take up a
-new plan after the batch in hand.
+Setting one that changes the run (``accumulate_grad_batches``, ``max_epochs``, ``limit_*``, ...) makes the loop take up
+a new plan after the batch in hand.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from fulmen._loaders import EvalLoaders
+    from fulmen._reporting import Reporter
+    from fulmen._session import Session
     from fulmen.datamodule import LightningDataModule
-    from fulmen.loaders import EvalLoaders
     from fulmen.module import LightningModule
     from fulmen.optimizer import LRSchedulerConfig
     from fulmen.plan import Plan
     from fulmen.progress import Progress
-    from fulmen.reporting import Reporter
-    from fulmen.session import Session
     from fulmen.settings import BatchLimit, Settings
     from fulmen.states import TrainerState
     from fulmen.strategy_facade import StrategyFacade
@@ -328,7 +328,7 @@ class TrainerSurface:
     def global_step(self) -> int:
         """Optimizer steps taken, all optimizers together."""
         manual = self._manual
-        return self._progress.updates if manual is None else manual.updates()  # type: ignore[no-any-return]
+        return self._progress.updates if manual is None else manual.updates()
 
     @property
     def batches_that_stepped(self) -> int:

@@ -14,7 +14,7 @@ from fulmen_protocols import MisconfigurationException
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from fulmen.loaders import LoaderSource
+    from fulmen._loaders import LoaderSource
     from fulmen.settings import Settings
 
 __all__ = ["loaders_or_datamodule", "modules_in_eval_mode", "run", "step_takes_dataloader_idx"]
@@ -26,7 +26,8 @@ def loaders_or_datamodule(fn: TrainerFn, given: Mapping[str, object], datamodule
     if passed and datamodule is not None:
         arguments = " and ".join(f"{stage}_dataloaders" for stage in passed)
         raise MisconfigurationException(
-            f"trainer.{fn.value}() was given both {arguments} and datamodule={type(datamodule).__name__}. Pass one of them."
+            f"trainer.{fn.value}() was given both {arguments} and datamodule={type(datamodule).__name__}. "
+            "Pass one of them."
         )
     if datamodule is not None and not hasattr(datamodule, "prepare_data"):
         raise MisconfigurationException(
@@ -64,8 +65,8 @@ def run(
             problems.append(f"{name} has neither predict_step nor forward, one of which trainer.predict() runs.")
         if not sources[stage].is_defined:
             problems.append(
-                f"trainer.{fn.value}() has no loader: pass dataloaders=, or define {stage}_dataloader in the module or a "
-                "datamodule."
+                f"trainer.{fn.value}() has no loader: pass dataloaders=, or define {stage}_dataloader in the module or "
+                "a datamodule."
             )
     if problems:
         raise MisconfigurationException(" ".join(problems))
@@ -85,8 +86,8 @@ def _fit(module: LightningModule, name: str, sources: Mapping[str, LoaderSource]
     ]
     if not sources["train"].is_defined:
         problems.append(
-            "trainer.fit() has no training loader: pass train_dataloaders=, or define train_dataloader in the module or a "
-            "datamodule."
+            "trainer.fit() has no training loader: pass train_dataloaders=, or define train_dataloader in the module "
+            "or a datamodule."
         )
     if not module.automatic_optimization:
         if settings.gradient_clip_val is not None and settings.gradient_clip_val > 0:
@@ -96,13 +97,13 @@ def _fit(module: LightningModule, name: str, sources: Mapping[str, LoaderSource]
             )
         if settings.accumulate_grad_batches != 1:
             problems.append(
-                f"accumulate_grad_batches={settings.accumulate_grad_batches} cannot work with automatic_optimization=False: "
-                "step the optimizer every so many batches in training_step."
+                f"accumulate_grad_batches={settings.accumulate_grad_batches} cannot work with "
+                "automatic_optimization=False: step the optimizer every so many batches in training_step."
             )
     if _overrides(module, "training_step") and "optimizer_idx" in inspect.signature(module.training_step).parameters:
         problems.append(
-            f"{name}.training_step takes optimizer_idx, which no longer exists. Set self.automatic_optimization = False "
-            "and step the optimizers in training_step."
+            f"{name}.training_step takes optimizer_idx, which no longer exists. Set self.automatic_optimization = "
+            "False and step the optimizers in training_step."
         )
     for gone, instead in _GONE.items():
         if callable(getattr(module, gone, None)):
@@ -137,13 +138,13 @@ def step_takes_dataloader_idx(module: LightningModule, stage: str, *, several: b
     takes = parameters.get("dataloader_idx")
     if several and takes is None:
         raise MisconfigurationException(
-            f"there are several {stage} loaders, but {type(module).__name__}.{name} does not take dataloader_idx. Add it: "
-            f"def {name}(self, batch, batch_idx, dataloader_idx=0)."
+            f"there are several {stage} loaders, but {type(module).__name__}.{name} does not take dataloader_idx. "
+            f"Add it: def {name}(self, batch, batch_idx, dataloader_idx=0)."
         )
     if not several and takes is not None and takes.default is inspect.Parameter.empty:
         raise MisconfigurationException(
-            f"there is one {stage} loader, but {type(module).__name__}.{name} requires dataloader_idx. Give it a default: "
-            "dataloader_idx=0."
+            f"there is one {stage} loader, but {type(module).__name__}.{name} requires dataloader_idx. "
+            "Give it a default: dataloader_idx=0."
         )
 
 
@@ -152,6 +153,7 @@ def modules_in_eval_mode(module: LightningModule) -> None:
     count = sum(not submodule.training for submodule in module.modules())
     if count:
         rank_zero_warn(
-            f"{count} module(s) are in evaluation mode at the start of training. If that is not meant, call model.train().",
+            f"{count} module(s) are in evaluation mode at the start of training. If that is not meant, "
+            "call model.train().",
             category=PossibleUserWarning,
         )

@@ -1,4 +1,4 @@
-"""Exceptions that a run ends with. Configuration errors are in ``fulmen_protocols.errors``; this adds Lightning's names."""
+"""Exceptions that a run ends with; ``fulmen_protocols.errors`` has configuration errors, also by Lightning's name."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def end_epoch(parts: FitParts, hooks: FitHooks, progress: Progress) -> None:
 
 
 def skip_rest_of_epoch(parts: FitParts, progress: Progress, batch_idx: int) -> None:
-    """The module's ``on_train_batch_start`` returned -1: the epoch ends here, unlike a stopped one it counts as whole."""
+    """The module's ``on_train_batch_start`` returned -1: the epoch ends here and, unlike a stopped one, is whole."""
     progress.epoch_is_whole = True
     if parts.schedule is not None:
         parts.schedule(batch_idx, True)

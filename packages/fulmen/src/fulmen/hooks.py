@@ -2,8 +2,8 @@
 
 Built once per call, before the first batch. A hook that nobody overrides is an empty tuple, so it costs an empty loop.
 Callbacks come first, in their order, then the module; callbacks that watch metrics come last at the end of a training
-epoch, so that they see what the module logged there. Arguments that Lightning gives (``trainer``, ``pl_module``) are bound
-here, so the loops hold no Trainer.
+epoch, so that they see what the module logged there. Arguments that Lightning gives (``trainer``, ``pl_module``) are
+bound here, so the loops hold no Trainer.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.checkpoint import Checkpoint
 from fulmen.callbacks.early_stopping import EarlyStopping
 from fulmen.module import LightningModule
-from fulmen_protocols import HOOKS, MisconfigurationException, did_you_mean
+from fulmen_protocols import HOOKS, did_you_mean
 
 if TYPE_CHECKING:
     from fulmen.trainer import Trainer
 
-__all__ = ["EvalHooks", "FitHooks", "Hook", "HookBinder", "check_hook_names"]
+__all__ = ["EvalHooks", "FitHooks", "Hook", "HookBinder"]
 
 Hook = tuple[Callable[..., Any], ...]
 
@@ -200,9 +200,3 @@ def check_hook_names(callbacks: Iterable[object]) -> list[str]:
             except ValueError:
                 continue  # a builtin without a signature
     return problems
-
-
-def require_names(problems: list[str]) -> None:
-    """Raise one error with all ``problems``, if there are any."""
-    if problems:
-        raise MisconfigurationException(" ".join(problems))

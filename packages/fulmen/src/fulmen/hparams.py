@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 __all__ = [
     "AttributeDict",
     "HyperparametersMixin",
-    "checkpoint_entries",
-    "drop_unpicklable",
-    "hyperparameters_for_loggers",
     "load_hparams_from_csv",
     "load_hparams_from_yaml",
 ]

@@ -7,7 +7,7 @@ count of optimizer steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
@@ -61,13 +61,15 @@ class ManualOptimization:
                 output = self._training_step(batch, batch_idx)
         if not self._keep_outputs:
             return None
-        if output is None or isinstance(output, Mapping):
-            return output
         if isinstance(output, Tensor):
             return {"loss": output.detach()}
+        if output is None:
+            return None
+        if isinstance(output, Mapping):
+            return cast("Mapping[object, object]", output)
         raise MisconfigurationException(
-            f"training_step returned {type(output).__name__}; with automatic_optimization=False return a tensor, a mapping "
-            "or None."
+            f"training_step returned {type(output).__name__}; with automatic_optimization=False return a tensor, "
+            "a mapping or None."
         )
 
     def backward(self, loss: Tensor, **kwargs: object) -> None:

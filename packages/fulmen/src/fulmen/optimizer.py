@@ -21,7 +21,7 @@ from fulmen_protocols import (
     did_you_mean,
 )
 
-__all__ = ["LRSchedulerConfig", "LightningOptimizer", "NoOptimizer", "parse_optimizers"]
+__all__ = ["LRSchedulerConfig", "LightningOptimizer"]
 
 FORMS = (
     "Allowed are: one optimizer; a list of optimizers; (optimizers, schedulers), two lists; a dict with 'optimizer' "

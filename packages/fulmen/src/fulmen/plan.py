@@ -53,7 +53,7 @@ class Plan:
         return self.max_epochs != -1 and progress.epoch >= self.max_epochs
 
     def may_stop(self, progress: Progress) -> bool:
-        """Whether a request to stop is honoured now: ``min_epochs`` and ``min_steps`` are behind us, or it cannot wait."""
+        """Whether a request to stop is honoured now: it cannot wait, or ``min_epochs`` and ``min_steps`` are done."""
         return progress.stop_now or (progress.epoch >= self.min_epochs and progress.updates >= self.min_steps)
 
     def finished(self, progress: Progress) -> bool:

@@ -52,7 +52,7 @@ class Progress:
     stop_now: bool = False
     """The reason does not wait for ``min_epochs`` and ``min_steps`` (a signal)."""
     replan: bool = False
-    """Somebody changed the plan, the parts or the hooks: leave the loop after this batch and come back with new ones."""
+    """Somebody changed the plan, the parts or the hooks: leave the loop after this batch, come back with new ones."""
 
     @property
     def log_step(self) -> int:
@@ -79,7 +79,8 @@ class Progress:
         version = state.get("version")
         if version != _VERSION:
             raise ValueError(
-                f"progress has schema version {version!r}; this fulmen reads {_VERSION}. Update fulmen to resume this run."
+                f"progress has schema version {version!r}; this fulmen reads {_VERSION}. "
+                "Update fulmen to resume this run."
             )
         known = {f.name for f in fields(self)} - _TRANSIENT
         for name, value in state.items():

@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, cast
 
 from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError
 
-__all__ = ["BatchLimit", "Interval", "Settings", "parse_duration"]
+__all__ = ["BatchLimit", "Interval", "Settings"]
 
 BatchLimit = int | float
 Interval = int | float | str | timedelta | Mapping[str, int]
@@ -140,11 +140,7 @@ class Settings:
             ("overfit_batches", overfit_batches),
         ):
             wrong.limit(name, limit)
-        if gradient_clip_val is not None:
-            if isinstance(gradient_clip_val, bool) or not isinstance(gradient_clip_val, (int, float)):
-                wrong.type(f"gradient_clip_val={gradient_clip_val!r} must be a number.")
-            elif not math.isfinite(gradient_clip_val):
-                wrong.add(f"gradient_clip_val={gradient_clip_val!r} must be finite; None turns clipping off.")
+        wrong.clip_value("gradient_clip_val", gradient_clip_val)
         if gradient_clip_algorithm not in (None, "norm", "value"):
             wrong.add(f"gradient_clip_algorithm={gradient_clip_algorithm!r} must be 'norm' or 'value'.")
         if deterministic not in (None, True, False, "warn"):
@@ -218,8 +214,8 @@ def _root_dir(path: str | os.PathLike[str] | None) -> str:
     return text if "://" in text else os.path.normpath(os.path.expanduser(text))
 
 
-def _fast_dev_run(value: int | bool, wrong: _Problems) -> int:
-    if not isinstance(value, (bool, int)):
+def _fast_dev_run(value: object, wrong: _Problems) -> int:
+    if not isinstance(value, int):  # True is one, too
         wrong.type(f"fast_dev_run={value!r} must be True, False or a number of batches.")
         return 0
     if value < 0:
@@ -245,8 +241,8 @@ def _val_check_interval(
             wrong.add(f"val_check_interval={value!r}: a float is a fraction of the epoch and must lie in (0, 1].")
         elif every_n_epochs is None and value != 1.0:
             wrong.add(
-                f"val_check_interval={value!r} is a fraction of an epoch, but check_val_every_n_epoch=None counts across "
-                "epochs. Give a number of batches or a duration."
+                f"val_check_interval={value!r} is a fraction of an epoch, but check_val_every_n_epoch=None counts "
+                "across epochs. Give a number of batches or a duration."
             )
         return value
     else:
@@ -274,7 +270,7 @@ def parse_duration(name: str, value: object) -> timedelta:
                 result = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
     elif isinstance(value, Mapping):
         try:
-            result = timedelta(**value)
+            result = timedelta(**cast("Mapping[str, float]", value))
         except TypeError as error:
             raise MisconfigurationException(f"{name}={value!r} does not name a duration: {error}.") from error
     if result is None or result <= timedelta(0):
@@ -320,6 +316,14 @@ class _Problems:
             self.add(f"{name}={value!r}: a float is a fraction and must lie in [0, 1]; write {int(value)} for batches.")
         elif value < 0:
             self.add(f"{name}={value!r} must not be negative; 0 turns the loop off.")
+
+    def clip_value(self, name: str, value: object) -> None:
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.type(f"{name}={value!r} must be a number.")
+        elif not math.isfinite(value):
+            self.add(f"{name}={value!r} must be finite; None turns clipping off.")
 
     def raise_all(self) -> None:
         if self._messages:

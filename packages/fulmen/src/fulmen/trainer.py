@@ -1,7 +1,7 @@
 """The Trainer: settings, backends, callbacks and a module become one run.
 
-``Trainer`` keeps what lives from call to call (settings, backends, processes, callbacks, progress); a ``Session`` holds what
-belongs to one call. The loops (``fit.py``, ``evaluate.py``, ``predict.py``) know neither.
+``Trainer`` keeps what lives from call to call (settings, backends, processes, callbacks, progress); a ``Session`` holds
+what belongs to one call. The loops (``fit.py``, ``evaluate.py``, ``predict.py``) know neither.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ import torch
 
 from fulmen import _callbacks, _checkpointing, _loggers, _verify
 from fulmen._explain import explain_run
+from fulmen._loaders import EvalLoaders, LoaderSource, Splitter, TrainLoader
+from fulmen._metering import Metering
+from fulmen._reporting import Reporter, print_results
+from fulmen._schedules import plain_schedule, watching_schedule
+from fulmen._session import ModelModes, Session, unchanged
 from fulmen._silent import DummyLogger, MutedLogger
 from fulmen._surface import TrainerSurface
 from fulmen.datamodule import LightningDataModule
@@ -27,16 +32,11 @@ from fulmen.exceptions import SIGTERMException
 from fulmen.fit import FitParts, fit
 from fulmen.hooks import HookBinder
 from fulmen.hparams import drop_unpicklable
-from fulmen.loaders import EvalLoaders, LoaderSource, Splitter, TrainLoader
-from fulmen.metering import Metering
 from fulmen.module import LightningModule
 from fulmen.optimizer import parse_optimizers
 from fulmen.plan import Plan
 from fulmen.predict import PredictParts, predict
 from fulmen.progress import Progress
-from fulmen.reporting import Reporter, print_results
-from fulmen.schedules import plain_schedule, watching_schedule
-from fulmen.session import ModelModes, Session, unchanged
 from fulmen.settings import BatchLimit, Interval, Settings
 from fulmen.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from fulmen.strategy_facade import StrategyFacade
@@ -62,7 +62,7 @@ from fulmen_protocols import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
     from fulmen.metrics import MetricStore
     from fulmen_protocols import Accelerator, Logger, Strategy
@@ -341,7 +341,7 @@ class Trainer(TrainerSurface):
         return outputs
 
     def _connect(
-        self, fn: TrainerFn, model: LightningModule | None, given: dict[str, object], datamodule: Any
+        self, fn: TrainerFn, model: object, given: dict[str, object], datamodule: LightningDataModule | None
     ) -> Session:
         """Bring module, datamodule and loaders together and refuse what cannot work, before anything starts."""
         if model is None:
@@ -352,8 +352,8 @@ class Trainer(TrainerSurface):
                 )
         if not isinstance(model, LightningModule):
             raise MisconfigurationTypeError(
-                f"model is of type {type(model).__name__}; the Trainer needs a LightningModule. Put the model inside one, or "
-                "keep your own loop with fulmen.Fabric."
+                f"model is of type {type(model).__name__}; the Trainer needs a LightningModule. "
+                "Put the model inside one, or keep your own loop with fulmen.Fabric."
             )
         _verify.loaders_or_datamodule(fn, given, datamodule)
         previous = self._session
@@ -438,7 +438,7 @@ class Trainer(TrainerSurface):
         if not supports(strategy, SupportsPrecisionPlan):
             self.assembly.precision.convert_module(module)
         if self.settings.sync_batchnorm and self.world.world_size > 1 and session.fn is TrainerFn.FITTING:
-            torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         if session.fn is not TrainerFn.FITTING and supports(strategy, SupportsInferencePlacement):
             session.placed = strategy.place_for_inference(module)
         else:
@@ -459,7 +459,7 @@ class Trainer(TrainerSurface):
         session.optimizers = list(self.assembly.strategy.prepare_optimizers(session.placed, optimizers))
 
     @contextmanager
-    def _determinism(self) -> Iterator[None]:
+    def _determinism(self) -> Generator[None, None, None]:
         """The run's settings of torch's global switches, given back afterwards."""
         settings = self.settings
         benchmark = settings.benchmark
@@ -503,10 +503,11 @@ class Trainer(TrainerSurface):
         if asked is None:
             self._ckpt_path = None
             callback = self.checkpoint_callback
-            if fn is not TrainerFn.FITTING and not model_given and getattr(callback, "best_model_path", ""):
-                self._ckpt_path = callback.best_model_path
+            best: str = getattr(callback, "best_model_path", "")
+            if fn is not TrainerFn.FITTING and not model_given and best:
+                self._ckpt_path = best
                 rank_zero_info(
-                    f"trainer.{fn}() without a model uses the best checkpoint, {self._ckpt_path}. Pass the model to use its "
+                    f"trainer.{fn}() without a model uses the best checkpoint, {best}. Pass the model to use its "
                     "weights as they are."
                 )
             return
@@ -523,7 +524,8 @@ class Trainer(TrainerSurface):
                 )
             if not getattr(callback, "best_model_path", ""):
                 raise MisconfigurationException(
-                    "ckpt_path='best', but the checkpoint callback has saved nothing yet. Call fit first, or give a path."
+                    "ckpt_path='best', but the checkpoint callback has saved nothing yet. "
+                    "Call fit first, or give a path."
                 )
             self._ckpt_path = callback.best_model_path
         elif text == "last":
@@ -602,15 +604,15 @@ class Trainer(TrainerSurface):
         if isinstance(interval, int):
             if interval > batches and self.check_val_every_n_epoch is not None and self._validates(session):
                 raise MisconfigurationException(
-                    f"val_check_interval={interval} is longer than the epoch of {int(batches)} batches, so validation would "
-                    "never run. Give at most that, or check_val_every_n_epoch=None to count across epochs."
+                    f"val_check_interval={interval} is longer than the epoch of {int(batches)} batches, so validation "
+                    "would never run. Give at most that, or check_val_every_n_epoch=None to count across epochs."
                 )
             every = interval
         elif isinstance(interval, float) and interval != 1.0:
             if batches == math.inf:
                 raise MisconfigurationException(
-                    f"val_check_interval={interval!r} is a fraction of the epoch, but the training loader does not know its "
-                    "length. Give 1.0, a number of batches, or a duration."
+                    f"val_check_interval={interval!r} is a fraction of the epoch, but the training loader does not "
+                    "know its length. Give 1.0, a number of batches, or a duration."
                 )
             every = max(1, int(batches * interval))
         self._plan = Plan(
@@ -914,7 +916,8 @@ class Trainer(TrainerSurface):
         """
         if self._session is None:
             raise MisconfigurationException(
-                "save_checkpoint() needs a model, and this trainer has none yet. Call fit, validate, test or predict first."
+                "save_checkpoint() needs a model, and this trainer has none yet. "
+                "Call fit, validate, test or predict first."
             )
         _checkpointing.save(self, self._session, os.fspath(filepath), bool(weights_only), storage_options)
 

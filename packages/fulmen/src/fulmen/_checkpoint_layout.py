@@ -6,7 +6,7 @@ Only plain data and tensors, so that ``torch.load(weights_only=True)`` reads it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fulmen_protocols import CheckpointError
 
@@ -70,15 +70,18 @@ def _tracker(count: int) -> dict[str, int]:
     return {"ready": count, "completed": count, "started": count, "processed": count}
 
 
+def _mapping(value: object) -> Mapping[str, Any]:
+    return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
+
+
 def progress_from_lightning(checkpoint: Mapping[str, Any], progress: Progress) -> None:
     """Set ``progress`` from a checkpoint that Lightning wrote.
 
     Raises:
         CheckpointError: it holds no training state.
     """
-    loops = checkpoint.get("loops")
-    fit = loops.get("fit_loop") if isinstance(loops, Mapping) else None
-    if not isinstance(fit, Mapping):
+    fit = _mapping(_mapping(checkpoint.get("loops")).get("fit_loop"))
+    if not fit:
         raise CheckpointError(
             "this checkpoint holds no training state ('loops' is missing), so training cannot resume from it. Load its "
             "weights with load_from_checkpoint and start anew."

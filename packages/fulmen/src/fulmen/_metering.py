@@ -9,10 +9,10 @@ from fulmen.metrics import MetricStore, scope_for
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fulmen._reporting import Reporter
+    from fulmen._session import Session
     from fulmen.module import LightningModule
     from fulmen.progress import Progress
-    from fulmen.reporting import Reporter
-    from fulmen.session import Session
     from fulmen_fabric import World
 
 __all__ = ["Metering"]

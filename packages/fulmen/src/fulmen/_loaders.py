@@ -6,8 +6,8 @@ Loaders passed to a call beat the datamodule's hooks, which beat the module's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
@@ -93,19 +93,29 @@ def _leaves(loaders: object) -> list[Any]:
     if isinstance(loaders, CombinedLoader):
         return list(loaders.flattened)
     if isinstance(loaders, Mapping):
-        return [leaf for value in loaders.values() for leaf in _leaves(value)]
+        named = cast("Mapping[object, object]", loaders)
+        return [leaf for value in named.values() for leaf in _leaves(value)]
     if _is_collection(loaders):
-        return [leaf for value in loaders for leaf in _leaves(value)]  # type: ignore[attr-defined]
+        return [leaf for value in loaders for leaf in _leaves(value)]
     return [loaders]
 
 
-def _is_collection(loaders: object) -> bool:
+def _is_collection(loaders: object) -> TypeGuard[Sequence[object]]:
     # A list or tuple of loaders; a list of batches is itself a loader.
-    return (
-        isinstance(loaders, (list, tuple))
-        and bool(loaders)
-        and all(isinstance(item, (DataLoader, CombinedLoader, Mapping)) or _is_collection(item) for item in loaders)
+    if not isinstance(loaders, (list, tuple)):
+        return False
+    items = cast("Sequence[object]", loaders)
+    return bool(items) and all(
+        isinstance(item, (DataLoader, CombinedLoader, Mapping)) or _is_collection(item) for item in items
     )
+
+
+def _is_single(loaders: object) -> bool:
+    return not isinstance(loaders, (CombinedLoader, Mapping)) and not _is_collection(loaders)
+
+
+def _is_data_loader(loader: object) -> TypeGuard[DataLoader[Any]]:
+    return isinstance(loader, DataLoader)
 
 
 def limited(name: str, length: float, limit: BatchLimit, stage: str) -> float:
@@ -120,13 +130,14 @@ def limited(name: str, length: float, limit: BatchLimit, stage: str) -> float:
         return length if limit else 0
     if length == _INF:
         raise MisconfigurationException(
-            f"{name}={limit!r} is a fraction, but the {stage} loader does not know its length. Give a number of batches."
+            f"{name}={limit!r} is a fraction, but the {stage} loader does not know its length. "
+            "Give a number of batches."
         )
     taken = math.floor(length * limit)
     if taken == 0 and length > 0:
         raise MisconfigurationException(
-            f"{name}={limit!r} of {int(length)} batches is less than one batch. Give at least {1 / length:.3g}, or a number "
-            "of batches."
+            f"{name}={limit!r} of {int(length)} batches is less than one batch. Give at least {1 / length:.3g}, "
+            "or a number of batches."
         )
     return taken
 
@@ -156,7 +167,7 @@ class Splitter:
         return self._split(loader, training=False)
 
     def _split(self, loader: object, *, training: bool) -> object:
-        if not self._enabled or not isinstance(loader, DataLoader):
+        if not self._enabled or not _is_data_loader(loader):
             return loader
         # Training shuffles, as Lightning does, whatever the loader's own order; evaluation keeps the loader's.
         shuffle = not self._overfit if training else None
@@ -207,15 +218,15 @@ class TrainLoader:
         if self._overfit:
             loaders = _map(loaders, _without_shuffling)
         loaders = _map(loaders, self._split)
-        if len(leaves) == 1 and not isinstance(loaders, (CombinedLoader, Mapping)) and not _is_collection(loaders):
+        if len(leaves) == 1 and _is_single(loaders):
             self.loader = loaders
             length = _length(loaders)
         else:
             combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
             if combined.mode == "sequential":
                 raise MisconfigurationException(
-                    "train_dataloader is a CombinedLoader with mode='sequential', which is for evaluation. Use 'min_size', "
-                    "'max_size' or 'max_size_cycle'."
+                    "train_dataloader is a CombinedLoader with mode='sequential', which is for evaluation. "
+                    "Use 'min_size', 'max_size' or 'max_size_cycle'."
                 )
             self.loader, self._combined = combined, True
             length = _combined_length(combined)
@@ -240,7 +251,7 @@ class TrainLoader:
             self._position.set_epoch(epoch)
             iterator: Iterator[object] = iter(self._position)
             if self._combined:
-                iterator = (item[0] for item in iterator)  # type: ignore[index]  # (batch, batch_idx, dataloader_idx)
+                iterator = _batches_of(iter(self._position))
             if self._process is not None:
                 iterator = iter(self._process(iterator))
             self._running = _with_last(iterator, self.batches, start)
@@ -277,8 +288,8 @@ def _combined_length(combined: CombinedLoader) -> float:
     return min(lengths) if combined.mode == "min_size" else max(lengths)
 
 
-def _batches_of(combined: CombinedLoader) -> Iterator[object]:
-    for batch, _, _ in combined:
+def _batches_of(combined: Iterable[tuple[object, int, int]]) -> Iterator[object]:
+    for batch, _, _ in combined:  # batch_idx and dataloader_idx are not needed
         yield batch
 
 
@@ -306,16 +317,18 @@ def _map(loaders: object, function: Callable[[object], object]) -> object:
         loaders.flattened = [function(leaf) for leaf in loaders.flattened]
         return loaders
     if isinstance(loaders, Mapping):
-        return {key: _map(value, function) for key, value in loaders.items()}
+        named = cast("Mapping[object, object]", loaders)
+        return {key: _map(value, function) for key, value in named.items()}
     if _is_collection(loaders):
-        return [_map(value, function) for value in loaders]  # type: ignore[attr-defined]
+        return [_map(value, function) for value in loaders]
     return function(loaders)
 
 
 def _without_shuffling(loader: object) -> object:
-    if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
+    if _is_data_loader(loader) and isinstance(loader.sampler, RandomSampler):
         rank_zero_warn("overfit_batches trains on the same batches every epoch, so shuffling is turned off.")
-        return rebuild_loader(loader, sampler=SequentialSampler(loader.dataset))
+        dataset = cast("Sized", loader.dataset)  # a RandomSampler needs its length, too
+        return rebuild_loader(loader, sampler=SequentialSampler(dataset))
     return loader
 
 

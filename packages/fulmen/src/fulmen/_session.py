@@ -1,4 +1,4 @@
-"""One call of a Trainer: the module, its placed form, its optimizers and loaders, and how they become a loop's parts."""
+"""One call of a Trainer: the module, its placed form, its optimizers and loaders; how they become a loop's parts."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from contextlib import AbstractContextManager
 
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from fulmen._loaders import EvalLoaders, LoaderSource, TrainLoader
     from fulmen.datamodule import LightningDataModule
     from fulmen.hooks import HookBinder
-    from fulmen.loaders import EvalLoaders, LoaderSource, TrainLoader
     from fulmen.metrics import MetricStore
     from fulmen.optimizer import LRSchedulerConfig
     from fulmen.progress import Progress
@@ -58,12 +58,12 @@ class Session:
     placed: nn.Module | None = None
     store: MetricStore | None = None
     """What ``self.log`` feeds now."""
-    optimizers: list[Optimizer] = field(default_factory=list)
+    optimizers: list[Optimizer] = field(default_factory=list["Optimizer"])
     """Those that the strategy returned."""
-    wrapped: list[LightningOptimizer] = field(default_factory=list)
-    schedulers: list[LRSchedulerConfig] = field(default_factory=list)
+    wrapped: list[LightningOptimizer] = field(default_factory=list[LightningOptimizer])
+    schedulers: list[LRSchedulerConfig] = field(default_factory=list["LRSchedulerConfig"])
     train_loader: TrainLoader | None = None
-    eval_loaders: dict[str, EvalLoaders] = field(default_factory=dict)
+    eval_loaders: dict[str, EvalLoaders] = field(default_factory=dict[str, "EvalLoaders"])
     manual: ManualOptimization | None = None
     gradients: Gradients | None = None
     resumed: dict[str, Any] | None = None
@@ -115,7 +115,7 @@ class Session:
         takes = _positional(getattr(self.module, name))
         given = 3 if several_loaders else 2
         if takes >= given:
-            return method  # type: ignore[no-any-return]
+            return method
         return lambda *args: method(*args[:takes])
 
     def transfer(self) -> Callable[[object, int], object]:
@@ -173,11 +173,13 @@ class Session:
         keep_outputs: bool,
     ) -> dict[str, Any]:
         """``step``, ``accumulate`` and ``updates`` of ``FitParts`` for automatic or manual optimization."""
-        module, strategy = self.module, self.assembly.strategy
-        self.gradients = gradients = Gradients(strategy, self.assembly.precision, self.placed)
-        wraps = self.placed is not None and self.placed is not module
-        manually = not module.automatic_optimization and wraps and supports(strategy, SupportsManualBackward)
-        training_step = self.step_method("training_step", manually=manually)
+        module, placed, strategy = self.module, self.placed, self.assembly.strategy
+        self.gradients = gradients = Gradients(strategy, self.assembly.precision, placed)
+        backward_context: Callable[[Tensor], AbstractContextManager[object]] | None = None
+        wrapper = None if placed is module else placed
+        if not module.automatic_optimization and wrapper is not None and supports(strategy, SupportsManualBackward):
+            backward_context = partial(strategy.manual_backward, wrapper)
+        training_step = self.step_method("training_step", manually=backward_context is not None)
         overridden_backward = binder.overridden("backward")
         hooks: dict[str, Any] = {
             "on_before_backward": binder.both("on_before_backward"),
@@ -192,15 +194,17 @@ class Session:
                 StepHooks(**hooks),
                 progress,
                 keep_outputs=keep_outputs,
-                backward_context=partial(strategy.manual_backward, self.placed) if manually else None,
+                backward_context=backward_context,
             )
-            hold_sync = strategy.no_sync if supports(strategy, SupportsNoSync) and self.placed is not None else None
+            hold_sync: Callable[[], AbstractContextManager[object]] | None = None
+            if supports(strategy, SupportsNoSync) and placed is not None:
+                hold_sync = partial(strategy.no_sync, placed)
             self.wrapped = manual.optimizers = [
                 LightningOptimizer(
                     optimizer,
                     partial(manual.step, optimizer),
                     toggle=module.toggled_optimizer,
-                    no_sync=None if hold_sync is None else partial(hold_sync, self.placed),
+                    no_sync=hold_sync,
                 )
                 for optimizer in self.optimizers
             ]
@@ -225,7 +229,11 @@ class Session:
         own_step = binder.overridden("optimizer_step")
         if own_step is not None:
             scoped_step = self.scoped("optimizer_step", own_step)
-            hooks["optimizer_step"] = lambda closure: scoped_step(progress.epoch, progress.batch, wrapped, closure)
+
+            def user_step(closure: Callable[[], object]) -> object:
+                return scoped_step(progress.epoch, progress.batch, wrapped, closure)
+
+            hooks["optimizer_step"] = user_step
         step, accumulate_only = automatic_step(
             training_step=training_step,
             optimizer=optimizer,

@@ -1,4 +1,4 @@
-"""When learning-rate schedulers step: each by its own interval and frequency, those that watch a metric after it is known."""
+"""When learning-rate schedulers step: each by its interval and frequency, those watching a metric once it is known."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def watching_schedule(
             if value is None:
                 names = ", ".join(sorted(known)) or "none"
                 text = (
-                    f"the learning-rate scheduler {type(config.scheduler).__name__} watches {config.monitor!r}, which has not "
-                    f"been logged.{did_you_mean(str(config.monitor), known)} Logged so far: {names}. "
+                    f"the learning-rate scheduler {type(config.scheduler).__name__} watches {config.monitor!r}, "
+                    f"which has not been logged.{did_you_mean(str(config.monitor), known)} Logged so far: {names}. "
                 )
                 if config.strict:
                     raise MisconfigurationException(text + "Log it, or set 'strict': False in the scheduler's dict.")
