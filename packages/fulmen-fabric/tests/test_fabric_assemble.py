@@ -231,7 +231,6 @@ def test_auto_devices_ask_the_accelerator():
     assert len(assemble(accelerator=Acme(count=3)).devices) == 3
 
 
-@pytest.mark.proves("9.2")
 def test_auto_devices_are_as_many_as_a_cluster_has_started():
     found = assemble(accelerator="cpu", plugins=Cluster(processes=4), num_nodes=2)
     assert len(found.devices) == 2

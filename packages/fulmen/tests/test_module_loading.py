@@ -234,7 +234,7 @@ class Data(LightningDataModule):
         self.position = state_dict["position"]
 
 
-@pytest.mark.proves("5.32")
+@pytest.mark.proves("5.32", "10.21")
 def test_data_modules_get_their_hyperparameters_and_state_back(tmp_path: Path) -> None:
     entries = checkpoint_entries(Data(batch_size=8), "datamodule_")
     saved(Net(), tmp_path / "a.ckpt", **entries, Data={"position": 5})
