@@ -145,6 +145,39 @@ def test_a_loader_with_a_generator_of_its_own_goes_on_in_its_order_from_the_end_
 
 
 @pytest.mark.proves("5.1")
+def test_a_checkpoint_saved_after_a_later_evaluation_still_resumes_the_training(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", workers=0, accumulate=1)
+
+    torch.manual_seed(3)
+    loaders = DataLoader(dataset(26), batch_size=4, shuffle=True), DataLoader(dataset(10), batch_size=5)
+
+    def trainer(epochs: int) -> fulmen.Trainer:
+        return fulmen.Trainer(
+            accelerator="cpu",
+            max_epochs=epochs,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+    first, model = trainer(2), Model()
+    first.fit(model, *loaders)
+    rng = torch.get_rng_state()
+    first.validate(model, loaders[1], verbose=False)
+    torch.set_rng_state(rng)
+    first.save_checkpoint(tmp_path / "after.ckpt")
+    second, resumed = trainer(3), Model()
+    second.fit(resumed, *loaders, ckpt_path=tmp_path / "after.ckpt")
+
+    expected = state(*whole)
+    ours = state(second, resumed)
+    for kind in ("weights", "moments"):
+        for got, want in zip(ours[kind], expected[kind], strict=True):
+            assert torch.equal(got, want), kind
+    assert ours["rates"] == expected["rates"]
+
+
 def test_a_checkpoint_is_readable_by_plain_torch_with_the_documented_keys(tmp_path: Path) -> None:
     trainer, model = train(tmp_path, workers=0, accumulate=1)
     trainer.save_checkpoint(tmp_path / "now.ckpt")

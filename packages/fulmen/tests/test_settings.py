@@ -75,6 +75,13 @@ def test_conflicts_of_backends_are_told_in_one_error() -> None:
     assert "17" in str(raised.value)
 
 
+def test_settings_and_backends_are_told_in_one_error_too() -> None:
+    with pytest.raises(ValueError, match="max_epochs=-5") as raised:
+        fulmen.Trainer(accelerator="cpu", max_epochs=-5, strategy="dpd", logger=False)
+
+    assert "Did you mean 'ddp'?" in str(raised.value)
+
+
 def test_a_wrong_type_is_a_type_error_too() -> None:
     with pytest.raises(TypeError, match="max_epochs='ten'"):
         fulmen.Trainer(max_epochs="ten", logger=False)  # type: ignore[arg-type]

@@ -69,6 +69,13 @@ class Session:
     resumed: dict[str, Any] | None = None
     """What the checkpoint holds for an exact resume, until the loop has begun."""
 
+    def keep_training_of(self, previous: Session | None) -> None:
+        """Hold on to what a fit of the same module left: it belongs in checkpoints that are saved after ``test``."""
+        if previous is None or previous.module is not self.module:
+            return
+        self.optimizers, self.schedulers = previous.optimizers, previous.schedulers
+        self.train_loader, self.eval_loaders = previous.train_loader, {}
+
     def scoped(self, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
         """``hook``, inside which ``self.log`` knows that it is in ``name``."""
         scope = scope_for(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fulmen.hooks import check_hook_names
@@ -12,12 +13,20 @@ from fulmen_fabric import PossibleUserWarning, rank_zero_warn
 from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from fulmen._loaders import LoaderSource
     from fulmen.settings import Settings
 
-__all__ = ["lightning_module", "loaders_or_datamodule", "modules_in_eval_mode", "run", "step_takes_dataloader_idx"]
+__all__ = [
+    "collected",
+    "lightning_module",
+    "loaders_or_datamodule",
+    "modules_in_eval_mode",
+    "raise_all",
+    "run",
+    "step_takes_dataloader_idx",
+]
 
 
 def lightning_module(fn: TrainerFn, model: object) -> LightningModule:
@@ -171,3 +180,20 @@ def modules_in_eval_mode(module: LightningModule) -> None:
             "call model.train().",
             category=PossibleUserWarning,
         )
+
+
+@contextmanager
+def collected(errors: list[MisconfigurationException]) -> Generator[None, None, None]:
+    """Note what is wrong and go on, so that everything can be told at once."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        errors.append(error)
+
+
+def raise_all(errors: list[MisconfigurationException]) -> None:
+    """Raise one error for all of ``errors``; a single one as it is."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise MisconfigurationException("\n".join(map(str, errors)))

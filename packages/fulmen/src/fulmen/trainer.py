@@ -102,49 +102,54 @@ class Trainer(TrainerSurface):
         enable_autolog_hparams: bool = True,
     ) -> None:
         given = _callbacks.as_list(callbacks)
-        self.settings = settings = Settings.parse(
-            fast_dev_run=fast_dev_run,
-            max_epochs=max_epochs,
-            min_epochs=min_epochs,
-            max_steps=max_steps,
-            min_steps=min_steps,
-            max_time=max_time,
-            limit_train_batches=limit_train_batches,
-            limit_val_batches=limit_val_batches,
-            limit_test_batches=limit_test_batches,
-            limit_predict_batches=limit_predict_batches,
-            overfit_batches=overfit_batches,
-            val_check_interval=val_check_interval,
-            check_val_every_n_epoch=check_val_every_n_epoch,
-            num_sanity_val_steps=num_sanity_val_steps,
-            log_every_n_steps=log_every_n_steps,
-            enable_checkpointing=enable_checkpointing,
-            enable_progress_bar=enable_progress_bar,
-            enable_model_summary=enable_model_summary,
-            accumulate_grad_batches=accumulate_grad_batches,
-            gradient_clip_val=gradient_clip_val,
-            gradient_clip_algorithm=gradient_clip_algorithm,
-            deterministic=deterministic,
-            benchmark=benchmark,
-            inference_mode=inference_mode,
-            use_distributed_sampler=use_distributed_sampler,
-            detect_anomaly=detect_anomaly,
-            barebones=barebones,
-            sync_batchnorm=sync_batchnorm,
-            reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs,
-            default_root_dir=default_root_dir,
-            enable_autolog_hparams=enable_autolog_hparams,
-            logger_is_on=None if logger in (None, False) else True,
-            has_timer=_callbacks.has_timer(given),
-        )
-        self.assembly: Assembly = assemble(
-            accelerator=accelerator,
-            strategy=strategy,
-            devices=devices,
-            num_nodes=num_nodes,
-            precision=precision,
-            plugins=plugins,
-        )
+        wrong: list[MisconfigurationException] = []
+        with _verify.collected(wrong):
+            self.settings = Settings.parse(
+                fast_dev_run=fast_dev_run,
+                max_epochs=max_epochs,
+                min_epochs=min_epochs,
+                max_steps=max_steps,
+                min_steps=min_steps,
+                max_time=max_time,
+                limit_train_batches=limit_train_batches,
+                limit_val_batches=limit_val_batches,
+                limit_test_batches=limit_test_batches,
+                limit_predict_batches=limit_predict_batches,
+                overfit_batches=overfit_batches,
+                val_check_interval=val_check_interval,
+                check_val_every_n_epoch=check_val_every_n_epoch,
+                num_sanity_val_steps=num_sanity_val_steps,
+                log_every_n_steps=log_every_n_steps,
+                enable_checkpointing=enable_checkpointing,
+                enable_progress_bar=enable_progress_bar,
+                enable_model_summary=enable_model_summary,
+                accumulate_grad_batches=accumulate_grad_batches,
+                gradient_clip_val=gradient_clip_val,
+                gradient_clip_algorithm=gradient_clip_algorithm,
+                deterministic=deterministic,
+                benchmark=benchmark,
+                inference_mode=inference_mode,
+                use_distributed_sampler=use_distributed_sampler,
+                detect_anomaly=detect_anomaly,
+                barebones=barebones,
+                sync_batchnorm=sync_batchnorm,
+                reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs,
+                default_root_dir=default_root_dir,
+                enable_autolog_hparams=enable_autolog_hparams,
+                logger_is_on=None if logger in (None, False) else True,
+                has_timer=_callbacks.has_timer(given),
+            )
+        with _verify.collected(wrong):
+            self.assembly: Assembly = assemble(
+                accelerator=accelerator,
+                strategy=strategy,
+                devices=devices,
+                num_nodes=num_nodes,
+                precision=precision,
+                plugins=plugins,
+            )
+        _verify.raise_all(wrong)
+        settings = self.settings
         self.world = World(self.assembly)
         self.callbacks: list[Any] = _callbacks.complete(given, settings)
         self.loggers = _loggers.complete(logger, settings)
@@ -343,6 +348,8 @@ class Trainer(TrainerSurface):
         self.state.stage = _FIRST_STAGE[fn]
         if fn is TrainerFn.FITTING:
             self._progress.stop_reason, self._progress.stop_now = None, False
+        else:
+            session.keep_training_of(previous)
         if datamodule is not None:
             datamodule.trainer = self
         _callbacks.let_log(self.callbacks, module)
