@@ -155,12 +155,13 @@ def _overrides(owner: Any, base: type, hook: str) -> bool:
 
 
 def _origin(thing: object) -> str:
+    """The class of ``thing`` and the distribution it comes from, or its module where that is in none."""
     kind = type(thing)
     package = kind.__module__.split(".")[0]
-    distributions = packages_distributions().get(package)
-    if not distributions:
-        return f"{kind.__name__} from {kind.__module__}"
-    try:
-        return f"{kind.__name__} from {distributions[0]} {version(distributions[0])}"
-    except PackageNotFoundError:
-        return f"{kind.__name__} from {distributions[0]}"
+    # An editable install lists no files, so the mapping does not know it: its name is then the package's.
+    for distribution in (*packages_distributions().get(package, ()), package.replace("_", "-")):
+        try:
+            return f"{kind.__name__} from {distribution} {version(distribution)}"
+        except PackageNotFoundError:
+            continue
+    return f"{kind.__name__} from {kind.__module__}"
