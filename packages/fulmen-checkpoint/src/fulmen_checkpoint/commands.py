@@ -21,7 +21,9 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``fulmen checkpoint`` with ``argv`` (the words after it; None: of this process).
+    """Verify, list or show checkpoints at a path or URL.
+
+    ``argv`` are the words after the command; None takes those of this process.
 
     Returns:
         0 when all is well, 1 when a checkpoint is damaged, missing or unreadable, 2 when the command is wrong.
