@@ -146,7 +146,6 @@ def test_evaluation_gives_every_submodule_its_own_mode_back() -> None:
     assert model.modes == [("train", True, False), ("val", False, False)] * 2
 
 
-@pytest.mark.proves("9.17")
 def test_loaders_are_asked_for_again_every_so_many_epochs() -> None:
     asked: list[str] = []
 
@@ -181,7 +180,6 @@ def test_barebones_logs_nothing_and_says_so_once() -> None:
     assert (run.callback_metrics, run.loggers, run.callbacks) == ({}, [], [])
 
 
-@pytest.mark.proves("9.21")
 def test_predict_returns_every_batch_in_order_one_list_per_loader_where_there_are_several() -> None:
     model = Counting()
     one = trainer().predict(model, numbers(6))
@@ -256,7 +254,6 @@ def test_an_error_reaches_callbacks_and_datamodule_and_then_the_caller_unchanged
     assert run.interrupted
 
 
-@pytest.mark.proves("9.47")
 def test_the_number_of_steps_of_a_run_can_be_asked_in_configure_optimizers() -> None:
     class Planned(Counting):
         def configure_optimizers(self) -> Any:
