@@ -196,6 +196,13 @@ def test_predict_returns_every_batch_in_order_one_list_per_loader_where_there_ar
     assert trainer().predict(model, numbers(6), return_predictions=False) is None
 
 
+def test_predict_leaves_no_sample_out_where_the_loader_drops_its_last_batch() -> None:
+    outputs = trainer().predict(Counting(), numbers(5, drop_last=True))
+
+    assert outputs is not None
+    assert [len(batch) for batch in outputs] == [2, 2, 1]
+
+
 @pytest.mark.proves("9.22")
 def test_a_later_call_without_a_model_takes_the_last_one() -> None:
     model = Counting()

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from fulmen_data import (
     CombinedLoader,
@@ -165,6 +165,16 @@ class Splitter:
     def evaluation(self, loader: object) -> object:
         """``loader`` for evaluation: every sample on exactly one rank."""
         return self._split(loader, training=False)
+
+    def prediction(self, loader: object) -> object:
+        """As for evaluation, and no sample is left out: ``drop_last`` does not apply."""
+        split: Any = self.evaluation(loader)
+        if not isinstance(cast("object", split), DataLoader):
+            return split
+        inner: object = getattr(split, "batch_sampler", None)
+        if type(inner) is not BatchSampler or not inner.drop_last:
+            return split
+        return rebuild_loader(split, batch_sampler=BatchSampler(inner.sampler, inner.batch_size, drop_last=False))
 
     def _split(self, loader: object, *, training: bool) -> object:
         if not self._enabled or not _is_data_loader(loader):

@@ -42,11 +42,12 @@ def eval_loaders(session: Session, settings: Settings, stage: str, *, epoch: int
         "test": settings.limit_test_batches,
         "predict": settings.limit_predict_batches,
     }
+    splitter = _splitter(session, settings)
     session.eval_loaders[stage] = loaders = EvalLoaders(
         session.sources[stage],
         limit=limits[stage],
         limit_name=f"limit_{stage}_batches",
-        split=_splitter(session, settings).evaluation,
+        split=splitter.prediction if stage == "predict" else splitter.evaluation,
         process=session.process_loader(),
         reload_every_n_epochs=settings.reload_dataloaders_every_n_epochs if session.fn is TrainerFn.FITTING else 0,
     )
