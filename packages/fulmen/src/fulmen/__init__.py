@@ -25,7 +25,20 @@ _HOME = {
     "Trainer": "fulmen.trainer",
     "seed_everything": "fulmen_fabric",
 }
-_MODULES = frozenset({"accelerators", "callbacks", "loggers", "plugins", "strategies", "utilities"})
+_MODULES = frozenset(
+    {
+        "accelerators",
+        "callbacks",
+        "cli",
+        "demos",
+        "loggers",
+        "plugins",
+        "profilers",
+        "strategies",
+        "tuner",
+        "utilities",
+    }
+)
 
 
 def __getattr__(name: str) -> object:

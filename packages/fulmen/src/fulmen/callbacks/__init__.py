@@ -1,15 +1,40 @@
-"""Callbacks: what happens beside training, at named moments of a run."""
+"""Callbacks: what happens beside training, at named moments of a run.
 
-from fulmen.callbacks.callback import Callback
-from fulmen.callbacks.checkpoint import Checkpoint
-from fulmen.callbacks.early_stopping import EarlyStopping
-from fulmen.callbacks.lambda_function import LambdaCallback
-from fulmen.callbacks.lr_monitor import LearningRateMonitor
-from fulmen.callbacks.model_checkpoint import ModelCheckpoint
-from fulmen.callbacks.model_summary import ModelSummary
-from fulmen.callbacks.progress import ProgressBar, RichProgressBar, TQDMProgressBar
-from fulmen.callbacks.rich_model_summary import RichModelSummary
-from fulmen.callbacks.timer import Timer
+Each is imported when it is first named, so that a run pays only for those it uses.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fulmen.callbacks.callback import Callback as Callback
+    from fulmen.callbacks.checkpoint import Checkpoint as Checkpoint
+    from fulmen.callbacks.early_stopping import EarlyStopping as EarlyStopping
+    from fulmen.callbacks.lambda_function import LambdaCallback as LambdaCallback
+    from fulmen.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
+    from fulmen.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
+    from fulmen.callbacks.model_summary import ModelSummary as ModelSummary
+    from fulmen.callbacks.progress import ProgressBar as ProgressBar
+    from fulmen.callbacks.progress import RichProgressBar as RichProgressBar
+    from fulmen.callbacks.progress import TQDMProgressBar as TQDMProgressBar
+    from fulmen.callbacks.rich_model_summary import RichModelSummary as RichModelSummary
+    from fulmen.callbacks.timer import Timer as Timer
+
+_HOME = {
+    "Callback": "callback",
+    "Checkpoint": "checkpoint",
+    "EarlyStopping": "early_stopping",
+    "LambdaCallback": "lambda_function",
+    "LearningRateMonitor": "lr_monitor",
+    "ModelCheckpoint": "model_checkpoint",
+    "ModelSummary": "model_summary",
+    "ProgressBar": "progress",
+    "RichModelSummary": "rich_model_summary",
+    "RichProgressBar": "progress",
+    "TQDMProgressBar": "progress",
+    "Timer": "timer",
+}
 
 __all__ = [
     "Callback",
@@ -25,3 +50,17 @@ __all__ = [
     "TQDMProgressBar",
     "Timer",
 ]
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name in _HOME:
+        value: object = getattr(import_module(f"fulmen.callbacks.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'fulmen.callbacks' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
