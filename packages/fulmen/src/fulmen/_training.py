@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -109,6 +110,8 @@ class Training:
             MisconfigurationException: validation would never run.
         """
         self._plan = make_plan(self._settings(), batches=self._loader.batches, validates=self._evaluation.validates)
+        if self._session.forward_only:
+            self._plan = replace(self._plan, accumulate=sys.maxsize, steps_last=False)
         return self._plan
 
     def begin(self, binder: HookBinder) -> None:
