@@ -111,7 +111,8 @@ class Training:
         """
         self._plan = make_plan(self._settings(), batches=self._loader.batches, validates=self._evaluation.validates)
         if self._session.forward_only:
-            self._plan = replace(self._plan, accumulate=sys.maxsize, steps_last=False)
+            # The epoch's last batch counts as a step all the same: what it leaves is new, and gets its checkpoint.
+            self._plan = replace(self._plan, accumulate=sys.maxsize)
         return self._plan
 
     def begin(self, binder: HookBinder) -> None:

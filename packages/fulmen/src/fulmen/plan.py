@@ -32,9 +32,7 @@ class Plan:
     batches: float = _INF
     """Training batches of one epoch on this rank."""
     accumulate: int = 1
-    """Batches per optimizer step."""
-    steps_last: bool = True
-    """Whether the last, shorter window of an epoch steps too."""
+    """Batches per optimizer step. The last, shorter window of an epoch steps too."""
     validates: bool = False
     """Whether there is anything to validate."""
     validate_every_batches: float = _INF
@@ -70,7 +68,7 @@ class Plan:
 
     def steps(self, batch: int, is_last: bool) -> bool:
         """Whether an optimizer step follows the batch with this index."""
-        return (is_last and self.steps_last) or (batch + 1) % self.accumulate == 0
+        return is_last or (batch + 1) % self.accumulate == 0
 
     def logs(self, progress: Progress) -> bool:
         """Whether the batch just done gets a row. ``stepped_batches`` already counts it."""

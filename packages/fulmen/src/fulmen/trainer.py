@@ -380,8 +380,7 @@ class Trainer(TrainerSurface):
         self.strategy.barrier("setup")
 
         _preparation.configure_model(session)
-        for hook in binder.of_callbacks("after_configure_model"):
-            hook()
+        _callbacks.tell_configured(self.callbacks, self, module)
         checkpoint = None
         if self._ckpt_path is not None:
             checkpoint = _checkpointing.load(self, self._ckpt_path, weights_only)
