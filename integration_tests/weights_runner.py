@@ -67,7 +67,9 @@ def model(library: Any, *, batch_norm: bool = False, schedule: str | None = None
             optimizer = torch.optim.SGD(parts, lr=0.1, momentum=0.9)
             if schedule is None:
                 return optimizer
-            return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.8), "interval": schedule}]
+            return [optimizer], [
+                {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.8), "interval": schedule}
+            ]
 
     return Model()
 

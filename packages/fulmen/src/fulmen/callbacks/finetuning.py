@@ -211,14 +211,14 @@ class BaseFinetuning(Callback):
     @staticmethod
     def filter_on_optimizer(optimizer: Optimizer, params: Iterable[Parameter]) -> list[Parameter]:
         """Those of ``params`` that ``optimizer`` does not have yet; warns if it has any."""
-        known = {id(each) for group in optimizer.param_groups for each in group["params"]}
+        known = _ids(optimizer)
         given = list(params)
         new = [each for each in given if id(each) not in known]
         if len(new) < len(given):
             rank_zero_warn(
-                f"{len(given) - len(new)} of {len(given)} parameters to add are in a group of {type(optimizer).__name__} "
-                "already and stay there. Leave frozen parameters out in configure_optimizers: "
-                "filter(lambda p: p.requires_grad, self.parameters())."
+                f"{len(given) - len(new)} of {len(given)} parameters to add are in a group of "
+                f"{type(optimizer).__name__} already and stay there. Leave frozen parameters out in "
+                "configure_optimizers: filter(lambda p: p.requires_grad, self.parameters())."
             )
         return new
 
@@ -239,9 +239,17 @@ class BaseFinetuning(Callback):
             initial_denom_lr: see ``lr``.
             train_bn: whether the parameters of batch norm are in the group.
         """
+        frozen = {id(each) for each in BaseFinetuning.filter_params(modules, requires_grad=False)}
         BaseFinetuning.make_trainable(modules)
         rate = optimizer.param_groups[0]["lr"] / initial_denom_lr if lr is None else float(lr)
-        params = BaseFinetuning.filter_on_optimizer(optimizer, BaseFinetuning.filter_params(modules, train_bn=train_bn))
+        # What was trained all along, batch norm, has its place in the optimizer, and that is no mistake.
+        known = _ids(optimizer)
+        joining = [
+            each
+            for each in BaseFinetuning.filter_params(modules, train_bn=train_bn)
+            if id(each) in frozen or id(each) not in known
+        ]
+        params = BaseFinetuning.filter_on_optimizer(optimizer, joining)
         if params:
             optimizer.add_param_group({"params": params, "lr": rate})
 
@@ -348,6 +356,10 @@ def _backbone(pl_module: LightningModule) -> Module:
             "Assign it in __init__ or configure_model."
         )
     return found
+
+
+def _ids(optimizer: Optimizer) -> set[int]:
+    return {id(each) for group in optimizer.param_groups for each in group["params"]}
 
 
 def _trained(module: Module) -> list[bool]:
