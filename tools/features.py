@@ -2,7 +2,7 @@
 
 A test states what it proves: ``@pytest.mark.proves("9.26")``. What deliberately works otherwise than in Lightning, or
 is refused, has a row in docs/differences.md that names the item: ``(item 9.19)``. In the areas that are said to be
-whole, an item with neither is an error. The tests are read, not run; that they pass is the business of ``nox -s tests``.
+whole, an item with neither is an error. The tests are read, not run: that they pass is for ``nox -s tests`` to say.
 """
 
 from __future__ import annotations
