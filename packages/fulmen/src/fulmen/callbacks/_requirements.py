@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]  # no public base class
+
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import MisconfigurationException, OwnsAccumulation, SupportsShardedState
 
 if TYPE_CHECKING:
     from fulmen.trainer import Trainer
 
-__all__ = ["require_no_engine", "require_whole_model"]
+__all__ = ["BATCH_NORM", "require_no_engine", "require_whole_model"]
+
+
+BATCH_NORM = _BatchNorm
+"""The base of all layers with running statistics."""
 
 
 def require_no_engine(trainer: Trainer, callback: object) -> None:

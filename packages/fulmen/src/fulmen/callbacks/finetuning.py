@@ -6,9 +6,8 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from torch.nn import Module, ModuleDict, Parameter
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from fulmen.callbacks._requirements import require_no_engine
+from fulmen.callbacks._requirements import BATCH_NORM, require_no_engine
 from fulmen.callbacks.callback import Callback
 from fulmen_fabric import rank_zero_info, rank_zero_warn
 from fulmen_protocols import MisconfigurationException
@@ -73,14 +72,16 @@ class BaseFinetuning(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Freeze what was frozen in the resumed run, before the model is placed."""
-        state = (checkpoint.get("callbacks") or {}).get(self.state_key) or {}
+        states: dict[str, Any] = checkpoint.get("callbacks") or {}
+        state: dict[str, Any] = states.get(self.state_key) or {}
         if trainer.state.fn != "fit" or "frozen" not in state:
             return
-        untrained, untracked = set(state["frozen"]["parameters"]), set(state["frozen"]["statistics"])
+        frozen: dict[str, list[str]] = state["frozen"]
+        untrained, untracked = set(frozen["parameters"]), set(frozen["statistics"])
         for name, parameter in pl_module.named_parameters():
             parameter.requires_grad = name not in untrained
-        for name, module in pl_module.named_modules():
-            if isinstance(module, _BatchNorm) and module.running_mean is not None:
+        for name, module in _named_modules(pl_module):
+            if isinstance(module, BATCH_NORM) and module.running_mean is not None:
                 module.track_running_stats = name not in untracked
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -110,8 +111,8 @@ class BaseFinetuning(Callback):
             "parameters": [name for name, each in pl_module.named_parameters() if not each.requires_grad],
             "statistics": [
                 name
-                for name, each in pl_module.named_modules()
-                if isinstance(each, _BatchNorm) and each.running_mean is not None and not each.track_running_stats
+                for name, each in _named_modules(pl_module)
+                if isinstance(each, BATCH_NORM) and each.running_mean is not None and not each.track_running_stats
             ],
         }
 
@@ -162,7 +163,7 @@ class BaseFinetuning(Callback):
             found = [module for each in modules for module in BaseFinetuning.flatten_modules(each)]
         else:
             found = list(modules.modules())
-        return [m for m in found if not list(m.children()) or any(p is not None for p in _own(m))]
+        return [m for m in found if not list(m.children()) or next(m.parameters(recurse=False), None) is not None]
 
     @staticmethod
     def filter_params(
@@ -176,7 +177,7 @@ class BaseFinetuning(Callback):
             requires_grad: which parameters to give.
         """
         for module in BaseFinetuning.flatten_modules(modules):
-            if isinstance(module, _BatchNorm) and not train_bn:
+            if isinstance(module, BATCH_NORM) and not train_bn:
                 continue
             for parameter in module.parameters(recurse=False):
                 if parameter.requires_grad == requires_grad:
@@ -186,7 +187,7 @@ class BaseFinetuning(Callback):
     def make_trainable(modules: Modules) -> None:
         """Let all parameters need a gradient, and batch norm follow its statistics."""
         for module in BaseFinetuning.flatten_modules(modules):
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, BATCH_NORM):
                 module.track_running_stats = True
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad = True
@@ -194,7 +195,7 @@ class BaseFinetuning(Callback):
     @staticmethod
     def freeze_module(module: Module) -> None:
         """Freeze the parameters of this very module, not of its children; batch norm's statistics stay as they are."""
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, BATCH_NORM):
             module.track_running_stats = False
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad = False
@@ -203,7 +204,7 @@ class BaseFinetuning(Callback):
     def freeze(modules: Modules, train_bn: bool = True) -> None:
         """Freeze all parameters of ``modules``, except, with ``train_bn``, those of batch norm."""
         for module in BaseFinetuning.flatten_modules(modules):
-            if isinstance(module, _BatchNorm) and train_bn:
+            if isinstance(module, BATCH_NORM) and train_bn:
                 BaseFinetuning.make_trainable(module)
             else:
                 BaseFinetuning.freeze_module(module)
@@ -366,5 +367,5 @@ def _trained(module: Module) -> list[bool]:
     return [parameter.requires_grad for parameter in module.parameters()]
 
 
-def _own(module: Module) -> Iterable[Parameter | None]:
-    return cast("Mapping[str, Parameter | None]", module._parameters).values()
+def _named_modules(module: Module) -> Iterable[tuple[str, Module]]:
+    return cast("Iterable[tuple[str, Module]]", module.named_modules())  # torch gives it no types

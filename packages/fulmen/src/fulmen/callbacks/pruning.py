@@ -157,7 +157,8 @@ class ModelPruning(Callback):
                 f"ModelPruning found nothing to prune in {type(pl_module).__name__} under the names "
                 f"{self._parameter_names!r}. Give parameters_to_prune."
             )
-        paths = {id(module): path for path, module in pl_module.named_modules()}
+        named = cast("Iterable[tuple[str, nn.Module]]", pl_module.named_modules())  # torch gives it no types
+        paths = {id(module): path for path, module in named}
         self._names = [f"{paths[id(module)]}.{name}".lstrip(".") for module, name in self._parameters_to_prune]
         self._original_layers = {}
         if self._use_lottery_ticket_hypothesis:
@@ -165,7 +166,8 @@ class ModelPruning(Callback):
                 if id(module) not in self._original_layers:
                     self._original_layers[id(module)] = deepcopy(module)
         if not self._make_pruning_permanent:
-            self._load_hook = pl_module.register_load_state_dict_pre_hook(self._expect_masks)
+            module: Any = pl_module  # torch gives the method no types
+            self._load_hook = module.register_load_state_dict_pre_hook(self._expect_masks)
 
     def _expect_masks(self, module: nn.Module, state_dict: dict[str, Any], *_: object) -> None:
         """A checkpoint that is not permanent holds masks: give the layers that they belong to a place for them."""
@@ -181,7 +183,8 @@ class ModelPruning(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Give a resumed fit its masks, the weights under them, and the first values of the lottery ticket."""
-        state = (checkpoint.get("callbacks") or {}).get(self.state_key)
+        states: dict[str, Any] = checkpoint.get("callbacks") or {}
+        state: dict[str, Any] | None = states.get(self.state_key)
         if trainer.state.fn != "fit" or not state:
             return
         for (module, name), path in zip(self._parameters_to_prune, self._names, strict=True):
@@ -279,10 +282,10 @@ class ModelPruning(Callback):
     def make_pruning_permanent(self, module: nn.Module) -> None:
         """Fold the masks of all layers in ``module`` into their weights."""
         for layer in module.modules():
-            for key, hook in list(layer._forward_pre_hooks.items()):
-                if isinstance(hook, prune.BasePruningMethod):
-                    hook.remove(layer)  # type: ignore[no-untyped-call]
-                    del layer._forward_pre_hooks[key]
+            for orig in [name for name, _ in layer.named_parameters(recurse=False) if name.endswith("_orig")]:
+                name = orig.removesuffix("_orig")
+                if hasattr(layer, name + "_mask"):
+                    prune.remove(layer, name)  # type: ignore[no-untyped-call]
 
     def state_dict(self) -> dict[str, Any]:
         """By the parameter's name: masks, the weights under them, and the first values of the lottery ticket."""
@@ -316,8 +319,10 @@ class ModelPruning(Callback):
             name, mask = key.removesuffix("_orig"), state_dict.get(key.removesuffix("_orig") + "_mask")
             if key.endswith("_mask") and key.removesuffix("_mask") + "_orig" in state_dict:
                 continue
-            folded = key.endswith("_orig") and mask is not None
-            clean[name if folded else key] = mask.to(value.dtype) * value if folded else value
+            if key.endswith("_orig") and mask is not None:
+                clean[name] = mask.to(value.dtype) * value
+            else:
+                clean[key] = value
         return clean
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR
 
-from fulmen.callbacks._requirements import require_whole_model
+from fulmen.callbacks._requirements import BATCH_NORM, require_whole_model
 from fulmen.callbacks.callback import Callback
 from fulmen.optimizer import LRSchedulerConfig
 from fulmen_fabric import rank_zero_info, rank_zero_warn
@@ -93,12 +93,12 @@ class StochasticWeightAveraging(Callback):
     @property
     def swa_end(self) -> float:
         """Index of the last epoch that is averaged, from 0; ``inf`` without ``max_epochs``."""
-        return math.inf if self._max_epochs in (None, -1) else cast("int", self._max_epochs) - 1
+        return math.inf if self._max_epochs is None or self._max_epochs == -1 else self._max_epochs - 1
 
     @staticmethod
     def pl_module_contains_batch_norm(pl_module: LightningModule) -> bool:
         """Whether any layer keeps running statistics."""
-        return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in pl_module.modules())
+        return any(isinstance(module, BATCH_NORM) for module in pl_module.modules())
 
     # -- a run's beginning --------------------------------------------------------------------------------------------
 
@@ -342,7 +342,7 @@ class StochasticWeightAveraging(Callback):
 
 def _batch_norms(module: nn.Module) -> list[nn.BatchNorm1d]:
     """The layers with running statistics; all kinds have the attributes of ``BatchNorm1d``."""
-    found = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    found = [m for m in module.modules() if isinstance(m, BATCH_NORM)]
     return cast("list[nn.BatchNorm1d]", [m for m in found if m.running_mean is not None])
 
 

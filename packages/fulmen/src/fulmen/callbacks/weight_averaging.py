@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
@@ -15,7 +15,7 @@ from fulmen_fabric import rank_zero_info, rank_zero_warn
 from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from torch import Tensor, nn
 
@@ -262,7 +262,7 @@ class EMAWeightAveraging(WeightAveraging):
                     f"EMAWeightAveraging({name}={kwargs[name]!r}) has an averaging function already. Use "
                     f"WeightAveraging({name}=...)."
                 )
-        super().__init__(device, use_buffers, **kwargs, avg_fn=get_ema_avg_fn(decay))
+        super().__init__(device, use_buffers, **kwargs, avg_fn=_ema(decay))
         self.update_every_n_steps = update_every_n_steps
         self.update_starting_at_step = update_starting_at_step
         self.update_starting_at_epoch = update_starting_at_epoch
@@ -279,6 +279,11 @@ class EMAWeightAveraging(WeightAveraging):
             return every > 0 and step_idx >= (self.update_starting_at_step or 0) and step_idx % every == 0
         begin = self.update_starting_at_epoch
         return epoch_idx is not None and begin is not None and epoch_idx >= begin
+
+
+def _ema(decay: float) -> Callable[..., Any]:
+    make: Any = get_ema_avg_fn  # torch gives it no types
+    return cast("Callable[..., Any]", make(decay))
 
 
 def _tensors(module: nn.Module) -> Iterable[Tensor]:
