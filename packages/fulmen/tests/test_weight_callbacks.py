@@ -248,6 +248,29 @@ def test_ema_validates_saves_and_leaves_the_average_that_torch_computes(tmp_path
 
 
 @pytest.mark.proves("11.13")
+def test_the_average_of_a_16_bit_model_is_float32_and_outlives_validation(tmp_path: Path) -> None:
+    class Recording(fulmen.Callback):
+        def __init__(self) -> None:
+            self.mean: Any = None
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            current = pl_module.head.weight.detach()
+            update: Any = get_ema_avg_fn(0.999)  # type: ignore[no-untyped-call]
+            self.mean = current.float() if self.mean is None else update(self.mean, current, None)
+
+    recording, model = Recording(), Model()
+    run = trainer(recording, EMAWeightAveraging(decay=0.999), precision="bf16-true", val_check_interval=1)
+
+    run.fit(model, loader(), loader(3))
+    run.save_checkpoint(tmp_path / "now.ckpt")
+
+    saved = torch.load(tmp_path / "now.ckpt", weights_only=True)
+    assert torch.equal(saved["state_dict"]["head.weight"], recording.mean)
+    assert saved["current_model_state"]["head.weight"].dtype == torch.bfloat16
+    assert torch.equal(model.head.weight, recording.mean.bfloat16())
+
+
+@pytest.mark.proves("11.13")
 def test_tests_run_with_the_average_from_model_and_checkpoint(tmp_path: Path) -> None:
     model = Model()
     run = trainer(WeightAveraging(), enable_checkpointing=True, default_root_dir=str(tmp_path))
@@ -280,6 +303,7 @@ def test_a_validation_that_fails_gives_the_model_its_own_weights_back(tmp_path: 
     saved = torch.load(tmp_path / "failed.ckpt", weights_only=True)
     assert equal(saved["current_model_state"], theirs)
     assert equal(saved["state_dict"], model.validated[0])
+    assert saved["averaging_state"]["n_averaged"] == 5
 
 
 @pytest.mark.proves("11.13")

@@ -166,8 +166,8 @@ class ModelPruning(Callback):
                 if id(module) not in self._original_layers:
                     self._original_layers[id(module)] = deepcopy(module)
         if not self._make_pruning_permanent:
-            module: Any = pl_module  # torch gives the method no types
-            self._load_hook = module.register_load_state_dict_pre_hook(self._expect_masks)
+            untyped: Any = pl_module  # torch gives the method no types
+            self._load_hook = untyped.register_load_state_dict_pre_hook(self._expect_masks)
 
     def _expect_masks(self, module: nn.Module, state_dict: dict[str, Any], *_: object) -> None:
         """A checkpoint that is not permanent holds masks: give the layers that they belong to a place for them."""

@@ -36,7 +36,8 @@ class WeightAveraging(Callback):
     of averaged models under ``averaging_state``, so that a resumed run goes on exactly. A file saved with
     ``save_weights_only`` holds the averaged weights alone.
 
-    On several ranks every rank averages its own, equal, weights; averaged buffers are those of rank 0.
+    On several ranks every rank averages its own, equal, weights; averaged buffers are those of rank 0. The average of a
+    model in a 16-bit dtype is kept in float32, where small updates do not get lost.
 
     Args:
         device: where the average lives; None: where the model does.
@@ -59,8 +60,9 @@ class WeightAveraging(Callback):
         self._latest_update_epoch = -1
         self._restored: dict[str, Any] | None = None
         self._update_is_owed = False
-        # Whether the model holds the average and the average's place the weights being trained.
-        self._is_swapped = False
+        self._module: LightningModule | None = None
+        # The weights being trained, while the model holds the average.
+        self._trained: list[Tensor] | None = None
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Whether to average the weights of this moment; override it to choose. By default after every step.
@@ -82,9 +84,10 @@ class WeightAveraging(Callback):
         if stage != "fit":
             return
         require_whole_model(trainer, self)
-        self._average_model = self._restored = None
+        self._average_model = self._restored = self._trained = None
+        self._module = pl_module
         self._latest_update_step, self._latest_update_epoch = 0, -1
-        self._is_swapped = self._update_is_owed = False
+        self._update_is_owed = False
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """When a fit resumes, load the weights being trained in place of the averaged ones."""
@@ -110,6 +113,9 @@ class WeightAveraging(Callback):
             **self._kwargs,
         )
         self._average_model.requires_grad_(False)
+        for tensor in _tensors(self._average_model.module):
+            if tensor.is_floating_point() and tensor.element_size() < 4:
+                tensor.data = tensor.data.float()
         if self._restored is not None:
             self._average_model.load_state_dict(self._restored, strict=pl_module.strict_loading)
             self._restored, self._update_is_owed = None, True
@@ -150,39 +156,46 @@ class WeightAveraging(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate the averaged weights. Validation after training finds them in the model already."""
         if self._average_model is not None and trainer.state.fn == "fit":
-            self._exchange(trainer, pl_module)
+            self._show_average(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the weights being trained."""
-        if self._is_swapped and trainer.state.fn == "fit":
-            self._exchange(trainer, pl_module)
+        if trainer.state.fn == "fit":
+            self._take_back(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the model with the average. The trained weights are kept, for a checkpoint saved from now on."""
-        self._exchange(trainer, pl_module)
+        self._show_average(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the model its own weights back if validation failed, before anybody saves it."""
-        if self._is_swapped and trainer.state.fn == "fit":
-            self._exchange(None, pl_module)
+        if trainer.state.fn == "fit":
+            self._take_back(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
         """Give the device's memory back: like the model, the average goes to the CPU."""
         if self._average_model is not None:
             self._average_model.cpu()
+        if self._trained is not None:
+            self._trained = [tensor.cpu() for tensor in self._trained]
 
     @torch.no_grad()
-    def _exchange(self, trainer: Trainer | None, pl_module: LightningModule) -> None:
-        # One tensor at a time and in place: it needs no third copy of the model, and addresses stay the same.
+    def _show_average(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Gradients are gone while this copy exists, so the peak of memory is that of training.
+        self._trained = [current.clone() for current in _tensors(pl_module)]
         for averaged, current in zip(_tensors(self._average().module), _tensors(pl_module), strict=True):
-            held = averaged.clone()
-            averaged.copy_(current)
-            current.copy_(held)
-        self._is_swapped = not self._is_swapped
-        if self._is_swapped and trainer is not None and trainer.world_size > 1:
+            current.copy_(averaged)
+        if trainer.world_size > 1:
             # Running statistics are each rank's own; the average that counts, and is saved, is rank 0's.
             for buffer in pl_module.buffers():
                 trainer.world.collectives.broadcast(buffer)
+
+    @torch.no_grad()
+    def _take_back(self, pl_module: LightningModule) -> None:
+        trained, self._trained = self._trained, None
+        if trained is not None:
+            for held, current in zip(trained, _tensors(pl_module), strict=True):
+                current.copy_(held)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -196,13 +209,18 @@ class WeightAveraging(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the average as the model's weights, and what only resuming needs beside it."""
-        if self._average_model is None:
+        if self._average_model is None or pl_module is not self._module:
             return  # outside of a fit: the model is all there is
         state = self._average_model.state_dict()
-        kept = {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
-        weights = checkpoint["state_dict"]
-        averaged, current = (weights, kept) if self._is_swapped else (kept, weights)
-        checkpoint["state_dict"], checkpoint["current_model_state"] = averaged, current
+        current = dict(checkpoint["state_dict"])
+        if self._trained is not None:
+            held = {id(tensor): value for tensor, value in zip(_tensors(pl_module), self._trained, strict=True)}
+            for name, tensor in pl_module.state_dict(keep_vars=True).items():
+                current[name] = held.get(id(tensor), current.get(name))
+        checkpoint["current_model_state"] = current
+        checkpoint["state_dict"] = {
+            name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)
+        }
         checkpoint["averaging_state"] = {name: value for name, value in state.items() if not name.startswith(_PREFIX)}
 
     def weights_to_save(
