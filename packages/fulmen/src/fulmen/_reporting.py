@@ -156,6 +156,7 @@ class Reporter:
         log = store.step_metrics(dataloader_idx).log
         if not log or store.stage == "sanity_check":
             return
+        self._take_logged(log)
         tensors = {n: v for n, v in log.items() if isinstance(v, Tensor) and v.device.type != "cpu"}
         ready = {n: v for n, v in log.items() if n not in tensors}
         numbers = dict(zip(ready, read_scalars(list(ready.values())), strict=True))
@@ -209,8 +210,7 @@ class Reporter:
         self._callback.update(store.callback_metrics)
 
     def _report(self, view: MetricView, *, x: int, epoch: int) -> None:
-        for name, value in view.log.items():
-            self._logged[name] = value if isinstance(value, Tensor) else torch.tensor(value)
+        self._take_logged(view.log)
         if not self._is_global_zero:
             return
         if not self.loggers:
@@ -224,6 +224,10 @@ class Reporter:
         self._snapshot.set(bar)
         if view.log:
             self._write({name: numbers[name] for name in view.log}, x, epoch)
+
+    def _take_logged(self, log: Mapping[str, Scalar]) -> None:
+        for name, value in log.items():
+            self._logged[name] = value if isinstance(value, Tensor) else torch.tensor(value)
 
     def _take_bar(self, bar: Mapping[str, Scalar]) -> None:
         self._bar.update(self._snapshot.update(bar))
