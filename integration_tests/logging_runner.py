@@ -475,7 +475,11 @@ def view(library: Any, name: str) -> dict[str, Any]:
         trainer.fit(model)
         for logger in trainer.loggers:
             logger.save()
-        after_fit = [plain(trainer.callback_metrics), plain(trainer.logged_metrics), plain(trainer.progress_bar_metrics)]
+        after_fit = [
+            plain(trainer.callback_metrics),
+            plain(trainer.logged_metrics),
+            plain(trainer.progress_bar_metrics),
+        ]
         validated = [plain(one) for one in trainer.validate(model, verbose=False)]
         after_validate = [plain(trainer.callback_metrics), plain(trainer.logged_metrics)]
         tested = [plain(one) for one in trainer.test(model, verbose=False)]

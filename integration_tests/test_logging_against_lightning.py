@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ RUNNER = Path(__file__).with_name("logging_runner.py")
 LINES = RUNNER.read_text().splitlines()
 SCENARIOS = [
     line.removeprefix("def ").partition("(")[0]
-    for previous, line in zip(LINES, LINES[1:], strict=False)
+    for previous, line in itertools.pairwise(LINES)
     if previous == "@scenario"
 ]
 lightning_is_needed = pytest.mark.skipif(
@@ -53,7 +54,8 @@ def test_values_can_be_logged_from_the_same_hooks_in_the_same_ways_with_the_same
     assert set(ours) == set(theirs)
     assert {place: (ours[place], theirs[place]) for place in ours if not alike(ours[place], theirs[place])} == {}
     refused = {place for place, outcome in theirs.items() if outcome == "MisconfigurationException"}
-    assert len(refused) > 60 and len(set(theirs) - refused) > 100  # both kinds are there to be compared
+    assert len(refused) > 100
+    assert len(set(theirs) - refused) > 80
 
 
 def comparable(scenario: str, seen: list[Any]) -> list[Any]:

@@ -52,15 +52,18 @@ def test_synced_values_are_those_of_all_ranks_and_others_each_ranks_own(run: tup
 
     files = list(folder.rglob("metrics.csv"))
     assert len(files) == 1, "only rank 0 writes"
-    rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(files[0].open())]
+    lines = files[0].read_text().splitlines()
+    rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
     assert [row["synced_step"] for row in rows if "synced_step" in row] == [5.0, 6.0, 7.0], "reduced at each step"
-    assert rows[-1]["mine"] == 0.0 and rows[-1]["weighted"] == 0.75
+    assert rows[-1]["mine"] == 0.0
+    assert rows[-1]["weighted"] == 0.75
 
 
 @pytest.mark.proves("6.18")
 def test_an_epoch_value_that_stays_on_its_rank_is_warned_of_by_name(run: tuple[Path, str, Ranks]) -> None:
     rank_zero, other = run[2]
-    assert len(rank_zero["warnings"]) == 1 and other["warnings"] == []
+    assert len(rank_zero["warnings"]) == 1
+    assert other["warnings"] == []
     assert "self.log('mine', ...) in training_step records an epoch value on 2 ranks" in rank_zero["warnings"][0]
     assert rank_zero["kinds"] == ["PossibleUserWarning"]
 

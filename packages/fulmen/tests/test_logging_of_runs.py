@@ -6,7 +6,6 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,6 +21,7 @@ from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from types import ModuleType
 
 
 class Told:
@@ -536,9 +536,13 @@ def test_a_metric_object_is_found_by_identity_or_by_the_attribute_that_is_named(
         trainer = make_trainer(tmp_path)
         trainer.fit(Held(attribute, inside=True))
         assert trainer.callback_metrics["m_epoch"] == 2.0
-    with pytest.raises(MisconfigurationException, match=r"'m', \.\.\.\) got a MeanMetric that is no attribute of Held.*"):
+    with pytest.raises(
+        MisconfigurationException, match=r"'m', \.\.\.\) got a MeanMetric that is no attribute of Held.*"
+    ):
         make_trainer(tmp_path).fit(Held(None, inside=False))
-    with pytest.raises(MisconfigurationException, match=r"metric_attribute='layer'\): that attribute of Held is Linear"):
+    with pytest.raises(
+        MisconfigurationException, match=r"metric_attribute='layer'\): that attribute of Held is Linear"
+    ):
         make_trainer(tmp_path).fit(Held("layer", inside=True))
 
 

@@ -216,7 +216,7 @@ def test_an_own_optimizer_step_must_run_its_closure(how: str, tmp_path: Path) ->
     model = Own()
     expected = pickle.loads(pickle.dumps(model.layer))
     if how == "never":
-        with pytest.raises(MisconfigurationException, match="did not run its closure.*optimizer.step\\(closure="):
+        with pytest.raises(MisconfigurationException, match=r"did not run its closure.*optimizer.step\(closure="):
             make_trainer(tmp_path).fit(model)
         return
     make_trainer(tmp_path).fit(model)
@@ -287,7 +287,8 @@ def test_configure_model_makes_the_model_in_each_call_in_the_runs_dtype(call: st
     trainer = make_trainer(tmp_path, precision="bf16-true")
     getattr(trainer, call)(model, loader())
     first: Any = model.layer
-    assert Late.made == 1 and first.weight.dtype == torch.bfloat16
+    assert Late.made == 1
+    assert first.weight.dtype == torch.bfloat16
 
     getattr(trainer, call)(model, loader())
     assert Late.made == 2 and model.layer is first, "called again, it left the model alone"
@@ -486,8 +487,8 @@ def test_no_optimizer_runs_the_steps_and_changes_nothing(tmp_path: Path) -> None
 
     model = Without()
     before = model.layer.weight.detach().clone()
+    trainer = make_trainer(tmp_path)
     with pytest.warns(UserWarning, match="configure_optimizers returned None"):
-        trainer = make_trainer(tmp_path)
         trainer.fit(model)
     assert torch.equal(model.layer.weight, before)
     assert trainer.global_step == 3
@@ -621,7 +622,8 @@ def test_a_module_knows_its_run_while_it_lasts(tmp_path: Path) -> None:
         "loggers": (True, 1),
         "rest": (None, None, False, torch.float32, True),
     }
-    assert model.half().dtype == torch.float16 and model.child.dtype == torch.float16
+    assert model.half().dtype == torch.float16
+    assert model.child.dtype == torch.float16
     assert model.to(torch.float64).dtype == torch.float64
 
 
@@ -663,7 +665,8 @@ def test_a_data_module_supplies_everything_keeps_its_state_and_hears_of_errors(t
     data.position = 5
     trainer = make_trainer(tmp_path)
     trainer.fit(Model(), datamodule=data)
-    assert data.trained_by is trainer and trainer.datamodule is data
+    assert data.trained_by is trainer
+    assert trainer.datamodule is data
     trainer.save_checkpoint(tmp_path / "data.ckpt")
 
     again = Stateful([])

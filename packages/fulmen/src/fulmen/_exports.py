@@ -31,7 +31,9 @@ class Exports:
         Raises:
             MissingPackage: always, with what to call.
         """
-        self._refuse("to_torchscript", "torch.export.export(model.eval(), args), or torch.jit.trace(model.eval(), args)")
+        self._refuse(
+            "to_torchscript", "torch.export.export(model.eval(), args), or torch.jit.trace(model.eval(), args)"
+        )
 
     def to_tensorrt(self, file_path: Any = None, input_sample: Any = None, **kwargs: Any) -> Any:
         """Not there yet.
@@ -39,9 +41,12 @@ class Exports:
         Raises:
             MissingPackage: always, with what to install and to call.
         """
-        self._refuse("to_tensorrt", "pip install torch-tensorrt, then torch_tensorrt.compile(model.eval(), inputs=[...])")
+        self._refuse(
+            "to_tensorrt", "pip install torch-tensorrt, then torch_tensorrt.compile(model.eval(), inputs=[...])"
+        )
 
     def _refuse(self, method: str, instead: str) -> NoReturn:
         raise MissingPackage(
-            f"{type(self).__name__}.{method}() needs an exporter, which fulmen does not have yet. Use instead: {instead}."
+            f"{type(self).__name__}.{method}() needs an exporter, which fulmen does not have yet. "
+            f"Use instead: {instead}."
         )

@@ -429,8 +429,8 @@ def _for_fabric(values: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, (Number, Tensor)) or (isinstance(value, Tensor) and value.numel() != 1):
             shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
             raise ValueError(
-                f"self.log({name!r}, ...) got a {type(value).__name__}{shape}; under a Fabric give a number or a tensor "
-                "of one element."
+                f"self.log({name!r}, ...) got a {type(value).__name__}{shape}; under a Fabric give a number or a "
+                "tensor of one element."
             )
     return {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}
 
