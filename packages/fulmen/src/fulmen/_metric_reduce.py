@@ -38,20 +38,13 @@ def only_tensor(name: str, value: object) -> Tensor:
 
 
 def computed(entry: MetricEntry) -> Tensor:
-    """The epoch's value of ``entry``'s metric object; it synchronises by itself if it is told to.
+    """The epoch's value of ``entry``'s metric object, of any shape; it synchronises by itself if it is told to.
 
     Raises:
-        ValueError: it is no tensor, or one of several elements that is to be drawn or shown.
+        ValueError: it is no tensor.
     """
     metric: Any = entry.metric
-    value = only_tensor(entry.row.name, metric.compute())
-    if value.numel() != 1 and (entry.options.logger or entry.options.prog_bar):
-        raise ValueError(
-            f"the metric object logged as {entry.row.name!r} computed a tensor of shape {tuple(value.shape)}, of which "
-            "loggers and progress bar could show nothing: log one element, or pass logger=False, prog_bar=False to "
-            "give it to callbacks alone."
-        )
-    return value
+    return only_tensor(entry.row.name, metric.compute())
 
 
 def reduce_epoch_values(schema: Schema, entries: Entries, adopt: Adopt) -> None:
