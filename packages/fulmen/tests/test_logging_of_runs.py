@@ -220,7 +220,8 @@ def test_loggers_are_told_that_a_call_succeeded(call: str, tmp_path: Path) -> No
 
     getattr(make_trainer(tmp_path, logger=told, callbacks=Last()), call)(model)
 
-    assert order == [[]] and told.all("finalize") == [("success",)], "after everybody was torn down"
+    assert order == [[]], "everybody is torn down before"
+    assert told.all("finalize") == [("success",)]
 
 
 @pytest.mark.proves("6.8")

@@ -291,7 +291,8 @@ def test_configure_model_makes_the_model_in_each_call_in_the_runs_dtype(call: st
     assert first.weight.dtype == torch.bfloat16
 
     getattr(trainer, call)(model, loader())
-    assert Late.made == 2 and model.layer is first, "called again, it left the model alone"
+    assert Late.made == 2
+    assert model.layer is first, "called again, it left the model alone"
 
 
 @pytest.mark.proves("10.7")

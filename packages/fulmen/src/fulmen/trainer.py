@@ -165,7 +165,6 @@ class Trainer(TrainerSurface):
             log_every_n_steps=settings.log_every_n_steps,
             is_global_zero=self.world.is_global_zero,
         )
-        self._reporter.loggers = self.loggers
         self.fast_dev_run = settings.fast_dev_run
         if self.assembly.chosen:
             rank_zero_info(" ".join(self.assembly.chosen))
