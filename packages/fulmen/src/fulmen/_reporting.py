@@ -268,8 +268,8 @@ def _require_scalars(view: MetricView) -> None:
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(
                 f"the metric object logged as {name!r} computed a tensor of shape {tuple(value.shape)}, of which "
-                "loggers and progress bar could show nothing: log one element, or pass logger=False, prog_bar=False to give it "
-                "to callbacks alone."
+                "loggers and progress bar could show nothing: log one element, or pass logger=False, prog_bar=False to "
+                "give it to callbacks alone."
             )
 
 
