@@ -188,6 +188,62 @@ def test_the_pace_of_the_batches_does_not_set_the_pace_of_drawing() -> None:
     assert bar.drawn[-1] == 500
 
 
+class Hasty(TQDMProgressBar):
+    """As it draws on a terminal, counting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[tuple[str, int]] = []
+
+    def _bar(self, name: str) -> Any:
+        drawn = self.drawn
+
+        class Bar:
+            n = 0
+            total = None
+
+            def set_description(self, desc: str | None = None, refresh: bool | None = True) -> None: ...
+
+            def set_postfix(self, ordered_dict: Any = None, refresh: bool | None = True) -> None:
+                self.metrics = dict(ordered_dict)
+
+            def reset(self, total: Any = None) -> None:
+                self.n, self.total = 0, total
+
+            def refresh(self) -> None:
+                drawn.append((name, self.n))
+
+            def close(self) -> None: ...
+
+        return Bar()
+
+    def init_train_tqdm(self) -> Any:
+        return self._bar("train")
+
+    def init_validation_tqdm(self) -> Any:
+        return self._bar("val")
+
+
+@pytest.mark.proves("11.20")
+def test_hundreds_of_tiny_epochs_with_validation_are_drawn_ten_times_a_second() -> None:
+    bar = Hasty()
+    began = time.monotonic()
+    make_trainer(bar, max_epochs=300, num_sanity_val_steps=0).fit(Model(), data(1), data(1))
+    spent = time.monotonic() - began
+
+    assert len(bar.drawn) <= 2 * spent / 0.1 + 40, "ends of epochs and batches each at most ten times a second"
+    assert bar.drawn[-1] == ("train", 1), "the end is always drawn"
+    assert ("val", 1) in bar.drawn
+
+
+@pytest.mark.proves("11.20")
+def test_the_rich_bars_refresh_rate_is_per_second_and_never_above_ten() -> None:
+    assert RichProgressBar().refresh_rate == 100
+    assert RichProgressBar()._redraw_s == pytest.approx(0.1)
+    assert RichProgressBar(refresh_rate=2)._redraw_s == pytest.approx(0.5)
+    assert RichProgressBar(refresh_rate=2)._every == 1
+
+
 def test_a_refresh_rate_draws_only_at_its_batches() -> None:
     bar = Counting(refresh_rate=7)
     make_trainer(bar, max_epochs=1, limit_val_batches=0).fit(Model(), data(30), data(1))
@@ -298,10 +354,16 @@ def test_the_environment_and_colab_set_the_refresh_rate(monkeypatch: pytest.Monk
     assert TQDMProgressBar(refresh_rate=3).refresh_rate == 3
     monkeypatch.setenv("TQDM_MINITERS", "13")
     assert TQDMProgressBar(refresh_rate=3).refresh_rate == 13
+    assert TQDMProgressBar(refresh_rate=30).refresh_rate == 30
+    assert TQDMProgressBar(refresh_rate=0).refresh_rate == 0, "no bar stays no bar"
     monkeypatch.delenv("TQDM_MINITERS")
     monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
     assert TQDMProgressBar().refresh_rate == 20
+    assert TQDMProgressBar(refresh_rate=5).refresh_rate == 5
     assert TQDMProgressBar(refresh_rate=0).refresh_rate == 0
+    monkeypatch.delitem(sys.modules, "google.colab")
+    monkeypatch.setenv("COLAB_GPU", "1")
+    assert TQDMProgressBar().refresh_rate == 20
 
 
 @pytest.mark.parametrize("kind", KINDS)
