@@ -148,7 +148,7 @@ def test_spikes_are_found_where_lightning_finds_them(
         )
         assert spikes(SpikeDetection, mine, losses, names[0], TrainingSpikeException) == expected, losses
         found += expected[0] is not None
-    assert 2 <= found
+    assert found >= 2
 
 
 class Net(nn.Module):
@@ -344,7 +344,10 @@ def test_device_statistics_have_lightnings_names_and_places_in_training() -> Non
 
 @pytest.mark.proves("11.18")
 def test_throughput_rows_have_lightnings_names_places_and_totals() -> None:
-    options: dict[str, Any] = {"batch_size_fn": lambda batch: len(batch[0]), "length_fn": lambda batch: batch[0].numel()}
+    options: dict[str, Any] = {
+        "batch_size_fn": lambda batch: len(batch[0]),
+        "length_fn": lambda batch: batch[0].numel(),
+    }
     mine = watched(fulmen, ThroughputMonitor(**options, window_size=3))
     other = watched(PYTORCH, theirs("pytorch.callbacks.ThroughputMonitor")(**options, window_size=3))
 
@@ -369,7 +372,7 @@ def test_a_timers_state_goes_to_lightning_and_back() -> None:
     assert set(mine.state_dict()["time_elapsed"]) == {str(stage.value) for stage in _stages()}
     fresh, loaded = theirs("pytorch.callbacks.Timer")(), Timer()
     fresh.load_state_dict(mine.state_dict())
-    loaded.load_state_dict(json.loads(json.dumps({"time_elapsed": {k: v for k, v in _elapsed(other).items()}})))
+    loaded.load_state_dict({"time_elapsed": _elapsed(other)})
     assert fresh.time_elapsed() == pytest.approx(mine.time_elapsed())
     assert loaded.time_elapsed() == pytest.approx(other.time_elapsed())
     for stage in _stages():

@@ -53,8 +53,11 @@ BLOCK = 24 * B * T * D * D + 4 * B * T * T * D
 def mlp() -> tuple[nn.Module, torch.Tensor, int, int]:
     forward = 2 * B * (D * 64 + 64 * 10)
     # Backward: weights of both layers, inputs of the second only.
-    return nn.Sequential(nn.Linear(D, 64), nn.ReLU(), nn.Linear(64, 10)), torch.randn(B, D), forward, 2 * B * (
-        D * 64 + 2 * 64 * 10
+    return (
+        nn.Sequential(nn.Linear(D, 64), nn.ReLU(), nn.Linear(64, 10)),
+        torch.randn(B, D),
+        forward,
+        2 * B * (D * 64 + 2 * 64 * 10),
     )
 
 

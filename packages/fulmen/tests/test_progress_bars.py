@@ -104,6 +104,7 @@ def test_on_a_terminal_bars_are_redrawn_in_place_and_end_complete(bar: str) -> N
         assert expected in written, expected
 
 
+@pytest.mark.proves("11.20")
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_a_terminal_each_epoch_is_one_plain_line(
     kind: type[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -142,6 +143,7 @@ def test_a_long_epoch_says_how_far_it_is(capsys: pytest.CaptureFixture[str], mon
     assert "loss=0.123, v_num=3, name=abc]" in out
 
 
+@pytest.mark.proves("11.20")
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluations_of_their_own_say_a_line_for_each_loader(
     kind: type[Any], capsys: pytest.CaptureFixture[str]
@@ -177,6 +179,7 @@ class Counting(TQDMProgressBar):
         return Bar("Epoch")
 
 
+@pytest.mark.proves("11.20")
 def test_the_pace_of_the_batches_does_not_set_the_pace_of_drawing() -> None:
     bar = Counting()
     began = time.monotonic()
@@ -222,6 +225,38 @@ class Hasty(TQDMProgressBar):
 
     def init_validation_tqdm(self) -> Any:
         return self._bar("val")
+
+
+@pytest.mark.proves("11.20")
+def test_each_bar_of_tqdm_is_made_by_the_method_that_people_override() -> None:
+    made: list[str] = []
+
+    class Mine(TQDMProgressBar):
+        def init_sanity_tqdm(self) -> Any:
+            made.append("sanity")
+            return super().init_sanity_tqdm()
+
+        def init_train_tqdm(self) -> Any:
+            made.append("train")
+            return super().init_train_tqdm()
+
+        def init_validation_tqdm(self) -> Any:
+            made.append("validation")
+            return super().init_validation_tqdm()
+
+        def init_test_tqdm(self) -> Any:
+            made.append("test")
+            return super().init_test_tqdm()
+
+        def init_predict_tqdm(self) -> Any:
+            made.append("predict")
+            return super().init_predict_tqdm()
+
+    trainer = make_trainer(Mine(), max_epochs=1)
+    trainer.fit(Model(), data(2), [data(1), data(1)])
+    trainer.test(Model(), data(1), verbose=False)
+    trainer.predict(Model(), data(1))
+    assert made == ["sanity", "sanity", "train", "validation", "validation", "test", "predict"]
 
 
 @pytest.mark.proves("11.20")
@@ -314,6 +349,7 @@ def test_a_logged_name_that_the_bar_shows_by_itself_is_warned_about_once() -> No
     bar.get_metrics(trainer, SimpleNamespace())
 
 
+@pytest.mark.proves("11.20")
 def test_the_bars_values_are_asked_for_without_reading_the_device() -> None:
     # A meta tensor has no value: whatever reads one fails.
     store: Any = SimpleNamespace(progress_bar_metrics={"loss": torch.ones((), device="meta"), "lr": 0.5})

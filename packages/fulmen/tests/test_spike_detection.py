@@ -40,8 +40,14 @@ def losses(*values: float) -> DataLoader[Any]:
 
 def make(tmp_path: Path, *callbacks: Callback, **flags: Any) -> Trainer:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    given = {"max_epochs": 1, "accelerator": "cpu", "enable_model_summary": False, "default_root_dir": tmp_path, **quiet}
-    return Trainer(callbacks=list(callbacks), **{**given, **flags})
+    given = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+        **quiet,
+    }
+    return Trainer(callbacks=list(callbacks), **{**quiet, **given, **flags})
 
 
 @pytest.mark.proves("11.17")

@@ -1,9 +1,9 @@
 """Peaks of devices in dense matrix products, as their makers publish them.
 
-All figures are for dense operands: makers often print twice as much, which holds for 2:4 structured sparsity only. 16-bit
-figures are those with accumulation in float32, which is what torch asks for. float64 is that of the tensor cores where
-there are some, since cuBLAS uses them. A device that is not in the table has no figure, and neither has a laptop's, a
-partition's (MIG) or an export variant's, whose names differ.
+All figures are for dense operands: makers often print twice as much, which holds for 2:4 structured sparsity only.
+16-bit figures are those with accumulation in float32, which is what torch asks for. float64 is that of the tensor cores
+where there are some, since cuBLAS uses them. A device that is not in the table has no figure, and neither has a
+laptop's, a partition's (MIG) or an export variant's, whose names differ.
 """
 
 from __future__ import annotations
@@ -124,6 +124,6 @@ def gpu_peak(name: str, dtype: torch.dtype | str) -> float | None:
 
 
 def tpu_peak(kind: str) -> float | None:
-    """Operations per second of a TPU device of this ``kind`` (``"v4"``, ``"v4-8"``, ``"V5LITE_POD"``); None: unknown."""
+    """Operations per second of a TPU device of this ``kind``, such as ``"v4-8"`` or ``"V5LITE_POD"``; None: unknown."""
     figure = _TPUS.get(kind.strip().lower().partition("-")[0].replace("_", ""))
     return None if figure is None else figure * 1e12

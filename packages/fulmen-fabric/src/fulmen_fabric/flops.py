@@ -46,7 +46,7 @@ def measure_flops(
             else:
                 for parameter, _ in gradients:
                     parameter.grad = None
-                loss_fn(forward_fn()).backward()
+                loss_fn(forward_fn()).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
@@ -77,13 +77,13 @@ def counting_flops() -> Generator[FlopCounterMode]:
 
 def _formulas() -> dict[Any, Any]:
     """Of operators that torch's counter leaves out or gets wrong; they are given shapes in the place of tensors."""
-    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+    count: Any = import_module("torch.utils.flop_counter")
 
     def attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
-        return int(sdpa_flop_count(query, key, value))
+        return int(count.sdpa_flop_count(query, key, value))
 
     def attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
-        return int(sdpa_backward_flop_count(grad, query, key, value))
+        return int(count.sdpa_backward_flop_count(grad, query, key, value))
 
     def convolution_backward(
         grad: Shape,

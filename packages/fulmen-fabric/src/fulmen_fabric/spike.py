@@ -43,11 +43,11 @@ class TrainingSpikeException(RuntimeError):
 
 
 class SpikeDetection:
-    """Raises ``TrainingSpikeException`` on every rank when the loss of any rank jumps, before the next batch is trained.
+    """Raises ``TrainingSpikeException`` on every rank when the loss of any rank jumps, before the next batch.
 
     A loss is a spike if it is worse than the one before, and further from the mean of the last ``window`` losses than
-    both tolerances allow. The batch and the one before it, which may have spoilt the weights, are written to a JSON file
-    as a list of indices, for your loader to leave out when training goes on from a checkpoint.
+    both tolerances allow. The batch and the one before it, which may have spoilt the weights, are written to a JSON
+    file as a list of indices, for your loader to leave out when training goes on from a checkpoint.
 
     To be in time it must know each loss: it reads one number from the device after **every** batch, for which the host
     waits, and with several ranks adds a collective of one number. Nothing else in a run does that.
@@ -197,7 +197,7 @@ class SpikeDetection:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave. Of a state written by Lightning the losses of the mean are lost."""
-        path = state_dict["bad_batches_path"]
+        path: str | os.PathLike[str] | None = state_dict["bad_batches_path"]
         self.last_val = float(state_dict["last_val"])
         self.mode = str(state_dict["mode"])
         self.warmup = int(state_dict["warmup"])

@@ -99,13 +99,13 @@ class Throughput:
         new = _Totals(time, batches, samples, lengths, flops)
         if samples < batches:
             raise MisconfigurationException(
-                f"Throughput.update(samples={samples!r}, batches={batches!r}): samples are fewer than batches. Give the "
-                "totals so far, not those of the last batch."
+                f"Throughput.update(samples={samples!r}, batches={batches!r}): samples are fewer than batches. Give "
+                "the totals so far, not those of the last batch."
             )
         if lengths is not None and lengths < samples:
             raise MisconfigurationException(
-                f"Throughput.update(lengths={lengths!r}, samples={samples!r}): lengths are fewer than samples. Give the "
-                "total number of items in all samples so far."
+                f"Throughput.update(lengths={lengths!r}, samples={samples!r}): lengths are fewer than samples. Give "
+                "the total number of items in all samples so far."
             )
         if self._window:
             self._require_growth(self._window[-1], new)

@@ -45,7 +45,7 @@ class DeviceClock:
         """Seconds from the clock's start to each of ``marks``, in the order they were made. Waits for the last one."""
         seconds: list[float] = []
         for mark in marks:
-            if isinstance(mark, float):
+            if not isinstance(mark, torch.Event):
                 self._last_s += mark - cast("float", self._last)
             else:
                 mark.synchronize()  # once per row of the loggers: the later ones of a row are soon there

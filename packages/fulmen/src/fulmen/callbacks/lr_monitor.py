@@ -29,7 +29,7 @@ class LearningRateMonitor(Callback):
     follows, or ``/name`` for groups that have a ``"name"``.
 
     Args:
-        logging_interval: ``"step"``, ``"epoch"``, or None: at the interval of the schedulers; without a scheduler, both.
+        logging_interval: ``"step"``, ``"epoch"``, or None: at the interval of the schedulers; without one, at both.
         log_momentum: log momentum (or the first beta) too, under ``...-momentum``.
         log_weight_decay: log weight decay too, under ``...-weight_decay``.
         log_key_prefix: stands before every name.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -15,6 +14,7 @@ from fulmen_fabric import TrainingSpikeException
 from fulmen_protocols.errors import MisconfigurationException, MisconfigurationTypeError
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable
 
     from fulmen.module import LightningModule
@@ -24,11 +24,11 @@ __all__ = ["SpikeDetection", "TrainingSpikeException"]
 
 
 class SpikeDetection(Callback):
-    """Raises ``TrainingSpikeException`` on every rank when the loss of any rank jumps, before the next batch is trained.
+    """Raises ``TrainingSpikeException`` on every rank when the loss of any rank jumps, before the next batch.
 
     A loss is a spike if it is worse than the one before, and further from the mean of the last ``window`` losses than
-    both tolerances allow. The batch and the one before it, which may have spoilt the weights, are written to a JSON file
-    as a list of indices, for your loader to leave out when training goes on from a checkpoint.
+    both tolerances allow. The batch and the one before it, which may have spoilt the weights, are written to a JSON
+    file as a list of indices, for your loader to leave out when training goes on from a checkpoint.
 
     To be in time it must know each loss: it reads one number from the device after **every** batch, for which the host
     waits, and with several ranks adds a collective of one number. No other callback does that.
@@ -114,14 +114,14 @@ def _loss_of(outputs: object) -> Tensor | None:
         return outputs
     if not isinstance(outputs, Mapping):
         raise MisconfigurationTypeError(
-            f"SpikeDetection found a {type(outputs).__name__} as outputs of training_step: return the loss as a tensor, or "
-            "a dict with 'loss'."
+            f"SpikeDetection found a {type(outputs).__name__} as outputs of training_step: return the loss as a tensor, "
+            "or a dict with 'loss'."
         )
     found = cast("Mapping[str, object]", outputs)
     loss = found.get("loss")
     if not isinstance(loss, Tensor):
         raise MisconfigurationException(
-            f"SpikeDetection found no tensor under 'loss' in the outputs of training_step, which has {sorted(found)!r}: "
-            "return the loss under that name."
+            f"SpikeDetection found no tensor under 'loss' in the outputs of training_step ({sorted(found)!r}): return "
+            "the loss under that name."
         )
     return loss

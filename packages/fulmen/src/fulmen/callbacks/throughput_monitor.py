@@ -106,12 +106,13 @@ class _StageMeter:
 
 
 class ThroughputMonitor(Callback):
-    """Logs how fast each stage runs, under the keys of ``Throughput`` behind the stage: ``train/device/batches_per_sec``.
+    """Logs how fast each stage runs.
 
-    Rank 0 measures itself, and takes the other ranks to do as much in the same time. Its rows come every
-    ``log_every_n_steps`` batches that stepped an optimizer, of an evaluation every as many batches. Time is the device's
-    own: a mark is left in its queue after each batch and read at the row, so nothing waits in between. Time spent in a
-    validation inside ``fit`` is taken off that of training.
+    Names are those of ``Throughput.compute`` behind the stage: ``train/device/batches_per_sec``. Rank 0 measures
+    itself, and takes the other ranks to do as much in the same time. Its rows come every ``log_every_n_steps`` batches
+    that stepped an optimizer, of an evaluation every as many batches. Time is the device's own: a mark is left in its
+    queue after each batch and read at the row, so nothing waits in between. Time spent in a validation inside ``fit``
+    is taken off that of training.
 
     Define ``flops_per_batch`` on your module, as an attribute or a property (see ``measure_flops``), to have operations
     per second too, and their share of the device's peak as ``device/mfu``, where that peak is known.
@@ -156,7 +157,11 @@ class ThroughputMonitor(Callback):
             return None
         meter = self._meters.get(stage)
         if meter is None:
-            arguments = {"world_size": trainer.world_size, **self.kwargs, "available_flops": self.available_flops}
+            arguments: dict[str, Any] = {
+                "world_size": trainer.world_size,
+                **self.kwargs,
+                "available_flops": self.available_flops,
+            }
             meter = self._meters[stage] = _StageMeter(Throughput(**arguments), trainer.strategy.root_device)
         return meter
 

@@ -45,8 +45,8 @@ class DrawnProgressBar(ProgressBar):
         super().__init__()
         if refresh_rate < 0:
             raise MisconfigurationException(
-                f"{type(self).__name__}(refresh_rate={refresh_rate!r}) is negative: leave it out to draw as often as time "
-                "allows, or use 0 for no bar."
+                f"{type(self).__name__}(refresh_rate={refresh_rate!r}) is negative: leave it out to draw as often as "
+                "time allows, or use 0 for no bar."
             )
         self._refresh_rate = refresh_rate
         self._every = every
@@ -96,7 +96,7 @@ class DrawnProgressBar(ProgressBar):
         return 0.0 if self.is_enabled else math.inf
 
     def _may_draw(self, times: int) -> bool:
-        """Whether the end of an epoch or a loader is drawn: each in a run of usual pace, ten a second in a hasty one."""
+        """Whether the end of an epoch or a loader is drawn: each at a usual pace, ten a second in a hasty run."""
         now = monotonic()
         self._spare = min(self._spare + (now - self._counted) / self._redraw_s, float(_BURST))
         self._counted = now
