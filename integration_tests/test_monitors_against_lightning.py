@@ -335,11 +335,11 @@ def test_device_statistics_have_lightnings_names_and_places_in_training() -> Non
     mine = watched(fulmen, DeviceStatsMonitor())
     other = watched(PYTORCH, theirs("pytorch.callbacks.DeviceStatsMonitor")())
 
-    def places(rows: list[Any]) -> list[Any]:
-        return [(x, sorted(row)) for x, row in rows if any("train" in name for name in row)]
-
-    assert places(mine) == places(other) != []
-    assert {name for _, row in mine for name in row} == {name for _, row in other for name in row}
+    places = [[(x, sorted(row)) for x, row in rows] for rows in (mine, other)]
+    assert places[0] == places[1]
+    assert {name.partition("/")[0] for _, row in mine for name in row} == {
+        f"DeviceStatsMonitor.on_{stage}_batch_{end}" for stage in ("train", "validation") for end in ("start", "end")
+    }
 
 
 @pytest.mark.proves("11.18")
@@ -357,7 +357,9 @@ def test_throughput_rows_have_lightnings_names_places_and_totals() -> None:
 
     assert totals(mine, "train") == totals(other, "train") != []
     assert {name for _, row in mine for name in row} == {name for _, row in other for name in row}
-    assert [x for x, _ in totals(mine, "validate")], "evaluations have rows too"
+    validations = [totals(rows, "validate") for rows in (mine, other)]
+    assert [row for _, row in validations[0]] == [row for _, row in validations[1]] != []
+    assert [x for x, _ in validations[0]] == list(range(2, 17, 2)), "Lightning's x begins anew with each validation"
 
 
 @pytest.mark.proves("11.10")

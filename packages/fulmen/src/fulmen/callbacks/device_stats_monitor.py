@@ -41,7 +41,7 @@ class DeviceStatsMonitor(Callback):
         self._cpu_stats = cpu_stats
         self._filter_keys = None if filter_keys is None else frozenset(filter_keys)
         self._sources: list[Source] = []
-        self._x = 0
+        self._stepped = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out where statistics come from, and that they can be had.
@@ -91,25 +91,25 @@ class DeviceStatsMonitor(Callback):
         stats = {name: value for source in self._sources for name, value in source().items()}
         if self._filter_keys is not None:
             stats = {name: value for name, value in stats.items() if name in self._filter_keys}
+        x = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
             separator = getattr(logger, "group_separator", "/")
             prefix = f"{type(self).__qualname__}.{hook}{separator}"
-            logger.log_metrics({prefix + name: value for name, value in stats.items()}, step=self._x)
+            logger.log_metrics({prefix + name: value for name, value in stats.items()}, step=x)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log at the batches that get rows."""
-        self._x = trainer.batches_that_stepped
-        self._log(trainer, "on_train_batch_start", self._x + 1)
+        self._stepped = trainer.batches_that_stepped
+        self._log(trainer, "on_train_batch_start", self._stepped + 1)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log at the batches that get rows."""
-        self._log(trainer, "on_train_batch_end", self._x + 1)
+        self._log(trainer, "on_train_batch_end", self._stepped + 1)
 
     def _evaluating(self, trainer: Trainer, hook: str, batch_idx: int) -> None:
         if not trainer.sanity_checking:
-            self._x = trainer.batches_that_stepped
             self._log(trainer, hook, batch_idx + 1)
 
     def on_validation_batch_start(

@@ -114,14 +114,14 @@ def _loss_of(outputs: object) -> Tensor | None:
         return outputs
     if not isinstance(outputs, Mapping):
         raise MisconfigurationTypeError(
-            f"SpikeDetection found a {type(outputs).__name__} as outputs of training_step: return the loss as a tensor, "
-            "or a dict with 'loss'."
+            f"SpikeDetection got a {type(outputs).__name__} from training_step: return the loss as a tensor, or a dict "
+            "with 'loss'."
         )
     found = cast("Mapping[str, object]", outputs)
     loss = found.get("loss")
     if not isinstance(loss, Tensor):
         raise MisconfigurationException(
-            f"SpikeDetection found no tensor under 'loss' in the outputs of training_step ({sorted(found)!r}): return "
-            "the loss under that name."
+            f"SpikeDetection found no tensor under 'loss' in the outputs of training_step, only {sorted(found)!r}: "
+            "return the loss under that name."
         )
     return loss

@@ -50,7 +50,8 @@ class _StageMeter:
         self.throughput.reset()
         self._clock = DeviceClock(self._device)
         self._pending: deque[_Done] = deque()
-        self._batches = 0
+        self.batches = 0
+        """Batches of this pass."""
         self._samples: int | Tensor = 0
         self._lengths: int | Tensor = 0
         self._time_s = 0.0
@@ -67,13 +68,13 @@ class _StageMeter:
             self._pause_from = None
 
     def add(self, samples: int | Tensor, lengths: int | Tensor | None, flops: float | None) -> None:
-        self._batches += 1
+        self.batches += 1
         self.rows_x += 1
         self._samples = self._samples + samples
         self._lengths = self._lengths + (0 if lengths is None else lengths)
         totals = self._samples, None if lengths is None else self._lengths
         pending = self._pending
-        pending.append(_Done(self._clock.mark(), self._batches, *totals, flops, self._pauses))
+        pending.append(_Done(self._clock.mark(), self.batches, *totals, flops, self._pauses))
         self._pauses = ()
         if len(pending) > self.throughput.window_size:  # what the next row will not look at
             dropped = pending.popleft()
@@ -157,11 +158,8 @@ class ThroughputMonitor(Callback):
             return None
         meter = self._meters.get(stage)
         if meter is None:
-            arguments: dict[str, Any] = {
-                "world_size": trainer.world_size,
-                **self.kwargs,
-                "available_flops": self.available_flops,
-            }
+            arguments: dict[str, Any] = {"world_size": trainer.world_size, **self.kwargs}
+            arguments["available_flops"] = self.available_flops
             meter = self._meters[stage] = _StageMeter(Throughput(**arguments), trainer.strategy.root_device)
         return meter
 
@@ -235,7 +233,7 @@ class ThroughputMonitor(Callback):
         if meter is None:
             return
         self._add(meter, pl_module, batch)
-        if meter.rows_x % trainer.log_every_n_steps == 0:
+        if meter.batches % trainer.log_every_n_steps == 0:
             self._log(trainer, meter, meter.rows_x)
 
     def on_validation_batch_end(
