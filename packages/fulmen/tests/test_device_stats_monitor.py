@@ -107,7 +107,7 @@ def test_statistics_are_logged_before_and_after_the_batches_that_get_rows() -> N
 
     hooks = [(x, next(iter(row)).partition("/")[0]) for x, row in rows.rows]
     train = [(x, f"DeviceStatsMonitor.on_train_batch_{end}") for x in (1, 3) for end in ("start", "end")]
-    validation = [(5, f"DeviceStatsMonitor.on_validation_batch_{end}") for end in ("start", "end")]
+    validation = [(4, f"DeviceStatsMonitor.on_validation_batch_{end}") for end in ("start", "end")]
     assert hooks == [*train, *validation], "not in the sanity check"
     for _, row in rows.rows:
         (hook,) = {name.partition("/")[0] for name in row}

@@ -11,7 +11,10 @@ import torch
 
 from fulmen.callbacks._device_clock import DeviceClock
 
-pytestmark = pytest.mark.cuda
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.mark.proves("11.18")
