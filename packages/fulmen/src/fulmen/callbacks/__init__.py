@@ -11,10 +11,13 @@ if TYPE_CHECKING:
     from fulmen.callbacks.callback import Callback as Callback
     from fulmen.callbacks.checkpoint import Checkpoint as Checkpoint
     from fulmen.callbacks.early_stopping import EarlyStopping as EarlyStopping
+    from fulmen.callbacks.early_stopping import EarlyStoppingReason as EarlyStoppingReason
     from fulmen.callbacks.lambda_function import LambdaCallback as LambdaCallback
     from fulmen.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
     from fulmen.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
     from fulmen.callbacks.model_summary import ModelSummary as ModelSummary
+    from fulmen.callbacks.on_exception_checkpoint import OnExceptionCheckpoint as OnExceptionCheckpoint
+    from fulmen.callbacks.prediction_writer import BasePredictionWriter as BasePredictionWriter
     from fulmen.callbacks.progress import ProgressBar as ProgressBar
     from fulmen.callbacks.progress import RichProgressBar as RichProgressBar
     from fulmen.callbacks.progress import TQDMProgressBar as TQDMProgressBar
@@ -22,13 +25,16 @@ if TYPE_CHECKING:
     from fulmen.callbacks.timer import Timer as Timer
 
 _HOME = {
+    "BasePredictionWriter": "prediction_writer",
     "Callback": "callback",
     "Checkpoint": "checkpoint",
     "EarlyStopping": "early_stopping",
+    "EarlyStoppingReason": "early_stopping",
     "LambdaCallback": "lambda_function",
     "LearningRateMonitor": "lr_monitor",
     "ModelCheckpoint": "model_checkpoint",
     "ModelSummary": "model_summary",
+    "OnExceptionCheckpoint": "on_exception_checkpoint",
     "ProgressBar": "progress",
     "RichModelSummary": "rich_model_summary",
     "RichProgressBar": "progress",
@@ -37,13 +43,16 @@ _HOME = {
 }
 
 __all__ = [
+    "BasePredictionWriter",
     "Callback",
     "Checkpoint",
     "EarlyStopping",
+    "EarlyStoppingReason",
     "LambdaCallback",
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ModelSummary",
+    "OnExceptionCheckpoint",
     "ProgressBar",
     "RichModelSummary",
     "RichProgressBar",

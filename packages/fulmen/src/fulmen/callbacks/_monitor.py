@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
+
+from fulmen_fabric import rank_zero_warn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +31,18 @@ class MonitoredValue:
         self.validated_at: int | None = None
         """Step at which a validation last ended in this run."""
         self._absent_before_validation = True
+
+    def warn_if_misspelt(self, owner: str, metrics: Mapping[str, Tensor]) -> None:
+        """Called after the sanity check, whose validation has logged all its names: long before the value is missed."""
+        name = self.name
+        if name is None or name in metrics:
+            return
+        # Training may log a value of its own whose name is similar, but hardly one that differs by a letter or two.
+        close = get_close_matches(name, list(metrics), n=1, cutoff=0.85)
+        if close:
+            rank_zero_warn(
+                f"{owner}(monitor={name!r}): validation logs {close[0]!r} and no {name!r}. Did you mean {close[0]!r}?"
+            )
 
     def start(self) -> None:
         """Begin a run: its metrics are empty."""

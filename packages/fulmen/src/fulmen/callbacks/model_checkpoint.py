@@ -14,9 +14,11 @@ from torch import Tensor
 from fulmen import _files
 from fulmen.callbacks._checkpoint_arguments import check_arguments
 from fulmen.callbacks._checkpoint_name import default_dirpath, fill_in, pattern_of
+from fulmen.callbacks._failing_together import all_ranks_fail
 from fulmen.callbacks._monitor import Moment, MonitoredValue
 from fulmen.callbacks._shared_clock import SharedClock
 from fulmen.callbacks.checkpoint import Checkpoint
+from fulmen_fabric import rank_zero_info
 from fulmen_protocols import MisconfigurationException, did_you_mean
 
 if TYPE_CHECKING:
@@ -51,7 +53,8 @@ class ModelCheckpoint(Checkpoint):
         verbose: whether to print what was saved.
         save_last: True also keeps a copy named ``last``; ``"link"`` a symbolic link to the newest file.
         save_top_k: how many of the best to keep: -1 all, 0 none; without ``monitor`` only -1, 0 and 1.
-        save_on_exception: whether to save when the run fails.
+        save_on_exception: whether to save when a fit fails. On several ranks that takes all of them failing at the same
+            step; the exception's notes say so where one failed alone.
         save_weights_only: whether to leave out what only resuming needs.
         mode: ``"min"`` or ``"max"``: which values of ``monitor`` are better. NaN is worst.
         auto_insert_metric_name: whether a field becomes ``name=value``, or the value alone.
@@ -124,6 +127,7 @@ class ModelCheckpoint(Checkpoint):
         self._last_checkpoint_saved = ""
         self._last_global_step_saved = 0
         self._step_of_last = -1
+        self._failures = 0
         self._next_step_due = 0
         self._first_batch = True
         self._warned_of_missing = False
@@ -140,6 +144,10 @@ class ModelCheckpoint(Checkpoint):
         new = stage == "fit" and trainer.ckpt_path is None and self.save_top_k != 0
         if new and trainer.is_global_zero and _files.list_folder(self.dirpath):
             warnings.warn(f"the checkpoint folder {self.dirpath!r} is not empty; what is there is kept.", stacklevel=2)
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of a monitored name that looks like a slip."""
+        self._value.warn_if_misspelt("ModelCheckpoint", trainer.callback_metrics)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count steps and time from here."""
@@ -209,10 +217,15 @@ class ModelCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what there is, if that was asked for."""
-        if self.save_on_exception and self.dirpath is not None and not self._should_skip_saving_checkpoint(trainer):
+        if not self.save_on_exception or self.dirpath is None or self._should_skip_saving_checkpoint(trainer):
+            return
+        self._failures += 1
+        if all_ranks_fail(trainer, f"{self.state_key} #{self._failures}", exception):
             candidates = self._monitor_candidates(trainer)
-            self._save_checkpoint(trainer, self._get_metric_interpolated_filepath_name(candidates, trainer))
+            filepath = self._get_metric_interpolated_filepath_name(candidates, trainer)
+            self._save_checkpoint(trainer, filepath)
             self._save_last_checkpoint(trainer, candidates)
+            rank_zero_info(f"saved {filepath} because of {type(exception).__name__}")
 
     def _end_of(self, moment: Moment, trainer: Trainer, *, is_moment: bool) -> None:
         if self._save_is_pending:
