@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
@@ -330,10 +331,8 @@ def failing(library: Any) -> dict[str, Any]:
         def start(fail_at: int) -> list[Any]:
             model = model_of(library, VALUES, fail_at)
             callback = callbacks.OnExceptionCheckpoint(str(folder))
-            try:
+            with contextlib.suppress(LookupError):
                 fit(library, model, [callback], str(folder), max_epochs=2)
-            except LookupError:
-                pass
             return [model.steps, left_behind(folder)]
 
         found["failed"] = start(4)
@@ -375,7 +374,9 @@ def writing(library: Any) -> dict[str, Any]:
             self, trainer: Any, pl_module: Any, prediction: Any, batch_indices: Any, batch: Any, batch_idx: int,
             dataloader_idx: int,
         ) -> None:  # fmt: skip
-            self.calls.append(["batch", as_lists(prediction), batch_indices, as_lists(batch), batch_idx, dataloader_idx])
+            self.calls.append(
+                ["batch", as_lists(prediction), batch_indices, as_lists(batch), batch_idx, dataloader_idx]
+            )
 
         def write_on_epoch_end(self, trainer: Any, pl_module: Any, predictions: Any, batch_indices: Any) -> None:
             self.calls.append(["epoch", as_lists(predictions), batch_indices])
@@ -411,9 +412,7 @@ def surface(library: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("ModelCheckpoint", "EarlyStopping", "OnExceptionCheckpoint", "BasePredictionWriter"):
         parameters = inspect.signature(getattr(callbacks, name)).parameters.values()
-        found[name] = [
-            [p.name, None if p.default is p.empty else repr(p.default), str(p.kind)] for p in parameters
-        ]
+        found[name] = [[p.name, None if p.default is p.empty else repr(p.default), str(p.kind)] for p in parameters]
     attributes = (
         "CHECKPOINT_JOIN_CHAR", "CHECKPOINT_EQUALS_CHAR", "CHECKPOINT_NAME_LAST", "FILE_EXTENSION", "STARTING_VERSION",
     )  # fmt: skip

@@ -253,9 +253,7 @@ class Told(Callback):
         (SystemExit, lambda: sys.exit(3)),
     ],
 )
-def test_any_end_but_a_good_one_reaches_the_callbacks(
-    kind: type[BaseException], act: Callable[[], object]
-) -> None:
+def test_any_end_but_a_good_one_reaches_the_callbacks(kind: type[BaseException], act: Callable[[], object]) -> None:
     class Failing(Model):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if batch_idx == 1:

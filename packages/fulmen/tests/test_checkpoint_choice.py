@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,6 +13,9 @@ from torch.utils.data import DataLoader
 import fulmen
 from fulmen.callbacks import Callback, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 from fulmen_protocols import MisconfigurationException
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Model(fulmen.LightningModule):
@@ -156,7 +158,9 @@ def test_more_epochs_than_max_epochs_is_an_error_with_both_numbers(tmp_path: Pat
     first.fit(Model(), loader())
     first.save_checkpoint(tmp_path / "a.ckpt")
 
-    with pytest.raises(MisconfigurationException, match=r"max_epochs=2, but .* already trained 3 epochs. Give a larger"):
+    with pytest.raises(
+        MisconfigurationException, match=r"max_epochs=2, but .* already trained 3 epochs. Give a larger"
+    ):
         trainer(tmp_path, max_epochs=2).fit(Model(), loader(), ckpt_path=tmp_path / "a.ckpt")
 
 
@@ -283,7 +287,7 @@ def test_a_registry_is_refused_with_what_to_do_instead(tmp_path: Path, name: str
 
 
 def test_an_empty_path_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="ckpt_path='' names no checkpoint. Give a path"):
+    with pytest.raises(ValueError, match=r"ckpt_path='' names no checkpoint. Give a path"):
         trainer(tmp_path).fit(Model(), loader(), ckpt_path="")
 
 

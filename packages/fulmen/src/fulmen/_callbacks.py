@@ -85,6 +85,7 @@ def complete(given: list[Any], settings: Settings) -> list[Any]:
 
 def _installed(name: str, others: list[Any]) -> list[Any]:
     """What the entry point ``name`` supplies; nothing, with a warning, where that cannot run beside ``others``."""
+    supplied: list[Any] = []
     try:
         factory: Any = load_factory(CALLBACKS, name)
         supplied = as_list(factory())
@@ -188,7 +189,7 @@ def attach_to(callbacks: list[Any], own: Sequence[object], module_name: str) -> 
         return
     kinds = tuple(type(callback) for callback in own)
 
-    def is_replaced(callback: Any) -> bool:
+    def is_replaced(callback: object) -> bool:
         kind = type(callback)
         return kind is not Callback and any(issubclass(new, kind) for new in kinds) and callback not in own
 

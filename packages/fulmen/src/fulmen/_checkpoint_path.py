@@ -1,4 +1,4 @@
-"""What ``ckpt_path`` means: a path or URL, ``"best"``, ``"last"``, ``"hpc"``, what the user has set before, or nothing."""
+"""What ``ckpt_path`` means: a path or URL, ``"best"``, ``"last"``, ``"hpc"``, what the user has set, or nothing."""
 
 from __future__ import annotations
 

@@ -150,12 +150,13 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
             hook(trainer, module, checkpoint)
     states: dict[object, Any] = checkpoint.get("callbacks") or {}
     # Before Lightning 1.5 the key was the class itself; it comes back only from a file that may run code.
-    known = {key for callback in trainer.callbacks for key in (_state_key(callback), type(callback))}
+    keys: list[tuple[Any, object, object]] = [(c, _state_key(c), cast("object", type(c))) for c in trainer.callbacks]
+    known = {key for _, *names in keys for key in names}
     unknown = [key for key in states if key not in known]
     if unknown and trainer._fitting:  # pyright: ignore[reportPrivateUsage]
         rank_zero_warn(f"the checkpoint holds the state of callbacks that this Trainer does not have: {unknown}.")
-    for callback in trainer.callbacks:
-        state = states.get(_state_key(callback), states.get(type(callback)))
+    for callback, key, legacy_key in keys:
+        state = states.get(key, states.get(legacy_key))
         if state is not None and hasattr(callback, "load_state_dict"):
             callback.load_state_dict(copy.deepcopy(state))
 

@@ -20,23 +20,27 @@ __all__ = ["PredictionRecord", "tracked"]
 
 
 def tracked(loaders: Sequence[Any]) -> tuple[list[Any], list[IndexBatchSamplerWrapper | None]]:
-    """Loaders like ``loaders`` and, for each, who knows its batches' indices; None, with a warning, where nobody can."""
+    """Loaders like ``loaders``, and for each who knows its batches' indices; None, with a warning, where none does."""
     made: list[Any] = []
     trackers: list[IndexBatchSamplerWrapper | None] = []
     for index, given in enumerate(loaders):
-        loader, tracker, why = given, None, "it is no DataLoader with a batch sampler and a map-style data set"
-        if isinstance(given, DataLoader):
-            try:
-                loader, tracker = track_batch_indices(given)
-            except TypeError as error:
-                why = str(error)
+        loader, tracker, why = _tracked(given)
         if tracker is None:
-            rank_zero_warn(
-                f"prediction writers get no indices of the samples of loader {index} ({type(given).__name__}): {why}."
-            )
+            kind = type(given).__name__
+            rank_zero_warn(f"prediction writers get no indices of the samples of loader {index} ({kind}): {why}.")
         made.append(loader)
         trackers.append(tracker)
     return made, trackers
+
+
+def _tracked(loader: Any) -> tuple[Any, IndexBatchSamplerWrapper | None, str]:
+    why = "it is no DataLoader with a batch sampler and a map-style data set"
+    if not issubclass(type(loader), DataLoader):
+        return loader, None, why
+    try:
+        return (*track_batch_indices(loader), why)
+    except TypeError as error:  # its class cannot be made again
+        return loader, None, str(error)
 
 
 class PredictionRecord:

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
 
 from fulmen_fabric import rank_zero_warn
+from fulmen_protocols import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,6 +32,13 @@ class MonitoredValue:
         self.validated_at: int | None = None
         """Step at which a validation last ended in this run."""
         self._absent_before_validation = True
+
+    def not_found(self, owner: str, metrics: Mapping[str, Tensor]) -> str:
+        """What to tell where nobody has logged the value."""
+        return (
+            f"{owner}(monitor={self.name!r}) found no such value.{did_you_mean(str(self.name), metrics)} "
+            f"Logged are {sorted(metrics)!r}. Log it with self.log({self.name!r}, ...)."
+        )
 
     def warn_if_misspelt(self, owner: str, metrics: Mapping[str, Tensor]) -> None:
         """Called after the sanity check, whose validation has logged all its names: long before the value is missed."""

@@ -20,8 +20,8 @@ class Callback:
     """Something that happens beside training: saving, stopping, drawing, measuring.
 
     Override the hooks you need; the Trainer calls only those. For every event callbacks run before the module's hook of
-    the same name, in the order of ``Trainer(callbacks=...)``, except that checkpoint callbacks come last, and those with
-    ``runs_first`` before all others.
+    the same name, in the order of ``Trainer(callbacks=...)``, except that those with ``runs_first`` come first and
+    checkpoint callbacks last.
     """
 
     runs_first: ClassVar[bool] = False

@@ -171,11 +171,14 @@ class EarlyStopping(Callback):
         # Subclasses call it with the Trainer alone, at moments of their own.
         metrics, moment = trainer.callback_metrics, self._moment
         stop, message = False, None
+        is_known = self.monitor in metrics
+        if trainer.world_size > 1:  # one rank may log it alone
+            is_known = trainer.strategy.reduce_boolean_decision(is_known, all=False)
         fresh = self._value.is_fresh(metrics, moment, trainer.global_step)
         if fresh:
             # One wait for the device per check.
             stop, message = self._evaluate_stopping_criteria(metrics[self.monitor].detach().cpu().squeeze())
-        elif self.monitor not in metrics:
+        elif not is_known:
             self._missing(trainer, metrics, moment)
         # Every rank asks, also one that has nothing to say, since the others wait for its answer.
         if moment == "validation":
@@ -190,10 +193,7 @@ class EarlyStopping(Callback):
     def _missing(self, trainer: Trainer, metrics: Mapping[str, Tensor], moment: Moment) -> None:
         if self._value.validated_at is None and trainer.enable_validation:
             return  # the validation that may log it is yet to come
-        found = (
-            f"EarlyStopping(monitor={self.monitor!r}) found no such value.{did_you_mean(self.monitor, metrics)} "
-            f"Logged are {sorted(metrics)!r}. Log it with self.log({self.monitor!r}, ...)."
-        )
+        found = self._value.not_found("EarlyStopping", metrics)
         if self.strict and moment == "epoch":  # nothing is left that could produce it
             raise MisconfigurationRuntimeError(found)
         if not self._warned_of_missing:

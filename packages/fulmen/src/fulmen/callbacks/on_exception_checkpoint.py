@@ -23,8 +23,8 @@ class OnExceptionCheckpoint(Checkpoint):
     """Save a checkpoint when an exception ends a fit, Ctrl-C and SIGTERM included; delete it when a fit ends well.
 
     While this callback is there, ``trainer.fit(ckpt_path=None)`` means ``ckpt_path="last"``: the newest of this
-    callback's file and the ``last`` files of ``ModelCheckpoint``; without any it begins anew. So a script that is simply
-    started again goes on where it failed.
+    callback's file and the ``last`` files of ``ModelCheckpoint``; without any it begins anew. So a script that is
+    simply started again goes on where it failed.
 
     On several ranks it saves if all fail at the same step (a signal, an error that all meet). If one fails alone, the
     exception's notes say that nothing was saved.
