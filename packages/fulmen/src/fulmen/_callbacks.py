@@ -180,7 +180,7 @@ def tell_exception(
             error.add_note(f"fulmen: {name}.on_exception failed as well: {type(second).__name__}: {second}")
 
 
-def attach_to(callbacks: list[Any], own: Sequence[object], module_name: str) -> None:
+def attach_to(callbacks: list[Any], own: Sequence[object]) -> None:
     """Let the module's ``configure_callbacks`` replace callbacks of the same or a parent class, in place.
 
     ``Callback`` itself is everybody's parent and is not replaced.
@@ -194,8 +194,11 @@ def attach_to(callbacks: list[Any], own: Sequence[object], module_name: str) -> 
         return kind is not Callback and any(issubclass(new, kind) for new in kinds) and callback not in own
 
     replaced = [type(callback).__name__ for callback in callbacks if is_replaced(callback)]
-    if replaced:
-        rank_zero_info(f"configure_callbacks of {module_name} replaces {', '.join(replaced)}.")
     kept = [callback for callback in callbacks if not is_replaced(callback)]
+    if replaced:
+        rank_zero_info(
+            f"configure_callbacks: {', '.join(kind.__name__ for kind in kinds)} of the module replace the Trainer's "
+            f"{', '.join(replaced)}."
+        )
     callbacks[:] = _ordered([*kept, *(c for c in own if c not in kept)])
     _require_own_keys(callbacks)

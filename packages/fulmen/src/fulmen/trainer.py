@@ -341,7 +341,7 @@ class Trainer(TrainerSurface):
             datamodule = previous.datamodule
         sources = {stage: LoaderSource(stage, given.get(stage), datamodule, module) for stage in _STAGES}
         module.trainer = self
-        _callbacks.attach_to(self.callbacks, _callbacks.as_list(module.configure_callbacks()), type(module).__name__)
+        _callbacks.attach_to(self.callbacks, _callbacks.as_list(module.configure_callbacks()))
         _verify.run(fn, module, sources, self.callbacks, self.settings)
         self._session = session = Session(fn, module, datamodule, self.assembly, self.world, sources)
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fulmen.callbacks.callback import Callback as Callback
     from fulmen.callbacks.checkpoint import Checkpoint as Checkpoint
+    from fulmen.callbacks.device_stats_monitor import DeviceStatsMonitor as DeviceStatsMonitor
     from fulmen.callbacks.early_stopping import EarlyStopping as EarlyStopping
     from fulmen.callbacks.early_stopping import EarlyStoppingReason as EarlyStoppingReason
     from fulmen.callbacks.lambda_function import LambdaCallback as LambdaCallback
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
     from fulmen.callbacks.progress import RichProgressBar as RichProgressBar
     from fulmen.callbacks.progress import TQDMProgressBar as TQDMProgressBar
     from fulmen.callbacks.rich_model_summary import RichModelSummary as RichModelSummary
+    from fulmen.callbacks.spike import SpikeDetection as SpikeDetection
+    from fulmen.callbacks.throughput_monitor import ThroughputMonitor as ThroughputMonitor
     from fulmen.callbacks.timer import Timer as Timer
 
 _HOME = {
     "BasePredictionWriter": "prediction_writer",
     "Callback": "callback",
     "Checkpoint": "checkpoint",
+    "DeviceStatsMonitor": "device_stats_monitor",
     "EarlyStopping": "early_stopping",
     "EarlyStoppingReason": "early_stopping",
     "LambdaCallback": "lambda_function",
@@ -38,7 +42,9 @@ _HOME = {
     "ProgressBar": "progress",
     "RichModelSummary": "rich_model_summary",
     "RichProgressBar": "progress",
+    "SpikeDetection": "spike",
     "TQDMProgressBar": "progress",
+    "ThroughputMonitor": "throughput_monitor",
     "Timer": "timer",
 }
 
@@ -46,6 +52,7 @@ __all__ = [
     "BasePredictionWriter",
     "Callback",
     "Checkpoint",
+    "DeviceStatsMonitor",
     "EarlyStopping",
     "EarlyStoppingReason",
     "LambdaCallback",
@@ -56,7 +63,9 @@ __all__ = [
     "ProgressBar",
     "RichModelSummary",
     "RichProgressBar",
+    "SpikeDetection",
     "TQDMProgressBar",
+    "ThroughputMonitor",
     "Timer",
 ]
 
