@@ -10,22 +10,28 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fulmen.callbacks.callback import Callback as Callback
     from fulmen.callbacks.checkpoint import Checkpoint as Checkpoint
+    from fulmen.callbacks.device_stats_monitor import DeviceStatsMonitor as DeviceStatsMonitor
     from fulmen.callbacks.early_stopping import EarlyStopping as EarlyStopping
     from fulmen.callbacks.finetuning import BackboneFinetuning as BackboneFinetuning
     from fulmen.callbacks.finetuning import BaseFinetuning as BaseFinetuning
     from fulmen.callbacks.gradient_accumulation_scheduler import (
         GradientAccumulationScheduler as GradientAccumulationScheduler,
     )
+    from fulmen.callbacks.early_stopping import EarlyStoppingReason as EarlyStoppingReason
     from fulmen.callbacks.lambda_function import LambdaCallback as LambdaCallback
     from fulmen.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
     from fulmen.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
     from fulmen.callbacks.model_summary import ModelSummary as ModelSummary
+    from fulmen.callbacks.on_exception_checkpoint import OnExceptionCheckpoint as OnExceptionCheckpoint
+    from fulmen.callbacks.prediction_writer import BasePredictionWriter as BasePredictionWriter
     from fulmen.callbacks.progress import ProgressBar as ProgressBar
     from fulmen.callbacks.progress import RichProgressBar as RichProgressBar
     from fulmen.callbacks.progress import TQDMProgressBar as TQDMProgressBar
     from fulmen.callbacks.pruning import ModelPruning as ModelPruning
     from fulmen.callbacks.rich_model_summary import RichModelSummary as RichModelSummary
     from fulmen.callbacks.stochastic_weight_avg import StochasticWeightAveraging as StochasticWeightAveraging
+    from fulmen.callbacks.spike import SpikeDetection as SpikeDetection
+    from fulmen.callbacks.throughput_monitor import ThroughputMonitor as ThroughputMonitor
     from fulmen.callbacks.timer import Timer as Timer
     from fulmen.callbacks.weight_averaging import EMAWeightAveraging as EMAWeightAveraging
     from fulmen.callbacks.weight_averaging import WeightAveraging as WeightAveraging
@@ -38,16 +44,25 @@ _HOME = {
     "EMAWeightAveraging": "weight_averaging",
     "EarlyStopping": "early_stopping",
     "GradientAccumulationScheduler": "gradient_accumulation_scheduler",
+    "BasePredictionWriter": "prediction_writer",
+    "Callback": "callback",
+    "Checkpoint": "checkpoint",
+    "DeviceStatsMonitor": "device_stats_monitor",
+    "EarlyStopping": "early_stopping",
+    "EarlyStoppingReason": "early_stopping",
     "LambdaCallback": "lambda_function",
     "LearningRateMonitor": "lr_monitor",
     "ModelCheckpoint": "model_checkpoint",
     "ModelPruning": "pruning",
     "ModelSummary": "model_summary",
+    "OnExceptionCheckpoint": "on_exception_checkpoint",
     "ProgressBar": "progress",
     "RichModelSummary": "rich_model_summary",
     "RichProgressBar": "progress",
     "StochasticWeightAveraging": "stochastic_weight_avg",
+    "SpikeDetection": "spike",
     "TQDMProgressBar": "progress",
+    "ThroughputMonitor": "throughput_monitor",
     "Timer": "timer",
     "WeightAveraging": "weight_averaging",
 }
@@ -60,16 +75,25 @@ __all__ = [
     "EMAWeightAveraging",
     "EarlyStopping",
     "GradientAccumulationScheduler",
+    "BasePredictionWriter",
+    "Callback",
+    "Checkpoint",
+    "DeviceStatsMonitor",
+    "EarlyStopping",
+    "EarlyStoppingReason",
     "LambdaCallback",
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ModelPruning",
     "ModelSummary",
+    "OnExceptionCheckpoint",
     "ProgressBar",
     "RichModelSummary",
     "RichProgressBar",
     "StochasticWeightAveraging",
+    "SpikeDetection",
     "TQDMProgressBar",
+    "ThroughputMonitor",
     "Timer",
     "WeightAveraging",
 ]
