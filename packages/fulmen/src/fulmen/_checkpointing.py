@@ -85,16 +85,24 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
     checkpoint.update(checkpoint_entries(module))
     if session.datamodule is not None:
         checkpoint.update(checkpoint_entries(session.datamodule, prefix="datamodule_"))
-        state = session.datamodule.state_dict()
+        state = session.measuring.hook(session.datamodule, "state_dict", session.datamodule.state_dict)()
         if state:
             checkpoint[type(session.datamodule).__qualname__] = state
     if not weights_only:
         for callback in trainer.callbacks:
-            hook = getattr(callback, "on_save_checkpoint", None)
-            if hook is not None:
-                hook(trainer, module, checkpoint)
-    module.on_save_checkpoint(checkpoint)
+            _call_callback(trainer, session, callback, "on_save_checkpoint", checkpoint)
+    _call_module(session, "on_save_checkpoint", checkpoint)
     return checkpoint
+
+
+def _call_callback(trainer: Trainer, session: Session, callback: Any, name: str, checkpoint: dict[str, Any]) -> None:
+    hook = getattr(callback, name, None)
+    if hook is not None:
+        session.measuring.hook(callback, name, hook)(trainer, session.module, checkpoint)
+
+
+def _call_module(session: Session, name: str, checkpoint: dict[str, Any]) -> None:
+    session.measuring.hook(session.module, name, getattr(session.module, name))(checkpoint)
 
 
 def _exact_state(trainer: Trainer, session: Session) -> dict[str, Any]:
@@ -170,7 +178,7 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
         RuntimeError: the weights do not fit the module and its loading is strict.
     """
     module = session.module
-    module.on_load_checkpoint(checkpoint)
+    _call_module(session, "on_load_checkpoint", checkpoint)
     strict = module.strict_loading
     outcome = module.load_state_dict(checkpoint["state_dict"], strict=strict)
     missing = cast("list[str]", outcome.missing_keys)
@@ -183,11 +191,9 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
     if session.datamodule is not None:
         state = checkpoint.get(type(session.datamodule).__qualname__)
         if state:
-            session.datamodule.load_state_dict(state)
+            session.measuring.hook(session.datamodule, "load_state_dict", session.datamodule.load_state_dict)(state)
     for callback in trainer.callbacks:
-        hook = getattr(callback, "on_load_checkpoint", None)
-        if hook is not None:
-            hook(trainer, module, checkpoint)
+        _call_callback(trainer, session, callback, "on_load_checkpoint", checkpoint)
     states: dict[str, Any] = checkpoint.get("callbacks") or {}
     known = {_state_key(callback) for callback in trainer.callbacks}
     unknown = [key for key in states if key not in known]

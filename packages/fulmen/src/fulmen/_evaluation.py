@@ -100,7 +100,9 @@ class Evaluation:
         """Validate between two training batches."""
         self._state.stage = RunningStage.VALIDATING
         if not self._progress.window_is_open:
-            self._session.module.on_validation_model_zero_grad()
+            module = self._session.module
+            name = "on_validation_model_zero_grad"
+            self._session.measuring.hook(module, name, module.on_validation_model_zero_grad)()
         store = self._metering.begin_eval("validate")
         parts, hooks, loaders, limits = self._arguments("val", store, in_fit=True)
         hooks = replace(hooks, on_epoch_end=(*hooks.on_epoch_end, self._mark_validated))
@@ -140,6 +142,7 @@ class Evaluation:
     def prepare_predict(self, *, keep: bool) -> PredictArguments:
         """What ``predict`` needs; ``keep``: the outputs are returned."""
         session, loaders = self._session, self.loaders("predict")
+        measuring = session.measuring
         modes = ModelModes(session.module)
         step = session.step_method("predict_step", several_loaders=loaders.several, bind=False)
         context = session.forward_context()
@@ -147,12 +150,14 @@ class Evaluation:
             step=step if context is None else _inside(context, step),
             transfer=session.transfer(),
             no_grad=session.no_grad(inference_mode=self._uses_inference_mode()),
-            model_eval=modes.eval,
+            model_eval=measuring.hook(session.module, "on_predict_model_eval", modes.eval),
             model_train=modes.restore,
             keep=(_as_it_is if session.world.device.type == "cpu" else _to_cpu) if keep else None,
         )
         hooks = self.binder.evaluation("predict", several_loaders=loaders.several)
-        return parts, hooks, loaders.loaders, loaders.limits
+        name = "[_PredictionLoop].predict_next"
+        measured = [measuring.loader(name, *each) for each in zip(loaders.loaders, loaders.limits, strict=True)]
+        return parts, hooks, measured, loaders.limits
 
     # ------------------------------------------------------------------ what they share
 
@@ -176,13 +181,16 @@ class Evaluation:
             step=step if context is None else _inside(context, step),
             transfer=_starting(store, session.transfer(), several=loaders.several),
             no_grad=session.no_grad(inference_mode=not in_fit and self._uses_inference_mode()),
-            model_eval=modes.eval,
+            model_eval=session.measuring.hook(session.module, f"on_{name}_model_eval", modes.eval),
             model_train=modes.restore,
             end_batch=metering.eval_end_batch(store, several=loaders.several),
             reduce=store.reduce_epoch,
             log=partial(metering.log_eval_epoch, store),
         )
-        return parts, hooks, loaders.loaders, [min(limit, each) for each in loaders.limits]
+        limits = [min(limit, each) for each in loaders.limits]
+        action = f"[_EvaluationLoop].{stage}_next"
+        measured = [session.measuring.loader(action, *each) for each in zip(loaders.loaders, limits, strict=True)]
+        return parts, hooks, measured, limits
 
     def _uses_inference_mode(self) -> bool:
         # gloo reduces tensors in place, which inference tensors refuse.

@@ -23,6 +23,7 @@ from fulmen_fabric import rank_zero_warn
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
+    from fulmen._measuring import Measuring
     from fulmen.datamodule import LightningDataModule
     from fulmen.module import LightningModule
     from fulmen.settings import BatchLimit
@@ -36,9 +37,15 @@ class LoaderSource:
     """One stage's loaders: given by the caller, or asked of the datamodule or module when they are first needed."""
 
     def __init__(
-        self, stage: str, given: object, datamodule: LightningDataModule | None, module: LightningModule
+        self,
+        stage: str,
+        given: object,
+        datamodule: LightningDataModule | None,
+        module: LightningModule,
+        measuring: Measuring,
     ) -> None:
         self.hook = f"{stage}_dataloader"
+        self._measuring = measuring
         self._given = given
         self._owner: Any = None
         if given is None:
@@ -59,7 +66,8 @@ class LoaderSource:
 
     def load(self) -> object:
         """The loaders as the user gave them; calls the hook."""
-        loaders = self._given if self._owner is None else getattr(self._owner, self.hook)()
+        owner, hook = self._owner, self.hook
+        loaders = self._given if owner is None else self._measuring.hook(owner, hook, getattr(owner, hook))()
         if loaders is None:
             raise MisconfigurationException(
                 f"{self.hook} returned None. Return a DataLoader, any iterable of batches, or a collection of them."

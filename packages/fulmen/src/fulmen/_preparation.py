@@ -25,7 +25,7 @@ def prepare_data(session: Session) -> None:
             continue
         per_node = getattr(owner, "prepare_data_per_node", True)
         if world.local_rank == 0 if per_node else world.is_global_zero:
-            session.scoped("prepare_data", owner.prepare_data)()
+            session.scoped("prepare_data", owner.prepare_data, owner)()
     collectives = world.collectives
     if supports(collectives, SupportsPatientBarrier):  # one rank may be downloading for hours
         collectives.patient_barrier("prepare_data")
@@ -37,7 +37,7 @@ def configure_model(session: Session) -> None:
     """Call ``configure_model``; what it makes has the precision's dtype, where the strategy wants it."""
     assembly = session.assembly
     with assembly.precision.init_context(), assembly.strategy.module_context(empty=False):
-        session.module.configure_model()
+        session.measuring.hook(session.module, "configure_model", session.module.configure_model)()
 
 
 def place(session: Session, *, sync_batchnorm: bool) -> None:

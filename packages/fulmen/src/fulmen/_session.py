@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fulmen._measuring import Measuring
 from fulmen.manual import ManualOptimization
 from fulmen.metrics import scope_for
 from fulmen.module import LightningModule
@@ -66,6 +67,8 @@ class Session:
     eval_loaders: dict[str, EvalLoaders] = field(default_factory=dict[str, "EvalLoaders"])
     manual: ManualOptimization | None = None
     gradients: Gradients | None = None
+    measuring: Measuring = field(default_factory=Measuring)
+    """Measures what is composed here, if the user gave a profiler."""
     resumed: dict[str, Any] | None = None
     """What the checkpoint holds for an exact resume, until the loop has begun."""
 
@@ -76,8 +79,14 @@ class Session:
         self.optimizers, self.schedulers = previous.optimizers, previous.schedulers
         self.train_loader, self.eval_loaders = previous.train_loader, {}
 
-    def scoped(self, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """``hook``, inside which ``self.log`` knows that it is in ``name``."""
+    def scoped(self, name: str, hook: Callable[..., Any], owner: object = None) -> Callable[..., Any]:
+        """``hook``, inside which ``self.log`` knows that it is in ``name``.
+
+        ``owner`` is whose hook it is, for a profiler; None: the module's.
+        """
+        return self._within(name, self.measuring.hook(self.module if owner is None else owner, name, hook))
+
+    def _within(self, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
         scope = scope_for(name)
 
         def call(*args: object, **kwargs: object) -> Any:
@@ -121,9 +130,7 @@ class Session:
             method = self.bound(name) if bind else getattr(self.module, name)
         takes = _positional(getattr(self.module, name))
         given = 3 if several_loaders else 2
-        if takes >= given:
-            return method
-        return lambda *args: method(*args[:takes])
+        return self.measuring.strategy(name, method if takes >= given else lambda *args: method(*args[:takes]))
 
     def transfer(self) -> Callable[[object, int], object]:
         """Put a batch on the device: precision's casts, then the transfer hooks of datamodule or module."""
@@ -136,7 +143,7 @@ class Session:
         moves = device.type != "cpu"
         processed = supports(self.assembly.strategy, SupportsLoaderProcessing)
         if convert is None and before is None and custom is None and after is None and (not moves or processed):
-            return unchanged
+            return self.measuring.strategy("batch_to_device", unchanged)
 
         def transfer(batch: object, dataloader_idx: int) -> object:
             if convert is not None:
@@ -151,7 +158,7 @@ class Session:
                 batch = after(batch, dataloader_idx)
             return batch
 
-        return transfer
+        return self.measuring.strategy("batch_to_device", transfer)
 
     def _transfer_hook(self, name: str) -> Callable[..., Any] | None:
         # A datamodule's own version wins over the module's.
@@ -161,7 +168,7 @@ class Session:
                 continue
             base = next(c for c in reversed(type(owner).__mro__) if name in vars(c))
             if getattr(method, "__func__", method) is not vars(base)[name]:
-                return self.scoped(name, method)
+                return self.scoped(name, method, owner)
         return None
 
     def process_loader(self) -> Callable[[Iterable[object]], Iterable[object]] | None:
@@ -192,8 +199,9 @@ class Session:
             "on_before_backward": binder.both("on_before_backward"),
             "on_after_backward": binder.both("on_after_backward"),
             "on_before_optimizer_step": binder.both("on_before_optimizer_step"),
-            "backward": None if overridden_backward is None else self.scoped("backward", overridden_backward),
+            "backward": None if overridden_backward is None else self._within("backward", overridden_backward),
         }
+        measuring = self.measuring
         if not module.automatic_optimization:
             self.manual = manual = ManualOptimization(
                 training_step,
@@ -209,13 +217,14 @@ class Session:
             self.wrapped = manual.optimizers = [
                 LightningOptimizer(
                     optimizer,
-                    partial(manual.step, optimizer),
+                    measuring.action("optimizer_step", partial(manual.step, optimizer)),
                     toggle=module.toggled_optimizer,
                     no_sync=hold_sync,
                 )
                 for optimizer in self.optimizers
             ]
-            return {"step": manual.batch_step, "accumulate": manual.batch_step, "updates": manual.updates}
+            run = measuring.action("run_training_batch", manual.batch_step)
+            return {"step": run, "accumulate": run, "updates": manual.updates}
 
         self.manual = None
         optimizer = self.optimizers[0]
@@ -241,6 +250,13 @@ class Session:
                 return scoped_step(progress.epoch, progress.batch, wrapped, closure)
 
             hooks["optimizer_step"] = user_step
+        if measuring.is_on:
+            hooks["backward"] = measuring.strategy("backward", hooks["backward"] or gradients.backward)
+            if zero_grad is None:
+                hooks["zero_grad"] = measuring.hook(module, "optimizer_zero_grad", optimizer.zero_grad)
+            if clips is None and "clip" in hooks:
+                hooks["clip"] = measuring.hook(module, "configure_gradient_clipping", hooks["clip"])
+            hooks["around_step"] = partial(measuring.hook, module, "optimizer_step")
         step, accumulate_only = automatic_step(
             training_step=training_step,
             optimizer=optimizer,
@@ -251,7 +267,8 @@ class Session:
             keep_outputs=keep_outputs,
             world_size=self.world.world_size,
         )
-        return {"step": step, "accumulate": accumulate_only}
+        run_step, run_accumulate = (measuring.action("run_training_batch", each) for each in (step, accumulate_only))
+        return {"step": run_step, "accumulate": run_accumulate}
 
     def close_loaders(self) -> None:
         """Let the training loader's workers go."""

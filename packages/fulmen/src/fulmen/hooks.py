@@ -64,8 +64,8 @@ class HookBinder:
     trainer: Trainer
     module: LightningModule
     callbacks: Sequence[object]
-    scoped: Callable[[str, Callable[..., Any]], Callable[..., Any]]
-    """Wraps a hook so that ``self.log`` inside it knows where it is called."""
+    scoped: Callable[..., Callable[..., Any]]
+    """``(name, hook, owner)``: wraps a hook so that ``self.log`` inside it knows where it is called."""
 
     def of_callbacks(self, name: str, callbacks: Iterable[object] | None = None) -> Hook:
         """The callbacks' own versions of ``name``, called without ``trainer`` and ``pl_module``."""
@@ -76,7 +76,7 @@ class HookBinder:
                 continue
             if getattr(callback, "_" + name + "_is_idle", False):
                 continue  # the callback knows that it has nothing to do there in this run
-            found.append(self.scoped(name, partial(method, self.trainer, self.module)))
+            found.append(self.scoped(name, partial(method, self.trainer, self.module), callback))
         return tuple(found)
 
     def of_module(self, name: str) -> Hook:
@@ -126,14 +126,14 @@ class HookBinder:
         model_train = self.overridden(f"on_{stage}_model_train")
         model_eval = self.overridden(f"on_{stage}_model_eval")
         return EvalHooks(
-            on_model_eval=() if model_eval is None else (model_eval,),
+            on_model_eval=() if model_eval is None else (self.scoped(f"on_{stage}_model_eval", model_eval),),
             on_start=self.both(f"on_{stage}_start"),
             on_epoch_start=self.both(f"on_{stage}_epoch_start"),
             on_batch_start=batch_start,
             on_batch_end=batch_end,
             on_epoch_end=self.both(f"on_{stage}_epoch_end"),
             on_end=self.both(f"on_{stage}_end"),
-            on_model_train=() if model_train is None else (model_train,),
+            on_model_train=() if model_train is None else (self.scoped(f"on_{stage}_model_train", model_train),),
         )
 
     def _batch_hooks(self, name: str, several_loaders: bool) -> Hook:
