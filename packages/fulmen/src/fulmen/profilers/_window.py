@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch.autograd.profiler import record_function
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import torch
     from torch import nn
-    from torch.utils.hooks import RemovableHandle
 
 __all__ = ["ModuleNames", "Window"]
 
@@ -22,11 +21,12 @@ class ModuleNames:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._handles: list[RemovableHandle] = []
-        self._running: list[record_function] = []
+        self._handles: list[Any] = []
+        self._running: list[Any] = []
 
     def __enter__(self) -> ModuleNames:
-        for name, module in self._module.named_modules():
+        modules = cast("Iterator[tuple[str, nn.Module]]", self._module.named_modules())
+        for name, module in modules:
             if not name:
                 continue
             label = f"[pl][module]{type(module).__module__}.{type(module).__name__}: {name}"
@@ -43,7 +43,7 @@ class ModuleNames:
             self._running.pop().__exit__(None, None, None)
 
     def _begin(self, label: str, _module: nn.Module, _args: object) -> None:
-        record = record_function(label)
+        record: Any = record_function(label)
         record.__enter__()
         self._running.append(record)
 

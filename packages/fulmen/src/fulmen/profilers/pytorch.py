@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 from collections import defaultdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -136,12 +137,12 @@ class PyTorchProfiler(Profiler):
         self._expected_calls: Callable[[str], float] | None = None
         self._window: Window | None = None
         self._nvtx: list[Any] = []
-        self._labels: dict[str, record_function] = {}
+        self._labels: dict[str, Any] = {}
         self._forget()
 
     def _forget(self) -> None:
         self._calls: dict[str, int] = defaultdict(int)
-        self._recorded: dict[str, EventList] = {}
+        self._recorded: dict[str, Any] = {}
         self._finished: set[str] = set()
         self._default_schedules: dict[str, Callable[[int], ProfilerAction]] = {}
 
@@ -168,7 +169,7 @@ class PyTorchProfiler(Profiler):
             if self._window is None or not self._window.is_recording:
                 return
         if action_name not in self._labels:
-            label = record_function(f"[pl][profile]{action_name}")
+            label: Any = record_function(f"[pl][profile]{action_name}")
             label.__enter__()
             self._labels[action_name] = label
 
@@ -181,7 +182,7 @@ class PyTorchProfiler(Profiler):
     def summary(self) -> str:
         """A table of operators for each step function that was recorded; ends a recording that runs."""
         self._end_window()
-        tables = {
+        tables: dict[str, str] = {
             action: averages.table(sort_by=self._sort_by_key, row_limit=self._row_limit, **self._table_kwargs)
             for action, averages in self._recorded.items()
         }
@@ -218,24 +219,21 @@ class PyTorchProfiler(Profiler):
         self._window.is_last = wanted is ProfilerAction.RECORD_AND_SAVE
 
     def _default_schedule(self, step: str) -> Callable[[int], ProfilerAction]:
-        schedule = self._default_schedules.get(step)
-        if schedule is not None:
-            return schedule
+        known = self._default_schedules.get(step)
+        if known is not None:
+            return known
         expected = math.inf if self._expected_calls is None else self._expected_calls(step)
         if expected >= _WAIT + _WARMUP + _ACTIVE:
-            schedule = torch.profiler.schedule(wait=_WAIT, warmup=_WARMUP, active=_ACTIVE, repeat=1)
+            chosen = torch.profiler.schedule(wait=_WAIT, warmup=_WARMUP, active=_ACTIVE, repeat=1)
         else:
-            last = max(0, int(expected) - 1)
+            count = max(1, int(expected))
             rank_zero_info(
-                f"PyTorchProfiler records {step} from its first call on: only {last + 1} in a row are expected, and "
+                f"PyTorchProfiler records {step} from its first call on: only {count} in a row are expected, and "
                 f"the default schedule needs {_WAIT + _WARMUP + _ACTIVE}."
             )
-
-            def schedule(index: int) -> ProfilerAction:
-                return ProfilerAction.RECORD if index < last else ProfilerAction.RECORD_AND_SAVE
-
-        self._default_schedules[step] = schedule
-        return schedule
+            chosen = partial(_record_first, count)
+        self._default_schedules[step] = chosen
+        return chosen
 
     def _end_window(self) -> None:
         window, self._window = self._window, None
@@ -247,10 +245,9 @@ class PyTorchProfiler(Profiler):
             return
         self._finished.add(window.step)
         profile = window.profile
-        self.function_events = cast("EventList", profile.events())
-        self._recorded[window.action] = cast(
-            "EventList", profile.key_averages(group_by_input_shape=self._group_by_input_shapes)
-        )
+        untyped = cast("Any", profile)
+        self.function_events = untyped.events()
+        self._recorded[window.action] = untyped.key_averages(group_by_input_shape=self._group_by_input_shapes)
         if self._on_trace_ready is not None:
             self._on_trace_ready(profile)
         else:
@@ -276,9 +273,14 @@ class PyTorchProfiler(Profiler):
 
     def _begin_nvtx(self) -> None:
         shapes = bool(self._options.get("record_shapes", False))
-        for context in (torch.cuda.profiler.profile(), torch.autograd.profiler.emit_nvtx(record_shapes=shapes)):
+        marks: Any = torch.autograd.profiler.emit_nvtx
+        for context in (torch.cuda.profiler.profile(), marks(record_shapes=shapes)):
             context.__enter__()
             self._nvtx.append(context)
+
+
+def _record_first(count: int, index: int) -> ProfilerAction:
+    return ProfilerAction.RECORD if index < count - 1 else ProfilerAction.RECORD_AND_SAVE
 
 
 def _write(export: Callable[[str], object], path: str) -> None:
@@ -294,7 +296,7 @@ def _write(export: Callable[[str], object], path: str) -> None:
 
 
 def _default_activities() -> list[ProfilerActivity]:
-    supported = torch.profiler.supported_activities()
+    supported = cast("Any", torch.profiler).supported_activities()
     return [a for a in (ProfilerActivity.CPU, ProfilerActivity.CUDA) if a in supported]
 
 
@@ -320,12 +322,12 @@ def _checked_schedule(schedule: object) -> Callable[[int], ProfilerAction]:
         raise MisconfigurationTypeError(
             f"PyTorchProfiler's schedule returned {action!r} for step 0. Return a torch.profiler.ProfilerAction."
         )
-    return schedule
+    return cast("Callable[[int], ProfilerAction]", schedule)
 
 
 def _checked_table_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     own = {"sort_by": "sort_by_key", "row_limit": "row_limit"}
-    known = [name for name in inspect.signature(EventList.table).parameters if name not in ("self", *own)]
+    known = [name for name in inspect.signature(cast("Any", EventList).table).parameters if name not in ("self", *own)]
     for name in arguments:
         if name in own:
             raise MisconfigurationException(

@@ -75,7 +75,7 @@ class SimpleProfiler(Profiler):
         rows = [(name, math.fsum(times), len(times)) for name, times in self.recorded_durations.items()]
         if self.extended:
             rows.sort(key=lambda row: row[1], reverse=True)
-            header = ("Action", "Mean duration (s)", "Num calls", "Total time (s)", "Percentage %")
+            header: tuple[str, ...] = ("Action", "Mean duration (s)", "Num calls", "Total time (s)", "Percentage %")
             cells = [("Total", "-", str(sum(row[2] for row in rows)), f"{elapsed_s:.5}", "100 %")]
             cells += [
                 (name, f"{total / calls:.5}", str(calls), f"{total:.5}", f"{100 * total / elapsed_s:.5}")
