@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from fulmen_data import (
     CombinedLoader,
     LoaderPosition,
+    add_worker_seeding,
     distribute_loader,
     has_iterable_dataset,
     rebuild_loader,
@@ -161,8 +162,11 @@ def _length(loader: object) -> float:
 class Splitter:
     """How loaders are split over ranks: what ``distribute_loader`` needs to know of a run."""
 
-    def __init__(self, *, rank: int, world_size: int, seed: int, enabled: bool, overfit: bool) -> None:
+    def __init__(
+        self, *, rank: int, world_size: int, seed: int, enabled: bool, overfit: bool, seeds_workers: bool
+    ) -> None:
         self._rank, self._world_size, self._seed = rank, world_size, seed
+        self._seeds_workers = seeds_workers
         self._enabled = enabled and world_size > 1
         self._overfit = overfit
 
@@ -185,18 +189,21 @@ class Splitter:
         return rebuild_loader(split, batch_sampler=BatchSampler(inner.sampler, inner.batch_size, drop_last=False))
 
     def _split(self, loader: object, *, training: bool) -> object:
-        if not self._enabled or not _is_data_loader(loader):
+        if not _is_data_loader(loader):
             return loader
-        # Training shuffles, as Lightning does, whatever the loader's own order; evaluation keeps the loader's.
-        shuffle = not self._overfit if training else None
-        return distribute_loader(
-            loader,
-            rank=self._rank,
-            world_size=self._world_size,
-            shuffle=shuffle,
-            training=training,
-            seed=self._seed,
-        )
+        if self._enabled:
+            # Training shuffles, as Lightning does, whatever the loader's own order; evaluation keeps the loader's.
+            loader = distribute_loader(
+                loader,
+                rank=self._rank,
+                world_size=self._world_size,
+                shuffle=not self._overfit if training else None,
+                training=training,
+                seed=self._seed,
+            )
+        if self._seeds_workers:
+            add_worker_seeding(loader, self._rank)
+        return loader
 
 
 class TrainLoader:
