@@ -681,3 +681,33 @@ def test_a_trace_without_a_folder_is_a_warning() -> None:
         torch.ones(1)
     with pytest.warns(UserWarning, match="no folder to write its trace to. Give dirpath="):
         profiler.summary()
+
+
+@pytest.mark.cuda
+@pytest.mark.proves("13.5")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_time_on_the_device_is_recorded_and_sorts_the_table_where_there_is_one(tmp_path: Path) -> None:
+    profiler = PyTorchProfiler(dirpath=tmp_path, row_limit=-1)
+    model, batch = nn.Linear(512, 512).cuda(), torch.randn(64, 512, device="cuda")
+    for _ in range(6):
+        with profiler.profile("training_step"):
+            model(batch).sum().backward()
+    report = profiler.summary()
+
+    assert profiler._sort_by_key == "cuda_time_total"
+    assert "CUDA total" in report
+    (trace,) = traces(tmp_path).values()
+    assert any(event.get("cat") == "kernel" for event in trace)
+
+
+@pytest.mark.cuda
+@pytest.mark.proves("13.5")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_nvtx_marks_are_set_while_the_profiler_is_in_use_and_nothing_is_recorded() -> None:
+    profiler = PyTorchProfiler(emit_nvtx=True)
+    with profiler.profile("training_step"):
+        assert torch.autograd._profiler_enabled()
+        torch.ones(2, device="cuda").sum()
+    assert profiler.summary() == ""
+    profiler.teardown("fit")
+    assert not torch.autograd._profiler_enabled()
