@@ -224,7 +224,7 @@ class PyTorchProfiler(Profiler):
             return known
         expected = math.inf if self._expected_calls is None else self._expected_calls(step)
         if expected >= _WAIT + _WARMUP + _ACTIVE:
-            chosen = torch.profiler.schedule(wait=_WAIT, warmup=_WARMUP, active=_ACTIVE, repeat=1)
+            chosen = _schedule(wait=_WAIT, warmup=_WARMUP, active=_ACTIVE, repeat=1)
         else:
             count = max(1, int(expected))
             rank_zero_info(
@@ -277,6 +277,10 @@ class PyTorchProfiler(Profiler):
         for context in (torch.cuda.profiler.profile(), marks(record_shapes=shapes)):
             context.__enter__()
             self._nvtx.append(context)
+
+
+# Untyped in torch's stubs.
+_schedule = cast("Callable[..., Callable[[int], ProfilerAction]]", torch.profiler.schedule)
 
 
 def _record_first(count: int, index: int) -> ProfilerAction:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = ["grad_norm"]
+
+# Untyped in torch's stubs.
+_vector_norm = cast("Callable[[Tensor, float], Tensor]", torch.linalg.vector_norm)
 
 
 def grad_norm(module: nn.Module, norm_type: float | str, group_separator: str = "/") -> dict[str, Tensor]:
@@ -48,14 +51,14 @@ def grad_norm(module: nn.Module, norm_type: float | str, group_separator: str = 
     if norms:
         first = next(iter(norms.values()))
         together = torch.stack([norm.to(first.device, first.dtype, non_blocking=True) for norm in norms.values()])
-        norms[f"grad_{p}_norm_total"] = torch.linalg.vector_norm(together, p)
+        norms[f"grad_{p}_norm_total"] = _vector_norm(together, p)
     return norms
 
 
 def _norm(gradient: Tensor, p: float) -> Tensor:
     values = gradient.detach()
     if values.is_sparse:
-        values = values.coalesce().values()
-    norm = torch.linalg.vector_norm(values, p)
+        values = cast("Tensor", cast("Any", values.coalesce()).values())
+    norm = _vector_norm(values, p)
     whole = cast("Callable[[], Tensor] | None", getattr(norm, "full_tensor", None))  # a DTensor is this rank's part
     return norm if whole is None else whole()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch import nn
 
@@ -15,9 +15,8 @@ __all__ = ["find_shared_parameters", "set_shared_parameters"]
 
 def find_shared_parameters(module: nn.Module) -> list[list[str]]:
     """The names of each parameter that has more than one."""
-    named = cast("Iterator[tuple[str, nn.Parameter]]", module.named_parameters(remove_duplicate=False))
     names: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in named:
+    for name, parameter in module.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
     return [shared for shared in names.values() if len(shared) > 1]
 
