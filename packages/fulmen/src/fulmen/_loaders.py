@@ -24,7 +24,6 @@ from fulmen_fabric import rank_zero_warn
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
-    from fulmen._measuring import Measuring
     from fulmen.datamodule import LightningDataModule
     from fulmen.module import LightningModule
     from fulmen.settings import BatchLimit
@@ -38,15 +37,11 @@ class LoaderSource:
     """One stage's loaders: given by the caller, or asked of the datamodule or module when they are first needed."""
 
     def __init__(
-        self,
-        stage: str,
-        given: object,
-        datamodule: LightningDataModule | None,
-        module: LightningModule,
-        measuring: Measuring,
+        self, stage: str, given: object, datamodule: LightningDataModule | None, module: LightningModule
     ) -> None:
         self.hook = f"{stage}_dataloader"
-        self._measuring = measuring
+        self.scoped: Callable[..., Callable[[], object]] = lambda _, hook, owner: hook
+        """``(name, hook, owner)``: wraps the hook so that ``self.log`` inside it knows where it is called."""
         self._given = given
         self._owner: Any = None
         if given is None:
@@ -68,7 +63,7 @@ class LoaderSource:
     def load(self) -> object:
         """The loaders as the user gave them; calls the hook."""
         owner, hook = self._owner, self.hook
-        loaders = self._given if owner is None else self._measuring.hook(owner, hook, getattr(owner, hook))()
+        loaders = self._given if owner is None else self.scoped(hook, getattr(owner, hook), owner)()
         if loaders is None:
             raise MisconfigurationException(
                 f"{self.hook} returned None. Return a DataLoader, any iterable of batches, or a collection of them."

@@ -14,7 +14,7 @@ from fulmen.manual import ManualOptimization
 from fulmen.metrics import scope_for
 from fulmen.module import LightningModule
 from fulmen.optimizer import LightningOptimizer
-from fulmen_fabric import move_data_to_device
+from fulmen_fabric import move_data_to_device, rank_zero_warn
 from fulmen_fabric.abilities import supports
 from fulmen_fabric.steps import Gradients, StepHooks, automatic_step
 from fulmen_protocols import (
@@ -72,6 +72,10 @@ class Session:
     resumed: dict[str, Any] | None = None
     """What the checkpoint holds for an exact resume, until the loop has begun."""
 
+    def __post_init__(self) -> None:
+        for source in self.sources.values():
+            source.scoped = self.scoped
+
     def keep_training_of(self, previous: Session | None) -> None:
         """Hold on to what a fit of the same module left: it belongs in checkpoints that are saved after ``test``."""
         if previous is None or previous.module is not self.module:
@@ -84,9 +88,10 @@ class Session:
 
         ``owner`` is whose hook it is, for a profiler; None: the module's.
         """
-        return self._within(name, self.measuring.hook(self.module if owner is None else owner, name, hook))
+        return self.within(name, self.measuring.hook(self.module if owner is None else owner, name, hook))
 
-    def _within(self, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+    def within(self, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """The same for what is measured elsewhere, or not at all."""
         scope = scope_for(name)
 
         def call(*args: object, **kwargs: object) -> Any:
@@ -162,14 +167,20 @@ class Session:
 
     def _transfer_hook(self, name: str) -> Callable[..., Any] | None:
         # A datamodule's own version wins over the module's.
+        found: list[tuple[object, Callable[..., Any]]] = []
         for owner in (self.datamodule, self.module):
             method = getattr(owner, name, None)
             if method is None:
                 continue
             base = next(c for c in reversed(type(owner).__mro__) if name in vars(c))
             if getattr(method, "__func__", method) is not vars(base)[name]:
-                return self.scoped(name, method, owner)
-        return None
+                found.append((owner, method))
+        if len(found) > 1:
+            rank_zero_warn(
+                f"both {type(self.datamodule).__name__} and {type(self.module).__name__} define {name}: the "
+                "datamodule's is called, the module's is not. Define it in one of them."
+            )
+        return self.scoped(name, found[0][1], found[0][0]) if found else None
 
     def process_loader(self) -> Callable[[Iterable[object]], Iterable[object]] | None:
         """How the strategy feeds its device, if it wants to."""
@@ -199,7 +210,7 @@ class Session:
             "on_before_backward": binder.both("on_before_backward"),
             "on_after_backward": binder.both("on_after_backward"),
             "on_before_optimizer_step": binder.both("on_before_optimizer_step"),
-            "backward": None if overridden_backward is None else self._within("backward", overridden_backward),
+            "backward": None if overridden_backward is None else self.within("backward", overridden_backward),
         }
         measuring = self.measuring
         if not module.automatic_optimization:

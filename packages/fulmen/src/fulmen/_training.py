@@ -69,7 +69,7 @@ class Training:
         session, settings, progress, metering = self._session, self._settings(), self._progress, self._metering
         self._evaluation.binder = binder
         hooks = binder.fit(before_watching=(metering.reduce_train,))
-        own_schedule = binder.overridden("lr_scheduler_step")
+        own_schedule = next(iter(binder.of_module("lr_scheduler_step")), None)
         schedule = schedule_on_metric = None
         measured = partial(session.measuring.hook, session.module, "lr_scheduler_step")
         if session.module.automatic_optimization:

@@ -344,7 +344,7 @@ class Trainer(TrainerSurface):
         if datamodule is None and not any(value is not None for value in given.values()) and previous is not None:
             datamodule = previous.datamodule
         measuring = _measuring.Measuring(self.profiler, self.strategy.backend)
-        sources = {stage: LoaderSource(stage, given.get(stage), datamodule, module, measuring) for stage in _STAGES}
+        sources = {stage: LoaderSource(stage, given.get(stage), datamodule, module) for stage in _STAGES}
         module.trainer = self
         own_callbacks = measuring.hook(module, "configure_callbacks", module.configure_callbacks)()
         _callbacks.attach_to(self.callbacks, _callbacks.as_list(own_callbacks))
