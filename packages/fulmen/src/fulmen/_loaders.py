@@ -40,7 +40,7 @@ class LoaderSource:
         self, stage: str, given: object, datamodule: LightningDataModule | None, module: LightningModule
     ) -> None:
         self.hook = f"{stage}_dataloader"
-        self.scoped: Callable[..., Callable[[], object]] = lambda _, hook, owner: hook
+        self.scoped: Callable[..., Callable[[], object]] = _as_it_is
         """``(name, hook, owner)``: wraps the hook so that ``self.log`` inside it knows where it is called."""
         self._given = given
         self._owner: Any = None
@@ -70,6 +70,10 @@ class LoaderSource:
             )
         _require_iterable(self.hook, loaders)
         return loaders
+
+
+def _as_it_is(_name: str, hook: Callable[[], object], _owner: object) -> Callable[[], object]:
+    return hook
 
 
 def _overrides(owner: object, name: str) -> bool:

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from fulmen.optimizer import LRSchedulerConfig
     from fulmen.progress import Progress
 
-__all__ = ["plain_schedule", "watching_schedule"]
+__all__ = ["as_it_is", "plain_schedule", "watching_schedule"]
 
 
-def _as_it_is(step: Callable[..., None]) -> Callable[..., None]:
+def as_it_is(step: Callable[..., None]) -> Callable[..., None]:
+    """What ``measured`` is where nothing is."""
     return step
 
 
@@ -24,7 +25,7 @@ def plain_schedule(
     configs: Sequence[LRSchedulerConfig],
     progress: Progress,
     overridden: Callable[..., Any] | None,
-    measured: Callable[[Callable[..., None]], Callable[..., None]] = _as_it_is,
+    measured: Callable[[Callable[..., None]], Callable[..., None]] = as_it_is,
 ) -> Callable[[int, bool], None] | None:
     """Step the schedulers that need no metric; None when there are none.
 
@@ -54,7 +55,7 @@ def watching_schedule(
     progress: Progress,
     overridden: Callable[..., Any] | None,
     metrics: Callable[[], Mapping[str, Any]],
-    measured: Callable[[Callable[..., None]], Callable[..., None]] = _as_it_is,
+    measured: Callable[[Callable[..., None]], Callable[..., None]] = as_it_is,
 ) -> Callable[[int | None, bool], None] | None:
     """Step the schedulers that watch a metric; None when there are none.
 

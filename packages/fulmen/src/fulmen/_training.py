@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fulmen import _checkpointing, _verify
 from fulmen._planning import make_plan
 from fulmen._run_loaders import train_loader
-from fulmen._schedules import plain_schedule, watching_schedule
+from fulmen._schedules import as_it_is, plain_schedule, watching_schedule
 from fulmen._session import unchanged
 from fulmen.fit import FitParts
 from fulmen.plan import Plan
@@ -71,7 +71,9 @@ class Training:
         hooks = binder.fit(before_watching=(metering.reduce_train,))
         own_schedule = next(iter(binder.of_module("lr_scheduler_step")), None)
         schedule = schedule_on_metric = None
-        measured = partial(session.measuring.hook, session.module, "lr_scheduler_step")
+        measured = as_it_is  # of_module measures the user's own
+        if own_schedule is None:
+            measured = partial(session.measuring.hook, session.module, "lr_scheduler_step")
         if session.module.automatic_optimization:
             schedule = plain_schedule(session.schedulers, progress, own_schedule, measured)
             schedule_on_metric = watching_schedule(
