@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from fulmen.utilities.parsing import is_picklable as is_picklable
     from fulmen_data import CombinedLoader as CombinedLoader
     from fulmen_data import suggested_max_num_workers as suggested_max_num_workers
+    from fulmen_fabric import Throughput as Throughput
+    from fulmen_fabric import ThroughputMonitor as ThroughputMonitor
     from fulmen_fabric import disable_possible_user_warnings as disable_possible_user_warnings
+    from fulmen_fabric import measure_flops as measure_flops
     from fulmen_fabric import move_data_to_device as move_data_to_device
     from fulmen_fabric import rank_zero_deprecation as rank_zero_deprecation
     from fulmen_fabric import rank_zero_info as rank_zero_info
@@ -31,11 +34,14 @@ _HOME = {
     "CombinedLoader": "fulmen_data",
     "GradClipAlgorithmType": "fulmen.utilities.enums",
     "LightningEnum": "fulmen.utilities.enums",
+    "Throughput": "fulmen_fabric",
+    "ThroughputMonitor": "fulmen_fabric",
     "disable_possible_user_warnings": "fulmen_fabric",
     "find_shared_parameters": "fulmen.utilities.parameter_tying",
     "grad_norm": "fulmen.utilities.grads",
     "is_picklable": "fulmen.utilities.parsing",
     "is_shared_filesystem": "fulmen.utilities.distributed",
+    "measure_flops": "fulmen_fabric",
     "move_data_to_device": "fulmen_fabric",
     "rank_zero_deprecation": "fulmen_fabric",
     "rank_zero_info": "fulmen_fabric",
@@ -50,11 +56,14 @@ __all__ = [
     "CombinedLoader",
     "GradClipAlgorithmType",
     "LightningEnum",
+    "Throughput",
+    "ThroughputMonitor",
     "disable_possible_user_warnings",
     "find_shared_parameters",
     "grad_norm",
     "is_picklable",
     "is_shared_filesystem",
+    "measure_flops",
     "move_data_to_device",
     "rank_zero_deprecation",
     "rank_zero_info",

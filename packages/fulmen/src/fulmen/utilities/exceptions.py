@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+from fulmen import exceptions
 from fulmen.exceptions import MisconfigurationException, SIGTERMException
+from fulmen_fabric import TrainingSpikeException
 
-__all__ = ["MisconfigurationException", "SIGTERMException"]
-
-# Named by few, so imported only by those.
-_HOME = {"TrainingSpikeException": "fulmen_fabric.spike", "_TunerExitException": "fulmen.exceptions"}
+__all__ = ["MisconfigurationException", "SIGTERMException", "TrainingSpikeException"]
 
 
 def __getattr__(name: str) -> object:
-    from importlib import import_module
-
-    if name in _HOME:
-        value: object = getattr(import_module(_HOME[name]), name)
-        globals()[name] = value
-        return value
+    if name == "_TunerExitException":  # Lightning's name
+        return getattr(exceptions, name)
     raise AttributeError(f"module 'fulmen.utilities.exceptions' has no attribute {name!r}")
