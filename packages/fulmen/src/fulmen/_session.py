@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from fulmen._loaders import EvalLoaders, LoaderSource, TrainLoader
+    from fulmen._predictions import PredictionRecord
     from fulmen.datamodule import LightningDataModule
     from fulmen.hooks import HookBinder
     from fulmen.metrics import MetricStore
@@ -69,6 +70,8 @@ class Session:
     gradients: Gradients | None = None
     measuring: Measuring = field(default_factory=Measuring)
     """Measures what is composed here, if the user gave a profiler."""
+    predictions: PredictionRecord | None = None
+    """What the running prediction has found so far."""
     resumed: dict[str, Any] | None = None
     """What the checkpoint holds for an exact resume, until the loop has begun."""
 
