@@ -82,7 +82,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def features(session: nox.Session) -> None:
-    """Fill the status column of docs/features.md from the tests that say what they prove. [-- --write]."""
+    """Rebuild the last column of docs/features.md; an item without a test or a reason is an error. [-- --check]."""
     python = environment(session)
     session.run(python, "-m", "tools.features", *session.posargs)
 
