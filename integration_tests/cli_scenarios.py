@@ -1,7 +1,7 @@
 """Command lines run under a package with Lightning's names; what was parsed and built is printed as JSON.
 
-``python cli_scenarios.py LIBRARY`` is started once for fulmen and once for Lightning, in an empty folder. The only thing
-that differs is which package the classes are imported from.
+``python cli_scenarios.py LIBRARY`` is started once for fulmen and once for Lightning, in an empty folder. The only
+thing that differs is which package the classes are imported from.
 """
 
 from __future__ import annotations
@@ -299,8 +299,15 @@ SCENARIOS: dict[str, Any] = {
         ["--optimizer=SGD", "--optimizer.lr=0.2", "--lr_scheduler=StepLR", "--lr_scheduler.step_size=2"]
     ),
     "a schedule on a plateau": lambda: run(
-        ["--optimizer=SGD", "--optimizer.lr=0.2", f"--lr_scheduler={cli_module.__name__}.ReduceLROnPlateau",
-         "--lr_scheduler.monitor=loss"]
+        [
+            "--optimizer=SGD",
+            "--optimizer.lr=0.2",
+            f"--lr_scheduler={cli_module.__name__}.ReduceLROnPlateau",
+            "--lr_scheduler.monitor=loss",
+        ]
+    ),
+    "a plateau by name": lambda: run(
+        ["--optimizer=SGD", "--optimizer.lr=0.2", "--lr_scheduler=ReduceLROnPlateau", "--lr_scheduler.monitor=loss"]
     ),
     "a plateau without monitor": lambda: run(
         ["--optimizer=SGD", "--optimizer.lr=0.2", f"--lr_scheduler={cli_module.__name__}.ReduceLROnPlateau"]
@@ -313,8 +320,12 @@ SCENARIOS: dict[str, Any] = {
     "two automatic optimizers": lambda: run(["--one.lr=0.1", "--two.lr=0.1"], cls=TwoAutomatic),
     "callables": lambda: run([], model=Injected),
     "chosen callables": lambda: run(
-        ["--model.optimizer=Adam", "--model.optimizer.lr=0.05", "--model.scheduler=StepLR",
-         "--model.scheduler.step_size=4"],
+        [
+            "--model.optimizer=Adam",
+            "--model.optimizer.lr=0.05",
+            "--model.scheduler=StepLR",
+            "--model.scheduler.step_size=4",
+        ],
         model=Injected,
     ),
     "links": lambda: run(["--size=4", "--data.batch_size=5"], data=Data, cls=Linked),
@@ -373,7 +384,9 @@ def outcome(make: Any) -> dict[str, Any]:
         return {"exit": stop.code}
     except Exception as failure:  # noqa: BLE001  which error it is, is what is compared
         names = [cls.__name__ for cls in type(failure).__mro__]
-        return {"raised": next(n for n in ("MisconfigurationException", "RuntimeError", "ValueError", *names) if n in names)}
+        return {
+            "raised": next(n for n in ("MisconfigurationException", "RuntimeError", "ValueError", *names) if n in names)
+        }
     result = built(cli)
     if cli.subcommand is not None:
         result["weights"], result["steps"] = trained(cli), cli.trainer.global_step

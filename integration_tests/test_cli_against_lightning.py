@@ -52,7 +52,12 @@ def test_the_scenarios_reach_what_they_are_about(both: tuple[Any, Any]) -> None:
     assert ours["two configs"]["max_epochs"] == 4
     assert ours["an argument before a config"]["lr"] == 0.7
     assert ours["the environment"]["lr"] == 0.35
-    assert ours["callbacks"]["callbacks"] == [["Count", 4, "t"], "EarlyStopping", ["Count", 1, "second"], "SaveConfigCallback"]
+    assert ours["callbacks"]["callbacks"] == [
+        ["Count", 4, "t"],
+        "EarlyStopping",
+        ["Count", 1, "second"],
+        "SaveConfigCallback",
+    ]
     assert ours["chosen callables"]["optimizers"] == ["Adam", 0.05, "StepLR", None]
     assert ours["links"]["hidden"] == 8
     assert ours["links"]["lr"] == 15

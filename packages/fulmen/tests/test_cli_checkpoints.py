@@ -1,4 +1,4 @@
-"""Checkpoints of runs from the command line: rebuilt without it, merged into it, and never a way to run foreign code."""
+"""Checkpoints of runs from the command line: rebuilt without it, merged into it, never a way to run foreign code."""
 
 from __future__ import annotations
 
@@ -346,8 +346,9 @@ def test_a_checkpoint_of_a_run_without_command_line_is_merged_too(chosen: bool) 
 def test_a_checkpoint_without_hyperparameters_or_no_file_changes_nothing() -> None:
     assert cli("test", f"--ckpt_path={tampered({})}", "--model.lr=0.7").model.lr == 0.7
     fit("--model.lr=0.2")
+    words = ("--model.lr=0.7", "--trainer.fast_dev_run=true", "--trainer.default_root_dir=elsewhere")
     with pytest.warns(UserWarning, match="ckpt_path='last'"):
-        assert cli("fit", "--ckpt_path=last", "--model.lr=0.7", "--trainer.fast_dev_run=true").model.lr == 0.7
+        assert cli("fit", "--ckpt_path=last", *words).model.lr == 0.7
 
 
 @pytest.mark.proves("12.10")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-MODULE = '''
+MODULE = """
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 from fulmen import LightningDataModule, LightningModule
@@ -41,7 +41,7 @@ class Data(LightningDataModule):
         return DataLoader(TensorDataset(torch.ones(self.samples, 3)), batch_size=2)
 
     train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loader
-'''
+"""
 
 CONFIG = {
     "seed_everything": 5,
@@ -119,7 +119,7 @@ def test_two_ranks_write_one_configuration_and_both_refuse_to_write_over_it(fold
 
     ran = fulmen(folder, *argv)
     assert ran.returncode == 0, ran.stderr
-    assert yaml.safe_load((folder / "out/config.yaml").read_text())["trainer"]["devices"] == 2
+    assert yaml.safe_load((folder / "out/config.yaml").read_text())["trainer"]["devices"] == "2"
 
     again = fulmen(folder, *argv)
     assert again.returncode != 0
@@ -131,7 +131,7 @@ def test_two_ranks_write_one_configuration_and_both_refuse_to_write_over_it(fold
     [
         (None, ["--config=gone.yaml"], "--config='gone.yaml': there is no such file"),
         ("trainer: [", ["-c", "bad.yaml"], "--config='bad.yaml' is no YAML"),
-        ("- 3\n", ["--config", "bad.yaml"], "--config='bad.yaml' holds [3], which is no configuration"),
+        ("- 3\n", ["--config", "bad.yaml"], "--config='bad.yaml' holds [3], and no configuration"),
         ("trainr: {}\n", ["--config=bad.yaml"], "has the key 'trainr', which is not known. Did you mean 'trainer'?"),
         (
             "trainer: {max_epoch: 3}\n",
@@ -151,7 +151,12 @@ def test_a_wrong_configuration_is_reported_before_torch_is_imported(
         "print(status, 'torch' in sys.modules, 'jsonargparse' in sys.modules)"
     )
     ran = subprocess.run(
-        [sys.executable, "-c", program, "fit", *argv], cwd=folder, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", program, "fit", *argv],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
     assert ran.stdout.strip() == "2 False False"

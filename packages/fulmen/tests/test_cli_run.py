@@ -121,7 +121,9 @@ def test_every_argument_of_the_trainer_is_there_and_typed(capsys: pytest.Capture
     names = set(inspect.signature(Trainer).parameters)
     assert set(vars(cli().config.trainer)) == names
 
-    for name in sorted(names - {"accelerator", "strategy", "precision", "max_time", "default_root_dir", "model_registry"}):
+    for name in sorted(
+        names - {"accelerator", "strategy", "precision", "max_time", "default_root_dir", "model_registry"}
+    ):
         if name in ("devices", "profiler", "gradient_clip_algorithm", "val_check_interval"):
             continue  # these take any text: a name, or a duration
         with pytest.raises(SystemExit):
@@ -225,7 +227,7 @@ def make_net(size: int) -> Net:
 
 
 def test_a_function_without_annotation_is_refused() -> None:
-    def make(size: int):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    def make(size: int):  # type: ignore[no-untyped-def]
         return Net(size)
 
     with pytest.raises(MisconfigurationException, match="return annotation"):
@@ -249,7 +251,8 @@ def test_a_wrong_class_for_an_optimizer_is_refused() -> None:
 
 @pytest.mark.proves("12.3")
 def test_the_printed_configuration_gives_the_same_configuration(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = [f"--model={__name__}.Net", "--model.width=4", "--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00",
+    argv = [f"--model={__name__}.Net", "--model.width=4",
+            "--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00",
             "--optimizer=Adam", "--optimizer.lr=0.5", f"--data={__name__}.Data", "--data.batch_size=3"]  # fmt: skip
     with pytest.raises(SystemExit) as stop:
         cli(*argv, "--print_config", model_class=None)
@@ -322,7 +325,9 @@ def test_a_part_of_a_configuration_may_be_a_file_of_its_own() -> None:
 def test_other_languages_of_configuration_work_where_they_are_installed(mode: str, package: str) -> None:
     pytest.importorskip(package)
     Path("config.yaml").write_text(
-        '{model: {width: 2, lr: "${model.width}"}}' if mode == "omegaconf" else "local w = 2; {model: {width: w, lr: w}}"
+        '{model: {width: 2, lr: "${model.width}"}}'
+        if mode == "omegaconf"
+        else "local w = 2; {model: {width: w, lr: w}}"
     )
 
     built = cli("--config=config.yaml", parser_kwargs={"parser_mode": mode})
@@ -331,7 +336,7 @@ def test_other_languages_of_configuration_work_where_they_are_installed(mode: st
 
 
 def test_a_missing_language_of_configuration_is_named() -> None:
-    with pytest.raises(MissingPackage, match="parser_mode='toml'.*pip install toml"):
+    with pytest.raises(MissingPackage, match=r"parser_mode='toml'.*pip install toml"):
         cli(parser_kwargs={"parser_mode": "toml"})
 
 
@@ -690,7 +695,13 @@ def test_save_config_may_store_it_elsewhere() -> None:
         def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
             stored.append((self.parser.dump(self.config), stage))
 
-    cli("fit", "--model.width=4", run=True, save_config_callback=Elsewhere, save_config_kwargs={"save_to_log_dir": False})
+    cli(
+        "fit",
+        "--model.width=4",
+        run=True,
+        save_config_callback=Elsewhere,
+        save_config_kwargs={"save_to_log_dir": False},
+    )
 
     ((text, stage),) = stored
     assert (yaml.safe_load(text)["model"]["width"], stage) == (4, "fit")

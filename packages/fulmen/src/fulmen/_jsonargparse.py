@@ -15,14 +15,16 @@ if missing := [name for name in ("jsonargparse", "docstring_parser", "typeshed_c
         "Get it with: pip install 'fulmen[cli]'"
     )
 
-from jsonargparse import (  # noqa: E402  after the check
-    ActionConfigFile,
+import jsonargparse
+from jsonargparse import (
     ArgumentParser,
     Namespace,
-    class_from_function,
     register_unresolvable_import_paths,
     set_parsing_settings,
 )
+from jsonargparse.typing import class_from_function
+
+ActionConfigFile = jsonargparse.ActionConfigFile  # type: ignore[attr-defined]  # pyright: ignore[reportPrivateImportUsage]
 
 __all__ = ["ActionConfigFile", "ArgumentParser", "Namespace", "class_from_function"]
 

@@ -7,7 +7,7 @@ import inspect
 import pickle
 import warnings
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
@@ -34,7 +34,7 @@ _given: ContextVar[tuple[type, Mapping[str, Any]] | None] = ContextVar("_given",
 
 
 @contextmanager
-def given_hyperparameters(cls: type, hparams: Mapping[str, Any]) -> Iterator[None]:
+def given_hyperparameters(cls: type, hparams: Mapping[str, Any]) -> Generator[None]:
     """Inside, an object of exactly ``cls`` saves ``hparams`` in place of what its ``__init__`` received.
 
     For those who build objects from a configuration: it is plain data, where ``__init__`` gets what was built from it.

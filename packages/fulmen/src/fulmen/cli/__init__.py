@@ -1,4 +1,4 @@
-"""The command line: ``LightningCLI`` builds module, data, optimizer and Trainer from arguments and files, and runs them.
+"""The command line: ``LightningCLI`` builds module, data and Trainer from arguments and files, and runs them.
 
 Needs ``pip install 'fulmen[cli]'``. Each name is imported when it is first used.
 """

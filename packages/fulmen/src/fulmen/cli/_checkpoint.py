@@ -11,6 +11,7 @@ from fulmen._jsonargparse import Namespace
 from fulmen_protocols import CHECKPOINT_IOS, MisconfigurationException, load
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from os import PathLike
 
     from fulmen.cli.parser import LightningArgumentParser
@@ -40,7 +41,7 @@ def merge_hyperparameters(
         return config
     trusted = config[subcommand].get("weights_only") is False
     checkpoint = load(CHECKPOINT_IOS, "torch").load_checkpoint(path, weights_only=not trusted)
-    hparams = cast("dict[str, Any]", dict(checkpoint.get("hyper_parameters") or {}))
+    hparams = dict(cast("Mapping[str, Any]", checkpoint.get("hyper_parameters") or {}))
     if not hparams:
         return config
     if not trusted:
@@ -59,7 +60,7 @@ def merge_hyperparameters(
             model = {"class_path": current.class_path, "init_args": arguments}
     exits, parser.exit_on_error = parser.exit_on_error, False
     try:
-        return parser.parse_object({"subcommand": subcommand, subcommand: {"model": model}}, config)
+        merged: Namespace = parser.parse_object({"subcommand": subcommand, subcommand: {"model": model}}, config)
     except Exception as error:
         raise MisconfigurationException(
             f"--ckpt_path={fspath(path)!r} holds hyperparameters {sorted(arguments)!r} that do not fit the model: "
@@ -67,3 +68,4 @@ def merge_hyperparameters(
         ) from error
     finally:
         parser.exit_on_error = exits
+    return merged

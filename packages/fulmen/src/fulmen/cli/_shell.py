@@ -7,41 +7,33 @@ from typing import TYPE_CHECKING
 from fulmen.cli.lightning_cli import LightningCLI
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from fulmen.cli.parser import ArgsType, LightningArgumentParser
 
-__all__ = ["Shell", "build"]
+__all__ = ["build"]
 
 
-class Shell(LightningCLI):
-    """Builds everything for one subcommand; ``start`` runs it, so that the two fail apart."""
+def build(subcommand: str, arguments: Sequence[str]) -> Callable[[], None]:
+    """Build everything that the arguments ask for; return what runs it, so that the two fail apart."""
 
-    only: str
+    class Shell(LightningCLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            """The one that was asked for: making a parser costs time."""
+            return {subcommand: LightningCLI.subcommands()[subcommand]}
 
-    @classmethod
-    def subcommands(cls) -> dict[str, set[str]]:  # type: ignore[override]
-        """The one that was asked for: making a parser costs time."""
-        return {cls.only: LightningCLI.subcommands()[cls.only]}
+        def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+            """Set ``self.config``; ``args`` are the process's own arguments."""
+            assert isinstance(args, list)
+            self.config = parser.parse_args(args)
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Set ``self.config``; ``args`` are the process's own arguments."""
-        assert isinstance(args, list)
-        self.config = parser.parse_args(args)
+        def start(self) -> None:
+            """Run the subcommand."""
+            super()._run_subcommand(subcommand)
 
-    def start(self) -> None:
-        """Run the subcommand."""
-        super()._run_subcommand(self.only)
+        def _run_subcommand(self, subcommand: str) -> None:
+            """Everything is built; ``start`` goes on."""
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Everything is built; ``start`` goes on."""
-
-
-def build(subcommand: str, arguments: Sequence[str]) -> Shell:
-    """Everything that the arguments ask for, ready to run."""
-
-    class Chosen(Shell):
-        only = subcommand
-
-    Chosen.__name__ = "fulmen"
-    return Chosen(args=[subcommand, *arguments], parser_kwargs={"prog": "fulmen"})
+    Shell.__name__ = "fulmen"
+    return Shell(args=[subcommand, *arguments], parser_kwargs={"prog": "fulmen"}).start

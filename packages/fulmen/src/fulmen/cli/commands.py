@@ -65,7 +65,7 @@ def _run(subcommand: str, argv: Sequence[str]) -> int:
             _import(module)
         from fulmen.cli._shell import build
 
-        cli = build(subcommand, arguments)
+        start = build(subcommand, arguments)
     except SystemExit as stop:  # the parser has printed help, a configuration, or what is wrong
         return int(stop.code or 0)
     except MisconfigurationException as error:
@@ -74,7 +74,7 @@ def _run(subcommand: str, argv: Sequence[str]) -> int:
     except FulmenError as error:
         print(f"fulmen {subcommand}: {error}", file=sys.stderr)
         return 1
-    cli.start()
+    start()
     return 0
 
 
@@ -133,7 +133,7 @@ def _check_file(subcommand: str, path: str) -> None:
         raise MisconfigurationException(f"--config={path!r} is no YAML: {error}") from error
     if not isinstance(content, dict):
         raise MisconfigurationException(
-            f"--config={path!r} holds {content!r:.60}, which is no configuration. Write keys such as trainer: and model:."
+            f"--config={path!r} holds {content!r:.60}, and no configuration. Write keys such as model: and trainer:"
         )
     keys = cast("dict[str, Any]", content)
     _check_keys(path, "", keys, (*_KEYS, *_OWN_KEYS[subcommand]))
@@ -155,7 +155,8 @@ def _check_keys(path: str, prefix: str, keys: Iterable[str], known: Sequence[str
 def _trainer_arguments() -> list[str]:
     """The names of the Trainer's arguments, from its source: importing it would import torch."""
     spec = find_spec("fulmen.trainer")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     with open(spec.origin, encoding="utf-8") as stream:
         tree = ast.parse(stream.read())
     cls = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Trainer")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib.metadata import version
 from pkgutil import resolve_name
@@ -26,6 +25,8 @@ from fulmen_fabric import rank_zero_warn, seed_everything
 from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError, did_you_mean
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from fulmen.callbacks.callback import Callback
 
 __all__ = ["LightningCLI"]
@@ -198,7 +199,7 @@ class LightningCLI:
         try:
             parser.set_defaults({f"trainer.{key}": value})
         except KeyError:
-            known = [name.removeprefix("trainer.") for name in vars(parser.get_defaults().get("trainer", Namespace()))]
+            known = list(cast("dict[str, Any]", vars(parser.get_defaults().trainer)))
             raise MisconfigurationException(
                 f"trainer_defaults has {key!r}, which {self.trainer_class.__qualname__} does not take."
                 f"{did_you_mean(key, known)} Its arguments are {sorted(known)!r}."
@@ -255,15 +256,15 @@ class LightningCLI:
 
     def instantiate_classes(self) -> None:
         """Build data, module and Trainer, and everything they are given."""
-        instantiators: list[Any] = []
+        builders: list[Any] = []
         if self.load_from_checkpoint_support:
+            chosen = (
+                ("model", self.model_class or LightningModule, self.subclass_mode_model),
+                ("data", self.datamodule_class or LightningDataModule, self.subclass_mode_data),
+            )
             # What a function was given is not what the class that it returns can be built from.
-            chosen = {"model": self.model_class or LightningModule, "data": self.datamodule_class or LightningDataModule}
-            subclasses = {"model": self.subclass_mode_model, "data": self.subclass_mode_data}
-            for key, cls in chosen.items():
-                if isinstance(cls, type):
-                    instantiators.append((_Builder(self, key, cls), cls, subclasses[key]))
-        self.config_init = self.parser.instantiate(self.config, instantiators=instantiators or None)
+            builders = [(_Builder(self, key), cls, several) for key, cls, several in chosen if isinstance(cls, type)]
+        self.config_init = self.parser.instantiate(self.config, instantiators=builders or None)
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
         self._configure_optimizers_automatically()
@@ -279,8 +280,8 @@ class LightningCLI:
             kwargs: arguments that replace configured ones.
         """
         forced = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
-        settings = cast("Mapping[str, Any]", self._get(self.config_init, "trainer", default=Namespace()))
-        return self._instantiate_trainer({**vars(settings), **kwargs}, forced)
+        settings = cast("dict[str, Any]", vars(self._get(self.config_init, "trainer")))
+        return self._instantiate_trainer({**settings, **kwargs}, forced)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         if "callbacks" in config:
@@ -369,8 +370,8 @@ class LightningCLI:
 class _Builder:
     """Builds the module or the data, such that ``save_hyperparameters`` keeps the configuration it is built from."""
 
-    def __init__(self, cli: LightningCLI, key: str, cls: type) -> None:
-        self.cli, self.key, self.cls = cli, key, cls
+    def __init__(self, cli: LightningCLI, key: str) -> None:
+        self.cli, self.key = cli, key
 
     def __call__(
         self, class_type: type[Any], *args: Any, applied_instantiation_links: dict[str, Any], **kwargs: Any
@@ -387,7 +388,7 @@ class _Builder:
         if "class_path" in hparams:
             if resolve_name(hparams["class_path"]) is not class_type:
                 return None  # a module that this one is given, built on the way
-            inner = {**(hparams.get("init_args") or {}), **(hparams.get("dict_kwargs") or {})}
+            inner: dict[str, Any] = {**(hparams.get("init_args") or {}), **(hparams.get("dict_kwargs") or {})}
             hparams = {CLASS_PATH: hparams["class_path"], **inner}
         for target, value in links.items():
             if target.startswith(f"{self.key}."):

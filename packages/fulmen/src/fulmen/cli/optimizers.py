@@ -18,6 +18,8 @@ from fulmen_fabric import rank_zero_warn
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fulmen.cli.parser import LightningArgumentParser
 
 __all__ = [
@@ -45,7 +47,7 @@ LRSchedulerTypeTuple = (LRScheduler, ReduceLROnPlateau)
 # typing.Union: jsonargparse reads these at run time, and users write Optional[...] and Union[...] around them.
 LRSchedulerTypeUnion = Union[LRScheduler, ReduceLROnPlateau]  # noqa: UP007
 LRSchedulerType = Union[type[LRScheduler], type[ReduceLROnPlateau]]  # noqa: UP007
-OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]  # what jsonargparse shows in help
+OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], Union[LRScheduler, ReduceLROnPlateau]]  # noqa: UP007
 
 
@@ -68,7 +70,8 @@ def instantiate_class(args: Any | tuple[Any, ...], init: Mapping[str, Any]) -> A
             f"instantiate_class got class_path={path!r}, which cannot be imported ({error}). "
             "Give the full path of a class, such as 'torch.optim.Adam'."
         ) from error
-    return cls(*(cast("tuple[Any, ...]", args) if isinstance(args, tuple) else (args,)), **init.get("init_args") or {})
+    several = cast("Sequence[Any]", args) if isinstance(args, tuple) else [args]
+    return cls(*several, **init.get("init_args") or {})
 
 
 def with_class_path(cls: type, init_args: Any) -> dict[str, Any]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Union, cast
+from typing import TYPE_CHECKING, Any, Union, cast
 
 from torch.optim import Optimizer
 
@@ -18,6 +17,9 @@ from fulmen.datamodule import LightningDataModule
 from fulmen.module import LightningModule
 from fulmen.trainer import Trainer
 from fulmen_protocols import MisconfigurationTypeError, MissingPackage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["ArgsType", "LightningArgumentParser"]
 
@@ -117,7 +119,8 @@ class LightningArgumentParser(ArgumentParser):
             return [nested_key]
         if issubclass(cls, Trainer):
             return add_trainer_arguments(self, cls, nested_key)
-        return self.add_class_arguments(cls, nested_key, fail_untyped=False, sub_configs=True)
+        added: list[str] = self.add_class_arguments(cls, nested_key, fail_untyped=False, sub_configs=True)
+        return added
 
     def add_optimizer_args(
         self,
@@ -163,7 +166,6 @@ class LightningArgumentParser(ArgumentParser):
                 )
         options: dict[str, Any] = {"instantiate": False, "fail_untyped": False, "skip": {supplied}}
         if isinstance(classes, tuple):
-            # The last one first: where two classes have one name, the subclass that says more is meant.
-            self.add_subclass_arguments(tuple(reversed(classes)), nested_key, **options)
+            self.add_subclass_arguments(classes, nested_key, **options)
         else:
             self.add_class_arguments(classes, nested_key, sub_configs=True, **options)

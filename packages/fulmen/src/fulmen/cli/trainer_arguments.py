@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 from fulmen._jsonargparse import ArgumentParser
 from fulmen.trainer import Trainer
@@ -33,8 +33,8 @@ class _Kind(type):
             all(hasattr(other, name) for name in names) for names in cls.abilities
         )
 
-    def __instancecheck__(cls, value: object) -> bool:
-        return cls.__subclasscheck__(type(value))
+    def __instancecheck__(cls, instance: object) -> bool:
+        return cls.__subclasscheck__(type(instance))
 
     # jsonargparse looks here, and in the subclasses of what it finds, for a class with a given short name.
     def __subclasses__(cls) -> list[type]:
@@ -45,7 +45,7 @@ class _Kind(type):
                 value = getattr(module, name)
             except ImportError:  # it needs a library that is not installed
                 continue
-            if isinstance(value, type) and issubclass(value, cls):
+            if isinstance(value, type) and cls.__subclasscheck__(value):
                 found.append(value)
         return [one for one in found if not any(issubclass(one, other) for other in found if other is not one)]
 
@@ -91,14 +91,14 @@ class PluginKind(metaclass=_Kind):
     )
 
 
-# typing.Union: jsonargparse prints these in help and in errors. A class's short name goes before a backend's name.
+# A class's short name goes before a backend's name: any text could be one.
 _TYPES: Mapping[str, tuple[Any, str]] = {
-    "accelerator": (Union[AcceleratorKind, str], "What to compute on, by name or as an object."),
-    "strategy": (Union[StrategyKind, str], "How the model is spread over devices, by name or as an object."),
-    "logger": (Union[LoggerKind, list[LoggerKind], bool, None], "Where metrics go: one logger, several, or none."),
-    "callbacks": (Union[list[CallbackKind], CallbackKind, None], "What happens beside training."),
-    "profiler": (Union[ProfilerKind, str, None], "What measures the run, by name or as an object."),
-    "plugins": (Union[PluginKind, list[PluginKind], None], "Parts that replace the default ones."),
+    "accelerator": (AcceleratorKind | str, "What to compute on, by name or as an object."),
+    "strategy": (StrategyKind | str, "How the model is spread over devices, by name or as an object."),
+    "logger": (LoggerKind | list[LoggerKind] | bool | None, "Where metrics go: one logger, several, or none."),
+    "callbacks": (list[CallbackKind] | CallbackKind | None, "What happens beside training."),
+    "profiler": (ProfilerKind | str | None, "What measures the run, by name or as an object."),
+    "plugins": (PluginKind | list[PluginKind] | None, "Parts that replace the default ones."),
 }
 
 
@@ -110,6 +110,7 @@ def add_trainer_arguments(parser: ArgumentParser, cls: type[Trainer], key: str) 
     there = known.add_class_arguments(cls, key, **options)
     special = [name for name in _TYPES if f"{key}.{name}" in there and _is_of_trainer(cls, name)]
     added = parser.add_class_arguments(cls, key, skip=set(special), **options)
+    assert parser.groups is not None  # it has the one that was just added
     group = parser.groups[key]
     for name in special:
         annotation, text = _TYPES[name]
