@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Union, cast, get_type_hints
 from torch.optim import Optimizer
 
 from fulmen._instantiator import CLASS_PATH, INSTANTIATOR, OURS
-from fulmen._jsonargparse import ActionConfigFile, Namespace
+from fulmen._jsonargparse import ActionConfigFile, Namespace, instantiate
 from fulmen.cli import optimizers
 from fulmen.cli._checkpoint import merge_hyperparameters
 from fulmen.cli.optimizers import LRSchedulerTypeTuple, LRSchedulerTypeUnion, ReduceLROnPlateau
@@ -264,7 +264,7 @@ class LightningCLI:
             )
             # What a function was given is not what the class that it returns can be built from.
             builders = [(_Builder(self, key), cls, several) for key, cls, several in chosen if isinstance(cls, type)]
-        self.config_init = self.parser.instantiate(self.config, instantiators=builders or None)
+        self.config_init = instantiate(self.parser, self.config, builders)
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
         self._configure_optimizers_automatically()

@@ -45,9 +45,10 @@ class _Kind(type):
                 value = getattr(module, name)
             except ImportError:  # it needs a library that is not installed
                 continue
-            if isinstance(value, type) and cls.__subclasscheck__(value):
+            is_protocol = getattr(value, "_is_protocol", False)  # it has the methods, and no object is made of it
+            if isinstance(value, type) and not is_protocol and cls.__subclasscheck__(value):
                 found.append(value)
-        return [one for one in found if not any(issubclass(one, other) for other in found if other is not one)]
+        return [one for one in found if not any(base in found for base in one.__mro__[1:])]
 
 
 class AcceleratorKind(metaclass=_Kind):
