@@ -182,6 +182,8 @@ class Evaluation:
             reduce=store.reduce_epoch,
             log=partial(metering.log_eval_epoch, store),
         )
+        if limit == math.inf:
+            return parts, hooks, loaders.loaders, loaders.limits  # a tuner may change both when the evaluation starts
         return parts, hooks, loaders.loaders, [min(limit, each) for each in loaders.limits]
 
     def _uses_inference_mode(self) -> bool:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fulmen.callbacks.batch_size_finder import BatchSizeFinder as BatchSizeFinder
     from fulmen.callbacks.callback import Callback as Callback
     from fulmen.callbacks.checkpoint import Checkpoint as Checkpoint
     from fulmen.callbacks.early_stopping import EarlyStopping as EarlyStopping
     from fulmen.callbacks.lambda_function import LambdaCallback as LambdaCallback
+    from fulmen.callbacks.lr_finder import LearningRateFinder as LearningRateFinder
     from fulmen.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
     from fulmen.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
     from fulmen.callbacks.model_summary import ModelSummary as ModelSummary
@@ -22,10 +24,12 @@ if TYPE_CHECKING:
     from fulmen.callbacks.timer import Timer as Timer
 
 _HOME = {
+    "BatchSizeFinder": "batch_size_finder",
     "Callback": "callback",
     "Checkpoint": "checkpoint",
     "EarlyStopping": "early_stopping",
     "LambdaCallback": "lambda_function",
+    "LearningRateFinder": "lr_finder",
     "LearningRateMonitor": "lr_monitor",
     "ModelCheckpoint": "model_checkpoint",
     "ModelSummary": "model_summary",
@@ -37,10 +41,12 @@ _HOME = {
 }
 
 __all__ = [
+    "BatchSizeFinder",
     "Callback",
     "Checkpoint",
     "EarlyStopping",
     "LambdaCallback",
+    "LearningRateFinder",
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ModelSummary",
