@@ -22,9 +22,9 @@ __all__ = ["BatchSizeFinder"]
 class BatchSizeFinder(Callback):
     """Finds the largest batch size that fits into memory at the start of a call, and goes on with it.
 
-    It tries sizes in ``fit``, ``validate``, ``test`` and ``predict``. To search at chosen epochs, or for some calls only,
-    derive from it, override the hooks that should not search, and call ``self.scale_batch_size(trainer, pl_module)`` in
-    one of your own: ``on_train_epoch_start``, or the start of a call.
+    It tries sizes in ``fit``, ``validate``, ``test`` and ``predict``. To search at chosen epochs, or for some calls
+    only, derive from it, override the hooks that should not search, and call ``self.scale_batch_size(trainer,
+    pl_module)`` in one of your own: ``on_train_epoch_start``, or the start of a call.
 
     Args:
         mode: ``"power"`` doubles until memory runs out; ``"binsearch"`` goes on by bisection.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
+import traceback
 from contextlib import closing
 from http.client import HTTPConnection, HTTPException
 from multiprocessing import get_all_start_methods, get_context
@@ -57,8 +59,8 @@ class Response:
 class ServedModule:
     """A module served by a process of its own, which ends with the ``with`` block.
 
-    The process has a copy of the module: it is forked, with one thread like a loader's worker. Where processes cannot be
-    forked it is started anew, and the module is pickled.
+    The process has a copy of the module: it is forked, with one thread like a loader's worker. Where processes cannot
+    be forked it is started anew, and the module is pickled.
 
     Args:
         module: on the CPU.
@@ -134,6 +136,7 @@ def _serve(module: ServableModule, host: str, port: int) -> None:
     """What the process runs: it ends when it is killed."""
     import uvicorn
     from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse, PlainTextResponse
 
     torch.set_num_threads(1)  # OpenMP's threads did not come along
     module.eval()  # a copy: the process's own
@@ -142,16 +145,25 @@ def _serve(module: ServableModule, host: str, port: int) -> None:
     async def ping() -> bool:
         return True
 
-    async def serve(request: Any) -> dict[str, Any]:
-        body: dict[str, Any] = dict((await request.json())["body"])
+    def answer_to(payload: Any) -> dict[str, Any]:
+        body: dict[str, Any] = dict(payload["body"])
         body.update({name: read(body[name]) for name, read in deserializers.items()})
         with torch.no_grad():
-            output: object = module.serve_step(**body)
+            output = cast("object", module.serve_step(**body))
         if not isinstance(output, dict):
             raise TypeError(f"{type(module).__name__}.serve_step returned a {type(output).__name__}; return a dict.")
         answer = dict(cast("dict[str, Any]", output))
         answer.update({name: write(answer[name]) for name, write in serializers.items()})
         return answer
+
+    async def serve(request: Any) -> Any:
+        try:
+            return JSONResponse(answer_to(await request.json()))
+        except Exception as error:  # noqa: BLE001  # whatever it is, the user has to see it
+            # Printed before the answer is sent: after it this process may be killed at any time.
+            traceback.print_exc()
+            sys.stderr.flush()
+            return PlainTextResponse(f"{type(error).__name__}: {error}", status_code=500)
 
     serve.__annotations__ = {"request": Request}  # FastAPI reads it; the name is known in this function only
     app = FastAPI()

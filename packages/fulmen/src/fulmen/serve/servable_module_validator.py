@@ -71,9 +71,7 @@ class ServableModuleValidator(Callback):
             raise MisconfigurationException("ServableModuleValidator: " + " ".join(wrong))
         missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
         if missing:
-            raise MissingPackage(
-                f"ServableModuleValidator needs {' and '.join(missing)}: pip install 'fulmen[serve]'"
-            )
+            raise MissingPackage(f"ServableModuleValidator needs {' and '.join(missing)}: pip install 'fulmen[serve]'")
         self.optimization = optimization
         self.server = server
         self.host = host
@@ -98,8 +96,8 @@ class ServableModuleValidator(Callback):
             return
         if not isinstance(pl_module, ServableModule):
             raise MisconfigurationTypeError(
-                f"ServableModuleValidator was given a {type(pl_module).__name__}, which is no ServableModule. Derive it "
-                "from both: class Model(LightningModule, ServableModule)."
+                f"ServableModuleValidator was given a {type(pl_module).__name__}, which is no ServableModule. Derive "
+                "it from both: class Model(LightningModule, ServableModule)."
             )
         strategy = trainer.assembly.strategy
         if supports(strategy, SupportsShardedState):
@@ -138,7 +136,7 @@ class ServableModuleValidator(Callback):
             with ServedModule(_on_cpu(module), host=self.host, port=self.port, timeout_s=self.timeout) as served:
                 self.resp = response = served.post(payload)
         except TimeoutError as error:
-            return f"{error or 'no answer came in time'} ({where}, timeout={self.timeout!r}). Give it more time."
+            return f"{error} ({where}, timeout={self.timeout!r}). Give it more time."
         except OSError as error:
             return f"{error} ({where}). Give another port if somebody else uses this one."
         if response.status_code != 200:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fulmen_protocols import MisconfigurationException
 
@@ -80,7 +80,8 @@ def find(
 
 def _holders(owner: Any, name: str) -> list[Any]:
     found: list[Any] = []
-    of_class = getattr(type(owner), name, None)
+    kind: Any = type(owner)
+    of_class: object = getattr(kind, name, None)
     reads_only = isinstance(of_class, property) and of_class.fset is None  # it shows what hparams or another one holds
     if hasattr(owner, name) and not reads_only:
         found.append(owner)
@@ -91,7 +92,9 @@ def _holders(owner: Any, name: str) -> list[Any]:
 
 
 def _get(holder: Any, name: str) -> Any:
-    return holder[name] if isinstance(holder, MutableMapping) else getattr(holder, name)
+    if isinstance(holder, MutableMapping):
+        return cast("MutableMapping[str, Any]", holder)[name]
+    return getattr(holder, name)
 
 
 def _set(holder: Any, name: str, value: object) -> None:

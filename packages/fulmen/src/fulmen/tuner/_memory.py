@@ -28,7 +28,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def release_memory() -> None:
     """Free what is no longer referenced, on the host and in the device's cache. Waits for the device."""
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()

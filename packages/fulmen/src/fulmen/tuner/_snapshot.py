@@ -61,7 +61,7 @@ class Snapshot:
     ) -> None:
         self._module, self._precision = module, precision
         with torch.inference_mode(False), torch.no_grad():
-            parameters = [p for p in module.parameters() if not is_lazy(p)] if trains else []
+            parameters = [p for p in module.parameters() if not is_lazy(cast("object", p))] if trains else []
             self._tensors = [(tensor, _kept(tensor)) for tensor in (*parameters, *_buffers(module))]
             self._gradients = [(p, p.requires_grad, None if p.grad is None else _kept(p.grad)) for p in parameters]
             self._optimizers = [_OptimizerState(optimizer) for optimizer in optimizers] if trains else []
@@ -95,7 +95,9 @@ class Snapshot:
                 each.set_extra_state(copy.deepcopy(state))
             for each in self._module.modules():
                 known = self._names.get(each)
-                for name in set() if known is None else set(vars(each)) - known - _LEFT_ALONE:
+                if known is None:
+                    continue
+                for name in vars(each).keys() - known - _LEFT_ALONE:
                     if _is_plain(vars(each)[name]):
                         del vars(each)[name]
             for each, name, original, kept_value in self._plain:
@@ -139,11 +141,13 @@ class _OptimizerState:
 
 
 def _buffers(module: nn.Module) -> Iterator[Tensor]:
-    return (buffer for buffer in module.buffers() if not is_lazy(buffer))  # those that no checkpoint holds, too
+    return (
+        buffer for buffer in module.buffers() if not is_lazy(cast("object", buffer))
+    )  # those that no checkpoint holds, too
 
 
 def _local(tensor: Tensor) -> Tensor:
-    detached = tensor.detach()
+    detached: Any = tensor.detach()
     return cast("Tensor", detached.to_local()) if hasattr(detached, "to_local") else detached
 
 
@@ -177,11 +181,9 @@ def _frozen(value: Any, memo: dict[int, _Kept]) -> Any:
         if kept is None:
             kept = memo[id(value)] = _kept(value)
         return kept
-    if isinstance(value, dict):
-        items = cast("dict[Any, Any]", value)
-        if type(items) in (dict, OrderedDict, defaultdict, AttributeDict):
-            return _rebuilt(items, {key: _frozen(item, memo) for key, item in items.items()})
-    elif type(value) in (list, tuple, set, deque):
+    if type(value) in (dict, OrderedDict, defaultdict, AttributeDict):
+        return _rebuilt(value, {key: _frozen(item, memo) for key, item in value.items()})
+    if type(value) in (list, tuple, set, deque):
         return _rebuilt(value, [_frozen(item, memo) for item in value])
     return copy.deepcopy(value)
 
@@ -215,9 +217,12 @@ def _put_back(original: Any, value: Any) -> Any:
         original.update(value)
     elif isinstance(original, list):
         original[:] = value
-    elif isinstance(original, (set, deque)):
+    elif isinstance(original, set):
         original.clear()
-        getattr(original, "update" if isinstance(original, set) else "extend")(value)
+        original.update(value)
+    elif isinstance(original, deque):
+        original.clear()
+        original.extend(value)
     else:
         return value
     return cast("object", original)

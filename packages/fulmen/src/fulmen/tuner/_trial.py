@@ -235,9 +235,7 @@ class Trial:
             enabled=not trainer.settings.barebones,
             stage=stage.value,
         )
-        binder = self._own["_binder"] = HookBinder(
-            trainer, self.session.module, trainer.callbacks, self.session.scoped
-        )
+        binder = self._own["_binder"] = HookBinder(trainer, self.session.module, trainer.callbacks, self.session.scoped)
         return metering, binder
 
     def _compose(self, training: Training, steps: int) -> tuple[FitParts, FitHooks]:
@@ -263,9 +261,10 @@ class _LoaderGuard:
         self._found: list[tuple[LoaderPosition[object], Any, Any, bool]] = []
 
     def guard(self, loaders: object) -> None:
-        for leaf in leaves(loaders):
+        for each in leaves(loaders):
+            leaf: Any = each
             position = LoaderPosition(cast("Iterable[object]", leaf))
-            idle = isinstance(leaf, DataLoader) and getattr(cast("object", leaf), "_iterator", None) is None
+            idle = isinstance(each, DataLoader) and leaf._iterator is None
             self._found.append((position, position.generator_states(), leaf, idle))
 
     def restore(self) -> None:
@@ -282,7 +281,8 @@ def _without_validation(plan: Plan) -> Plan:
 
 def _samples(loader: object) -> float:
     dataset: Any = getattr(loader, "dataset", None)
-    if dataset is None or not hasattr(type(dataset), "__len__"):
+    kind: Any = type(dataset)
+    if dataset is None or not hasattr(kind, "__len__"):
         return math.inf
     try:
         return len(cast("Sized", dataset))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fulmen.states import TrainerFn
 from fulmen.tuner._attributes import find
@@ -114,8 +114,8 @@ def scale_batch_size(
         The size; None under ``fast_dev_run``.
 
     Raises:
-        MisconfigurationException: an argument is wrong, there are several loaders to evaluate on, or the fit is inside of
-            an epoch.
+        MisconfigurationException: an argument is wrong, there are several loaders to evaluate on, or the fit is inside
+            of an epoch.
     """
     if trainer.fast_dev_run:
         rank_zero_warn("fast_dev_run is on: no batch size is searched.")
@@ -155,9 +155,7 @@ def scale_batch_size(
     return size
 
 
-def largest(
-    fits: Callable[[int], bool], *, start: int, limit: Callable[[], int], max_trials: int, bisect: bool
-) -> int:
+def largest(fits: Callable[[int], bool], *, start: int, limit: Callable[[], int], max_trials: int, bisect: bool) -> int:
     """The largest of the sizes tried that fits.
 
     Args:
@@ -204,7 +202,8 @@ class _Trials:
 
     def fits(self, size: int) -> bool:
         """Whether a short run with this size ends without running out of memory."""
-        release_memory()
+        if self._trainer.root_device.type != "cpu":
+            release_memory()  # what cycles of a trial before still hold on the device
         trial = Trial(self._trainer)
         self._attribute.set(size)
         fits = True
@@ -220,14 +219,15 @@ class _Trials:
         finally:
             self._samples = min(self._samples, trial.samples)
             self._snapshot.restore()
-        release_memory()
+        if not fits:
+            release_memory()
         rank_zero_info(f"{self._attribute.name}={size} {'fits' if fits else 'runs out of memory'}.")
         return fits
 
     def _run(self, trial: Trial) -> None:
         steps = self._steps
         if not self._fitting:
-            limits = {f"limit_{STAGES[trial.session.fn]}_batches": steps}
+            limits: dict[str, Any] = {f"limit_{STAGES[trial.session.fn]}_batches": steps}
             with trial.aside(**limits):
                 trial.evaluate()
             return

@@ -79,8 +79,8 @@ class _LRFinder:  # Lightning's name
         num_training: how many learning rates were to be tried.
 
     Attributes:
-        results: ``"lr"`` and ``"loss"``, one number for each optimizer step. The loss is smoothed: an exponential moving
-            average with weight 0.98 for the past, divided by ``1 - 0.98**(k + 1)`` after ``k`` losses.
+        results: ``"lr"`` and ``"loss"``, one number for each optimizer step. The loss is smoothed: an exponential
+            moving average with weight 0.98 for the past, divided by ``1 - 0.98**(k + 1)`` after ``k`` losses.
     """
 
     def __init__(self, mode: str, lr_min: float, lr_max: float, num_training: int) -> None:
@@ -106,8 +106,8 @@ class _LRFinder:  # Lightning's name
         self._optimal_idx = None
         if len(indices) < 2:
             rank_zero_warn(
-                f"the learning-rate finder can suggest nothing: of {len(losses)} points, {len(indices)} finite ones are "
-                f"left without the first {skip_begin} and the last {skip_end}. Try more learning rates, or give more "
+                f"the learning-rate finder can suggest nothing: of {len(losses)} points, {len(indices)} finite ones "
+                f"are left without the first {skip_begin} and the last {skip_end}. Try more learning rates, or give more "
                 "data."
             )
             return None
@@ -117,9 +117,7 @@ class _LRFinder:  # Lightning's name
         self._optimal_idx = indices[int(slope.argmin())]
         return lrs[self._optimal_idx]
 
-    def plot(
-        self, suggest: bool = False, show: bool = False, ax: Axes | None = None
-    ) -> Figure | SubFigure | None:
+    def plot(self, suggest: bool = False, show: bool = False, ax: Axes | None = None) -> Figure | SubFigure | None:
         """Draw the loss over the learning rate. Needs matplotlib.
 
         Args:
@@ -192,8 +190,8 @@ def lr_find(
         What was found; None under ``fast_dev_run``.
 
     Raises:
-        MisconfigurationException: an argument is wrong, there is not exactly one optimizer, nobody has the attribute, or
-            the fit is inside of an epoch.
+        MisconfigurationException: an argument is wrong, there is not exactly one optimizer, nobody has the attribute,
+            or the fit is inside of an epoch.
     """
     if trainer.fast_dev_run:
         rank_zero_warn("fast_dev_run is on: no learning rate is searched.")
@@ -244,8 +242,8 @@ def _only_optimizer(optimizers: Sequence[Optimizer]) -> Optimizer:
     if len(optimizers) != 1:
         kinds = ", ".join(type(each).__name__ for each in optimizers) or "none"
         raise MisconfigurationException(
-            f"the learning-rate finder needs exactly one optimizer, and configure_optimizers returned {len(optimizers)} "
-            f"({kinds}). Try learning rates for one of them by hand, or return one with several parameter groups."
+            f"the learning-rate finder needs exactly one optimizer, and configure_optimizers returned "
+            f"{len(optimizers)} ({kinds}). Try learning rates for one of them by hand, or return one with several parameter groups."
         )
     if isinstance(optimizers[0], NoOptimizer):
         raise MisconfigurationException(
@@ -260,14 +258,24 @@ def _use(trainer: Trainer, lr: float) -> None:
     if session.schedulers and not was_composed(trainer):
         renew_optimizers(trainer)  # so that schedules start from it, however they are made
         return
-    for optimizer in session.optimizers:
-        for group in optimizer.param_groups:
-            _set_lr(group, lr)
-            if "initial_lr" in group:
-                group["initial_lr"] = lr
+    (optimizer,) = session.optimizers
+    # A running schedule keeps its shape: it is scaled so that its value now is the suggestion.
+    factors = [lr / float(group["lr"]) if group["lr"] else math.inf for group in optimizer.param_groups]
+    for group, factor in zip(optimizer.param_groups, factors, strict=True):
+        _set_lr(group, lr)
+        if "initial_lr" in group:
+            group["initial_lr"] = _scaled(group["initial_lr"], factor, lr)
     for config in session.schedulers:
-        if hasattr(config.scheduler, "base_lrs"):
-            config.scheduler.base_lrs = [lr] * len(config.scheduler.base_lrs)
+        scheduler = config.scheduler
+        if hasattr(scheduler, "base_lrs"):
+            bases = zip(scheduler.base_lrs, factors, strict=True)
+            scheduler.base_lrs = [_scaled(base, factor, lr) for base, factor in bases]
+        if hasattr(scheduler, "_last_lr"):
+            scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def _scaled(base: Any, factor: float, lr: float) -> float:
+    return lr if factor == math.inf else float(base) * factor
 
 
 def _set_lr(group: dict[str, Any], lr: float) -> None:

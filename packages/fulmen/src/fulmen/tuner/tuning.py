@@ -28,8 +28,8 @@ class Tuner:
     """Tunes a module with a Trainer. Afterwards both are as before, but for the value that was found.
 
     Args:
-        trainer: whose devices, precision and settings the trials use; its other callbacks and its loggers hear nothing of
-            them, but for ``setup`` and ``teardown``.
+        trainer: whose devices, precision and settings the trials use; its other callbacks and its loggers hear nothing
+            of them, but for ``setup`` and ``teardown``.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -138,8 +138,8 @@ class Tuner:
             The curve, which suggests and plots; None under ``fast_dev_run``.
 
         Raises:
-            MisconfigurationException: an argument is wrong, there is not exactly one optimizer, nobody has the attribute,
-                or the Trainer has a ``LearningRateFinder`` of its own.
+            MisconfigurationException: an argument is wrong, there is not exactly one optimizer, nobody has the
+                attribute, or the Trainer has a ``LearningRateFinder`` of its own.
         """
         if method != "fit":
             raise MisconfigurationException(f"method={method!r}: only method='fit' trains, so lr_find needs that one.")
