@@ -239,7 +239,7 @@ def test_a_servable_module_must_define_all_four_methods() -> None:
         def serve_step(self) -> dict[str, Any]:  # type: ignore[override]
             return {}
 
-    with pytest.raises(TypeError, match="configure_response.*configure_serialization"):
+    with pytest.raises(TypeError, match=r"configure_response.*configure_serialization"):
         Half()  # type: ignore[abstract]
 
 
@@ -267,8 +267,10 @@ class Sharding(SingleDeviceStrategy):
 
 @pytest.mark.proves("7.6")
 def test_a_strategy_that_shards_is_refused_before_anything_starts() -> None:
-    fit = fulmen.Trainer(accelerator="cpu", strategy=Sharding(), barebones=True, callbacks=[ServableModuleValidator()])
-    with pytest.raises(MisconfigurationException, match="cannot serve under Sharding.*strategy='ddp'"):
+    fit = fulmen.Trainer(
+        accelerator="cpu", strategy=Sharding(), max_epochs=1, barebones=True, callbacks=[ServableModuleValidator()]
+    )
+    with pytest.raises(MisconfigurationException, match=r"cannot serve under Sharding.*strategy='ddp'"):
         fit.fit(Good())
 
 

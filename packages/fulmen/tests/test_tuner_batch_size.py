@@ -457,7 +457,7 @@ def test_loaders_that_were_passed_are_refused() -> None:
     assert "train_dataloaders passed to fit" in str(raised.value)
     assert "Define train_dataloader in the module" in str(raised.value)
 
-    with pytest.raises(MisconfigurationException, match="dataloaders passed to test.*Define test_dataloader"):
+    with pytest.raises(MisconfigurationException, match=r"dataloaders passed to test.*Define test_dataloader"):
         Tuner(trainer()).scale_batch_size(Model(), dataloaders=loader, method="test")
 
 
@@ -470,13 +470,13 @@ def test_several_loaders_to_evaluate_on_are_refused() -> None:
         def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:  # type: ignore[override]
             raise AssertionError("nothing must start")
 
-    with pytest.raises(MisconfigurationException, match="with 2 loaders in test.*one by one"):
+    with pytest.raises(MisconfigurationException, match=r"with 2 loaders in test.*one by one"):
         Tuner(trainer()).scale_batch_size(Two(), method="test")
 
 
 @pytest.mark.proves("13.3")
 def test_only_one_finder_at_a_time() -> None:
-    with pytest.raises(MisconfigurationException, match="hold a BatchSizeFinder.*Remove one"):
+    with pytest.raises(MisconfigurationException, match=r"hold a BatchSizeFinder.*Remove one"):
         Tuner(trainer(callbacks=[BatchSizeFinder()])).scale_batch_size(Model())
     with pytest.raises(MisconfigurationException, match="2 BatchSizeFinders; keep one"):
         trainer(callbacks=[BatchSizeFinder(), AtEpochOne()]).fit(Model())

@@ -345,8 +345,8 @@ def test_too_few_points_suggest_nothing_and_change_nothing() -> None:
         found = Tuner(trainer()).lr_find(model, num_training=11)
 
     assert model.lr == 0.05
+    assert found is not None
     with pytest.warns(UserWarning, match="1 finite ones are left"):
-        assert found is not None
         assert found.suggestion(skip_begin=9) is None
 
 

@@ -9,7 +9,7 @@ from fulmen_protocols import MisconfigurationException
 __all__ = ["MisconfigurationException", "SIGTERMException"]
 
 
-class _TunerExitException(Exception):  # Lightning's name
+class _TunerExitException(Exception):  # pyright: ignore[reportUnusedClass]  # Lightning's name
     """A tuner has what it wanted: the call that it was made in ends here, without an error."""
 
 

@@ -80,8 +80,7 @@ def find(
 
 def _holders(owner: Any, name: str) -> list[Any]:
     found: list[Any] = []
-    kind: Any = type(owner)
-    of_class: object = getattr(kind, name, None)
+    of_class: object = getattr(cast("type[object]", type(owner)), name, None)
     reads_only = isinstance(of_class, property) and of_class.fset is None  # it shows what hparams or another one holds
     if hasattr(owner, name) and not reads_only:
         found.append(owner)

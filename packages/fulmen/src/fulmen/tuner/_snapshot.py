@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.optim import Optimizer
 
 from fulmen.hparams import AttributeDict
@@ -61,7 +61,7 @@ class Snapshot:
     ) -> None:
         self._module, self._precision = module, precision
         with torch.inference_mode(False), torch.no_grad():
-            parameters = [p for p in module.parameters() if not is_lazy(cast("object", p))] if trains else []
+            parameters = [p for p in module.parameters() if not _is_lazy(p)] if trains else []
             self._tensors = [(tensor, _kept(tensor)) for tensor in (*parameters, *_buffers(module))]
             self._gradients = [(p, p.requires_grad, None if p.grad is None else _kept(p.grad)) for p in parameters]
             self._optimizers = [_OptimizerState(optimizer) for optimizer in optimizers] if trains else []
@@ -141,9 +141,11 @@ class _OptimizerState:
 
 
 def _buffers(module: nn.Module) -> Iterator[Tensor]:
-    return (
-        buffer for buffer in module.buffers() if not is_lazy(cast("object", buffer))
-    )  # those that no checkpoint holds, too
+    return (buffer for buffer in module.buffers() if not _is_lazy(buffer))  # those that no checkpoint holds, too
+
+
+def _is_lazy(tensor: object) -> bool:
+    return isinstance(tensor, UninitializedTensorMixin)  # it has no values yet
 
 
 def _local(tensor: Tensor) -> Tensor:

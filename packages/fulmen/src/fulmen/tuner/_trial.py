@@ -281,8 +281,7 @@ def _without_validation(plan: Plan) -> Plan:
 
 def _samples(loader: object) -> float:
     dataset: Any = getattr(loader, "dataset", None)
-    kind: Any = type(dataset)
-    if dataset is None or not hasattr(kind, "__len__"):
+    if dataset is None or not hasattr(cast("type[object]", type(dataset)), "__len__"):
         return math.inf
     try:
         return len(cast("Sized", dataset))

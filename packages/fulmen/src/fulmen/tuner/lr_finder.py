@@ -107,8 +107,8 @@ class _LRFinder:  # Lightning's name
         if len(indices) < 2:
             rank_zero_warn(
                 f"the learning-rate finder can suggest nothing: of {len(losses)} points, {len(indices)} finite ones "
-                f"are left without the first {skip_begin} and the last {skip_end}. Try more learning rates, or give more "
-                "data."
+                f"are left without the first {skip_begin} and the last {skip_end}. Try more learning rates, or give "
+                "more data."
             )
             return None
         (slope,) = torch.gradient(
@@ -243,7 +243,8 @@ def _only_optimizer(optimizers: Sequence[Optimizer]) -> Optimizer:
         kinds = ", ".join(type(each).__name__ for each in optimizers) or "none"
         raise MisconfigurationException(
             f"the learning-rate finder needs exactly one optimizer, and configure_optimizers returned "
-            f"{len(optimizers)} ({kinds}). Try learning rates for one of them by hand, or return one with several parameter groups."
+            f"{len(optimizers)} ({kinds}). Try learning rates for one of them by hand, or return one with several "
+            "parameter groups."
         )
     if isinstance(optimizers[0], NoOptimizer):
         raise MisconfigurationException(
