@@ -252,6 +252,8 @@ def test_a_module_that_is_not_servable_is_refused_before_anything_starts() -> No
 class Sharding(SingleDeviceStrategy):
     """A strategy that says of itself that it shards, as FSDP's and DeepSpeed's do."""
 
+    state_kind = "sharded"
+
     def module_state(self, module: nn.Module, *, full: bool) -> dict[str, Any]:
         raise AssertionError("nothing must start")
 

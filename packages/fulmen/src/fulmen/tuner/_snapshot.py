@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
 from fulmen.hparams import AttributeDict
@@ -145,7 +145,7 @@ def _buffers(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _is_lazy(tensor: object) -> bool:
-    return isinstance(tensor, UninitializedTensorMixin)  # it has no values yet
+    return isinstance(tensor, (UninitializedParameter, UninitializedBuffer))  # it has no values yet
 
 
 def _local(tensor: Tensor) -> Tensor:
