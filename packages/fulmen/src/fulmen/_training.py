@@ -68,7 +68,7 @@ class Training:
         session, settings, progress, metering = self._session, self._settings(), self._progress, self._metering
         self._evaluation.binder = binder
         hooks = binder.fit(before_watching=(metering.reduce_train,))
-        own_schedule = binder.overridden("lr_scheduler_step")
+        own_schedule = next(iter(binder.of_module("lr_scheduler_step")), None)
         schedule = schedule_on_metric = None
         if session.module.automatic_optimization:
             schedule = plain_schedule(session.schedulers, progress, own_schedule)
