@@ -323,7 +323,7 @@ def test_a_training_after_the_search_has_the_bits_of_one_with_that_size_from_the
 # ---------------------------------------------------------------------- the callback
 
 
-@pytest.mark.proves("13.3")
+@pytest.mark.proves("11.17", "13.3")
 @pytest.mark.parametrize("method", ["fit", "validate", "test", "predict"])
 def test_the_call_in_hand_goes_on_with_the_size_found(method: str) -> None:
     stage = {"fit": "train", "validate": "val"}.get(method, method)
@@ -340,7 +340,7 @@ def test_the_call_in_hand_goes_on_with_the_size_found(method: str) -> None:
         assert [len(batch) for batch in results] == [32] * 4
 
 
-@pytest.mark.proves("13.3")
+@pytest.mark.proves("11.17", "13.3")
 def test_a_schedule_made_for_the_number_of_batches_is_made_again() -> None:
     totals: list[float] = []
 
@@ -366,7 +366,7 @@ class AtEpochOne(BatchSizeFinder):
             self.scale_batch_size(trainer, pl_module)
 
 
-@pytest.mark.proves("13.3")
+@pytest.mark.proves("11.17", "13.3")
 def test_a_search_at_a_chosen_epoch_changes_the_epochs_from_there_on() -> None:
     finder = AtEpochOne(max_val=16, steps_per_trial=1)
     epochs: list[list[int]] = []
@@ -394,7 +394,7 @@ class OnlyTest(BatchSizeFinder):
         pass
 
 
-@pytest.mark.proves("13.3")
+@pytest.mark.proves("11.17", "13.3")
 def test_a_subclass_may_search_for_some_calls_only() -> None:
     model, finder = Model(fits=40, stage="test", samples=128), OnlyTest()
     fit = trainer(callbacks=[finder])
@@ -406,7 +406,7 @@ def test_a_subclass_may_search_for_some_calls_only() -> None:
     assert model.batch_size == 32
 
 
-@pytest.mark.proves("13.3")
+@pytest.mark.proves("11.17", "13.3")
 def test_both_finders_may_work_in_one_fit() -> None:
     from fulmen.callbacks import LearningRateFinder
 
@@ -514,3 +514,25 @@ def test_a_search_inside_of_an_epoch_is_refused() -> None:
 
     with pytest.raises(MisconfigurationException, match="scale_batch_size was called in epoch 0 after its batch 1"):
         trainer(callbacks=[TooLate()]).fit(Model())
+
+
+@pytest.mark.proves("13.2")
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_real_device_that_runs_out_of_memory_is_filled_as_far_as_it_goes() -> None:
+    gibibyte = 2**30
+
+    class OneGibibyteEach(Model):
+        def needs_memory(self, batch: Any, stage: str) -> None:
+            torch.empty(len(batch[0]) * gibibyte, dtype=torch.uint8, device=self.device)
+
+    _, total = torch.cuda.mem_get_info()
+    fit = trainer(accelerator="cuda", devices=1)
+    found = Tuner(fit).scale_batch_size(OneGibibyteEach(fits=10_000), steps_per_trial=1)
+
+    assert found is not None
+    assert found * gibibyte < total < (2 * found + 8) * gibibyte  # what the process itself needs is less than 8 GiB
+    exact = Tuner(fit).scale_batch_size(OneGibibyteEach(fits=10_000), steps_per_trial=1, mode="binsearch", margin=0.0)
+    assert exact is not None
+    assert total - 8 * gibibyte < exact * gibibyte < total
+    assert torch.cuda.memory_allocated() < gibibyte

@@ -166,7 +166,7 @@ def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
         assert ours == theirs, where
 
 
-@pytest.mark.proves("13.1", "13.3")
+@pytest.mark.proves("11.17", "13.1", "13.3")
 @pytest.mark.parametrize(
     ("how", "without"),
     [
@@ -433,7 +433,7 @@ def test_the_suggestion_is_written_to_module_hparams_and_datamodule() -> None:
     assert model.step_size == found.suggestion()
 
 
-@pytest.mark.proves("13.1", "13.3")
+@pytest.mark.proves("11.17", "13.1", "13.3")
 def test_the_fit_in_hand_trains_with_the_suggestion() -> None:
     rates: list[float] = []
     record = LambdaCallback(
@@ -447,7 +447,7 @@ def test_the_fit_in_hand_trains_with_the_suggestion() -> None:
     assert rates == [finder.optimal_lr.suggestion()] * 3 == [model.lr] * 3
 
 
-@pytest.mark.proves("13.1", "13.3")
+@pytest.mark.proves("11.17", "13.1", "13.3")
 def test_a_schedule_starts_from_the_suggestion() -> None:
     class Scheduled(Model):
         def configure_optimizers(self) -> Any:
