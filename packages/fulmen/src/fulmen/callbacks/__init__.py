@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fulmen.callbacks.batch_size_finder import BatchSizeFinder as BatchSizeFinder
     from fulmen.callbacks.callback import Callback as Callback
     from fulmen.callbacks.checkpoint import Checkpoint as Checkpoint
+    from fulmen.callbacks.device_stats_monitor import DeviceStatsMonitor as DeviceStatsMonitor
     from fulmen.callbacks.early_stopping import EarlyStopping as EarlyStopping
     from fulmen.callbacks.lambda_function import LambdaCallback as LambdaCallback
     from fulmen.callbacks.lr_finder import LearningRateFinder as LearningRateFinder
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
     from fulmen.callbacks.progress import RichProgressBar as RichProgressBar
     from fulmen.callbacks.progress import TQDMProgressBar as TQDMProgressBar
     from fulmen.callbacks.rich_model_summary import RichModelSummary as RichModelSummary
+    from fulmen.callbacks.spike import SpikeDetection as SpikeDetection
+    from fulmen.callbacks.throughput_monitor import ThroughputMonitor as ThroughputMonitor
     from fulmen.callbacks.timer import Timer as Timer
 
 _HOME = {
     "BatchSizeFinder": "batch_size_finder",
     "Callback": "callback",
     "Checkpoint": "checkpoint",
+    "DeviceStatsMonitor": "device_stats_monitor",
     "EarlyStopping": "early_stopping",
     "LambdaCallback": "lambda_function",
     "LearningRateFinder": "lr_finder",
@@ -36,7 +40,9 @@ _HOME = {
     "ProgressBar": "progress",
     "RichModelSummary": "rich_model_summary",
     "RichProgressBar": "progress",
+    "SpikeDetection": "spike",
     "TQDMProgressBar": "progress",
+    "ThroughputMonitor": "throughput_monitor",
     "Timer": "timer",
 }
 
@@ -44,6 +50,7 @@ __all__ = [
     "BatchSizeFinder",
     "Callback",
     "Checkpoint",
+    "DeviceStatsMonitor",
     "EarlyStopping",
     "LambdaCallback",
     "LearningRateFinder",
@@ -53,7 +60,9 @@ __all__ = [
     "ProgressBar",
     "RichModelSummary",
     "RichProgressBar",
+    "SpikeDetection",
     "TQDMProgressBar",
+    "ThroughputMonitor",
     "Timer",
 ]
 
