@@ -49,7 +49,8 @@ def test_curve_and_suggestion_are_those_of_lightning(name: str) -> None:
 
     assert ours["lrs"] == theirs["lrs"]
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    assert ours["suggestion"] == ours["lr"] == theirs["suggestion"] == theirs["lr"]
+    assert ours["suggestion"] == theirs["suggestion"]
+    assert ours["lr"] == theirs["lr"] == (ours["suggestion"] or 0.02)  # too few points suggest nothing
 
 
 @needs_lightning

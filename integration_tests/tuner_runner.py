@@ -30,13 +30,11 @@ SEARCHES: dict[str, dict[str, Any]] = {
 SIZES: dict[str, dict[str, Any]] = {
     "power": {},
     "binsearch": {"mode": "binsearch"},
-    "binsearch without a margin": {"mode": "binsearch", "margin": 0.0},
-    "few trials": {"max_trials": 3},
     "few trials of binsearch": {"mode": "binsearch", "max_trials": 6, "margin": 0.0},
     "up to a limit": {"max_val": 32, "init_val": 4},
-    "validate": {"method": "validate", "mode": "binsearch"},
-    "test": {"method": "test"},
-    "predict": {"method": "predict"},
+    "validate": {"method": "validate", "init_val": 8},
+    "test": {"method": "test", "init_val": 8},
+    "predict": {"method": "predict", "init_val": 8},
 }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torchmetrics
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -41,6 +42,7 @@ class Model(fulmen.LightningModule):
         self.outputs: list[Any] = []
         self.total = torch.zeros(())  # as the state of a metric: neither parameter nor buffer
         self.batches = 0
+        self.mean = torchmetrics.MeanMetric()
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         noise = random.random() * torch.rand(())
@@ -52,6 +54,8 @@ class Model(fulmen.LightningModule):
         self.made_on_the_way = 3
         self.log("loss", loss, on_step=True, on_epoch=True)
         self.log("total", self.total)
+        self.mean(loss)
+        self.log("mean", self.mean, on_epoch=True)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -111,7 +115,7 @@ class AtEpochOne(LearningRateFinder):
             self.lr_find(trainer, pl_module)
 
 
-def left_behind(how: str, tmp_path: Path) -> dict[str, Any]:
+def left_behind(how: str, tmp_path: Path, accelerator: str = "cpu") -> dict[str, Any]:
     """Train with a learning rate that does not change, with or without a search, and say all that came of it."""
     fulmen.seed_everything(3)
     trace, model = Trace(), Model()
@@ -122,6 +126,8 @@ def left_behind(how: str, tmp_path: Path) -> dict[str, Any]:
         callbacks.insert(0, AtEpochOne(update_attr=False, num_training_steps=30))
     folder = tmp_path / how.replace(" ", "_")
     fit = trainer(
+        accelerator=accelerator,
+        devices=1,
         callbacks=callbacks,
         logger=fulmen.loggers.CSVLogger(str(folder), version=0),
         log_every_n_steps=1,  # type: ignore[attr-defined]
@@ -138,6 +144,7 @@ def left_behind(how: str, tmp_path: Path) -> dict[str, Any]:
     return {
         "weights": {name: value.clone() for name, value in model.state_dict().items()},
         "seen": model.seen,
+        "metric": (model.mean.update_count, model.mean.mean_value.clone(), model.mean.weight.clone()),
         "python data": (model.batches, [x.item() for x in model.outputs], model.total.item()),
         "optimizer": [
             {key: value.clone() for key, value in state.items()} for state in optimizer.state_dict()["state"].values()
@@ -178,6 +185,13 @@ def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
 )
 def test_a_training_after_the_search_has_the_bits_of_one_without_it(how: str, without: str, tmp_path: Path) -> None:
     assert_same(left_behind(how, tmp_path), left_behind(without, tmp_path))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("how", ["in a call", "at an epoch"])
+def test_on_a_gpu_too_a_training_after_the_search_has_the_bits_of_one_without_it(how: str, tmp_path: Path) -> None:
+    assert_same(left_behind(how, tmp_path, "cuda"), left_behind("no search", tmp_path, "cuda"))
 
 
 @pytest.mark.proves("13.1")

@@ -53,7 +53,20 @@ STAGES = {
 """The loaders' stage of each entry point."""
 
 # What a Trainer keeps of the run in hand. It has no other door to them, and needs none but for this.
-_OF_A_RUN = ("_session", "_progress", "_plan", "_reporter", "_metering", "_binder", "settings", "loggers")
+_OF_A_RUN = (
+    "_session",
+    "_progress",
+    "_plan",
+    "_reporter",
+    "_metering",
+    "_binder",
+    "settings",
+    "_loggers",
+    "_shared_log_dir",
+)
+
+# What a run keeps in a module.
+_OF_METRICS = ("_metric_store", "_metric_stores_of_run")
 
 
 def session_of(trainer: Trainer) -> Session:
@@ -124,7 +137,10 @@ class Trial:
         trainer, own, outer = self._trainer, self._own, self._outer
         kept = {name: own[name] for name in _OF_A_RUN if name in own}
         others, stage, gradients = list(trainer.callbacks), trainer.state.stage, trainer.strategy.gradients
-        attached = [(module, vars(module).get("_metric_store")) for module in outer.logging_modules()]
+        attached = [
+            (module, {name: vars(module).pop(name) for name in _OF_METRICS if name in vars(module)})
+            for module in outer.logging_modules()
+        ]
         self.session = replace(
             outer,
             store=None,
@@ -150,7 +166,7 @@ class Trial:
             replan=False,
         )
         own["settings"] = replace(trainer.settings, **settings)
-        own["loggers"] = [DummyLogger()] if trainer.loggers else []
+        own["_loggers"] = [DummyLogger()] if trainer.loggers else []
         own["_reporter"] = Reporter(log_every_n_steps=0, is_global_zero=trainer.is_global_zero)
         trainer.callbacks[:] = callbacks
         try:
@@ -161,8 +177,12 @@ class Trial:
             trainer.callbacks[:] = others
             trainer.state.stage, trainer.strategy.gradients = stage, gradients
             own.update(kept)
-            for module, store in attached:
-                module.__dict__["_metric_store"] = store
+            for source in outer.sources.values():
+                source.scoped = outer.scoped
+            for module, found in attached:
+                for name in _OF_METRICS:
+                    vars(module).pop(name, None)
+                vars(module).update(found)
 
     def train(self, steps: int, *, validation_batches: int = 0) -> None:
         """Train until an optimizer was stepped after ``steps`` batches, then validate.
