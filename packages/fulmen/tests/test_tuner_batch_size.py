@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fulmen
-from fulmen.callbacks import BatchSizeFinder
+from fulmen.callbacks import BasePredictionWriter, BatchSizeFinder
 from fulmen.tuner import Tuner
 from fulmen.tuner.batch_size_scaling import largest
 from fulmen_protocols import MisconfigurationException
@@ -338,6 +338,23 @@ def test_the_call_in_hand_goes_on_with_the_size_found(method: str) -> None:
         assert results == [{"seen": 128.0}]
     if method == "predict":
         assert [len(batch) for batch in results] == [32] * 4
+
+
+@pytest.mark.proves("11.17", "13.3")
+def test_a_prediction_writer_hears_of_the_batches_of_the_size_found() -> None:
+    class Writer(BasePredictionWriter):
+        def __init__(self) -> None:
+            super().__init__("batch")
+            self.indices: list[list[int]] = []
+
+        def write_on_batch_end(self, trainer: Any, pl_module: Any, prediction: Any, indices: Any, *_: Any) -> None:
+            self.indices.append(indices)
+
+    writer = Writer()
+    trainer(callbacks=[writer, BatchSizeFinder(max_val=16)]).predict(Model(samples=48))
+
+    assert [len(each) for each in writer.indices] == [16] * 3
+    assert sorted(index for each in writer.indices for index in each) == list(range(48))
 
 
 @pytest.mark.proves("11.17", "13.3")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fulmen.callbacks.callback import Callback
 from fulmen.exceptions import _TunerExitException  # pyright: ignore[reportPrivateUsage]  # Lightning's name
@@ -44,7 +44,7 @@ class BatchSizeFinder(Callback):
     """
 
     SUPPORTED_MODES = MODES
-    runs_first = True
+    runs_first: ClassVar[bool] = True
     """What it finds must be in place before other callbacks look at the run."""
 
     def __init__(
