@@ -26,7 +26,7 @@ from fulmen_fabric.abilities import supports
 from fulmen_protocols import SupportsInferencePlacement
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
     from fulmen._loaders import EvalLoaders
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from fulmen.settings import Settings
     from fulmen.states import TrainerState
 
-    EvalArguments = tuple[EvalParts, EvalHooks, list[Iterable[object]], list[float]]
-    PredictArguments = tuple[PredictParts, EvalHooks, list[Iterable[object]], list[float]]
+    EvalArguments = tuple[EvalParts, EvalHooks, Sequence[Iterable[object]], list[float]]
+    PredictArguments = tuple[PredictParts, EvalHooks, Sequence[Iterable[object]], list[float]]
 
 __all__ = ["Evaluation"]
 
@@ -167,8 +167,7 @@ class Evaluation:
             on_batch_start=(record.begin_batch, *hooks.on_batch_start) if writers else hooks.on_batch_start,
             on_end=(record.release, *hooks.on_end),
         )
-        name = "[_PredictionLoop].predict_next"
-        measured = [measuring.loader(name, *each) for each in zip(loaders.loaders, loaders.limits, strict=True)]
+        measured = measuring.loaders("[_PredictionLoop].predict_next", loaders.loaders, loaders.limits)
         return parts, hooks, measured, loaders.limits
 
     # ------------------------------------------------------------------ what they share
@@ -205,9 +204,9 @@ class Evaluation:
             reduce=store.reduce_epoch,
             log=partial(metering.log_eval_epoch, store),
         )
-        limits = [min(limit, each) for each in loaders.limits]
-        action = f"[_EvaluationLoop].{stage}_next"
-        measured = [session.measuring.loader(action, *each) for each in zip(loaders.loaders, limits, strict=True)]
+        # Without a limit of its own the loaders' own list: a tuner may change it when the evaluation starts.
+        limits = loaders.limits if limit == math.inf else [min(limit, each) for each in loaders.limits]
+        measured = session.measuring.loaders(f"[_EvaluationLoop].{stage}_next", loaders.loaders, limits)
         return parts, hooks, measured, limits
 
     def _uses_inference_mode(self) -> bool:

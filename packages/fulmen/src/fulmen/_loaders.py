@@ -288,6 +288,12 @@ class TrainLoader:
         """Forget the running iterator: the next epoch starts a new one."""
         self._running = None
 
+    def reload(self, epoch: int) -> None:
+        """Ask for the loader again now, between two epochs: it would be another one."""
+        self.close()
+        self._loaded_in, self._combined = None, False
+        self.setup(epoch)
+
     def state_dict(self, batch: int, *, within_epoch: bool) -> dict[str, object]:
         """Where the loader is after ``batch`` batches of the running epoch, or between two epochs."""
         position = self._position.state_dict(batch) if within_epoch else None
@@ -401,19 +407,24 @@ class EvalLoaders:
         self.user_loaders = loaders = self._source.load()
         split = _map(loaders, self._split)
         if isinstance(split, CombinedLoader) and split.mode != "sequential":
-            self.loaders = [_Combined(split)]
+            self.loaders[:] = [_Combined(split)]  # in place: a running evaluation holds the lists
             lengths: list[float] = [_combined_length(split)]
         else:
             leaves = _leaves(split)
             if self._track_indices:
-                leaves, self.trackers = tracked(leaves)
-            self.loaders = leaves if self._process is None else [self._process(leaf) for leaf in leaves]
+                leaves, self.trackers[:] = tracked(leaves)
+            self.loaders[:] = leaves if self._process is None else [self._process(leaf) for leaf in leaves]
             lengths = [_length(leaf) for leaf in leaves]
-        self.limits = [limited(self._limit_name, length, self._limit, self._source.hook) for length in lengths]
+        self.limits[:] = [limited(self._limit_name, length, self._limit, self._source.hook) for length in lengths]
         for index, length in enumerate(lengths):
             if length == 0:
                 rank_zero_warn(f"{self._source.hook}: loader {index} has no batch.")
         self._loaded_in = epoch
+
+    def reload(self, epoch: int) -> None:
+        """Ask for the loaders again now: they would be others."""
+        self._loaded_in = None
+        self.setup(epoch)
 
     @property
     def several(self) -> bool:

@@ -6,7 +6,8 @@ what nobody asked for.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from fulmen._module_hooks import CheckpointHooks, DataHooks, ModuleHooks
 from fulmen.callbacks.callback import Callback
@@ -17,7 +18,7 @@ from fulmen_fabric.abilities import supports
 from fulmen_protocols import SupportsModuleRecording
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     from fulmen.trainer import Trainer
     from fulmen_protocols import Profiler
@@ -38,7 +39,6 @@ _IDLE = frozenset(
     for name in names
 )
 
-T = TypeVar("T")
 F = TypeVar("F", bound="Callable[..., Any]")
 
 
@@ -111,9 +111,11 @@ class Measuring:
             return batches
         return _until_last(iter(batches), self.action(name, _next))
 
-    def loader(self, name: str, loader: Iterable[T], limit: float) -> Iterable[T]:
-        """A loader of which ``limit`` batches are taken; getting each is measured."""
-        return loader if self._profiler is None else _Measured(loader, self.action(name, _next), limit)
+    def loaders(
+        self, name: str, loaders: Sequence[Iterable[object]], limits: Sequence[float]
+    ) -> Sequence[Iterable[object]]:
+        """Loaders of which so many batches are taken; getting each is measured. Both may change until they are used."""
+        return loaders if self._profiler is None else _MeasuredLoaders(loaders, self.action(name, _next), limits)
 
 
 def prepare(profiler: Profiler, trainer: Trainer) -> None:
@@ -159,15 +161,28 @@ def _until_last(
             return
 
 
-class _Measured:
-    """A loader whose batches are measured, at each ``iter``."""
+class _MeasuredLoaders(Sequence[Iterable[object]]):
+    """Loaders whose batches are measured."""
 
-    def __init__(self, loader: Iterable[Any], get: Callable[[Iterator[Any]], Any], limit: float) -> None:
-        self._loader, self._get = loader, get
-        self._limit = limit
+    def __init__(
+        self, loaders: Sequence[Iterable[object]], get: Callable[[Iterator[Any]], Any], limits: Sequence[float]
+    ) -> None:
+        self._loaders, self._get, self._limits = loaders, get, limits
 
-    def __iter__(self) -> Iterator[Any]:
-        iterator, taken = iter(self._loader), 0
-        while taken < self._limit and (batch := self._get(iterator)) is not _END:
+    def __len__(self) -> int:
+        return len(self._loaders)
+
+    @overload
+    def __getitem__(self, index: int) -> Iterable[object]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Iterable[object]]: ...
+    def __getitem__(self, index: int | slice) -> Iterable[object] | Sequence[Iterable[object]]:
+        if isinstance(index, slice):
+            return _MeasuredLoaders(self._loaders[index], self._get, self._limits[index])
+        return self._batches(self._loaders[index], self._limits[index])
+
+    def _batches(self, loader: Iterable[object], limit: float) -> Iterator[object]:
+        iterator, taken = iter(loader), 0
+        while taken < limit and (batch := self._get(iterator)) is not _END:
             taken += 1
             yield batch

@@ -22,6 +22,7 @@ from fulmen._surface import TrainerSurface
 from fulmen._training import Training
 from fulmen.datamodule import LightningDataModule
 from fulmen.evaluate import evaluate
+from fulmen.exceptions import _TunerExitException  # pyright: ignore[reportPrivateUsage]  # Lightning's name
 from fulmen.fit import FitParts, fit
 from fulmen.hooks import FitHooks, HookBinder
 from fulmen.hparams import drop_unpicklable
@@ -325,6 +326,8 @@ class Trainer(TrainerSurface):
                     evaluate(*evaluation.prepare(verbose=verbose))
                     outputs = evaluation.results
             self._tear_down(session)
+        except _TunerExitException:
+            self._tear_down(session, has_run=False)
         except BaseException as error:
             self._fail(session, error)
             raise
@@ -426,13 +429,13 @@ class Trainer(TrainerSurface):
 
     # ------------------------------------------------------------------ the end
 
-    def _tear_down(self, session: Session) -> None:
+    def _tear_down(self, session: Session, *, has_run: bool = True) -> None:
         module, fn, binder = session.module, session.fn, self._binder
         session.close_loaders()
         self._metering.finish()
         if self.world.device.type != "cpu":
             module.cpu()
-        if fn is TrainerFn.FITTING:
+        if fn is TrainerFn.FITTING and has_run:
             for hook in binder.both("on_fit_end"):
                 hook()
         if session.datamodule is not None:
