@@ -241,7 +241,7 @@ def automatic_step(
 
     def visible(output: object, loss: Tensor | None) -> object:
         if loss is None:
-            return None
+            return {}
         loss = loss.detach()
         if not isinstance(output, Mapping):
             return {"loss": loss}

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 __all__ = ["AttachedModule"]
 
 # What belongs to a run and not to the model: it is left behind when the module is pickled or copied.
-_OF_THE_RUN = ("_trainer", "_fabric", "_metric_store", "_target_device", "_requires_grad_before")
+_OF_THE_RUN = (
+    "_trainer",
+    "_fabric",
+    "_metric_store",
+    "_target_device",
+    "_requires_grad_before",
+    "_log_number",
+    "_log_token",
+)
 
 
 class AttachedModule(nn.Module):

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fulmen._raw_batches import RawLoader, fetches_itself, hook_of_raw
 from fulmen._reporting import print_results
 from fulmen._run_loaders import eval_loaders
-from fulmen._session import ModelModes
+from fulmen._session import ModelModes, unchanged
 from fulmen.evaluate import EvalParts, evaluate
 from fulmen.predict import PredictParts
 from fulmen.states import RunningStage, TrainerFn
@@ -87,11 +88,11 @@ class Evaluation:
             return  # a run resumed inside an epoch has validated before
         self._state.stage = RunningStage.SANITY_CHECKING
         with isolate_rng():
-            for hook in self.binder.both("on_sanity_check_start"):
+            for hook in self.binder.of_callbacks("on_sanity_check_start"):
                 hook()
             store = self._metering.begin_eval("sanity_check")
             evaluate(*self._arguments("val", store, limit=limit, in_fit=True))
-            for hook in self.binder.both("on_sanity_check_end"):
+            for hook in self.binder.of_callbacks("on_sanity_check_end"):
                 hook()
         self._metering.end_eval_in_fit(sanity_check=True)
         self._state.stage = RunningStage.TRAINING
@@ -143,15 +144,18 @@ class Evaluation:
         modes = ModelModes(session.module)
         step = session.step_method("predict_step", several_loaders=loaders.several, bind=False)
         context = session.forward_context()
+        raw = fetches_itself(session.module.predict_step)
         parts = PredictParts(
             step=step if context is None else _inside(context, step),
-            transfer=session.transfer(),
+            transfer=unchanged if raw else session.transfer(),
             no_grad=session.no_grad(inference_mode=self._uses_inference_mode()),
             model_eval=modes.eval,
             model_train=modes.restore,
             keep=(_as_it_is if session.world.device.type == "cpu" else _to_cpu) if keep else None,
         )
         hooks = self.binder.evaluation("predict", several_loaders=loaders.several)
+        if raw:
+            return parts, _told_of_fetched(hooks), _raw(loaders, loaders.limits, None), loaders.limits
         return parts, hooks, loaders.loaders, loaders.limits
 
     # ------------------------------------------------------------------ what they share
@@ -171,10 +175,11 @@ class Evaluation:
         if in_fit and bare:
             session.share_buffers()
         step = session.step_method(f"{name}_step", several_loaders=loaders.several, bind=in_fit and not bare)
+        raw = fetches_itself(getattr(session.module, f"{name}_step"))
         context = session.forward_context()
         parts = EvalParts(
             step=step if context is None else _inside(context, step),
-            transfer=_starting(store, session.transfer(), several=loaders.several),
+            transfer=unchanged if raw else _starting(store, session.transfer(), several=loaders.several),
             no_grad=session.no_grad(inference_mode=not in_fit and self._uses_inference_mode()),
             model_eval=modes.eval,
             model_train=modes.restore,
@@ -182,12 +187,38 @@ class Evaluation:
             reduce=store.reduce_epoch,
             log=partial(metering.log_eval_epoch, store),
         )
-        return parts, hooks, loaders.loaders, [min(limit, each) for each in loaders.limits]
+        limits = [min(limit, each) for each in loaders.limits]
+        if raw:
+            return parts, _told_of_fetched(hooks), _raw(loaders, limits, store), limits
+        return parts, hooks, loaders.loaders, limits
 
     def _uses_inference_mode(self) -> bool:
         # gloo reduces tensors in place, which inference tensors refuse.
         world = self._session.world
         return self._settings().inference_mode and not (world.world_size > 1 and world.device.type == "cpu")
+
+
+def _told_of_fetched(hooks: EvalHooks) -> EvalHooks:
+    return replace(
+        hooks,
+        on_batch_start=tuple(hook_of_raw(hook, outputs_first=False) for hook in hooks.on_batch_start),
+        on_batch_end=tuple(hook_of_raw(hook, outputs_first=True) for hook in hooks.on_batch_end),
+    )
+
+
+def _raw(loaders: EvalLoaders, limits: list[float], store: MetricStore | None) -> list[Iterable[object]]:
+    """``loaders`` for a step that fetches its batches itself."""
+
+    def told(index: int) -> Callable[[object], object]:
+        def start(batch: object) -> object:
+            if store is None:
+                return batch
+            return store.start_batch(batch, 0, index if loaders.several else None)
+
+        return start
+
+    pairs = zip(loaders.loaders, limits, strict=True)
+    return [RawLoader(loader, limit, index, told(index)) for index, (loader, limit) in enumerate(pairs)]
 
 
 def _starting(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fulmen._compiled_log import let_log_in_graphs, recording
+from fulmen._raw_batches import fetches_itself, step_of_raw
 from fulmen.manual import ManualOptimization
 from fulmen.metrics import scope_for
 from fulmen.module import LightningModule
@@ -66,6 +68,10 @@ class Session:
     eval_loaders: dict[str, EvalLoaders] = field(default_factory=dict[str, "EvalLoaders"])
     manual: ManualOptimization | None = None
     gradients: Gradients | None = None
+    batch_norms: dict[str, nn.Module] = field(default_factory=dict[str, "nn.Module"])
+    """The user's layers that ``sync_batchnorm`` has replaced, by name."""
+    said: set[str] = field(default_factory=set[str])
+    """Advice that the Trainer has given already."""
     resumed: dict[str, Any] | None = None
     """What the checkpoint holds for an exact resume, until the loop has begun."""
 
@@ -119,11 +125,19 @@ class Session:
             method: Callable[..., Any] = strategy.bind_manual_method(self.placed, name)
         else:
             method = self.bound(name) if bind else getattr(self.module, name)
+        if any([let_log_in_graphs(each) for each in self.logging_modules()]):
+            method = recording(method)
+        if fetches_itself(getattr(self.module, name)):
+            return step_of_raw(method)
         takes = _positional(getattr(self.module, name))
         given = 3 if several_loaders else 2
         if takes >= given:
             return method
         return lambda *args: method(*args[:takes])
+
+    def told_of_raw_batch(self, batch: object) -> object:
+        """What a step that fetches its batches itself has fetched: it weighs what is logged now."""
+        return batch if self.store is None else self.store.start_batch(batch)
 
     def transfer(self) -> Callable[[object, int], object]:
         """Put a batch on the device: precision's casts, then the transfer hooks of datamodule or module."""

@@ -45,6 +45,9 @@ class DummyLogger:
     name: str | None = ""
     version: int | str | None = ""
     experiment = DummyExperiment()
+    save_dir: str | None = None
+    log_dir: str | None = None
+    root_dir: str | None = None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Forget the row."""

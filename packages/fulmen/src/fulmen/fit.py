@@ -86,6 +86,8 @@ def train_epoch(
         for hook in hooks.on_train_epoch_start:
             hook()
         progress.epoch_started = True
+        if progress.replan:
+            return
     if validation_is_owed(plan, progress, parts):
         parts.validate()
     progress.batch_is_open = False

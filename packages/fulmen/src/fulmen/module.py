@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fulmen._attached import AttachedModule
 from fulmen._collection import map_leaves
-from fulmen._dynamo import never_compiled
+from fulmen._dynamo import never_compiled, never_compiled_alone
 from fulmen._loading import class_only, load_module
 from fulmen._module_hooks import CheckpointHooks, DataHooks, ModuleHooks
 from fulmen.hparams import HyperparametersMixin
@@ -41,6 +41,11 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
     """One example of ``forward``'s input (a tensor, or a tuple or dict of arguments), for summaries and graphs."""
 
     _requires_grad_before: Mapping[Tensor, bool] | None = None
+    _log_number: int = 0
+    """What compiled code calls this module; 0: nobody has given it a number."""
+    _log_token: Tensor | None = None
+    _compiled_from: dict[str, Any] | None = None
+    """The methods that ``from_compiled`` replaced; None: the module is not compiled."""
 
     # -- what users define ------------------------------------------------------------------------------------------
 
@@ -80,7 +85,7 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
 
     # -- logging ------------------------------------------------------------------------------------------------------
 
-    @never_compiled
+    @never_compiled_alone
     def log(
         self,
         name: str,
@@ -120,6 +125,30 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
             MisconfigurationException: nothing can be logged at this moment, or ``name`` was logged otherwise before.
             ValueError: ``value`` is none of the allowed.
         """
+        if torch.compiler.is_compiling():
+            in_graph = self._log_number and sync_dist_group is None and metric_attribute is None
+            if not in_graph or not isinstance(value, (Tensor, int, float)):
+                self._log_between_graphs(
+                    name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist,
+                    sync_dist_group, add_dataloader_idx, batch_size, metric_attribute, rank_zero_only,
+                )  # fmt: skip
+                return
+            torch.ops.fulmen.record(
+                self._log_token,
+                self._log_number,
+                name,
+                value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.get_default_dtype()),
+                prog_bar,
+                logger,
+                on_step,
+                on_epoch,
+                reduce_fx if isinstance(reduce_fx, str) else reduce_fx.__name__,
+                sync_dist,
+                add_dataloader_idx,
+                batch_size,
+                rank_zero_only,
+            )
+            return
         store = self.__dict__.get("_metric_store")
         if store is None:
             self._log_without_store(name, value)
@@ -142,6 +171,10 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
         )
 
     @never_compiled
+    def _log_between_graphs(self, *arguments: Any) -> None:
+        self.log(*arguments)
+
+    @never_compiled_alone
     def log_dict(
         self,
         dictionary: Mapping[str, Any],
@@ -223,6 +256,12 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
 
         return map_leaves(gather, data)
 
+    @property
+    def _current_fx_name(self) -> str | None:
+        """The hook that runs now, as ``self.log`` sees it, under the name that outside code reads."""
+        store = self.__dict__.get("_metric_store")
+        return None if store is None else str(store.scope.hook)
+
     # -- optimization -------------------------------------------------------------------------------------------------
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
@@ -269,6 +308,7 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
         else:
             loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
+    @never_compiled
     def toggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
         """Let only the parameters of ``optimizer`` need gradients, until ``untoggle_optimizer``."""
         if self._requires_grad_before is not None:  # toggling from one to the next
@@ -283,6 +323,7 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
             parameter.requires_grad = before.get(parameter, parameter.requires_grad)
         self.__dict__["_requires_grad_before"] = before
 
+    @never_compiled
     def untoggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
         """Give the parameters of all other optimizers back what ``toggle_optimizer`` took."""
         self._restore_requires_grad(keep=set(_parameters_of(optimizer)))

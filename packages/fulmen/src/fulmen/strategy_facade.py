@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from fulmen.optimizer import LightningOptimizer
     from fulmen_fabric import World
     from fulmen_fabric.steps import Gradients
     from fulmen_protocols import CheckpointIO, ReduceOp, Strategy
@@ -37,6 +38,8 @@ class StrategyFacade:
         self.model: nn.Module | None = None
         """The placed module: wrapped or sharded, as the strategy needs it."""
         self.gradients: Gradients | None = None
+        self._lightning_optimizers: list[LightningOptimizer] = []
+        """The wrapped optimizers of the running fit, under the name that outside code reads."""
 
     @property
     def root_device(self) -> torch.device:

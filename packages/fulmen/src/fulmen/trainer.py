@@ -8,12 +8,15 @@ what belongs to one call, ``Training`` and ``Evaluation`` compose its loops. The
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from fulmen import _callbacks, _checkpointing, _loggers, _preparation, _switches, _verify
+from fulmen._environment import defaults_from_environment
 from fulmen._evaluation import Evaluation
 from fulmen._explain import explain_run
-from fulmen._loaders import LoaderSource
+from fulmen._first_line import first_line
+from fulmen._loaders import EvalLoaders, LoaderSource
 from fulmen._metering import Metering
 from fulmen._reporting import Reporter
 from fulmen._session import Session
@@ -35,7 +38,7 @@ from fulmen_fabric import Assembly, World, assemble, rank_zero_info, rank_zero_w
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Generator, Iterable, Mapping, Sequence
     from datetime import timedelta
 
     from fulmen.module import LightningModule
@@ -56,8 +59,14 @@ class Trainer(TrainerSurface):
     """Trains, evaluates and predicts with a ``LightningModule``.
 
     Arguments are keyword-only and mean what they mean in Lightning; ``docs/differences.md`` lists where they do not.
+    One that is left out is taken from the environment, if ``FULMEN_TRAINER_<ARG>`` or ``PL_TRAINER_<ARG>`` is set.
+
+    With ``accumulate_grad_batches=n`` the loss of every batch is divided by n and the optimizer steps after every n-th
+    batch and after the last batch of an epoch. So each sample weighs the same in every update of the run, and the
+    update of a last, shorter window is smaller in proportion; no batch is dropped, none is carried into the next epoch.
     """
 
+    @defaults_from_environment
     def __init__(
         self,
         *,
@@ -100,6 +109,8 @@ class Trainer(TrainerSurface):
         reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: str | os.PathLike[str] | None = None,
         enable_autolog_hparams: bool = True,
+        model_registry: str | None = None,
+        suggest_integrations: bool = True,
     ) -> None:
         given = _callbacks.as_list(callbacks)
         wrong: list[MisconfigurationException] = []
@@ -148,6 +159,8 @@ class Trainer(TrainerSurface):
                 precision=precision,
                 plugins=plugins,
             )
+        with _verify.collected(wrong):
+            _verify.vendors_flags(model_registry, suggest_integrations)
         _verify.raise_all(wrong)
         settings = self.settings
         self.world = World(self.assembly)
@@ -160,14 +173,16 @@ class Trainer(TrainerSurface):
         self._session: Session | None = None
         self._plan = Plan()
         self._ckpt_path: str | None = None
+        self._predictions: list[Any] = []
+        self._said: set[str] = set()
+        self._loaders_before: dict[str, EvalLoaders] = {}
         self._reporter = Reporter(
             loggers=self.loggers,
             log_every_n_steps=settings.log_every_n_steps,
             is_global_zero=self.world.is_global_zero,
         )
         self.fast_dev_run = settings.fast_dev_run
-        if self.assembly.chosen:
-            rank_zero_info(" ".join(self.assembly.chosen))
+        rank_zero_info(first_line(self.assembly))
         if settings.max_epochs_is_default:
             rank_zero_warn("neither max_epochs nor max_steps was given: training ends after 1000 epochs.")
 
@@ -248,6 +263,7 @@ class Trainer(TrainerSurface):
         keep = return_predictions is not False
         given = {"predict": dataloaders}
         outputs = self._run(TrainerFn.PREDICTING, model, given, datamodule, ckpt_path, weights_only, keep=keep)
+        self._predictions = outputs if keep else []
         if not keep:
             return None
         return outputs[0] if len(outputs) == 1 else outputs
@@ -307,12 +323,13 @@ class Trainer(TrainerSurface):
                     training.begin(self._binder)
                     with _switches.anomaly_detection(self.settings):
                         while True:
+                            if self._progress.replan:  # on_train_start may have changed something already
+                                self._progress.replan = False
+                                self._plan = training.make_plan()
+                                parts, hooks = self._compose(session, training)
                             fit(parts, self._plan, hooks, self._progress, training.batches)
                             if not self._progress.replan:
                                 break
-                            self._progress.replan = False
-                            self._plan = training.make_plan()
-                            parts, hooks = self._compose(session, training)
                     self._stopping.raise_if_terminated()
                     training.end(hooks)
                 elif fn is TrainerFn.PREDICTING:
@@ -337,13 +354,16 @@ class Trainer(TrainerSurface):
         module = _verify.lightning_module(fn, self.lightning_module if model is None else model)
         _verify.loaders_or_datamodule(fn, given, datamodule)
         previous = self._session
+        if previous is not None:
+            self._loaders_before.update(previous.eval_loaders)
         if datamodule is None and not any(value is not None for value in given.values()) and previous is not None:
             datamodule = previous.datamodule
+        _verify.compiled_module(module, self.assembly)
         sources = {stage: LoaderSource(stage, given.get(stage), datamodule, module) for stage in _STAGES}
         module.trainer = self
         _callbacks.attach_to(self.callbacks, _callbacks.as_list(module.configure_callbacks()))
         _verify.run(fn, module, sources, self.callbacks, self.settings)
-        self._session = session = Session(fn, module, datamodule, self.assembly, self.world, sources)
+        self._session = session = Session(fn, module, datamodule, self.assembly, self.world, sources, said=self._said)
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
         self.state.stage = _FIRST_STAGE[fn]
         if fn is TrainerFn.FITTING:
@@ -410,6 +430,7 @@ class Trainer(TrainerSurface):
         self._binder = HookBinder(self, session.module, self.callbacks, session.scoped)
         parts, hooks = training.compose(self._binder)
         self.strategy.gradients = session.gradients
+        self.strategy._lightning_optimizers = session.wrapped
         return parts, hooks
 
     # ------------------------------------------------------------------ the end
@@ -418,8 +439,7 @@ class Trainer(TrainerSurface):
         module, fn, binder = session.module, session.fn, self._binder
         session.close_loaders()
         self._metering.finish()
-        if self.world.device.type != "cpu":
-            module.cpu()
+        _preparation.give_back(session)
         if fn is TrainerFn.FITTING:
             for hook in binder.both("on_fit_end"):
                 hook()
@@ -440,6 +460,8 @@ class Trainer(TrainerSurface):
         session.close_loaders()
         for module in session.logging_modules():
             module.__dict__["_metric_store"] = None
+        with suppress(RuntimeError):  # a device that failed cannot be read; the run's own error is what matters
+            _preparation.give_back(session)
         for callback in self.callbacks:
             handler = getattr(callback, "on_exception", None)
             if handler is not None:
@@ -490,6 +512,17 @@ class Trainer(TrainerSurface):
             bar.print(*args, **kwargs)
         else:
             print(*args, **kwargs)
+
+    @contextmanager
+    def init_module(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """Within the block new modules are created where the strategy wants them, in the precision's dtype.
+
+        Starts the run's processes. With ``empty_init`` the values are left undefined, for a checkpoint to fill.
+        """
+        self.world.launch(_nothing)
+        assembly = self.assembly
+        with assembly.strategy.module_context(empty=bool(empty_init)), assembly.precision.init_context():
+            yield
 
     def explain(self, model: LightningModule | None = None) -> str:
         """Print, and return, what a fit does in order, and which distribution supplies each part."""

@@ -1,0 +1,100 @@
+"""``self.log`` inside a graph: an operator of the graph hands the value over, so that the graph need not be broken.
+
+A step that logs numbers or tensors is one graph, also with ``fullgraph=True``. The operator is given no objects: it names
+the module by a number. It writes to a token of the module, so that no compiler leaves it out or changes the order.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from functools import cache
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["let_log_in_graphs", "recording"]
+
+_waiting: list[tuple[Any, str, Tensor, dict[str, Any]]] = []
+
+_modules: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+
+
+def let_log_in_graphs(module: nn.Module) -> bool:
+    """From now on compiled code of ``module`` logs without breaking its graph.
+
+    Returns:
+        Whether that can happen; False in a process that has not called ``torch.compile``.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return False
+    _define_operator()
+    _modules[id(module)] = module
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    module.__dict__["_log_token"] = torch.zeros((), device=device)
+    module.__dict__["_log_number"] = id(module)
+    return True
+
+
+@cache
+def _define_operator() -> None:
+    """``torch.ops.fulmen.record``, defined in the processes that compile something."""
+    torch.library.custom_op(
+        "fulmen::record",
+        _record,
+        mutates_args=("token",),
+        tags=(torch._C.Tag.cudagraph_unsafe,) if hasattr(torch._C.Tag, "cudagraph_unsafe") else (),
+    )
+
+
+def _record(
+    token: Tensor,
+    module: int,
+    name: str,
+    value: Tensor,
+    prog_bar: bool,
+    logger: Optional[bool],  # noqa: UP045 -- torch reads the operator's schema from these annotations
+    on_step: Optional[bool],  # noqa: UP045
+    on_epoch: Optional[bool],  # noqa: UP045
+    reduce_fx: str,
+    sync_dist: bool,
+    add_dataloader_idx: bool,
+    batch_size: Optional[int],  # noqa: UP045
+    rank_zero_only: bool,
+) -> None:
+    # `data` starts a version of its own: the record must not look like one that was changed in place.
+    kept = value.clone().data
+    options: dict[str, Any] = {
+        "prog_bar": prog_bar,
+        "logger": logger,
+        "on_step": on_step,
+        "on_epoch": on_epoch,
+        "reduce_fx": reduce_fx,
+        "sync_dist": sync_dist,
+        "add_dataloader_idx": add_dataloader_idx,
+        "batch_size": batch_size,
+        "rank_zero_only": rank_zero_only,
+    }
+    _waiting.append((_modules[module], name, kept, options))
+
+
+def recording(step: Callable[..., Any]) -> Callable[..., Any]:
+    """``step``, after which what its graphs handed over is logged.
+
+    Not in the operator itself, where tensors lack what tells that they were changed in place.
+    """
+
+    def run(*args: object) -> Any:
+        output = step(*args)
+        if _waiting:
+            records = _waiting[:]
+            _waiting.clear()
+            for module, name, value, options in records:
+                module.log(name, value, **options)
+        return output
+
+    return run
