@@ -113,9 +113,7 @@ def plain(value: Any) -> Any:
 
 def _order(library: Any, loader: Any = None, **options: Any) -> str:
     model = model_of(library)()
-    trainer(library, **{"max_epochs": 2, **options}).fit(
-        model, numbers(14) if loader is None else loader, numbers(4)
-    )
+    trainer(library, **{"max_epochs": 2, **options}).fit(model, numbers(14) if loader is None else loader, numbers(4))
     return " ".join(model.seen)
 
 
@@ -760,6 +758,34 @@ def readings(library: Any) -> Any:
     made.test(model, numbers(4), verbose=False)
     made.predict(model, numbers(4))
     return seen
+
+
+@scenario
+def precisions(library: Any) -> Any:
+    """Where a precision casts: the batch, the module, and never the outputs."""
+
+    def run(precision: str) -> Any:
+        class Model(model_of(library)):  # type: ignore[misc]
+            def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+                self.seen.append(["before transfer", str(batch.dtype)])
+                return batch
+
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                output = self.layer(batch)
+                dtypes = (batch, output, self.layer.weight, torch.ones(1))
+                self.seen.append(["step", *(str(tensor.dtype) for tensor in dtypes)])
+                return output.mean()
+
+            def predict_step(self, batch: Any, batch_idx: int) -> Any:
+                return self.layer(batch)
+
+        model = Model()
+        made = trainer(library, precision=precision)
+        made.fit(model, numbers(2))
+        predicted = made.predict(model, numbers(2))
+        return [model.seen, str(predicted[0].dtype), made.precision, made.scaler is None]
+
+    return {name: run(name) for name in ("32-true", "64-true", "bf16-true", "bf16-mixed")}
 
 
 @scenario

@@ -15,7 +15,7 @@ from pathlib import Path
 from tools.workspace import ROOT
 
 PAGE = ROOT / "docs" / "features.md"
-ROW = re.compile(r"^\| (?P<item>\d+\.\d+) \| (?P<text>.*) \| (?P<status>[^|]*) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| (?P<item>(?:\d+|A)\.\d+) \| (?P<text>.*) \| (?P<status>[^|]*) \|$", re.MULTILINE)
 NONE = "no test yet"
 
 

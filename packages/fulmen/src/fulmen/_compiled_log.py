@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from functools import cache
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
@@ -28,9 +29,9 @@ def let_log_in_graphs(module: nn.Module) -> bool:
     """From now on compiled code of ``module`` logs without breaking its graph.
 
     Returns:
-        Whether that can happen; False in a process that has not called ``torch.compile``.
+        Whether ``module`` has compiled code of its own: its steps, or another of its methods.
     """
-    if "torch._dynamo" not in sys.modules:
+    if not _has_compiled_code(module):
         return False
     _define_operator()
     _modules[id(module)] = module
@@ -38,6 +39,17 @@ def let_log_in_graphs(module: nn.Module) -> bool:
     module.__dict__["_log_token"] = torch.zeros((), device=device)
     module.__dict__["_log_number"] = id(module)
     return True
+
+
+def _has_compiled_code(module: nn.Module) -> bool:
+    if "torch._dynamo" not in sys.modules:
+        return False
+    namespaces = (vars(module), *(vars(base) for base in type(module).__mro__))
+    return any(
+        isinstance(value, FunctionType) and "_torchdynamo_orig_callable" in vars(value)
+        for namespace in namespaces
+        for value in namespace.values()
+    )
 
 
 @cache

@@ -184,7 +184,7 @@ class LoggerConnectorView:
     def should_update_logs(self) -> bool:
         """Whether the batch in hand is one after which loggers get a row."""
         every = self._trainer.log_every_n_steps
-        return bool(every) and (self._trainer.batches_that_stepped + 1) % every == 0
+        return bool(every) and (self._trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Write a row to every logger, on rank 0; at ``step``, else where the run is. Reads device values."""
@@ -194,7 +194,7 @@ class LoggerConnectorView:
         plain = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
         at = plain.pop("step", None) if step is None else step
         for logger in trainer.loggers:
-            logger.log_metrics(plain, step=trainer.batches_that_stepped if at is None else int(at))
+            logger.log_metrics(plain, step=trainer.fit_loop.epoch_loop._batches_that_stepped if at is None else int(at))
 
     @property
     def callback_metrics(self) -> dict[str, Any]:

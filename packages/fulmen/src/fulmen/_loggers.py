@@ -10,7 +10,15 @@ from fulmen._silent import DummyLogger, MutedLogger
 from fulmen.hparams import hyperparameters_for_loggers
 from fulmen_fabric import rank_zero_info
 from fulmen_fabric.abilities import supports
-from fulmen_protocols import LOGGERS, Logger, SupportsGraph, check, load
+from fulmen_protocols import (
+    LOGGERS,
+    Logger,
+    MisconfigurationTypeError,
+    NotConforming,
+    SupportsGraph,
+    check,
+    load,
+)
 
 if TYPE_CHECKING:
     from fulmen._session import Session
@@ -33,8 +41,18 @@ def complete(logger: Logger | Iterable[Logger] | bool | None, settings: Settings
         rank_zero_info(f"logger: {name} in {settings.default_root_dir}/lightning_logs")
         return [load(LOGGERS, name, save_dir=settings.default_root_dir)]
     if isinstance(logger, Iterable) and not hasattr(logger, "log_metrics"):
-        return [check(LOGGERS, one) for one in logger]
-    return [check(LOGGERS, logger)]
+        return [_checked(one) for one in logger]
+    return [_checked(logger)]
+
+
+def _checked(logger: object) -> Logger:
+    try:
+        return check(LOGGERS, logger)
+    except NotConforming as error:
+        raise MisconfigurationTypeError(
+            f"logger={logger!r} cannot be used: {error} Pass a logger such as CSVLogger('logs'), a list of them, True "
+            "or False."
+        ) from error
 
 
 def follow_rank_zero(loggers: list[Logger], world: World) -> list[Logger]:

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["TrainerSurface"]
 
 
-
 class TrainerSurface(SettingsSurface):
     """Properties over what a Trainer holds; no behaviour."""
 

@@ -6,6 +6,8 @@ import inspect
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+from torch.nn.modules.batchnorm import _BatchNorm  # the one base of all of them
+
 from fulmen._raw_batches import fetches_itself
 from fulmen.hooks import check_hook_names
 from fulmen.module import LightningModule
@@ -34,6 +36,7 @@ __all__ = [
     "raise_all",
     "run",
     "step_takes_dataloader_idx",
+    "sync_batchnorm",
     "vendors_flags",
 ]
 
@@ -94,6 +97,17 @@ def compiled_module(module: LightningModule, assembly: Assembly) -> None:
             f"model is a compiled {type(module).__name__}, but strategy={assembly.strategy_name!r} on "
             f"{assembly.devices[0].type} runs the module in its own way, without torch.compile. Pass the module itself, "
             "or use one device, DDP or FSDP."
+        )
+
+
+def sync_batchnorm(module: LightningModule, assembly: Assembly) -> None:
+    """Refuse what torch's synchronised layers cannot do."""
+    if assembly.world_size == 1 or assembly.devices[0].type != "cpu":
+        return
+    if any(isinstance(layer, _BatchNorm) for layer in module.modules()):
+        raise MisconfigurationException(
+            f"sync_batchnorm=True with {assembly.world_size} processes on the CPU: torch's SyncBatchNorm runs on GPUs "
+            "only. Leave it out here, or use accelerator='gpu'."
         )
 
 
@@ -207,13 +221,14 @@ _GONE = {
 
 def _raw_steps(module: LightningModule, steps: Sequence[str]) -> None:
     """Say what does not happen for steps that fetch their batches themselves."""
-    for name in steps:
-        if fetches_itself(getattr(module, name)):
-            rank_zero_warn(
-                f"{type(module).__name__}.{name} takes dataloader_iter, which is experimental: it moves its batches to "
-                "the device itself, the transfer hooks are not called, batch hooks are told of the batch fetched last, "
-                "and a step should fetch as many batches each time. Take (batch, batch_idx) if you do not need it."
-            )
+    fetching = [name for name in steps if fetches_itself(getattr(module, name))]
+    if fetching:
+        rank_zero_warn(
+            f"{type(module).__name__}.{' and '.join(fetching)} take{'s' * (len(fetching) == 1)} dataloader_iter, which "
+            "is experimental: such a step moves its batches to the device itself, the transfer hooks are not called, "
+            "batch hooks are told of the batch fetched last, and a step should fetch as many batches each time. Take "
+            "(batch, batch_idx) if you do not need it."
+        )
 
 
 def step_takes_dataloader_idx(module: LightningModule, stage: str, *, several: bool) -> None:

@@ -125,8 +125,8 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
             MisconfigurationException: nothing can be logged at this moment, or ``name`` was logged otherwise before.
             ValueError: ``value`` is none of the allowed.
         """
-        if torch.compiler.is_compiling():
-            in_graph = self._log_number and sync_dist_group is None and metric_attribute is None
+        if self._log_number and torch.compiler.is_compiling():
+            in_graph = sync_dist_group is None and metric_attribute is None
             if not in_graph or not isinstance(value, (Tensor, int, float)):
                 self._log_between_graphs(
                     name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist,
@@ -137,7 +137,9 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
                 self._log_token,
                 self._log_number,
                 name,
-                value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.get_default_dtype()),
+                value.detach()
+                if isinstance(value, Tensor)
+                else torch.as_tensor(value, dtype=torch.get_default_dtype()),
                 prog_bar,
                 logger,
                 on_step,
@@ -209,6 +211,7 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
                 rank_zero_only,
             )
 
+    @never_compiled
     def _log_without_store(self, name: str, value: Any) -> None:
         if self._trainer is None and self._fabric is not None:
             if not isinstance(value, (int, float, Tensor)):

@@ -359,6 +359,8 @@ class Trainer(TrainerSurface):
         if datamodule is None and not any(value is not None for value in given.values()) and previous is not None:
             datamodule = previous.datamodule
         _verify.compiled_module(module, self.assembly)
+        if fn is TrainerFn.FITTING and self.settings.sync_batchnorm:
+            _verify.sync_batchnorm(module, self.assembly)
         sources = {stage: LoaderSource(stage, given.get(stage), datamodule, module) for stage in _STAGES}
         module.trainer = self
         _callbacks.attach_to(self.callbacks, _callbacks.as_list(module.configure_callbacks()))
