@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,6 +15,9 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 import fulmen
 from fulmen_fabric import PossibleUserWarning
 from fulmen_loggers import CSVLogger
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Line(fulmen.LightningModule):

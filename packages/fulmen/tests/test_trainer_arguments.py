@@ -78,7 +78,7 @@ def test_a_logger_that_is_none_is_named_with_what_it_lacks() -> None:
 
     for wrong in (NoLogger(), [NoLogger()]):
         with pytest.raises(
-            MisconfigurationException, match="logger=.*NoLogger.*lacks.*log_metrics.*Pass a logger such"
+            MisconfigurationException, match=r"logger=.*NoLogger.*lacks.*log_metrics.*Pass a logger such"
         ):
             trainer(logger=wrong)
     with pytest.raises(TypeError, match=r"logger=7 cannot be used.*CSVLogger\('logs'\), a list of them, True or False"):
@@ -321,9 +321,9 @@ def test_objects_of_the_other_framework_are_refused_with_the_import_to_change(pa
 
     with pytest.raises(TypeError, match=f"model is a Model.*that of {package.split('.')[0]}. Import LightningModule"):
         trainer().fit(model, loader())
-    with pytest.raises(TypeError, match="train_dataloaders is a LightningDataModule.*Import LightningDataModule from"):
+    with pytest.raises(TypeError, match=r"train_dataloaders is a LightningDataModule.*Import LightningDataModule from"):
         trainer().fit(Line(), data)
-    with pytest.raises(TypeError, match="datamodule is a LightningDataModule.*Import LightningDataModule from"):
+    with pytest.raises(TypeError, match=r"datamodule is a LightningDataModule.*Import LightningDataModule from"):
         trainer().fit(Line(), datamodule=data)
 
 
@@ -333,5 +333,5 @@ def test_optimizer_idx_is_refused_with_what_replaces_it() -> None:
         def training_step(self, batch: Any, batch_idx: int, optimizer_idx: int) -> Any:  # type: ignore[override]
             return None
 
-    with pytest.raises(MisconfigurationException, match="takes optimizer_idx, which no longer exists. Set self.autom"):
+    with pytest.raises(MisconfigurationException, match=r"takes optimizer_idx, which no longer exists. Set self.autom"):
         trainer().fit(Old(), loader())

@@ -1,7 +1,7 @@
 """``self.log`` inside a graph: an operator of the graph hands the value over, so that the graph need not be broken.
 
-A step that logs numbers or tensors is one graph, also with ``fullgraph=True``. The operator is given no objects: it names
-the module by a number. It writes to a token of the module, so that no compiler leaves it out or changes the order.
+A step that logs numbers or tensors is one graph, also with ``fullgraph=True``. The operator is given no objects: it
+names the module by a number. It writes to a token of the module, so that no compiler leaves it out or reorders it.
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ def _has_compiled_code(module: nn.Module) -> bool:
 @cache
 def _define_operator() -> None:
     """``torch.ops.fulmen.record``, defined in the processes that compile something."""
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # a captured graph would not run Python again
     torch.library.custom_op(
         "fulmen::record",
         _record,
         mutates_args=("token",),
-        tags=(torch._C.Tag.cudagraph_unsafe,) if hasattr(torch._C.Tag, "cudagraph_unsafe") else (),
+        tags=(unsafe,) if unsafe is not None else (),
     )
 
 

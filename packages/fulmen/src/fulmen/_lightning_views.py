@@ -63,8 +63,13 @@ class TrainingEpochLoopView:
         return ProgressView(Counts.of(progress.batch), Counts.of(progress.total_batches), progress.epoch_is_whole)
 
     @property
-    def _batches_that_stepped(self) -> int:
+    def log_step(self) -> int:
+        """Where loggers draw the batch in hand: how many batches had stepped an optimizer before it."""
         return self._progress.log_step
+
+    @property
+    def _batches_that_stepped(self) -> int:
+        return self.log_step
 
     @property
     def batch_idx(self) -> int:
@@ -184,7 +189,7 @@ class LoggerConnectorView:
     def should_update_logs(self) -> bool:
         """Whether the batch in hand is one after which loggers get a row."""
         every = self._trainer.log_every_n_steps
-        return bool(every) and (self._trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
+        return bool(every) and (self._trainer.fit_loop.epoch_loop.log_step + 1) % every == 0
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Write a row to every logger, on rank 0; at ``step``, else where the run is. Reads device values."""
@@ -194,7 +199,7 @@ class LoggerConnectorView:
         plain = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
         at = plain.pop("step", None) if step is None else step
         for logger in trainer.loggers:
-            logger.log_metrics(plain, step=trainer.fit_loop.epoch_loop._batches_that_stepped if at is None else int(at))
+            logger.log_metrics(plain, step=trainer.fit_loop.epoch_loop.log_step if at is None else int(at))
 
     @property
     def callback_metrics(self) -> dict[str, Any]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Sequence, Sized
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
@@ -14,6 +13,9 @@ from fulmen_fabric import PossibleUserWarning, rank_zero_warn
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence, Sized
+    from multiprocessing.context import BaseContext
+
     from fulmen_fabric import World
 
 __all__ = ["LoaderAdvice", "log_interval"]
@@ -45,10 +47,10 @@ class LoaderAdvice:
         """
         self._emptiness(lengths)
         for loader in given:
-            if isinstance(loader, DataLoader):
+            if _is_data_loader(loader):
                 self._sampling(loader)
         for loader in split:
-            if isinstance(loader, DataLoader):
+            if _is_data_loader(loader):
                 self._workers(loader)
 
     def _say(self, text: str, category: type[Warning] = PossibleUserWarning) -> None:
@@ -91,7 +93,7 @@ class LoaderAdvice:
             return
         if not self._evaluates:
             return
-        sampler: object = loader.sampler
+        sampler = cast("object", loader.sampler)
         if isinstance(sampler, RandomSampler):
             self._say(f"{self._hook} is shuffled. Evaluate in a fixed order: DataLoader(..., shuffle=False).")
         elif isinstance(sampler, DistributedSampler) and not sampler.drop_last:
@@ -105,7 +107,7 @@ class LoaderAdvice:
                 )
 
     def _workers(self, loader: DataLoader[Any]) -> None:
-        context: Any = loader.multiprocessing_context
+        context = cast("BaseContext | None", loader.multiprocessing_context)
         method = multiprocessing.get_start_method() if context is None else context.get_start_method()
         cores = _cores_per_process(self._world)
         if loader.num_workers > 0 and method == "spawn" and not loader.persistent_workers:
@@ -135,6 +137,10 @@ def log_interval(batches: float, log_every_n_steps: int, said: set[str]) -> None
     if batches < log_every_n_steps and text not in said:
         said.add(text)
         rank_zero_warn(text, PossibleUserWarning)
+
+
+def _is_data_loader(loader: object) -> TypeGuard[DataLoader[Any]]:
+    return isinstance(loader, DataLoader)
 
 
 def _cores_per_process(world: World) -> int:

@@ -126,9 +126,10 @@ def _is_loader(item: object) -> bool:
     """Whether ``item``, found in a list, is a loader and not a batch: data is a tensor, an array or plain Python."""
     if isinstance(item, (DataLoader, CombinedLoader, range)):
         return True
-    if isinstance(item, (Tensor, str, bytes, list, tuple, set, Mapping)) or not isinstance(item, Iterable):
+    if isinstance(item, (Tensor, str, bytes, list, tuple, set, Mapping)):
         return False
-    return not hasattr(item, "__array__") and not hasattr(item, "to")  # batches of one's own class move to devices
+    # Batches of one's own class can be moved to a device.
+    return hasattr(item, "__iter__") and not hasattr(item, "__array__") and not hasattr(item, "to")
 
 
 def _is_single(loaders: object) -> bool:
@@ -399,7 +400,7 @@ def _without_shuffling(hook: str, loader: object) -> object:
         return loader
     rank_zero_warn(
         f"overfit_batches needs the same batches every epoch, so shuffling is turned off: {hook} loses its "
-        f"{type(loader.sampler).__name__}. Drop shuffle=True to silence this."
+        f"{type(cast('object', loader.sampler)).__name__}. Drop shuffle=True to silence this."
     )
     dataset = cast("Sized", loader.dataset)
     return rebuild_loader(loader, sampler=SequentialSampler(dataset))

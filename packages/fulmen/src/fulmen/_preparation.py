@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm  # the one base of all of them
 
 from fulmen.optimizer import parse_optimizers
 from fulmen.states import TrainerFn
@@ -20,7 +19,7 @@ from fulmen_protocols import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from fulmen._session import Session
 
@@ -66,17 +65,20 @@ def place(session: Session, *, sync_batchnorm: bool) -> None:
         each.__dict__["_target_device"] = None
 
 
+def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
+    """Every layer of batch norm in ``module``, by name; the class they share is torch's own business."""
+    base = cast("type[nn.Module]", nn.BatchNorm1d.__base__)
+    layers = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
+    return {name: layer for name, layer in layers if isinstance(layer, base)}
+
+
 def synchronise_batch_norms(module: nn.Module) -> dict[str, nn.Module]:
     """Let batch norm use the statistics of all ranks, in place.
 
     Returns:
         The layers that were replaced, by name; the new ones have the same parameters.
     """
-    replaced = {
-        name: layer
-        for name, layer in module.named_modules()
-        if isinstance(layer, _BatchNorm) and not isinstance(layer, nn.SyncBatchNorm)
-    }
+    replaced = {name: layer for name, layer in batch_norms(module).items() if not isinstance(layer, nn.SyncBatchNorm)}
     nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
     return replaced
 
@@ -87,8 +89,8 @@ def give_back_batch_norms(module: nn.Module, replaced: Mapping[str, nn.Module]) 
         parent, _, attribute = name.rpartition(".")
         owner = module.get_submodule(parent)
         learned = getattr(owner, attribute)
-        layer._parameters.update(learned._parameters)
-        layer._buffers.update(learned._buffers)
+        for tensor, value in (*learned.named_parameters(), *learned.named_buffers()):
+            setattr(layer, tensor, value)
         layer.training = learned.training
         setattr(owner, attribute, layer)
 

@@ -112,7 +112,7 @@ class RawLoader:
 
 
 def step_of_raw(step: Callable[..., object]) -> Callable[..., object]:
-    """``step`` for the loop, which passes more than the iterator. One that finds the iterator empty leaves it at that."""
+    """``step`` for the loop, which passes more than the iterator. One that finds it empty leaves it at that."""
 
     def run(raw: RawBatches, *_: object) -> object:
         try:
@@ -127,6 +127,11 @@ def step_of_raw(step: Callable[..., object]) -> Callable[..., object]:
 
 def hook_of_raw(hook: Callable[..., Any], *, outputs_first: bool) -> Callable[..., Any]:
     """A batch hook that is told of the last batch fetched, where the loop has only the iterator."""
-    if outputs_first:
-        return lambda outputs, raw, _, *rest: hook(outputs, raw.batch, raw.batch_idx, *rest)
-    return lambda raw, _, *rest: hook(raw.batch, raw.batch_idx, *rest)
+
+    def after(outputs: object, raw: RawBatches, _: int, *rest: object) -> Any:
+        return hook(outputs, raw.batch, raw.batch_idx, *rest)
+
+    def before(raw: RawBatches, _: int, *rest: object) -> Any:
+        return hook(raw.batch, raw.batch_idx, *rest)
+
+    return after if outputs_first else before

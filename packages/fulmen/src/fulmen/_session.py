@@ -125,7 +125,8 @@ class Session:
             method: Callable[..., Any] = strategy.bind_manual_method(self.placed, name)
         else:
             method = self.bound(name) if bind else getattr(self.module, name)
-        if any([let_log_in_graphs(each) for each in self.logging_modules()]):
+        compiled = [each for each in self.logging_modules() if let_log_in_graphs(each)]
+        if compiled:
             method = recording(method)
         if fetches_itself(getattr(self.module, name)):
             return step_of_raw(method)

@@ -308,7 +308,7 @@ class TrainerSurface(SettingsSurface):
             and self.limit_val_batches > 0
         )
 
-    # ------------------------------------------------------------------ loops and connectors, as outside code reads them
+    # ------------------------------------------------------------------ loops, connectors: read by outside code
 
     @property
     def fit_loop(self) -> FitLoopView:

@@ -6,8 +6,7 @@ import inspect
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from torch.nn.modules.batchnorm import _BatchNorm  # the one base of all of them
-
+from fulmen._preparation import batch_norms
 from fulmen._raw_batches import fetches_itself
 from fulmen.hooks import check_hook_names
 from fulmen.module import LightningModule
@@ -84,19 +83,19 @@ def _refuse_lightnings(value: object, argument: str, name: str) -> None:
         if base.__name__ == name and package in ("lightning", "pytorch_lightning"):
             raise MisconfigurationTypeError(
                 f"{argument} is a {type(value).__name__}, whose {name} is that of {package}. Import {name} from "
-                f"fulmen, as the Trainer is: `import fulmen` instead of `import {base.__module__.rpartition('.core')[0]}`."
+                f"fulmen, as the Trainer is: `import fulmen`, not `import {base.__module__.rpartition('.core')[0]}`."
             )
 
 
 def compiled_module(module: LightningModule, assembly: Assembly) -> None:
     """Refuse a compiled module where somebody else than torch runs it."""
-    if module._compiled_from is None:
+    if module.compiled_from is None:
         return
     if supports(assembly.strategy, OwnsOptimizerStep) or assembly.devices[0].type == "xla":
         raise MisconfigurationException(
             f"model is a compiled {type(module).__name__}, but strategy={assembly.strategy_name!r} on "
-            f"{assembly.devices[0].type} runs the module in its own way, without torch.compile. Pass the module itself, "
-            "or use one device, DDP or FSDP."
+            f"{assembly.devices[0].type} runs the module in its own way, without torch.compile. Pass the module "
+            "itself, or use one device, DDP or FSDP."
         )
 
 
@@ -104,7 +103,7 @@ def sync_batchnorm(module: LightningModule, assembly: Assembly) -> None:
     """Refuse what torch's synchronised layers cannot do."""
     if assembly.world_size == 1 or assembly.devices[0].type != "cpu":
         return
-    if any(isinstance(layer, _BatchNorm) for layer in module.modules()):
+    if batch_norms(module):
         raise MisconfigurationException(
             f"sync_batchnorm=True with {assembly.world_size} processes on the CPU: torch's SyncBatchNorm runs on GPUs "
             "only. Leave it out here, or use accelerator='gpu'."
@@ -112,7 +111,7 @@ def sync_batchnorm(module: LightningModule, assembly: Assembly) -> None:
 
 
 def vendors_flags(model_registry: object, suggest_integrations: object) -> None:
-    """Flags of Lightning's that belong to a service: refused where they would be needed, taken where they ask nothing."""
+    """Flags of Lightning's that belong to a service: refused where it would be needed, else taken."""
     if model_registry is not None:
         raise MisconfigurationException(
             f"model_registry={model_registry!r} names a model in Lightning's own registry, which needs its client "

@@ -44,7 +44,7 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
     _log_number: int = 0
     """What compiled code calls this module; 0: nobody has given it a number."""
     _log_token: Tensor | None = None
-    _compiled_from: dict[str, Any] | None = None
+    compiled_from: dict[str, Any] | None = None
     """The methods that ``from_compiled`` replaced; None: the module is not compiled."""
 
     # -- what users define ------------------------------------------------------------------------------------------

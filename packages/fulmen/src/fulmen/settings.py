@@ -158,7 +158,7 @@ class Settings:
             ("enable_autolog_hparams", enable_autolog_hparams),
         ):
             wrong.switch(name, switch)
-        if default_root_dir is not None and not isinstance(default_root_dir, (str, os.PathLike)):
+        if default_root_dir is not None and not _is_path(default_root_dir):
             wrong.type(f"default_root_dir={default_root_dir!r} must be a path or a URL.")
         interval = _val_check_interval(val_check_interval, check_val_every_n_epoch, wrong)
         duration: timedelta | None = None
@@ -220,6 +220,10 @@ class Settings:
 
 def _or(value: int | None, default: int) -> int:
     return default if value is None else value
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, (str, os.PathLike))
 
 
 def _root_dir(path: str | os.PathLike[str] | None) -> str:

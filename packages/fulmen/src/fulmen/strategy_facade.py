@@ -38,8 +38,13 @@ class StrategyFacade:
         self.model: nn.Module | None = None
         """The placed module: wrapped or sharded, as the strategy needs it."""
         self.gradients: Gradients | None = None
-        self._lightning_optimizers: list[LightningOptimizer] = []
-        """The wrapped optimizers of the running fit, under the name that outside code reads."""
+        self.wrapped_optimizers: list[LightningOptimizer] = []
+        """Those of the running fit, as ``self.optimizers()`` gives them in manual optimization."""
+
+    @property
+    def _lightning_optimizers(self) -> list[LightningOptimizer]:
+        """``wrapped_optimizers`` under the name that outside code reads."""
+        return self.wrapped_optimizers
 
     @property
     def root_device(self) -> torch.device:

@@ -432,7 +432,7 @@ class Trainer(TrainerSurface):
         self._binder = HookBinder(self, session.module, self.callbacks, session.scoped)
         parts, hooks = training.compose(self._binder)
         self.strategy.gradients = session.gradients
-        self.strategy._lightning_optimizers = session.wrapped
+        self.strategy.wrapped_optimizers = session.wrapped
         return parts, hooks
 
     # ------------------------------------------------------------------ the end

@@ -43,7 +43,7 @@ def from_compiled(model: nn.Module) -> LightningModule:
             f"from_compiled() got a compiled {type(module).__name__}, which is no LightningModule. Compile the module "
             "that defines training_step."
         )
-    if module._compiled_from is not None:
+    if module.compiled_from is not None:
         return module
     before: dict[str, Any] = {}
     for name in _METHODS:
@@ -52,7 +52,7 @@ def from_compiled(model: nn.Module) -> LightningModule:
             continue  # nobody defines it, and it must not look as if somebody did
         before[name] = module.__dict__.get(name)
         module.__dict__[name] = compiled.dynamo_ctx(method)
-    module.__dict__["_compiled_from"] = before
+    module.__dict__["compiled_from"] = before
     let_log_in_graphs(module)
     return module
 
@@ -68,19 +68,19 @@ def to_uncompiled(model: nn.Module) -> LightningModule:
         raise MisconfigurationException(
             f"to_uncompiled() got a {type(module).__name__}, which is no LightningModule, compiled or not."
         )
-    if module._compiled_from is None:
+    if module.compiled_from is None:
         if module is model:
             raise MisconfigurationException(
                 f"to_uncompiled() got a {type(module).__name__} that is not compiled. Pass torch.compile(module) or "
                 "what from_compiled() returned."
             )
         return module
-    for name, method in module._compiled_from.items():
+    for name, method in module.compiled_from.items():
         if method is None:
             del module.__dict__[name]
         else:
             module.__dict__[name] = method
-    module.__dict__["_compiled_from"] = None
+    module.__dict__["compiled_from"] = None
     return module
 
 
