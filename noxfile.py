@@ -10,10 +10,10 @@ nox.options.sessions = ["tests"]
 nox.options.default_venv_backend = "none"  # the sessions share .nox/dev, which environment() makes
 
 
-def environment(session: nox.Session, *groups: str) -> str:
-    """Have .nox/dev with the packages, editable, and these dependency groups; return its Python."""
-    session.run(sys.executable, "-m", "tools.environment", *groups, external=True)
-    scripts = os.path.abspath(".nox/dev/Scripts" if os.name == "nt" else ".nox/dev/bin")
+def environment(session: nox.Session, *groups: str, at: str = ".nox/dev") -> str:
+    """Have an environment with the packages, editable, and these dependency groups; return its Python."""
+    session.run(sys.executable, "-m", "tools.environment", "--at", at, *groups, external=True)
+    scripts = os.path.abspath(os.path.join(at, "Scripts" if os.name == "nt" else "bin"))
     session.env["PATH"] = scripts + os.pathsep + os.environ["PATH"]
     return os.path.join(scripts, "python")
 
@@ -40,6 +40,14 @@ def alone(session: nox.Session) -> None:
     """Install each package with nothing but its declared needs; run its tests and its README. [-- NAME ...]."""
     python = environment(session)
     session.run(python, "-m", "tools.alone", *session.posargs)
+
+
+@nox.session
+def loggers(session: nox.Session) -> None:
+    """Install Weights & Biases, MLflow and Comet and test the loggers on them: offline, or with a server of its own."""
+    python = environment(session, "test", "loggers", at=".nox/loggers")
+    where = session.posargs or ["packages/fulmen-loggers", "integration_tests/test_service_loggers.py"]
+    session.run(python, "-m", "pytest", "-m", "slow or not slow", *where, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
@@ -82,7 +90,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def features(session: nox.Session) -> None:
-    """Fill the status column of docs/features.md from the tests that say what they prove. [-- --write]."""
+    """Rebuild the last column of docs/features.md; an item without a test or a reason is an error. [-- --check]."""
     python = environment(session)
     session.run(python, "-m", "tools.features", *session.posargs)
 

@@ -1,7 +1,6 @@
 """Build the site into build/site, every warning an error: ``python -m tools.docs [--serve]``.
 
-The pages are copied to build/docs first, where what is generated joins them: a reference page for each package, and the
-status column of the features. So nothing generated lies among the sources.
+The pages are copied to build/docs first, where a reference page for each package joins them.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from tools.features import filled, proofs
+from tools.features import without_links_to_tests
 from tools.workspace import ROOT, Package, packages
 
 SOURCE, TARGET = ROOT / "docs", ROOT / "build" / "docs"
@@ -42,7 +41,7 @@ def prepare() -> Path:
     shutil.rmtree(TARGET, ignore_errors=True)
     shutil.copytree(SOURCE, TARGET, ignore=shutil.ignore_patterns("mkdocs.yml", "__pycache__", "demo_output"))
     features = TARGET / "features.md"
-    features.write_text(filled(features.read_text(encoding="utf-8"), proofs()), encoding="utf-8")
+    features.write_text(without_links_to_tests(features.read_text(encoding="utf-8")), encoding="utf-8")
     (TARGET / "reference").mkdir()
     for package in packages():
         (TARGET / "reference" / f"{package.name}.md").write_text(reference(package), encoding="utf-8")

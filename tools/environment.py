@@ -1,7 +1,8 @@
 """Make ``.nox/dev``, the one environment that the nox sessions share: the packages, editable, and what a session needs.
 
 ``python -m tools.environment demo test`` installs those dependency groups of the root pyproject.toml unless they are
-there already. Standard library only: it must run on a machine that has nothing but Python and pip.
+there already; ``--at .nox/loggers`` makes another environment. Standard library only: it must run on a machine that has
+nothing but Python and pip.
 """
 
 from __future__ import annotations
@@ -79,4 +80,6 @@ def ensure(groups: list[str], environment: Path = DEV) -> Path:
 
 
 if __name__ == "__main__":
-    print(ensure(sys.argv[1:]))
+    arguments = sys.argv[1:]
+    at = ROOT / arguments[arguments.index("--at") + 1] if "--at" in arguments else DEV
+    print(ensure([name for name in arguments if name != "--at" and ROOT / name != at], at))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.features import PAGE, claims, filled, items, proofs
+from tools.features import PAGE, claims, explained, filled, items, proofs, without_links_to_tests
 
 PAGE_TEXT = """# Page
 
@@ -52,8 +52,21 @@ class TestTwo:
 def test_the_status_column_is_made_anew() -> None:
     proved = {"9.2": {"packages/a/tests/test_b.py": {"test_x", "test_y"}, "integration_tests/test_a.py": {"test_z"}}}
 
-    rows = filled(PAGE_TEXT, proved).splitlines()
+    rows = filled(PAGE_TEXT, proved, {"9.26"}).splitlines()
 
-    assert rows[4] == "| 9.2 | takes `a|b` | 3 tests: `test_a`, `test_b` |"
-    assert rows[5] == "| 9.26 | order | no test yet |"
+    links = "[test_a](../integration_tests/test_a.py), [test_b](../packages/a/tests/test_b.py)"
+    assert rows[4] == f"| 9.2 | takes `a|b` | 3 tests: {links} |"
+    assert rows[5] == "| 9.26 | order | see [differences](differences.md) |"
     assert filled(filled(PAGE_TEXT, proved), {}) == PAGE_TEXT.replace("7 tests: `old`", "no test yet")
+
+
+def test_differences_name_the_items_that_they_explain() -> None:
+    text = "| a | b | refused (item 9.19) |\n| a | b | otherwise (items 6.5, 11.2 and 12.1) |\n| 1.2 | no item | |"
+
+    assert explained(text) == {"9.19", "6.5", "11.2", "12.1"}
+
+
+def test_links_to_tests_are_left_out_of_the_site() -> None:
+    row = "| 1.1 | x | 1 test: [test_a](../integration_tests/test_a.py); see [differences](differences.md) |"
+
+    assert without_links_to_tests(row) == "| 1.1 | x | 1 test: `test_a`; see [differences](differences.md) |"

@@ -124,6 +124,40 @@ def test_without_an_interval_each_scheduler_is_logged_at_its_own() -> None:
 
 
 @pytest.mark.proves("11.8")
+def test_optimizers_of_one_class_are_numbered_and_without_a_schedule_logged_at_steps_and_epochs() -> None:
+    class Manual(Model):
+        def __init__(self, configure: Callable[[Model], Any]) -> None:
+            super().__init__(configure)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+    rows = Rows()
+    trainer = Trainer(
+        max_epochs=1,
+        logger=rows,
+        log_every_n_steps=2,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[LearningRateMonitor(log_key_prefix="opt/")],
+    )
+    model = Manual(
+        lambda model: [
+            SGD(model.layer.parameters(), lr=0.5),
+            Adam([model.head.weight], lr=0.25),
+            SGD([model.head.bias], lr=0.125),
+        ]
+    )
+    trainer.fit(model, DataLoader(TensorDataset(torch.ones(8, 2)), batch_size=2))
+    row = {"opt/lr-SGD": 0.5, "opt/lr-Adam": 0.25, "opt/lr-SGD-1": 0.125}
+    assert rows.rows == [(0, row), (1, row), (3, row)]
+
+
+@pytest.mark.proves("11.8")
 def test_parameter_groups_are_named_by_number_or_by_their_own_name() -> None:
     def configure(model: Model) -> Any:
         groups = [{"params": model.layer.parameters(), "lr": 0.1}, {"params": model.head.parameters(), "name": "head"}]
@@ -150,6 +184,7 @@ def test_a_learning_rate_that_is_a_tensor_is_logged_as_a_number() -> None:
     assert rows.rows == [(0, {"lr-Adam": 0.5})]
 
 
+@pytest.mark.proves("11.8")
 def test_groups_of_one_name_are_refused() -> None:
     def configure(model: Model) -> Any:
         return SGD([{"params": [p], "name": "same"} for p in model.parameters()], lr=0.1)

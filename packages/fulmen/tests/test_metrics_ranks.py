@@ -303,6 +303,7 @@ def test_an_epoch_of_known_metrics_takes_one_collective(results: Results) -> Non
         assert [call[0] for call in result["second_epoch_calls"]] == ["all_gather"]
 
 
+@pytest.mark.proves("6.18")
 def test_ranks_may_log_different_metrics_or_none(results: Results) -> None:
     last = len(results) - 1
     expected = {"shared": sum(range(last)) / last, **{f"own{rank}": float(rank) for rank in range(last)}}
@@ -318,11 +319,13 @@ def test_a_rank_may_log_alone_from_the_epoch_end_hook(results: Results) -> None:
     assert [result["late"]["late"] for result in results] == [5.0] * len(results)
 
 
+@pytest.mark.proves("6.18")
 def test_unsynced_values_stay_with_their_rank(results: Results) -> None:
     assert [result["local"] for result in results] == [{"local": float(rank)} for rank in range(len(results))]
     assert [result["rank_zero_only"] for result in results] == [{"zero": 3.0}] + [{}] * (len(results) - 1)
 
 
+@pytest.mark.proves("6.18")
 def test_synced_step_values_are_reduced_at_every_step(results: Results) -> None:
     ranks = np.arange(len(results))
     for result in results:
@@ -371,6 +374,7 @@ def test_runs_that_sync_no_step_value_pay_for_a_handful_of_agreements(results: R
     assert all(result["idle_calls"] <= 7 for result in results)
 
 
+@pytest.mark.proves("6.10", "6.18")
 def test_a_group_reduces_among_its_own_ranks(results: Results) -> None:
     for rank, result in enumerate(results):
         expected = float(sum(other for other in range(len(results)) if other % 2 == rank % 2))
@@ -381,6 +385,7 @@ def test_ranks_that_reduce_a_metric_differently_all_get_the_error(results: Resul
     assert all("the same reduce_fx on every rank" in result["conflict"] for result in results)
 
 
+@pytest.mark.proves("6.18", "6.19")
 def test_metric_objects_sync_by_themselves_and_do_not_hang_when_one_rank_lacks_them(results: Results) -> None:
     ranks = np.arange(len(results))
     for rank, result in enumerate(results):

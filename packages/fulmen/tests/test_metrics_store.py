@@ -325,6 +325,7 @@ def test_a_metric_of_one_kind_keeps_its_name() -> None:
     assert store.callback_metrics == {"epoch_only": 2.0}
 
 
+@pytest.mark.proves("6.10")
 def test_logger_false_hides_a_metric_from_loggers_alone() -> None:
     store = make_store()
     log(store, "x", 1.0, logger=False, prog_bar=True)
@@ -544,6 +545,7 @@ def test_the_batch_size_is_the_first_tensors_leading_size(batch: object, size: i
     assert epoch_values(store)["x_epoch"] == pytest.approx((size * 1.0 + 7.0) / (size + 1))
 
 
+@pytest.mark.proves("6.17")
 def test_a_batch_whose_tensors_differ_in_size_warns_once() -> None:
     store = make_store()
     store.start_batch((torch.zeros(3), torch.zeros(4)), 0, None)
@@ -553,6 +555,7 @@ def test_a_batch_whose_tensors_differ_in_size_warns_once() -> None:
     log(store, "x", 1.0, on_epoch=True)
 
 
+@pytest.mark.proves("6.17")
 def test_a_batch_without_a_size_asks_for_one_only_when_a_mean_needs_it() -> None:
     store = make_store()
     store.start_batch(iter([1]), 0, None)

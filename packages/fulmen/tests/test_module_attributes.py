@@ -199,6 +199,7 @@ def test_logging_outside_of_a_run_is_an_error_and_in_a_bare_one_is_ignored() -> 
         module.log("a", 1)
 
 
+@pytest.mark.proves("6.28")
 @pytest.mark.proves("8.20")
 def test_under_a_fabric_values_go_to_its_loggers_at_once() -> None:
     class FabricStandIn:
@@ -228,6 +229,7 @@ def test_under_a_fabric_values_go_to_its_loggers_at_once() -> None:
         module.log("c", {"a": 1})
 
 
+@pytest.mark.proves("6.10")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at every input's
 def test_a_compiled_step_logs_and_keeps_its_graphs_free_of_it() -> None:
     class Logging(Tiny):
@@ -311,6 +313,7 @@ def test_freezing_and_unfreezing() -> None:
     assert module.layer.training
 
 
+@pytest.mark.proves("10.16")
 def test_batches_are_moved_with_their_structure() -> None:
     from collections import OrderedDict, defaultdict, namedtuple
 

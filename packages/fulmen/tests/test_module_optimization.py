@@ -191,6 +191,7 @@ def test_clipping_uses_what_the_module_or_the_trainer_says(trainers: Any, given:
     assert calls == ([] if clipped is None else [(first, *clipped)])
 
 
+@pytest.mark.proves("10.6", "10.13")
 def test_clipping_twice_with_other_values_is_refused() -> None:
     module, first, _ = gan()
     trainer = attach(module, [first])

@@ -172,6 +172,7 @@ def test_several_optimizers_need_manual_optimization() -> None:
         parse_optimizers([an_optimizer(), an_optimizer()])
 
 
+@pytest.mark.proves("10.11")
 def test_a_scheduler_of_an_optimizer_that_is_not_returned_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match="StepLR of a Adam that it did not return"):
         parse_optimizers(([an_optimizer()], [StepLR(Adam([torch.ones(1)]), 1)]))
@@ -216,6 +217,7 @@ def test_a_scheduler_dict_without_scheduler_and_a_list_are_refused() -> None:
         parse_optimizers({"optimizer": optimizer, "lr_scheduler": [StepLR(optimizer, 1)]})
 
 
+@pytest.mark.proves("10.10")
 @pytest.mark.proves("10.11")
 def test_unknown_keys_are_warned_of_with_the_nearest() -> None:
     optimizer = an_optimizer()
@@ -225,6 +227,7 @@ def test_unknown_keys_are_warned_of_with_the_nearest() -> None:
         parse_optimizers({"optimizer": optimizer, "lr_scheduler": {"scheduler": StepLR(optimizer, 1), "intervall": 1}})
 
 
+@pytest.mark.proves("10.11")
 def test_one_cycle_per_epoch_is_warned_of_and_per_step_is_not() -> None:
     optimizer = an_optimizer()
     scheduler = OneCycleLR(optimizer, 0.1, 10)
@@ -240,6 +243,7 @@ class OwnScheduler:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
+@pytest.mark.proves("10.11")
 def test_a_scheduler_that_is_not_torchs_needs_a_step_of_its_own() -> None:
     optimizer = an_optimizer()
     with pytest.raises(MisconfigurationException, match="Override lr_scheduler_step"):
@@ -248,11 +252,13 @@ def test_a_scheduler_that_is_not_torchs_needs_a_step_of_its_own() -> None:
     assert parse_optimizers(([optimizer], [OwnScheduler()]), automatic_optimization=False)[1]
 
 
+@pytest.mark.proves("10.11")
 def test_a_scheduler_that_cannot_be_saved_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match="lacks state_dict"):
         parse_optimizers(([an_optimizer()], [object()]), steps_own_schedulers=True)
 
 
+@pytest.mark.proves("10.11")
 def test_manual_optimization_ignores_what_steps_schedulers_and_says_so() -> None:
     optimizer = an_optimizer()
     given = {"scheduler": StepLR(optimizer, 1), "monitor": "x", "strict": True, "name": "n"}

@@ -61,6 +61,7 @@ def test_training_with_it_changes_weights_as_training_without() -> None:
         assert torch.equal(got, expected)
 
 
+@pytest.mark.proves("10.15")
 def test_the_step_function_gets_closure_and_options_and_its_result_is_returned() -> None:
     seen: list[Any] = []
     optimizer = SGD([torch.ones(1)], lr=0.1)
@@ -116,6 +117,7 @@ def test_a_scheduler_may_be_made_for_the_wrapper() -> None:
         assert torch.equal(got, expected)
 
 
+@pytest.mark.proves("10.15")
 def test_toggle_model_enters_the_contexts_it_was_given() -> None:
     entered: list[str] = []
 

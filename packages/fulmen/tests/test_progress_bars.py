@@ -104,6 +104,7 @@ def test_on_a_terminal_bars_are_redrawn_in_place_and_end_complete(bar: str) -> N
         assert expected in written, expected
 
 
+@pytest.mark.proves("11.20")
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_a_terminal_each_epoch_is_one_plain_line(
     kind: type[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -142,6 +143,7 @@ def test_a_long_epoch_says_how_far_it_is(capsys: pytest.CaptureFixture[str], mon
     assert "loss=0.123, v_num=3, name=abc]" in out
 
 
+@pytest.mark.proves("11.20")
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluations_of_their_own_say_a_line_for_each_loader(
     kind: type[Any], capsys: pytest.CaptureFixture[str]
@@ -177,6 +179,7 @@ class Counting(TQDMProgressBar):
         return Bar("Epoch")
 
 
+@pytest.mark.proves("11.20")
 def test_the_pace_of_the_batches_does_not_set_the_pace_of_drawing() -> None:
     bar = Counting()
     began = time.monotonic()
@@ -186,6 +189,94 @@ def test_the_pace_of_the_batches_does_not_set_the_pace_of_drawing() -> None:
     assert len(bar.drawn) <= spent / 0.1 + 3
     assert bar.drawn[0] == 1
     assert bar.drawn[-1] == 500
+
+
+class Hasty(TQDMProgressBar):
+    """As it draws on a terminal, counting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[tuple[str, int]] = []
+
+    def _bar(self, name: str) -> Any:
+        drawn = self.drawn
+
+        class Bar:
+            n = 0
+            total = None
+
+            def set_description(self, desc: str | None = None, refresh: bool | None = True) -> None: ...
+
+            def set_postfix(self, ordered_dict: Any = None, refresh: bool | None = True) -> None:
+                self.metrics = dict(ordered_dict)
+
+            def reset(self, total: Any = None) -> None:
+                self.n, self.total = 0, total
+
+            def refresh(self) -> None:
+                drawn.append((name, self.n))
+
+            def close(self) -> None: ...
+
+        return Bar()
+
+    def init_train_tqdm(self) -> Any:
+        return self._bar("train")
+
+    def init_validation_tqdm(self) -> Any:
+        return self._bar("val")
+
+
+@pytest.mark.proves("11.20")
+def test_each_bar_of_tqdm_is_made_by_the_method_that_people_override() -> None:
+    made: list[str] = []
+
+    class Mine(TQDMProgressBar):
+        def init_sanity_tqdm(self) -> Any:
+            made.append("sanity")
+            return super().init_sanity_tqdm()
+
+        def init_train_tqdm(self) -> Any:
+            made.append("train")
+            return super().init_train_tqdm()
+
+        def init_validation_tqdm(self) -> Any:
+            made.append("validation")
+            return super().init_validation_tqdm()
+
+        def init_test_tqdm(self) -> Any:
+            made.append("test")
+            return super().init_test_tqdm()
+
+        def init_predict_tqdm(self) -> Any:
+            made.append("predict")
+            return super().init_predict_tqdm()
+
+    trainer = make_trainer(Mine(), max_epochs=1)
+    trainer.fit(Model(), data(2), [data(1), data(1)])
+    trainer.test(Model(), data(1), verbose=False)
+    trainer.predict(Model(), data(1))
+    assert made == ["sanity", "sanity", "train", "validation", "validation", "test", "predict"]
+
+
+@pytest.mark.proves("11.20")
+def test_hundreds_of_tiny_epochs_with_validation_are_drawn_ten_times_a_second() -> None:
+    bar = Hasty()
+    began = time.monotonic()
+    make_trainer(bar, max_epochs=300, num_sanity_val_steps=0).fit(Model(), data(1), data(1))
+    spent = time.monotonic() - began
+
+    assert len(bar.drawn) <= 2 * spent / 0.1 + 40, "ends of epochs and batches each at most ten times a second"
+    assert bar.drawn[-1] == ("train", 1), "the end is always drawn"
+    assert ("val", 1) in bar.drawn
+
+
+@pytest.mark.proves("11.20")
+def test_the_rich_bars_refresh_rate_is_per_second_and_never_above_ten() -> None:
+    assert RichProgressBar().refresh_rate == 100
+    assert RichProgressBar()._redraw_s == pytest.approx(0.1)
+    assert RichProgressBar(refresh_rate=2)._redraw_s == pytest.approx(0.5)
+    assert RichProgressBar(refresh_rate=2)._every == 1
 
 
 def test_a_refresh_rate_draws_only_at_its_batches() -> None:
@@ -258,6 +349,7 @@ def test_a_logged_name_that_the_bar_shows_by_itself_is_warned_about_once() -> No
     bar.get_metrics(trainer, SimpleNamespace())
 
 
+@pytest.mark.proves("11.20")
 def test_the_bars_values_are_asked_for_without_reading_the_device() -> None:
     # A meta tensor has no value: whatever reads one fails.
     store: Any = SimpleNamespace(progress_bar_metrics={"loss": torch.ones((), device="meta"), "lr": 0.5})
@@ -298,10 +390,16 @@ def test_the_environment_and_colab_set_the_refresh_rate(monkeypatch: pytest.Monk
     assert TQDMProgressBar(refresh_rate=3).refresh_rate == 3
     monkeypatch.setenv("TQDM_MINITERS", "13")
     assert TQDMProgressBar(refresh_rate=3).refresh_rate == 13
+    assert TQDMProgressBar(refresh_rate=30).refresh_rate == 30
+    assert TQDMProgressBar(refresh_rate=0).refresh_rate == 0, "no bar stays no bar"
     monkeypatch.delenv("TQDM_MINITERS")
     monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
     assert TQDMProgressBar().refresh_rate == 20
+    assert TQDMProgressBar(refresh_rate=5).refresh_rate == 5
     assert TQDMProgressBar(refresh_rate=0).refresh_rate == 0
+    monkeypatch.delitem(sys.modules, "google.colab")
+    monkeypatch.setenv("COLAB_GPU", "1")
+    assert TQDMProgressBar().refresh_rate == 20
 
 
 @pytest.mark.parametrize("kind", KINDS)

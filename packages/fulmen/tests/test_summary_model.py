@@ -53,6 +53,7 @@ def test_parameters_are_counted_as_torch_counts_them() -> None:
     assert summary.layer_types == ["Sequential", "Linear"]
 
 
+@pytest.mark.proves("13.9")
 def test_parameters_of_no_submodule_have_a_row_of_their_own() -> None:
     table = str(summarize(Net()))
     (row,) = [line for line in table.splitlines() if "other params" in line]
@@ -89,6 +90,7 @@ def test_an_example_may_be_arguments(example: Any) -> None:
     assert summarize(Net(example)).in_sizes[0] == [5, 4]
 
 
+@pytest.mark.proves("13.9")
 def test_trying_the_example_changes_nothing() -> None:
     net = Net(torch.randn(5, 4))
     net.body.eval()
@@ -137,6 +139,7 @@ def test_the_size_is_that_of_the_dtypes() -> None:
     assert summarize(net).model_size == pytest.approx(4 + 2)
 
 
+@pytest.mark.proves("13.9")
 def test_shards_count_as_the_whole() -> None:
     net = nn.Linear(2, 2, bias=False)
     net.weight.ds_numel = 1000  # as DeepSpeed leaves it  # type: ignore[assignment]
@@ -177,6 +180,29 @@ def test_shapes_are_found_in_lists_and_dicts() -> None:
     assert parse_batch_shape({"a": torch.zeros(2)}) == [[2]]
 
 
+def test_the_example_goes_to_the_device_as_a_batch_does() -> None:
+    class Boxed(Net):
+        """Its batches are text, which only its own hooks make tensors of."""
+
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return torch.tensor([float(word) for word in batch.split()])
+
+        def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+            return batch.to(device)[None]
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch.expand(6, -1)
+
+    assert summarize(Boxed("1 2 3 4")).in_sizes == [[6, 4], [6, 3]]
+
+
+def test_a_fused_layer_is_counted_as_what_it_consists_of() -> None:
+    net: Any = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net.example_input_array = torch.zeros(3, 5, 8)
+    projections, attention = 2 * 3 * 5 * 8 * (3 * 8 + 8 + 16 + 16), 2 * 2 * 3 * 5 * 5 * 8
+    assert summarize(net).total_flops == pytest.approx(projections + attention, rel=0.02)
+
+
 def fit(callback: Any) -> None:
     trainer = Trainer(
         max_epochs=1,
@@ -207,6 +233,25 @@ def test_depth_zero_prints_nothing(kind: type[Any], capsys: pytest.CaptureFixtur
     fit(kind(max_depth=0))
     captured = capsys.readouterr()
     assert "Total params" not in captured.out + captured.err
+
+
+@pytest.mark.proves("11.19")
+@pytest.mark.parametrize("kind", [SummaryCallback, RichModelSummary])
+def test_every_level_is_listed_with_minus_one_and_nothing_outside_of_fit(
+    kind: type[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+
+    class Tested(Net):
+        def test_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=[kind(max_depth=-1)], **quiet)  # type: ignore[arg-type]
+    loader = DataLoader(TensorDataset(torch.ones(4, 4)), batch_size=2)
+    trainer.test(Tested(), loader, verbose=False)
+    assert "Total params" not in capsys.readouterr().out
+    trainer.fit(Tested(), loader)
+    assert "body.2" in capsys.readouterr().out
 
 
 def test_how_it_is_printed_can_be_overridden() -> None:

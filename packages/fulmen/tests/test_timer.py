@@ -110,6 +110,23 @@ def test_every_stage_has_a_clock_of_its_own() -> None:
         timer.time_elapsed("fit")
 
 
+@pytest.mark.proves("11.10")
+def test_tests_and_predictions_have_clocks_too() -> None:
+    class Tested(Validated):
+        test_step = Validated.validation_step
+
+        def predict_step(self, batch: Any, batch_idx: int) -> None:
+            time.sleep(self.pause_s)
+
+    timer = Timer()
+    trainer = make_trainer(callbacks=[timer], limit_test_batches=2, limit_predict_batches=2)
+    trainer.test(Tested(pause_s=0.01), data(), verbose=False)
+    trainer.predict(Tested(pause_s=0.01), data(), return_predictions=False)
+    assert timer.time_elapsed("test") >= 0.02
+    assert timer.time_elapsed("predict") >= 0.02
+    assert timer.time_elapsed("train") == 0
+
+
 def test_a_second_validation_adds_to_the_first() -> None:
     timer = Timer()
     trainer = make_trainer(callbacks=[timer], limit_val_batches=2)

@@ -3,6 +3,7 @@
 from fulmen_fabric.abilities import supports
 from fulmen_fabric.assemble import Assembly, assemble
 from fulmen_fabric.fabric import Fabric
+from fulmen_fabric.flops import get_available_flops, measure_flops
 from fulmen_fabric.rank_zero import (
     LightningDeprecationWarning,
     PossibleUserWarning,
@@ -22,7 +23,9 @@ from fulmen_fabric.seed import (
     restore_rng_state,
     seed_everything,
 )
+from fulmen_fabric.spike import SpikeDetection, TrainingSpikeException
 from fulmen_fabric.stopping import StopAgreement, StopSignal
+from fulmen_fabric.throughput import Throughput, ThroughputMonitor
 from fulmen_fabric.transfer import convert_tensors_to_scalars, map_leaves, move_data_to_device, mover
 from fulmen_fabric.world import LocalCollectives, World
 from fulmen_fabric.wrappers import is_wrapped
@@ -33,17 +36,23 @@ __all__ = [
     "LightningDeprecationWarning",
     "LocalCollectives",
     "PossibleUserWarning",
+    "SpikeDetection",
     "StopAgreement",
     "StopSignal",
+    "Throughput",
+    "ThroughputMonitor",
+    "TrainingSpikeException",
     "WarningCache",
     "World",
     "assemble",
     "collect_rng_state",
     "convert_tensors_to_scalars",
     "disable_possible_user_warnings",
+    "get_available_flops",
     "is_wrapped",
     "isolate_rng",
     "map_leaves",
+    "measure_flops",
     "move_data_to_device",
     "mover",
     "rank_prefixed_message",

@@ -22,6 +22,7 @@ _OF_THE_RUN = (
     "_trainer",
     "_fabric",
     "_metric_store",
+    "_metric_stores_of_run",
     "_target_device",
     "_requires_grad_before",
     "_log_number",

@@ -11,6 +11,7 @@ from fulmen.callbacks.model_checkpoint import ModelCheckpoint
 from fulmen.callbacks.model_summary import ModelSummary
 from fulmen.callbacks.progress import ProgressBar
 from fulmen.callbacks.timer import Timer
+from fulmen_fabric import rank_zero_info
 from fulmen_protocols import CALLBACKS, MisconfigurationException, available, load_factory
 
 if TYPE_CHECKING:
@@ -126,5 +127,11 @@ def attach_to(callbacks: list[Any], own: Sequence[object]) -> None:
         return
     kinds = tuple(type(callback) for callback in own)
     kept = [c for c in callbacks if not any(issubclass(kind, type(c)) for kind in kinds) or c in own]
+    replaced = [type(c).__name__ for c in callbacks if c not in kept]
+    if replaced:
+        rank_zero_info(
+            f"configure_callbacks: {', '.join(kind.__name__ for kind in kinds)} of the module replace the Trainer's "
+            f"{', '.join(replaced)}."
+        )
     callbacks[:] = _ordered([*kept, *(c for c in own if c not in kept)])
     _require_own_keys(callbacks)

@@ -73,7 +73,7 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
     if not weights_only:
         checkpoint["callbacks"] = callbacks = {}
         for callback in trainer.callbacks:
-            state = callback.state_dict() if hasattr(callback, "state_dict") else None
+            state = session.scoped("state_dict", callback.state_dict)() if hasattr(callback, "state_dict") else None
             if state:
                 callbacks[_state_key(callback)] = state
         checkpoint["optimizer_states"] = [
@@ -88,15 +88,15 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
     checkpoint.update(checkpoint_entries(module))
     if session.datamodule is not None:
         checkpoint.update(checkpoint_entries(session.datamodule, prefix="datamodule_"))
-        state = session.datamodule.state_dict()
+        state = session.scoped("state_dict", session.datamodule.state_dict)()
         if state:
             checkpoint[type(session.datamodule).__qualname__] = state
     if not weights_only:
         for callback in trainer.callbacks:
             hook = getattr(callback, "on_save_checkpoint", None)
             if hook is not None:
-                hook(trainer, module, checkpoint)
-    module.on_save_checkpoint(checkpoint)
+                session.scoped("on_save_checkpoint", hook)(trainer, module, checkpoint)
+    session.scoped("on_save_checkpoint", module.on_save_checkpoint)(checkpoint)
     return checkpoint
 
 
@@ -173,7 +173,7 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
         RuntimeError: the weights do not fit the module and its loading is strict.
     """
     module = session.module
-    module.on_load_checkpoint(checkpoint)
+    session.scoped("on_load_checkpoint", module.on_load_checkpoint)(checkpoint)
     strict = module.strict_loading
     outcome = module.load_state_dict(as_named_here(checkpoint["state_dict"], module), strict=strict)
     missing = cast("list[str]", outcome.missing_keys)
@@ -186,11 +186,11 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
     if session.datamodule is not None:
         state = checkpoint.get(type(session.datamodule).__qualname__)
         if state:
-            session.datamodule.load_state_dict(state)
+            session.scoped("load_state_dict", session.datamodule.load_state_dict)(state)
     for callback in trainer.callbacks:
         hook = getattr(callback, "on_load_checkpoint", None)
         if hook is not None:
-            hook(trainer, module, checkpoint)
+            session.scoped("on_load_checkpoint", hook)(trainer, module, checkpoint)
     states: dict[str, Any] = checkpoint.get("callbacks") or {}
     known = {_state_key(callback) for callback in trainer.callbacks}
     unknown = [key for key in states if key not in known]
@@ -199,7 +199,7 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
     for callback in trainer.callbacks:
         state = states.get(_state_key(callback))
         if state is not None and hasattr(callback, "load_state_dict"):
-            callback.load_state_dict(copy.deepcopy(state))
+            session.scoped("load_state_dict", callback.load_state_dict)(copy.deepcopy(state))
 
 
 def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, Any]) -> None:

@@ -101,7 +101,8 @@ class Evaluation:
         """Validate between two training batches."""
         self._state.stage = RunningStage.VALIDATING
         if not self._progress.window_is_open:
-            self._session.module.on_validation_model_zero_grad()
+            name = "on_validation_model_zero_grad"
+            self._session.scoped(name, self._session.module.on_validation_model_zero_grad)()
         store = self._metering.begin_eval("validate")
         parts, hooks, loaders, limits = self._arguments("val", store, in_fit=True)
         hooks = replace(hooks, on_epoch_end=(*hooks.on_epoch_end, self._mark_validated))

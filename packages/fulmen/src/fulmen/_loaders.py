@@ -46,6 +46,8 @@ class LoaderSource:
         self, stage: str, given: object, datamodule: LightningDataModule | None, module: LightningModule
     ) -> None:
         self.hook = f"{stage}_dataloader"
+        self.scoped: Callable[[str, Callable[[], object]], Callable[[], object]] = lambda _, hook: hook
+        """Wraps the hook so that ``self.log`` inside it knows where it is called."""
         self._given = given
         self._owner: Any = None
         if given is None:
@@ -66,7 +68,7 @@ class LoaderSource:
 
     def load(self) -> object:
         """The loaders as the user gave them; calls the hook."""
-        loaders = self._given if self._owner is None else getattr(self._owner, self.hook)()
+        loaders = self._given if self._owner is None else self.scoped(self.hook, getattr(self._owner, self.hook))()
         if loaders is None:
             raise MisconfigurationException(
                 f"{self.hook} returned None. Return a DataLoader, any iterable of batches, or a collection of them."

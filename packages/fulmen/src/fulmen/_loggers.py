@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from fulmen._silent import DummyLogger, MutedLogger
 from fulmen.hparams import hyperparameters_for_loggers
-from fulmen_fabric import rank_zero_info
+from fulmen_fabric import rank_zero_info, rank_zero_warn
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
     LOGGERS,
@@ -39,7 +40,14 @@ def complete(logger: Logger | Iterable[Logger] | bool | None, settings: Settings
         # Asking for "the default" is asking for what is installed; the line says which it was.
         name = "tensorboard" if find_spec("tensorboardX") is not None else "csv"
         rank_zero_info(f"logger: {name} in {settings.default_root_dir}/lightning_logs")
-        return [load(LOGGERS, name, save_dir=settings.default_root_dir)]
+        if name == "csv":
+            if logger is True:
+                rank_zero_warn(
+                    "logger=True means TensorBoard, and tensorboardX is not installed: metrics go to a CSV file. "
+                    "Get it with: pip install 'fulmen[tensorboard]', or pass logger=CSVLogger(...)."
+                )
+            return [load(LOGGERS, name, save_dir=settings.default_root_dir)]
+        return [load(LOGGERS, name, save_dir=settings.default_root_dir, version=_slurm_job())]
     if isinstance(logger, Iterable) and not hasattr(logger, "log_metrics"):
         return [_checked(one) for one in logger]
     return [_checked(logger)]
@@ -53,6 +61,13 @@ def _checked(logger: object) -> Logger:
             f"logger={logger!r} cannot be used: {error} Pass a logger such as CSVLogger('logs'), a list of them, True "
             "or False."
         ) from error
+
+
+def _slurm_job() -> str | None:
+    """The batch job this process runs in: its metrics stay together when it is requeued. None elsewhere."""
+    if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return None
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def follow_rank_zero(loggers: list[Logger], world: World) -> list[Logger]:

@@ -37,8 +37,11 @@ class Metering:
         self._modules: list[LightningModule] = session.logging_modules()
         self._stores: dict[str, MetricStore] = {}
         self._seen: dict[int, int] = {}
-        self._verbose = False
         reporter.reset()
+        # Metric objects belong to the module, so what an earlier run left in them would go on in this one.
+        for store in session.module.__dict__.pop("_metric_stores_of_run", ()):
+            store.reset()
+        session.module.__dict__["_metric_stores_of_run"] = self._stores.values()
         self.train = self.use(stage)
 
     def use(self, stage: str) -> MetricStore:
@@ -90,7 +93,9 @@ class Metering:
     def begin_eval(self, stage: str) -> MetricStore:
         """Start an evaluation from nothing."""
         store = self.use(stage)
-        store.reset()
+        for each in self._stores.values():  # the sanity check's and the validation's share their metric objects
+            if each is not self.train:
+                each.reset()
         return store
 
     def eval_end_batch(self, store: MetricStore, *, several: bool) -> Callable[[int], None]:
@@ -124,3 +129,5 @@ class Metering:
         """Take what is known off the device and let go of the module."""
         self.reporter.to_cpu()
         self._attach(None)
+        for store in self._stores.values():
+            store.let_go()

@@ -82,6 +82,7 @@ class MetricEntry:
         "host_total",
         "is_fast",
         "last",
+        "loaders",
         "lost",
         "metric",
         "on_epoch",
@@ -118,6 +119,7 @@ class MetricEntry:
         self.plain_key = row.name + suffix
         self.step_key = f"{row.name}_step{suffix}" if forked else self.plain_key
         self.epoch_key = f"{row.name}_epoch{suffix}" if forked else self.plain_key
+        self.loaders: set[int] = set()  # that it was logged for, where its name does not say it
         self.metric: MetricObject | None = None
         self.provisional = False
         self.is_fast = False

@@ -81,6 +81,11 @@ def resolve_when(
             f"self.log({name!r}, on_step={on_step}, on_epoch={on_epoch}) in {scope.hook}, which runs once an epoch: "
             "it takes on_step=False, on_epoch=True (the default there)."
         )
+    if not on_step and not on_epoch:
+        raise MisconfigurationException(
+            f"self.log({name!r}, on_step=False, on_epoch=False) in {scope.hook} records nothing: set one of them to "
+            "True, or leave the call out."
+        )
     return scope, on_step, on_epoch
 
 

@@ -20,7 +20,31 @@ if TYPE_CHECKING:
     Entries = Mapping[tuple[str, str, int], MetricEntry]
     Adopt = Callable[[Row], MetricEntry]
 
-__all__ = ["reduce_epoch_values", "reduce_step_values"]
+__all__ = ["computed", "only_tensor", "reduce_epoch_values", "reduce_step_values"]
+
+
+def only_tensor(name: str, value: object) -> Tensor:
+    """``value`` of a metric object, which must be a tensor.
+
+    Raises:
+        ValueError: it is a dict or something else that has no one name to be logged under.
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"the metric object logged as {name!r} gave a {type(value).__name__}, and one name is one tensor: "
+            "compute() it yourself at the epoch's end and log_dict the parts, or use a MetricCollection."
+        )
+    return value
+
+
+def computed(entry: MetricEntry) -> Tensor:
+    """The epoch's value of ``entry``'s metric object, of any shape; it synchronises by itself if it is told to.
+
+    Raises:
+        ValueError: it is no tensor.
+    """
+    metric: Any = entry.metric
+    return only_tensor(entry.row.name, metric.compute())
 
 
 def reduce_epoch_values(schema: Schema, entries: Entries, adopt: Adopt) -> None:
@@ -78,14 +102,14 @@ def _gather(schema: Schema, mine: Entries) -> list[list[float]]:
 def _compute(entry: MetricEntry, *, alone: bool) -> Any:
     metric: Any = entry.metric
     if not alone:
-        return metric.compute()
+        return computed(entry)
     rank_zero_warn(
         f"metric object {entry.row.name!r} was not logged on every rank in this epoch; its value is each rank's own."
     )
     # Its sync is a collective that the other ranks would not join.
     asked, metric._to_sync = metric._to_sync, False
     try:
-        return metric.compute()
+        return computed(entry)
     finally:
         metric._to_sync = asked
         metric._computed = None  # a value over all ranks must not be answered from this cache

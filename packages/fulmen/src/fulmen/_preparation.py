@@ -46,7 +46,7 @@ def configure_model(session: Session) -> None:
     """Call ``configure_model``; what it makes has the precision's dtype, where the strategy wants it."""
     assembly = session.assembly
     with assembly.precision.init_context(), assembly.strategy.module_context(empty=False):
-        session.module.configure_model()
+        session.scoped("configure_model", session.module.configure_model)()
 
 
 def place(session: Session, *, sync_batchnorm: bool) -> None:

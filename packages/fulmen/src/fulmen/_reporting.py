@@ -56,7 +56,7 @@ class Reporter:
         is_global_zero: bool = True,
         save_interval_s: float = 10.0,
     ) -> None:
-        self.loggers: list[Logger] = list(loggers)
+        self.loggers: list[Logger] = loggers if isinstance(loggers, list) else list(loggers)  # a list is shared
         self.log_every_n_steps = log_every_n_steps
         self.store: MetricStore | None = None
         self._is_global_zero = is_global_zero
@@ -156,6 +156,7 @@ class Reporter:
         log = store.step_metrics(dataloader_idx).log
         if not log or store.stage == "sanity_check":
             return
+        self._take_logged(log)
         tensors = {n: v for n, v in log.items() if isinstance(v, Tensor) and v.device.type != "cpu"}
         ready = {n: v for n, v in log.items() if n not in tensors}
         numbers = dict(zip(ready, read_scalars(list(ready.values())), strict=True))
@@ -173,6 +174,7 @@ class Reporter:
         """
         self._take_callback(store)
         view = store.epoch_metrics()
+        _require_scalars(view)
         if store.stage == "sanity_check":
             self._take_bar(view.bar)
             return
@@ -209,8 +211,8 @@ class Reporter:
         self._callback.update(store.callback_metrics)
 
     def _report(self, view: MetricView, *, x: int, epoch: int) -> None:
-        for name, value in view.log.items():
-            self._logged[name] = value if isinstance(value, Tensor) else torch.tensor(value)
+        _require_scalars(view)
+        self._take_logged(view.log)
         if not self._is_global_zero:
             return
         if not self.loggers:
@@ -224,6 +226,10 @@ class Reporter:
         self._snapshot.set(bar)
         if view.log:
             self._write({name: numbers[name] for name in view.log}, x, epoch)
+
+    def _take_logged(self, log: Mapping[str, Scalar]) -> None:
+        for name, value in log.items():
+            self._logged[name] = value if isinstance(value, Tensor) else torch.tensor(value)
 
     def _take_bar(self, bar: Mapping[str, Scalar]) -> None:
         self._bar.update(self._snapshot.update(bar))
@@ -250,6 +256,21 @@ class Reporter:
             read = dict(zip(row.names, numbers[position : position + len(row.names)], strict=True))
             position += len(row.names)
             self._write({**row.numbers, **read}, row.x, None)  # its x counts batches, not training steps
+
+
+def _require_scalars(view: MetricView) -> None:
+    """Metric objects may compute tensors of any shape, which callbacks can use and nobody can draw.
+
+    Raises:
+        ValueError: such a one is to be drawn or shown.
+    """
+    for name, value in (*view.log.items(), *view.bar.items()):
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(
+                f"the metric object logged as {name!r} computed a tensor of shape {tuple(value.shape)}, of which "
+                "loggers and progress bar could show nothing: log one element, or pass logger=False, prog_bar=False to "
+                "give it to callbacks alone."
+            )
 
 
 def _on_cpu(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from fulmen.manual import ManualOptimization
 from fulmen.metrics import scope_for
 from fulmen.module import LightningModule
 from fulmen.optimizer import LightningOptimizer
-from fulmen_fabric import move_data_to_device
+from fulmen_fabric import move_data_to_device, rank_zero_warn
 from fulmen_fabric.abilities import supports
 from fulmen_fabric.steps import Gradients, StepHooks, automatic_step
 from fulmen_protocols import (
@@ -74,6 +74,10 @@ class Session:
     """Advice that the Trainer has given already."""
     resumed: dict[str, Any] | None = None
     """What the checkpoint holds for an exact resume, until the loop has begun."""
+
+    def __post_init__(self) -> None:
+        for source in self.sources.values():
+            source.scoped = self.scoped
 
     def keep_training_of(self, previous: Session | None) -> None:
         """Hold on to what a fit of the same module left: it belongs in checkpoints that are saved after ``test``."""
@@ -170,14 +174,20 @@ class Session:
 
     def _transfer_hook(self, name: str) -> Callable[..., Any] | None:
         # A datamodule's own version wins over the module's.
+        found: list[Callable[..., Any]] = []
         for owner in (self.datamodule, self.module):
             method = getattr(owner, name, None)
             if method is None:
                 continue
             base = next(c for c in reversed(type(owner).__mro__) if name in vars(c))
             if getattr(method, "__func__", method) is not vars(base)[name]:
-                return self.scoped(name, method)
-        return None
+                found.append(method)
+        if len(found) > 1:
+            rank_zero_warn(
+                f"both {type(self.datamodule).__name__} and {type(self.module).__name__} define {name}: the "
+                "datamodule's is called, the module's is not. Define it in one of them."
+            )
+        return self.scoped(name, found[0]) if found else None
 
     def process_loader(self) -> Callable[[Iterable[object]], Iterable[object]] | None:
         """How the strategy feeds its device, if it wants to."""

@@ -22,6 +22,8 @@ from fulmen.callbacks.progress import ProgressBar
 from fulmen.states import RunningStage, TrainerFn, TrainerStatus
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -49,12 +51,12 @@ class TrainerSurface(SettingsSurface):
     world: World
     strategy: StrategyFacade
     callbacks: list[Any]
-    loggers: list[Logger]
     state: TrainerState
     fast_dev_run: int
     _session: Session | None
     _plan: Plan
     _reporter: Reporter
+    _loggers: list[Logger]
     _ckpt_path: str | None
     _loaders_before: dict[str, EvalLoaders]
     _shared_log_dir: str | None = None
@@ -435,6 +437,19 @@ class TrainerSurface(SettingsSurface):
     def progress_bar_callback(self) -> ProgressBar | None:
         """The progress bar, or None."""
         return next((c for c in self.callbacks if isinstance(c, ProgressBar)), None)
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """The loggers. Settable, and the list may be changed in place: from the next row on they are used."""
+        return self._loggers
+
+    @loggers.setter
+    def loggers(self, loggers: Iterable[Logger] | None) -> None:
+        self._loggers = list(loggers or ())
+        self._shared_log_dir = None
+        reporter = getattr(self, "_reporter", None)
+        if reporter is not None:
+            reporter.loggers = self._loggers
 
     @property
     def logger(self) -> Logger | None:

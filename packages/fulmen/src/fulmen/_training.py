@@ -73,7 +73,7 @@ class Training:
         raw = self._loader.raw is not None
         if raw:
             hooks = _told_of_fetched(hooks)
-        own_schedule = binder.overridden("lr_scheduler_step")
+        own_schedule = next(iter(binder.of_module("lr_scheduler_step")), None)
         schedule = schedule_on_metric = None
         if session.module.automatic_optimization:
             schedule = plain_schedule(session.schedulers, progress, own_schedule)

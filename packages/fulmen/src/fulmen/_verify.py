@@ -155,6 +155,12 @@ def run(
                 f"trainer.{fn.value}() has no loader: pass dataloaders=, or define {stage}_dataloader in the module or "
                 "a datamodule."
             )
+    if callable(getattr(module, "configure_sharded_model", None)):
+        both = " It defines both; keep configure_model." if overrides(module, "configure_model") else ""
+        problems.append(
+            f"{name} defines configure_sharded_model, which is no longer called. Rename it to configure_model, and let "
+            f"it leave a model alone that it has already made.{both}"
+        )
     if problems:
         raise MisconfigurationException(" ".join(problems))
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fulmen._loading import class_only, load_datamodule
-from fulmen._module_hooks import CheckpointHooks, DataHooks
+from fulmen._module_hooks import DataHooks
 from fulmen.hparams import HyperparametersMixin
 from fulmen_protocols import MisconfigurationTypeError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["LightningDataModule"]
 
 
-class LightningDataModule(DataHooks, CheckpointHooks, HyperparametersMixin):
+class LightningDataModule(DataHooks, HyperparametersMixin):
     """Prepares data once, sets it up on every rank and gives the loaders of each stage.
 
     Define ``train_dataloader`` and its siblings, and give it to ``Trainer.fit(model, datamodule=...)``.

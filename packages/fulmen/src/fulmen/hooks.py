@@ -123,17 +123,15 @@ class HookBinder:
         """The events of ``stage``: ``validation``, ``test`` or ``predict``."""
         batch_start = self._batch_hooks(f"on_{stage}_batch_start", several_loaders)
         batch_end = self._batch_hooks(f"on_{stage}_batch_end", several_loaders)
-        model_train = self.overridden(f"on_{stage}_model_train")
-        model_eval = self.overridden(f"on_{stage}_model_eval")
         return EvalHooks(
-            on_model_eval=() if model_eval is None else (model_eval,),
+            on_model_eval=self.of_module(f"on_{stage}_model_eval"),
             on_start=self.both(f"on_{stage}_start"),
             on_epoch_start=self.both(f"on_{stage}_epoch_start"),
             on_batch_start=batch_start,
             on_batch_end=batch_end,
             on_epoch_end=self.both(f"on_{stage}_epoch_end"),
             on_end=self.both(f"on_{stage}_end"),
-            on_model_train=() if model_train is None else (model_train,),
+            on_model_train=self.of_module(f"on_{stage}_model_train"),
         )
 
     def _batch_hooks(self, name: str, several_loaders: bool) -> Hook:

@@ -12,7 +12,7 @@ from fulmen._dynamo import never_compiled
 from fulmen._metric_batch import batch_sizes, first_batch_size
 from fulmen._metric_entry import FOLD_EVERY, MetricEntry, MetricObject, MetricOptions, Row, Scalar
 from fulmen._metric_options import group_ranks_of, is_metric, metric_name, reduction, resolve_when
-from fulmen._metric_reduce import reduce_epoch_values, reduce_step_values
+from fulmen._metric_reduce import computed, only_tensor, reduce_epoch_values, reduce_step_values
 from fulmen._metric_scope import LogScope, scope_for
 from fulmen._metric_state import load_entries, save_entries
 from fulmen._metric_sync import Schema
@@ -231,7 +231,7 @@ class MetricStore:
                 entry.values.append(record)
                 if entry.weighted:
                     entry.weights.append(self._weight(name, entry, batch_size))
-        elif isinstance(value, Number):
+        elif isinstance(value, Number) and not isinstance(value, complex):
             number = float(cast("Any", value))
             entry.last = number
             if entry.on_epoch:
@@ -243,8 +243,8 @@ class MetricStore:
                 )
             entry.weight = 1
             if entry.options.on_step:
-                step_value: Tensor | None = getattr(value, "_forward_cache", None)
-                entry.last = None if step_value is None else entry.prepare(step_value)
+                step_value: object = getattr(value, "_forward_cache", None)
+                entry.last = None if step_value is None else entry.prepare(only_tensor(name, step_value))
         else:
             raise ValueError(
                 f"self.log({name!r}, ...) got a {type(value).__name__}: log a number, a tensor of one element or a "
@@ -327,6 +327,8 @@ class MetricStore:
             entry.provisional = False
             entry.metric = metric
             entry.group_ranks = group_ranks_of(group, self._collectives.rank)
+        if loader is not None and scope.per_batch and row.dataloader_idx < 0:
+            entry.loaders.add(loader)
         return entry
 
     def _warn_about_ranks(self, entry: MetricEntry) -> None:
@@ -399,7 +401,7 @@ class MetricStore:
         """What is known of the epoch's value without communicating."""
         if entry.metric is not None:
             if self._world_size == 1 and entry.weight:
-                entry.epoch_value = entry.metric.compute()
+                entry.epoch_value = computed(entry)
             return entry.epoch_value
         if self._world_size > 1 and entry.options.sync:
             return entry.epoch_value
@@ -412,11 +414,15 @@ class MetricStore:
         """Forget all values and reset the metric objects; entries stay, checked as they are."""
         for entry in self._entries.values():
             entry.reset()
-        self._batch = None
+        self.let_go()
         self._size = None
         self._dataloader_idx = None
         self._at_epoch = False
         self._batches = 0
+
+    def let_go(self) -> None:
+        """Do not keep the last batch alive: at the end of a run."""
+        self._batch = None
 
     # Reading -----------------------------------------------------------------------------------------------------
 
@@ -441,7 +447,12 @@ class MetricStore:
         entries = self._entries.values()
         if dataloader_idx is None:
             return entries
-        return (entry for entry in entries if entry.row.dataloader_idx in (-1, dataloader_idx))
+        return (
+            entry
+            for entry in entries
+            if entry.row.dataloader_idx == dataloader_idx
+            or (entry.row.dataloader_idx < 0 and (not entry.loaders or dataloader_idx in entry.loaders))
+        )
 
     def metrics(self) -> MetricView:
         """Step values while batches run; epoch values from ``reduce_epoch`` until the next batch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from contextlib import contextmanager
+from numbers import Number
 from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from fulmen._attached import AttachedModule
 from fulmen._collection import map_leaves
 from fulmen._dynamo import never_compiled, never_compiled_alone
+from fulmen._exports import Exports
 from fulmen._loading import class_only, load_module
 from fulmen._module_hooks import CheckpointHooks, DataHooks, ModuleHooks
 from fulmen.hparams import HyperparametersMixin
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["LightningModule"]
 
 
-class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMixin, AttachedModule):
+class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMixin, AttachedModule):
     """An ``nn.Module`` that knows its training step, its optimizers and its data.
 
     Define ``training_step`` and ``configure_optimizers``, and give it to ``Trainer.fit``.
@@ -153,7 +155,7 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
             return
         store = self.__dict__.get("_metric_store")
         if store is None:
-            self._log_without_store(name, value)
+            self._log_without_store(name, value, logger)
             return
         store.log(
             name,
@@ -193,6 +195,10 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
         rank_zero_only: bool = False,
     ) -> None:
         """``log`` every item of a dict or of a torchmetrics ``MetricCollection``; the other arguments are ``log``'s."""
+        if self._trainer is None and self._fabric is not None:
+            if logger is not False:
+                self._fabric.log_dict(_for_fabric(dictionary))
+            return
         for name, value in _items_to_log(dictionary):
             self.log(
                 name,
@@ -212,13 +218,10 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
             )
 
     @never_compiled
-    def _log_without_store(self, name: str, value: Any) -> None:
+    def _log_without_store(self, name: str, value: Any, logger: bool | None) -> None:
         if self._trainer is None and self._fabric is not None:
-            if not isinstance(value, (int, float, Tensor)):
-                raise ValueError(
-                    f"self.log({name!r}, ...) got a {type(value).__name__}; give a number or a tensor of one element."
-                )
-            self._fabric.log_dict({name: value.detach() if isinstance(value, Tensor) else value})
+            if logger is not False:  # a Fabric has nothing else to log to
+                self._fabric.log_dict(_for_fabric({name: value}))
             return
         if self._trainer is not None and not self._trainer.barebones:
             raise MisconfigurationException(
@@ -462,6 +465,18 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
             TypeError: called on an instance.
         """
         return load_module(cls, checkpoint_path, map_location, hparams_file, strict, weights_only, kwargs)
+
+
+def _for_fabric(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a Fabric's loggers get of ``values``: they take numbers and tensors of one element."""
+    for name, value in values.items():
+        if not isinstance(value, (Number, Tensor)) or (isinstance(value, Tensor) and value.numel() != 1):
+            shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+            raise ValueError(
+                f"self.log({name!r}, ...) got a {type(value).__name__}{shape}; under a Fabric give a number or a "
+                "tensor of one element."
+            )
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 def _parameters_of(optimizer: Optimizer | LightningOptimizer) -> list[Tensor]:

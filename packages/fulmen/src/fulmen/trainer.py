@@ -8,20 +8,19 @@ what belongs to one call, ``Training`` and ``Evaluation`` compose its loops. The
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from fulmen import _callbacks, _checkpointing, _loggers, _preparation, _switches, _verify
+from fulmen._actions import TrainerActions
 from fulmen._environment import defaults_from_environment
 from fulmen._evaluation import Evaluation
-from fulmen._explain import explain_run
 from fulmen._first_line import first_line
 from fulmen._loaders import EvalLoaders, LoaderSource
 from fulmen._metering import Metering
 from fulmen._reporting import Reporter
 from fulmen._session import Session
 from fulmen._stopping import Stopping
-from fulmen._surface import TrainerSurface
 from fulmen._training import Training
 from fulmen.datamodule import LightningDataModule
 from fulmen.evaluate import evaluate
@@ -38,7 +37,7 @@ from fulmen_fabric import Assembly, World, assemble, rank_zero_info, rank_zero_w
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from datetime import timedelta
 
     from fulmen.module import LightningModule
@@ -55,7 +54,7 @@ _FIRST_STAGE = {
 }
 
 
-class Trainer(TrainerSurface):
+class Trainer(TrainerActions):
     """Trains, evaluates and predicts with a ``LightningModule``.
 
     Arguments are keyword-only and mean what they mean in Lightning; ``docs/differences.md`` lists where they do not.
@@ -474,63 +473,6 @@ class Trainer(TrainerSurface):
             for logger in self.loggers:
                 logger.finalize("failed")
         self.state.stage = None
-
-    # ------------------------------------------------------------------ for users
-
-    @property
-    def received_sigterm(self) -> bool:
-        """Whether this run was asked to end by SIGTERM, here or on another rank."""
-        return self._stopping.received_sigterm
-
-    def save_checkpoint(
-        self,
-        filepath: str | os.PathLike[str],
-        weights_only: bool | None = None,
-        storage_options: Mapping[str, object] | None = None,
-    ) -> None:
-        """Write a checkpoint. Every rank must call it; rank 0 writes.
-
-        Args:
-            filepath: a path or any fsspec URL.
-            weights_only: leave out optimizers, schedulers and callbacks.
-            storage_options: for the storage behind the URL.
-
-        Raises:
-            MisconfigurationException: no model is attached yet.
-        """
-        if self._session is None:
-            raise MisconfigurationException(
-                "save_checkpoint() needs a model, and this trainer has none yet. "
-                "Call fit, validate, test or predict first."
-            )
-        _checkpointing.save(self, self._session, os.fspath(filepath), bool(weights_only), storage_options)
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print on local rank 0, without breaking the progress bar."""
-        if self.world.local_rank != 0:
-            return
-        bar = self.progress_bar_callback
-        if bar is not None and hasattr(bar, "print"):
-            bar.print(*args, **kwargs)
-        else:
-            print(*args, **kwargs)
-
-    @contextmanager
-    def init_module(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        """Within the block new modules are created where the strategy wants them, in the precision's dtype.
-
-        Starts the run's processes. With ``empty_init`` the values are left undefined, for a checkpoint to fill.
-        """
-        self.world.launch(_nothing)
-        assembly = self.assembly
-        with assembly.strategy.module_context(empty=bool(empty_init)), assembly.precision.init_context():
-            yield
-
-    def explain(self, model: LightningModule | None = None) -> str:
-        """Print, and return, what a fit does in order, and which distribution supplies each part."""
-        text = explain_run(self, model)
-        print(text)
-        return text
 
 
 def _nothing() -> None:

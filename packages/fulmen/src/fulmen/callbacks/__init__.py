@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fulmen.callbacks.callback import Callback as Callback
     from fulmen.callbacks.checkpoint import Checkpoint as Checkpoint
+    from fulmen.callbacks.device_stats_monitor import DeviceStatsMonitor as DeviceStatsMonitor
     from fulmen.callbacks.early_stopping import EarlyStopping as EarlyStopping
     from fulmen.callbacks.lambda_function import LambdaCallback as LambdaCallback
     from fulmen.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
     from fulmen.callbacks.progress import RichProgressBar as RichProgressBar
     from fulmen.callbacks.progress import TQDMProgressBar as TQDMProgressBar
     from fulmen.callbacks.rich_model_summary import RichModelSummary as RichModelSummary
+    from fulmen.callbacks.spike import SpikeDetection as SpikeDetection
+    from fulmen.callbacks.throughput_monitor import ThroughputMonitor as ThroughputMonitor
     from fulmen.callbacks.timer import Timer as Timer
 
 _HOME = {
     "Callback": "callback",
     "Checkpoint": "checkpoint",
+    "DeviceStatsMonitor": "device_stats_monitor",
     "EarlyStopping": "early_stopping",
     "LambdaCallback": "lambda_function",
     "LearningRateMonitor": "lr_monitor",
@@ -32,13 +36,16 @@ _HOME = {
     "ProgressBar": "progress",
     "RichModelSummary": "rich_model_summary",
     "RichProgressBar": "progress",
+    "SpikeDetection": "spike",
     "TQDMProgressBar": "progress",
+    "ThroughputMonitor": "throughput_monitor",
     "Timer": "timer",
 }
 
 __all__ = [
     "Callback",
     "Checkpoint",
+    "DeviceStatsMonitor",
     "EarlyStopping",
     "LambdaCallback",
     "LearningRateMonitor",
@@ -47,7 +54,9 @@ __all__ = [
     "ProgressBar",
     "RichModelSummary",
     "RichProgressBar",
+    "SpikeDetection",
     "TQDMProgressBar",
+    "ThroughputMonitor",
     "Timer",
 ]
 

@@ -29,8 +29,7 @@ class LearningRateMonitor(Callback):
     follows, or ``/name`` for groups that have a ``"name"``.
 
     Args:
-        logging_interval: ``"step"``, ``"epoch"``, or None: at the interval of the schedulers, which for one without a
-            scheduler is the step.
+        logging_interval: ``"step"``, ``"epoch"``, or None: at the interval of the schedulers; without one, at both.
         log_momentum: log momentum (or the first beta) too, under ``...-momentum``.
         log_weight_decay: log weight decay too, under ``...-weight_decay``.
         log_key_prefix: stands before every name.
@@ -117,7 +116,7 @@ class LearningRateMonitor(Callback):
             self._named = self._name_all(trainer)
         latest: dict[str, float | Tensor] = {}
         for name, optimizer, own_interval in self._named:
-            if interval not in ("any", own_interval):
+            if "any" not in (interval, own_interval) and interval != own_interval:
                 continue
             for key, group in zip(self._group_names(name, optimizer), optimizer.param_groups, strict=True):
                 latest[key] = group["lr"]
@@ -142,7 +141,7 @@ class LearningRateMonitor(Callback):
         return {id(optimizer) for _, optimizer, _ in self._named} != {id(each) for each in trainer.optimizers}
 
     def _name_all(self, trainer: Trainer) -> list[tuple[str, Optimizer, str]]:
-        """A name and an interval for every optimizer: of its scheduler, or without one its own."""
+        """A name and an interval for every optimizer: its scheduler's, or ``"any"``."""
         named: list[tuple[str, Optimizer, str]] = []
         seen: dict[str, int] = {}
         scheduled: set[int] = set()
@@ -160,7 +159,7 @@ class LearningRateMonitor(Callback):
             name = config.name if config.name is not None else f"lr-{type(optimizer).__name__}"
             named.append((unique(self.log_key_prefix + name), optimizer, config.interval))
         rest = (each for each in trainer.optimizers if id(each) not in scheduled)
-        named += [(unique(f"{self.log_key_prefix}lr-{type(each).__name__}"), each, "step") for each in rest]
+        named += [(unique(f"{self.log_key_prefix}lr-{type(each).__name__}"), each, "any") for each in rest]
         return named
 
     def _group_names(self, name: str, optimizer: Optimizer) -> list[str]:

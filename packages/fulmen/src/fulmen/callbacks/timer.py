@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Timer"]
 
-_STAGES = ("train", "validate", "test", "sanity_check")
+_STAGES = ("train", "validate", "test", "predict", "sanity_check")
 
 
 class Timer(Callback):
-    """Measures the time spent in training, validation, sanity check and test, and can end training.
+    """Measures the time spent in training, validation, sanity check, test and prediction, and can end training.
 
     Validation inside of training counts for both. Rank 0's clock decides. On one process the time is looked at after
     every batch; on several the ranks hear of it ever more often towards the end, in messages that also say how many
@@ -123,6 +123,14 @@ class Timer(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock of a test."""
         self._finish("test")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of prediction."""
+        self._begin("predict")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock of prediction."""
+        self._finish("predict")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

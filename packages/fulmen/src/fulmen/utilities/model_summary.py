@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from fulmen_fabric.flops import counting_flops
 from fulmen_fabric.rank_zero import rank_zero_warn
 from fulmen_protocols.errors import MisconfigurationException
 
@@ -143,10 +143,9 @@ class ModelSummary:
 
     def _run(self, example: object) -> None:
         model = self._model
-        counter = FlopCounterMode(display=False)
         arguments = _to_device_of(model, example)
         try:
-            with _unchanged(model), torch.no_grad(), _precision_of(model), counter:
+            with _unchanged(model), torch.no_grad(), _precision_of(model), counting_flops() as counter:
                 if isinstance(arguments, Mapping):
                     model(**cast("Mapping[str, object]", arguments))
                 elif isinstance(arguments, (list, tuple)):
@@ -352,11 +351,15 @@ def _element_bytes(parameter: Tensor) -> int:
 
 
 def _to_device_of(model: nn.Module, example: object) -> object:
-    """The example where the model is; a LightningModule's own transfer hooks are used."""
+    """The example where the model is; a LightningModule moves it as it moves a batch."""
     tensor = next((t for t in (*model.parameters(), *model.buffers())), None)
     if tensor is None:
         return example
-    return _moved(example, tensor.device)
+    module: Any = model
+    if not hasattr(module, "transfer_batch_to_device"):
+        return _moved(example, tensor.device)
+    moved = module.transfer_batch_to_device(module.on_before_batch_transfer(example, 0), tensor.device, 0)
+    return module.on_after_batch_transfer(moved, 0)
 
 
 def _moved(value: object, device: torch.device) -> object:

@@ -20,6 +20,8 @@ __all__ = ["DrawnProgressBar"]
 _REDRAW_S = 0.1
 _SHARE = 50
 """Drawing may take one part in so many of the time: a slow terminal is drawn on less often."""
+_BURST = 30
+"""Drawings at the ends of epochs and loaders that may follow each other without a pause."""
 
 
 class DrawnProgressBar(ProgressBar):
@@ -28,23 +30,32 @@ class DrawnProgressBar(ProgressBar):
     A batch at which nothing is drawn costs one look at the clock. Nothing here waits for a device.
 
     Args:
-        refresh_rate: draw only at every so many batches; 0: never.
+        refresh_rate: in the subclass's unit; 0: never draw.
         leave: keep the bar of every epoch on screen.
+        every: draw only at every so many batches.
+        at_most_per_s: draw no more often than this, however fast the terminal is.
 
     Raises:
         MisconfigurationException: ``refresh_rate`` is negative.
     """
 
-    def __init__(self, refresh_rate: int, leave: bool) -> None:
+    def __init__(
+        self, refresh_rate: float, leave: bool, *, every: int = 1, at_most_per_s: float = 1 / _REDRAW_S
+    ) -> None:
         super().__init__()
         if refresh_rate < 0:
             raise MisconfigurationException(
-                f"refresh_rate={refresh_rate!r} is negative: use 1 to draw as often as time allows, 0 for no bar."
+                f"{type(self).__name__}(refresh_rate={refresh_rate!r}) is negative: leave it out to draw as often as "
+                "time allows, or use 0 for no bar."
             )
         self._refresh_rate = refresh_rate
+        self._every = every
+        self._redraw_s = max(_REDRAW_S, 1 / at_most_per_s) if at_most_per_s > 0 else math.inf
         self._leave = leave
         self._enabled = True
         self._due = 0.0 if refresh_rate else math.inf
+        self._spare, self._counted = float(_BURST), monotonic()
+        self._unsaid = False
         self._number = self._eval_number = 0
         self._train_bar: Bar | None = None
         self._eval_bar: Bar | None = None
@@ -52,11 +63,6 @@ class DrawnProgressBar(ProgressBar):
     def __getstate__(self) -> dict[str, Any]:
         # Open bars hold locks and terminals, which no other process can have.
         return {**self.__dict__, "_train_bar": None, "_eval_bar": None, "_trainer": None}
-
-    @property
-    def refresh_rate(self) -> int:
-        """Batches between two drawings, if time allows; 0: nothing is drawn."""
-        return self._refresh_rate
 
     @property
     def is_enabled(self) -> bool:
@@ -89,6 +95,16 @@ class DrawnProgressBar(ProgressBar):
         """Draw at the next batch, if at all."""
         return 0.0 if self.is_enabled else math.inf
 
+    def _may_draw(self, times: int) -> bool:
+        """Whether the end of an epoch or a loader is drawn: each at a usual pace, ten a second in a hasty run."""
+        now = monotonic()
+        self._spare = min(self._spare + (now - self._counted) / self._redraw_s, float(_BURST))
+        self._counted = now
+        if self._spare < times:
+            return False
+        self._spare -= times
+        return True
+
     def _draw(self, bar: Bar, number: float | None, metrics: dict[str, Any] | None = None) -> None:
         start = monotonic()
         if number is not None:
@@ -96,8 +112,9 @@ class DrawnProgressBar(ProgressBar):
         if metrics is not None:
             bar.set_postfix(metrics, refresh=False)
         bar.refresh()
+        self._unsaid = False
         end = monotonic()
-        self._due = end + max(_REDRAW_S, _SHARE * (end - start))
+        self._due = end + max(self._redraw_s, _SHARE * (end - start))
 
     # Training ----------------------------------------------------------------------------------------------------
 
@@ -118,7 +135,6 @@ class DrawnProgressBar(ProgressBar):
         bar.reset(_known(self.total_train_batches))
         bar.set_description(f"{self.train_description} {_epoch(trainer)}", refresh=False)
         self._number = 0
-        self._due = 0.0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -127,19 +143,26 @@ class DrawnProgressBar(ProgressBar):
         self._number = number = batch_idx + 1
         if monotonic() < self._due:
             return
-        if self._train_bar is not None and not number % self._refresh_rate:
+        if self._train_bar is not None and not number % self._every:
             self._draw(self._train_bar, number, self.get_metrics(trainer, pl_module))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the whole epoch, with its values."""
         bar = self._train_bar
-        if bar is not None:
+        if bar is None:
+            return
+        if isinstance(bar, PlainBar):
             self._draw(bar, self._number, self.get_metrics(trainer, pl_module))
-            if isinstance(bar, PlainBar):
-                bar.end_epoch()
+            bar.end_epoch()
+        elif self._leave or self._may_draw(1):
+            self._draw(bar, self._number, self.get_metrics(trainer, pl_module))
+        else:
+            self._unsaid = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the bar of training."""
+        """Close the bar of training, with its last values."""
+        if self._train_bar is not None and self._unsaid:
+            self._draw(self._train_bar, self._number, self.get_metrics(trainer, pl_module))
         self._close_all()
 
     # Evaluation --------------------------------------------------------------------------------------------------
@@ -215,12 +238,15 @@ class DrawnProgressBar(ProgressBar):
         if self.has_dataloader_changed(dataloader_idx) or self._eval_bar is None:
             # This batch is the new bar's: the old one ended with its total.
             self._close_eval(keep_loader=True)
+            if self._train_bar is not None and not self._may_draw(3):  # it opens, it ends, training's goes on
+                self._due = monotonic() + self._redraw_s  # a validation that takes longer gets its bar then
+                return
             self._eval_bar = bar = self._open(stage)
             bar.total = _known(self._eval_total(stage))
             bar.set_description(self._eval_description(stage, dataloader_idx), refresh=False)
             self._due = 0.0
         bar = self._eval_bar
-        if not (batch_idx + 1) % self._refresh_rate:
+        if not (batch_idx + 1) % self._every:
             self._draw(bar, batch_idx + 1)
 
     def _eval_total(self, stage: str) -> float:
@@ -243,7 +269,10 @@ class DrawnProgressBar(ProgressBar):
         """Close the bar; what validation logged shows at training's bar."""
         self._close_eval()
         if self._train_bar is not None and not trainer.sanity_checking:
-            self._draw(self._train_bar, None, self.get_metrics(trainer, pl_module))
+            if self._may_draw(1):
+                self._draw(self._train_bar, None, self.get_metrics(trainer, pl_module))
+            else:
+                self._unsaid = True
         elif self._train_bar is None and not trainer.sanity_checking:
             self._finish()
 
@@ -270,9 +299,9 @@ class DrawnProgressBar(ProgressBar):
             bar.n = bar.total if keep_loader and bar.total else self._eval_number
             bar.refresh()
             bar.close()
+            self._due = self._soon()
         if not keep_loader:
             self.reset_dataloader_idx_tracker()
-        self._due = self._soon()
 
     def _close_all(self) -> None:
         self._close_eval()

@@ -45,7 +45,7 @@ class RichProgressBar(DrawnProgressBar):
     every 10 seconds. Override ``configure_columns`` to change the bars, ``get_metrics`` to change what stands behind.
 
     Args:
-        refresh_rate: draw only at every so many batches; 0: no bar.
+        refresh_rate: draw at most so many times a second, and never more than ten; 0: no bar.
         leave: keep the bar of every epoch on screen.
         theme: styles.
         console_kwargs: arguments of ``rich.console.Console``.
@@ -56,7 +56,7 @@ class RichProgressBar(DrawnProgressBar):
 
     def __init__(
         self,
-        refresh_rate: int = 1,
+        refresh_rate: float = 100,
         leave: bool = False,
         theme: RichProgressBarTheme | None = None,
         console_kwargs: dict[str, Any] | None = None,
@@ -65,13 +65,18 @@ class RichProgressBar(DrawnProgressBar):
             import rich  # noqa: F401  # pyright: ignore[reportUnusedImport]
         except ImportError as error:
             raise MissingPackage("RichProgressBar needs rich, which is not installed: pip install rich") from error
-        super().__init__(refresh_rate, leave)
+        super().__init__(refresh_rate, leave, at_most_per_s=refresh_rate)
         self.theme = RichProgressBarTheme() if theme is None else theme
         self._console_kwargs = {} if console_kwargs is None else console_kwargs
         self._progress: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_progress": None}
+
+    @property
+    def refresh_rate(self) -> float:
+        """Drawings per second that were asked for; 0: nothing is drawn."""
+        return self._refresh_rate
 
     @property
     def train_progress_bar(self) -> Any:

@@ -49,8 +49,8 @@ class TQDMProgressBar(DrawnProgressBar):
     ``get_metrics`` to change what stands behind them.
 
     Args:
-        refresh_rate: draw only at every so many batches; 0: no bar. The environment's ``TQDM_MINITERS`` replaces it,
-            and on Colab it is at least 20.
+        refresh_rate: draw only at every so many batches; 0: no bar. It is at least the environment's ``TQDM_MINITERS``,
+            and on Colab 20 unless you ask for another.
         process_position: lines to leave free above the bars, for several processes on one terminal.
         leave: keep the bar of every epoch on screen.
     """
@@ -58,8 +58,14 @@ class TQDMProgressBar(DrawnProgressBar):
     BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
     def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
-        super().__init__(_resolve_refresh_rate(refresh_rate), leave)
+        resolved = _resolve_refresh_rate(refresh_rate)
+        super().__init__(resolved, leave, every=max(resolved, 1))
         self._process_position = process_position
+
+    @property
+    def refresh_rate(self) -> int:
+        """Batches between two drawings, if time allows; 0: nothing is drawn."""
+        return int(self._refresh_rate)
 
     @property
     def process_position(self) -> int:
@@ -176,13 +182,11 @@ class TQDMProgressBar(DrawnProgressBar):
 
 
 def _resolve_refresh_rate(asked: int) -> int:
-    """What the environment says, else what was asked; Colab is spared."""
+    """What was asked, but Colab and whoever set the environment are spared; no bar stays no bar."""
+    if asked == 1 and (os.environ.get("COLAB_GPU") or "google.colab" in sys.modules):
+        return _COLAB_REFRESH_RATE
     miniters = os.environ.get("TQDM_MINITERS", "")
-    if miniters.isdigit():
-        return int(miniters)
-    if asked and "google.colab" in sys.modules:
-        return max(asked, _COLAB_REFRESH_RATE)
-    return asked
+    return max(asked, int(miniters)) if asked > 0 and miniters.isdigit() else asked
 
 
 def _opened(bar: Bar | None, name: str) -> Bar:
