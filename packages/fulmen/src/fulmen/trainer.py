@@ -7,7 +7,6 @@ what belongs to one call, ``Training`` and ``Evaluation`` compose its loops. The
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,14 +33,14 @@ from fulmen.settings import BatchLimit, Interval, Settings
 from fulmen.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from fulmen.strategy_facade import StrategyFacade
 from fulmen_fabric import Assembly, World, assemble, rank_zero_info, rank_zero_warn
-from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable, Mapping, Sequence
     from datetime import timedelta
 
     from fulmen.module import LightningModule
-    from fulmen_protocols import Accelerator, Logger, Strategy
+    from fulmen_protocols import Accelerator, Logger, MisconfigurationException, Strategy
 
 __all__ = ["Trainer"]
 
