@@ -9,14 +9,17 @@ from __future__ import annotations
 import sys
 import weakref
 from functools import cache
-from types import FunctionType
-from typing import TYPE_CHECKING, Any, Optional
+from types import FunctionType, MethodType
+from typing import TYPE_CHECKING, Any, Optional, cast
 
 import torch
 from torch import Tensor, nn
 
+from fulmen._dynamo import never_compiled_alone
+from fulmen.module import LightningModule
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 __all__ = ["let_log_in_graphs", "recording"]
 
@@ -31,13 +34,15 @@ def let_log_in_graphs(module: nn.Module) -> bool:
     Returns:
         Whether ``module`` has compiled code of its own: its steps, or another of its methods.
     """
-    if not _has_compiled_code(module):
+    kind = cast("Any", type(module))
+    if not _has_compiled_code(module) or kind.log is not LightningModule.log:
         return False
     _define_operator()
     _modules[id(module)] = module
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     module.__dict__["_log_token"] = torch.zeros((), device=device)
-    module.__dict__["_log_number"] = id(module)
+    module.__dict__["log"] = MethodType(_log, module)
+    module.__dict__["log_dict"] = MethodType(_log_dict, module)
     return True
 
 
@@ -93,6 +98,59 @@ def _record(
         "rank_zero_only": rank_zero_only,
     }
     _waiting.append((_modules[module], name, kept, options))
+
+
+@never_compiled_alone
+def _log(
+    self: LightningModule,
+    name: str,
+    value: Any,
+    prog_bar: bool = False,
+    logger: bool | None = None,
+    on_step: bool | None = None,
+    on_epoch: bool | None = None,
+    reduce_fx: str | Callable[..., Any] = "mean",
+    enable_graph: bool = False,
+    sync_dist: bool = False,
+    sync_dist_group: Any = None,
+    add_dataloader_idx: bool = True,
+    batch_size: int | None = None,
+    metric_attribute: str | None = None,
+    rank_zero_only: bool = False,
+) -> None:
+    """``LightningModule.log`` of a module with compiled code."""
+    fits = isinstance(value, (Tensor, int, float)) and sync_dist_group is None and metric_attribute is None
+    if not torch.compiler.is_compiling() or not fits:
+        LightningModule.log(
+            self, name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist,
+            sync_dist_group, add_dataloader_idx, batch_size, metric_attribute, rank_zero_only,
+        )  # fmt: skip
+        return
+    torch.ops.fulmen.record(
+        self.__dict__["_log_token"],
+        id(self),
+        name,
+        value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.get_default_dtype()),
+        prog_bar,
+        logger,
+        on_step,
+        on_epoch,
+        reduce_fx if isinstance(reduce_fx, str) else reduce_fx.__name__,
+        sync_dist,
+        add_dataloader_idx,
+        batch_size,
+        rank_zero_only,
+    )
+
+
+@never_compiled_alone
+def _log_dict(self: LightningModule, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+    """``LightningModule.log_dict`` of a module with compiled code."""
+    if torch.compiler.is_compiling() and isinstance(dictionary, dict):
+        for name, value in dictionary.items():
+            self.log(name, value, *args, **kwargs)
+    else:
+        LightningModule.log_dict(self, dictionary, *args, **kwargs)
 
 
 def recording(step: Callable[..., Any]) -> Callable[..., Any]:

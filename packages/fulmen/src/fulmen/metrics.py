@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from fulmen._dynamo import never_compiled
 from fulmen._metric_batch import batch_sizes, first_batch_size
 from fulmen._metric_entry import FOLD_EVERY, MetricEntry, MetricObject, MetricOptions, Row, Scalar
 from fulmen._metric_options import group_ranks_of, is_metric, metric_name, reduction, resolve_when
@@ -133,7 +132,6 @@ class MetricStore:
         self._at_epoch = False
         return batch
 
-    @never_compiled
     def log(
         self,
         name: str,

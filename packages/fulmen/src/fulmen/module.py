@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fulmen._attached import AttachedModule
 from fulmen._collection import map_leaves
-from fulmen._dynamo import never_compiled, never_compiled_alone
+from fulmen._dynamo import never_compiled
 from fulmen._exports import Exports
 from fulmen._loading import class_only, load_module
 from fulmen._module_hooks import CheckpointHooks, DataHooks, ModuleHooks
@@ -43,9 +43,6 @@ class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, Hyperpar
     """One example of ``forward``'s input (a tensor, or a tuple or dict of arguments), for summaries and graphs."""
 
     _requires_grad_before: Mapping[Tensor, bool] | None = None
-    _log_number: int = 0
-    """What compiled code calls this module; 0: nobody has given it a number."""
-    _log_token: Tensor | None = None
     compiled_from: dict[str, Any] | None = None
     """The methods that ``from_compiled`` replaced; None: the module is not compiled."""
 
@@ -87,7 +84,7 @@ class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, Hyperpar
 
     # -- logging ------------------------------------------------------------------------------------------------------
 
-    @never_compiled_alone
+    @never_compiled
     def log(
         self,
         name: str,
@@ -127,32 +124,6 @@ class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, Hyperpar
             MisconfigurationException: nothing can be logged at this moment, or ``name`` was logged otherwise before.
             ValueError: ``value`` is none of the allowed.
         """
-        if self._log_number and torch.compiler.is_compiling():
-            in_graph = sync_dist_group is None and metric_attribute is None
-            if not in_graph or not isinstance(value, (Tensor, int, float)):
-                self._log_between_graphs(
-                    name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist,
-                    sync_dist_group, add_dataloader_idx, batch_size, metric_attribute, rank_zero_only,
-                )  # fmt: skip
-                return
-            torch.ops.fulmen.record(
-                self._log_token,
-                self._log_number,
-                name,
-                value.detach()
-                if isinstance(value, Tensor)
-                else torch.as_tensor(value, dtype=torch.get_default_dtype()),
-                prog_bar,
-                logger,
-                on_step,
-                on_epoch,
-                reduce_fx if isinstance(reduce_fx, str) else reduce_fx.__name__,
-                sync_dist,
-                add_dataloader_idx,
-                batch_size,
-                rank_zero_only,
-            )
-            return
         store = self.__dict__.get("_metric_store")
         if store is None:
             self._log_without_store(name, value, logger)
@@ -175,10 +146,6 @@ class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, Hyperpar
         )
 
     @never_compiled
-    def _log_between_graphs(self, *arguments: Any) -> None:
-        self.log(*arguments)
-
-    @never_compiled_alone
     def log_dict(
         self,
         dictionary: Mapping[str, Any],
@@ -217,7 +184,6 @@ class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, Hyperpar
                 rank_zero_only,
             )
 
-    @never_compiled
     def _log_without_store(self, name: str, value: Any, logger: bool | None) -> None:
         if self._trainer is None and self._fabric is not None:
             if logger is not False:  # a Fabric has nothing else to log to
