@@ -17,6 +17,7 @@ from fulmen_protocols.errors import (
     CheckpointUnsafe,
     FulmenError,
     MisconfigurationException,
+    MisconfigurationRuntimeError,
     MisconfigurationTypeError,
     MissingPackage,
     NotConforming,
@@ -34,7 +35,7 @@ from fulmen_protocols.precision import (
     SupportsInputConversion,
     SupportsOutputConversion,
 )
-from fulmen_protocols.profiler import Profiler
+from fulmen_protocols.profiler import Profiler, SupportsModuleRecording
 from fulmen_protocols.progress_reporter import ProgressReporter
 from fulmen_protocols.seams import (
     ACCELERATORS,
@@ -104,6 +105,7 @@ __all__ = [
     "Logger",
     "LoggerStatus",
     "MisconfigurationException",
+    "MisconfigurationRuntimeError",
     "MisconfigurationTypeError",
     "MissingPackage",
     "NotConforming",
@@ -138,6 +140,7 @@ __all__ = [
     "SupportsLoaderProcessing",
     "SupportsLogDir",
     "SupportsManualBackward",
+    "SupportsModuleRecording",
     "SupportsNoSync",
     "SupportsOutputConversion",
     "SupportsPatientBarrier",

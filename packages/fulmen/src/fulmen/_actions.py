@@ -51,7 +51,8 @@ class TrainerActions(TrainerSurface):
                 "save_checkpoint() needs a model, and this trainer has none yet. "
                 "Call fit, validate, test or predict first."
             )
-        _checkpointing.save(self._as_trainer(), self._session, os.fspath(filepath), bool(weights_only), storage_options)
+        save = self._session.measuring.action("save_checkpoint", _checkpointing.save)
+        save(self._as_trainer(), self._session, os.fspath(filepath), bool(weights_only), storage_options)
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on local rank 0, without breaking the progress bar."""

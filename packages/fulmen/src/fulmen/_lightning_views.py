@@ -13,6 +13,7 @@ from fulmen_protocols import MisconfigurationException
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fulmen._predictions import PredictionRecord
     from fulmen.progress import Progress
     from fulmen.trainer import Trainer
 
@@ -23,6 +24,7 @@ __all__ = [
     "EvaluationLoopView",
     "FitLoopView",
     "LoggerConnectorView",
+    "PredictionLoopView",
     "ProgressView",
     "TrainingEpochLoopView",
 ]
@@ -170,13 +172,41 @@ class EvaluationLoopView:
         """How many loaders there are."""
         return len(self.max_batches)
 
+
+class PredictionLoopView(EvaluationLoopView):
+    """``trainer.predict_loop``: also the indices of the samples, where a prediction writer asked for them."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer, "predict")
+
     @property
     def predictions(self) -> list[Any]:
-        """What the last ``predict`` returned, one list where there was one loader."""
-        if self._stage != "predict":
-            raise AttributeError(f"trainer.{self._stage}_loop has no predictions; trainer.predict_loop has.")
-        outputs = self._trainer._predictions  # pyright: ignore[reportPrivateUsage]
-        return outputs[0] if len(outputs) == 1 else outputs
+        """What the running prediction has kept so far, one list where there is one loader."""
+        record = self._record
+        return [] if record is None else record.predictions
+
+    @property
+    def epoch_batch_indices(self) -> list[Any]:
+        """Indices of the samples of every batch so far, one list for each loader."""
+        record = self._record
+        return [] if record is None else record.epoch_batch_indices
+
+    @property
+    def current_batch_indices(self) -> list[int] | None:
+        """Those of the batch in hand; None where they are unknown."""
+        record = self._record
+        return None if record is None else record.current_batch_indices
+
+    @property
+    def return_predictions(self) -> bool:
+        """Whether ``trainer.predict`` returns the outputs."""
+        record = self._record
+        return record is not None and record.return_predictions
+
+    @property
+    def _record(self) -> PredictionRecord | None:
+        session = self._trainer._session  # pyright: ignore[reportPrivateUsage]
+        return None if session is None else session.predictions
 
 
 class LoggerConnectorView:

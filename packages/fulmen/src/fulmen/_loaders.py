@@ -11,14 +11,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 
+from fulmen._predictions import tracked
 from fulmen._raw_batches import RawBatches
 from fulmen_data import (
     CombinationMode,
     CombinedLoader,
     LoaderPosition,
-    distribute_loader,
     has_iterable_dataset,
     rebuild_loader,
     sized_len,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fulmen.datamodule import LightningDataModule
     from fulmen.module import LightningModule
     from fulmen.settings import BatchLimit
+    from fulmen_data import IndexBatchSamplerWrapper
 
 __all__ = ["EvalLoaders", "LoaderSource", "TrainLoader", "limited"]
 
@@ -46,8 +47,8 @@ class LoaderSource:
         self, stage: str, given: object, datamodule: LightningDataModule | None, module: LightningModule
     ) -> None:
         self.hook = f"{stage}_dataloader"
-        self.scoped: Callable[[str, Callable[[], object]], Callable[[], object]] = lambda _, hook: hook
-        """Wraps the hook so that ``self.log`` inside it knows where it is called."""
+        self.scoped: Callable[..., Callable[[], object]] = _as_it_is
+        """``(name, hook, owner)``: wraps the hook so that ``self.log`` inside it knows where it is called."""
         self._given = given
         self._owner: Any = None
         if given is None:
@@ -68,13 +69,18 @@ class LoaderSource:
 
     def load(self) -> object:
         """The loaders as the user gave them; calls the hook."""
-        loaders = self._given if self._owner is None else self.scoped(self.hook, getattr(self._owner, self.hook))()
+        owner, hook = self._owner, self.hook
+        loaders = self._given if owner is None else self.scoped(hook, getattr(owner, hook), owner)()
         if loaders is None:
             raise MisconfigurationException(
                 f"{self.hook} returned None. Return a DataLoader, any iterable of batches, or a collection of them."
             )
         _require_iterable(self.hook, loaders)
         return loaders
+
+
+def _as_it_is(_name: str, hook: Callable[[], object], _owner: object) -> Callable[[], object]:
+    return hook
 
 
 def _overrides(owner: object, name: str) -> bool:
@@ -175,47 +181,6 @@ def _length(loader: object) -> float:
 def _may_end_early(loader: object) -> bool:
     """Whether only reading tells which batch is the last: no length, or one that an iterable data set claims."""
     return has_iterable_dataset(loader) or sized_len(loader) is None
-
-
-class Splitter:
-    """How loaders are split over ranks: what ``distribute_loader`` needs to know of a run."""
-
-    def __init__(self, *, rank: int, world_size: int, seed: int, enabled: bool, overfit: bool) -> None:
-        self._rank, self._world_size, self._seed = rank, world_size, seed
-        self._enabled = enabled and world_size > 1
-        self._overfit = overfit
-
-    def train(self, loader: object) -> object:
-        """``loader`` for training: shuffled parts of equal length, padded like torch's DistributedSampler."""
-        return self._split(loader, training=True)
-
-    def evaluation(self, loader: object) -> object:
-        """``loader`` for evaluation: every sample on exactly one rank."""
-        return self._split(loader, training=False)
-
-    def prediction(self, loader: object) -> object:
-        """As for evaluation, and no sample is left out: ``drop_last`` does not apply."""
-        split: Any = self.evaluation(loader)
-        if not isinstance(cast("object", split), DataLoader):
-            return split
-        inner: object = getattr(split, "batch_sampler", None)
-        if type(inner) is not BatchSampler or not inner.drop_last:
-            return split
-        return rebuild_loader(split, batch_sampler=BatchSampler(inner.sampler, inner.batch_size, drop_last=False))
-
-    def _split(self, loader: object, *, training: bool) -> object:
-        if not self._enabled or not _is_data_loader(loader):
-            return loader
-        # Training shuffles, as Lightning does, whatever the loader's own order; evaluation keeps the loader's.
-        shuffle = not self._overfit if training else None
-        return distribute_loader(
-            loader,
-            rank=self._rank,
-            world_size=self._world_size,
-            shuffle=shuffle,
-            training=training,
-            seed=self._seed,
-        )
 
 
 class TrainLoader:
@@ -320,6 +285,12 @@ class TrainLoader:
     def end_epoch(self) -> None:
         """Forget the running iterator: the next epoch starts a new one."""
         self._running = self._raw_batches = None
+
+    def reload(self, epoch: int) -> None:
+        """Ask for the loader again now, between two epochs: it would be another one."""
+        self.close()
+        self._loaded_in, self._combined = None, False
+        self.setup(epoch)
 
     def state_dict(self, batch: int, *, within_epoch: bool) -> dict[str, object]:
         """Where the loader is after ``batch`` batches of the running epoch, or between two epochs."""
@@ -432,14 +403,18 @@ class EvalLoaders:
         reload_every_n_epochs: int = 0,
         overfit: bool = False,
         advise: Advise | None = None,
+        track_indices: bool = False,
     ) -> None:
         self._source, self._limit, self._limit_name = source, limit, limit_name
         self._split, self._process = split, process
         self._reload_every = reload_every_n_epochs
         self._overfit, self._advise = overfit, advise
+        self._track_indices = track_indices
         self._loaded_in: int | None = None
         self.user_loaders: object = None
         self.loaders: list[Iterable[object]] = []
+        self.trackers: list[IndexBatchSamplerWrapper | None] = []
+        """For each loader, who knows which samples its batches hold; empty unless that was asked for."""
         self.limits: list[float] = []
 
     def setup(self, epoch: int) -> None:
@@ -458,11 +433,19 @@ class EvalLoaders:
             self._advise(given, split, lengths)
         limits = [limited(self._limit_name, length, self._limit, self._source.hook) for length in lengths]
         if isinstance(loaders, CombinedLoader) and loaders.mode != "sequential":
-            self.loaders, self.limits = [_Combined(loaders)], [_combined_length(loaders.mode, limits)]
+            self.loaders[:] = [_Combined(loaders)]  # in place: a running evaluation holds the lists
+            self.limits[:] = [_combined_length(loaders.mode, limits)]
         else:
-            self.loaders = split if self._process is None else [self._process(loader) for loader in split]
-            self.limits = limits
+            if self._track_indices:
+                split, self.trackers[:] = tracked(split)
+            self.loaders[:] = split if self._process is None else [self._process(loader) for loader in split]
+            self.limits[:] = limits
         self._loaded_in = epoch
+
+    def reload(self, epoch: int) -> None:
+        """Ask for the loaders again now: they would be others."""
+        self._loaded_in = None
+        self.setup(epoch)
 
     @property
     def several(self) -> bool:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from fulmen import _verify
 from fulmen._loader_advice import LoaderAdvice
-from fulmen._loaders import EvalLoaders, Splitter, TrainLoader
+from fulmen._loaders import EvalLoaders, TrainLoader
 from fulmen._raw_batches import fetches_itself
+from fulmen._splitter import Splitter
 from fulmen.states import TrainerFn
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ def train_loader(session: Session, settings: Settings) -> TrainLoader:
     return session.train_loader
 
 
-def eval_loaders(session: Session, settings: Settings, stage: str, *, epoch: int) -> EvalLoaders:
+def eval_loaders(
+    session: Session, settings: Settings, stage: str, *, epoch: int, track_indices: bool = False
+) -> EvalLoaders:
     """The loaders of ``stage``, asked for now unless they are known and, in ``epoch``, still good."""
     loaders = session.eval_loaders.get(stage)
     if loaders is not None:
@@ -57,8 +60,11 @@ def eval_loaders(session: Session, settings: Settings, stage: str, *, epoch: int
         reload_every_n_epochs=settings.reload_dataloaders_every_n_epochs if session.fn is TrainerFn.FITTING else 0,
         overfit=bool(settings.overfit_batches) and stage == "val",
         advise=_advice(session, settings, stage),
+        track_indices=track_indices,
     )
     loaders.setup(epoch)
+    if stage == "predict":
+        _verify.predicts_one_after_the_other(loaders.user_loaders)
     _verify.step_takes_dataloader_idx(session.module, stage, several=loaders.several)
     return loaders
 
@@ -83,5 +89,6 @@ def _splitter(session: Session, settings: Settings) -> Splitter:
         world_size=session.world.data_parallel_size,
         seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
         enabled=settings.use_distributed_sampler,
+        seeds_workers=os.environ.get("PL_SEED_WORKERS", "0") == "1",
         overfit=bool(settings.overfit_batches),
     )

@@ -44,9 +44,9 @@ class DummyLogger:
 
     name: str | None = ""
     version: int | str | None = ""
-    experiment = DummyExperiment()
     save_dir: str | None = None
     log_dir: str | None = None
+    experiment = DummyExperiment()
     root_dir: str | None = None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from fulmen._lightning_views import (
-    AcceleratorConnectorView,
-    CheckpointConnectorView,
-    EvaluationLoopView,
-    FitLoopView,
-    LoggerConnectorView,
-)
 from fulmen._run_loaders import train_loader
+from fulmen._surface_loops import LoopSurface
 from fulmen._surface_settings import SettingsSurface
 from fulmen._verify import overrides
 from fulmen.callbacks.checkpoint import Checkpoint
@@ -37,14 +32,13 @@ if TYPE_CHECKING:
     from fulmen.plan import Plan
     from fulmen.states import TrainerState
     from fulmen.strategy_facade import StrategyFacade
-    from fulmen.trainer import Trainer
     from fulmen_fabric import Assembly, World
     from fulmen_protocols import Accelerator, Logger, Precision
 
 __all__ = ["TrainerSurface"]
 
 
-class TrainerSurface(SettingsSurface):
+class TrainerSurface(SettingsSurface, LoopSurface):
     """Properties over what a Trainer holds; no behaviour."""
 
     assembly: Assembly
@@ -59,6 +53,7 @@ class TrainerSurface(SettingsSurface):
     _loggers: list[Logger]
     _ckpt_path: str | None
     _loaders_before: dict[str, EvalLoaders]
+    _users_ckpt_path: str | None = None
     _shared_log_dir: str | None = None
 
     # ------------------------------------------------------------------ where we run
@@ -310,43 +305,6 @@ class TrainerSurface(SettingsSurface):
             and self.limit_val_batches > 0
         )
 
-    # ------------------------------------------------------------------ loops, connectors: read by outside code
-
-    @property
-    def fit_loop(self) -> FitLoopView:
-        """Counters and limits of training, under the names of Lightning's loop."""
-        return FitLoopView(self._as_trainer(), self._progress)
-
-    @property
-    def validate_loop(self) -> EvaluationLoopView:
-        """The same of validation."""
-        return EvaluationLoopView(self._as_trainer(), "val")
-
-    @property
-    def test_loop(self) -> EvaluationLoopView:
-        """The same of a test."""
-        return EvaluationLoopView(self._as_trainer(), "test")
-
-    @property
-    def predict_loop(self) -> EvaluationLoopView:
-        """The same of prediction, and what it returned."""
-        return EvaluationLoopView(self._as_trainer(), "predict")
-
-    @property
-    def _logger_connector(self) -> LoggerConnectorView:
-        return LoggerConnectorView(self._as_trainer())
-
-    @property
-    def _checkpoint_connector(self) -> CheckpointConnectorView:
-        return CheckpointConnectorView(self._as_trainer())
-
-    @property
-    def _accelerator_connector(self) -> AcceleratorConnectorView:
-        return AcceleratorConnectorView(self._as_trainer())
-
-    def _as_trainer(self) -> Trainer:
-        return cast("Trainer", self)  # the only class that has this surface
-
     # ------------------------------------------------------------------ stage
 
     def _is(self, *stages: RunningStage) -> bool:
@@ -490,8 +448,15 @@ class TrainerSurface(SettingsSurface):
 
     @property
     def ckpt_path(self) -> str | None:
-        """The checkpoint that this call resumed from or was tested with."""
+        """The checkpoint that the last call resumed from or was tested with.
+
+        Settable: the calls that follow use it where they are given none, until it is set to None.
+        """
         return self._ckpt_path
+
+    @ckpt_path.setter
+    def ckpt_path(self, path: str | os.PathLike[str] | None) -> None:
+        self._ckpt_path = self._users_ckpt_path = None if not path else os.fspath(path)
 
     @property
     def root_device(self) -> torch.device:

@@ -12,6 +12,7 @@ from fulmen.hooks import check_hook_names
 from fulmen.module import LightningModule
 from fulmen.states import TrainerFn
 from fulmen.utilities.compile import from_compiled, is_compiled
+from fulmen_data import CombinedLoader
 from fulmen_fabric import PossibleUserWarning, rank_zero_warn
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError, OwnsOptimizerStep
@@ -32,6 +33,7 @@ __all__ = [
     "loaders_or_datamodule",
     "modules_in_eval_mode",
     "overrides",
+    "predicts_one_after_the_other",
     "raise_all",
     "run",
     "step_takes_dataloader_idx",
@@ -252,6 +254,15 @@ def step_takes_dataloader_idx(module: LightningModule, stage: str, *, several: b
         raise MisconfigurationException(
             f"there is one {stage} loader, but {type(module).__name__}.{name} requires dataloader_idx. "
             "Give it a default: dataloader_idx=0."
+        )
+
+
+def predicts_one_after_the_other(loaders: object) -> None:
+    """Refuse to predict on batches of several loaders at a time: a prediction belongs to samples of one."""
+    if isinstance(loaders, CombinedLoader) and loaders.mode != "sequential":
+        raise MisconfigurationException(
+            f"trainer.predict() got CombinedLoader(mode={loaders.mode!r}), whose batches are of several loaders at a "
+            "time, and some come twice or never. Use mode='sequential', or pass the loaders as a list."
         )
 
 
