@@ -17,9 +17,9 @@ __all__ = ["RawBatches", "RawLoader", "fetches_itself", "hook_of_raw", "step_of_
 Item = tuple[Any, int, int]
 
 
-def fetches_itself(step: Callable[..., object]) -> bool:
+def fetches_itself(step: object) -> bool:
     """Whether ``step`` takes ``dataloader_iter``."""
-    return "dataloader_iter" in inspect.signature(step).parameters
+    return callable(step) and "dataloader_iter" in inspect.signature(step).parameters
 
 
 class RawBatches(Iterator[Item]):
