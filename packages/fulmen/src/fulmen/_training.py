@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -121,6 +122,9 @@ class Training:
         self._plan = make_plan(settings, batches=self._loader.batches, validates=self._evaluation.validates)
         if self._metering.reporter.loggers and not settings.fast_dev_run and self._loader.batches > 0:
             log_interval(self._loader.batches, settings.log_every_n_steps, self._session.said)
+        if self._session.forward_only:
+            # The epoch's last batch counts as a step all the same: what it leaves is new, and gets its checkpoint.
+            self._plan = replace(self._plan, accumulate=sys.maxsize)
         return self._plan
 
     def begin(self, binder: HookBinder) -> None:
