@@ -6,7 +6,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from numbers import Number
-from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, cast
 
 import torch
 from torch import Tensor
@@ -43,6 +43,13 @@ class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, Hyperpar
     """One example of ``forward``'s input (a tensor, or a tuple or dict of arguments), for summaries and graphs."""
 
     _requires_grad_before: Mapping[Tensor, bool] | None = None
+
+    # TorchScript would read the annotations above, which are texts here, as its own types.
+    __jit_ignored_attributes__: ClassVar[list[str]] = [
+        "automatic_optimization",
+        "example_input_array",
+        "_requires_grad_before",
+    ]
 
     # -- what users define ------------------------------------------------------------------------------------------
 
