@@ -18,6 +18,7 @@ from fulmen_protocols.errors import (
     ExportError,
     FulmenError,
     MisconfigurationException,
+    MisconfigurationRuntimeError,
     MisconfigurationTypeError,
     MissingPackage,
     NotConforming,
@@ -35,7 +36,7 @@ from fulmen_protocols.precision import (
     SupportsInputConversion,
     SupportsOutputConversion,
 )
-from fulmen_protocols.profiler import Profiler
+from fulmen_protocols.profiler import Profiler, SupportsModuleRecording
 from fulmen_protocols.progress_reporter import ProgressReporter
 from fulmen_protocols.seams import (
     ACCELERATORS,
@@ -106,6 +107,7 @@ __all__ = [
     "Logger",
     "LoggerStatus",
     "MisconfigurationException",
+    "MisconfigurationRuntimeError",
     "MisconfigurationTypeError",
     "MissingPackage",
     "NotConforming",
@@ -140,6 +142,7 @@ __all__ = [
     "SupportsLoaderProcessing",
     "SupportsLogDir",
     "SupportsManualBackward",
+    "SupportsModuleRecording",
     "SupportsNoSync",
     "SupportsOutputConversion",
     "SupportsPatientBarrier",

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fulmen._predictions import PredictionRecord
 from fulmen._reporting import print_results
 from fulmen._run_loaders import eval_loaders
 from fulmen._session import ModelModes
+from fulmen.callbacks.prediction_writer import BasePredictionWriter
 from fulmen.evaluate import EvalParts, evaluate
 from fulmen.predict import PredictParts
 from fulmen.states import RunningStage, TrainerFn
@@ -24,7 +26,7 @@ from fulmen_fabric.abilities import supports
 from fulmen_protocols import SupportsInferencePlacement
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
     from fulmen._loaders import EvalLoaders
@@ -36,8 +38,8 @@ if TYPE_CHECKING:
     from fulmen.settings import Settings
     from fulmen.states import TrainerState
 
-    EvalArguments = tuple[EvalParts, EvalHooks, list[Iterable[object]], list[float]]
-    PredictArguments = tuple[PredictParts, EvalHooks, list[Iterable[object]], list[float]]
+    EvalArguments = tuple[EvalParts, EvalHooks, Sequence[Iterable[object]], list[float]]
+    PredictArguments = tuple[PredictParts, EvalHooks, Sequence[Iterable[object]], list[float]]
 
 __all__ = ["Evaluation"]
 
@@ -140,7 +142,13 @@ class Evaluation:
 
     def prepare_predict(self, *, keep: bool) -> PredictArguments:
         """What ``predict`` needs; ``keep``: the outputs are returned."""
-        session, loaders = self._session, self.loaders("predict")
+        session = self._session
+        measuring = session.measuring
+        writers = [callback for callback in self.binder.callbacks if isinstance(callback, BasePredictionWriter)]
+        loaders = self.loaders("predict", track_indices=bool(writers))
+        session.predictions = record = PredictionRecord(len(loaders.loaders), loaders.trackers, returns=keep)
+        copy = _as_it_is if session.world.device.type == "cpu" else _to_cpu
+        keep = keep or any(writer.interval.on_epoch for writer in writers)
         modes = ModelModes(session.module)
         step = session.step_method("predict_step", several_loaders=loaders.several, bind=False)
         context = session.forward_context()
@@ -148,18 +156,31 @@ class Evaluation:
             step=step if context is None else _inside(context, step),
             transfer=session.transfer(),
             no_grad=session.no_grad(inference_mode=self._uses_inference_mode()),
-            model_eval=modes.eval,
+            model_eval=measuring.hook(session.module, "on_predict_model_eval", modes.eval),
             model_train=modes.restore,
-            keep=(_as_it_is if session.world.device.type == "cpu" else _to_cpu) if keep else None,
+            keep=copy if keep else None,
+            predictions=record.kept,
         )
         hooks = self.binder.evaluation("predict", several_loaders=loaders.several)
-        return parts, hooks, loaders.loaders, loaders.limits
+        hooks = replace(
+            hooks,
+            on_batch_start=(record.begin_batch, *hooks.on_batch_start) if writers else hooks.on_batch_start,
+            on_end=(record.release, *hooks.on_end),
+        )
+        measured = measuring.loaders("[_PredictionLoop].predict_next", loaders.loaders, loaders.limits)
+        return parts, hooks, measured, loaders.limits
 
     # ------------------------------------------------------------------ what they share
 
-    def loaders(self, stage: str) -> EvalLoaders:
-        """The loaders of ``stage``, asked for when first needed and when it is time to ask again."""
-        return eval_loaders(self._session, self._settings(), stage, epoch=self._progress.epoch)
+    def loaders(self, stage: str, *, track_indices: bool = False) -> EvalLoaders:
+        """The loaders of ``stage``, asked for when first needed and when it is time to ask again.
+
+        Args:
+            stage: whose loaders.
+            track_indices: whether somebody wants to know which samples a batch holds.
+        """
+        epoch = self._progress.epoch
+        return eval_loaders(self._session, self._settings(), stage, epoch=epoch, track_indices=track_indices)
 
     def _arguments(self, stage: str, store: MetricStore, *, limit: float = math.inf, in_fit: bool) -> EvalArguments:
         session, metering, loaders = self._session, self._metering, self.loaders(stage)
@@ -177,13 +198,16 @@ class Evaluation:
             step=step if context is None else _inside(context, step),
             transfer=_starting(store, session.transfer(), several=loaders.several),
             no_grad=session.no_grad(inference_mode=not in_fit and self._uses_inference_mode()),
-            model_eval=modes.eval,
+            model_eval=session.measuring.hook(session.module, f"on_{name}_model_eval", modes.eval),
             model_train=modes.restore,
             end_batch=metering.eval_end_batch(store, several=loaders.several),
             reduce=store.reduce_epoch,
             log=partial(metering.log_eval_epoch, store),
         )
-        return parts, hooks, loaders.loaders, [min(limit, each) for each in loaders.limits]
+        # Without a limit of its own the loaders' own list: a tuner may change it when the evaluation starts.
+        limits = loaders.limits if limit == math.inf else [min(limit, each) for each in loaders.limits]
+        measured = session.measuring.loaders(f"[_EvaluationLoop].{stage}_next", loaders.loaders, limits)
+        return parts, hooks, measured, limits
 
     def _uses_inference_mode(self) -> bool:
         # gloo reduces tensors in place, which inference tensors refuse.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from typing import TYPE_CHECKING, Any
 
+from fulmen._measuring import Measuring
 from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.checkpoint import Checkpoint
 from fulmen.callbacks.early_stopping import EarlyStopping
@@ -76,7 +77,12 @@ def explain_run(trainer: Trainer, model: LightningModule | None) -> str:
     rows += [f"  {noun:<20} {source}" for noun, source in assembly.sources.items()]
     rows.append(f"  {'devices':<20} {', '.join(map(str, assembly.devices))} on {assembly.num_nodes} node(s)")
     rows += [f"  {'logger':<20} {_origin(logger)}" for logger in trainer.loggers]
-    rows += [f"  {'callback':<20} {_origin(callback)}" for callback in trainer.callbacks]
+    for callback in trainer.callbacks:
+        rows.append(f"  {'callback':<20} {_origin(callback)}")
+        if hasattr(callback, "describe_plan"):
+            rows.append(f"  {'':<20} {callback.describe_plan(trainer)}")
+    if Measuring(trainer.profiler).is_on:
+        rows.append(f"  {'profiler':<20} {_origin(trainer.profiler)}")
     if module is not None:
         rows.append(f"  {'module':<20} {_origin(module)}")
     rows += ["", "Order of fit"]
