@@ -68,6 +68,13 @@ class Collections(nn.Module):
         return {"hidden": hidden, "pair": (hidden + pair[0], hidden - pair[1])}
 
 
+class Named(nn.Module):
+    """Dicts as TorchScript knows them: all values of one type."""
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"sum": batch["x"] + batch["y"], "product": batch["x"] * batch["y"]}
+
+
 def mlp(n: int) -> tuple[Any, ...]:
     return (torch.randn(n, 4),)
 
@@ -86,6 +93,10 @@ def sequences(n: int) -> tuple[Any, ...]:
 
 def nested(n: int) -> tuple[Any, ...]:
     return {"x": torch.randn(n, 4), "scale": torch.rand(n, 1)}, (torch.randn(n, 4), torch.randn(n, 4))
+
+
+def named(n: int) -> tuple[Any, ...]:
+    return ({"x": torch.randn(n, 4), "y": torch.randn(n, 4)},)
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Any, ...]]]] = {
@@ -146,12 +157,11 @@ def test_onnx_models_run_in_onnxruntime_on_other_batch_sizes(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@cases
-def test_traces_load_in_plain_torch(
-    make: Callable[[], nn.Module], inputs: Callable[[int], tuple[Any, ...]], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", [name for name in CASES if name != "dicts and tuples"] + ["a dict"])
+def test_traces_load_in_plain_torch(name: str, tmp_path: Path) -> None:
+    make, inputs = CASES.get(name, (Named, named))
     module = make()
-    options = {"strict": False} if make is Collections else {}  # torch's word for outputs that are dicts
+    options = {"strict": False} if make is Named else {}  # torch's word for outputs that are dicts
 
     TorchScriptExporter().export(
         module, inputs(3), tmp_path / "net.pt", dynamic_shapes="batch", method="trace", **options
