@@ -152,7 +152,7 @@ class Doubling(BoringDataModule):
 
 
 @pytest.mark.proves("7.1", "10.16")
-@pytest.mark.filterwarnings("ignore:there is a validation loader")
+@pytest.mark.filterwarnings("ignore:there is a validation loader", "ignore:both Doubling and Net define")
 def test_a_datamodules_own_hook_wins_over_the_modules(tmp_path: Path) -> None:
     needs_onnx()
     net = Net()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ class ExporterConformance(Kit):
         raise NotImplementedError("define a fixture `run` that runs an artifact on one input")
 
     @pytest.fixture
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         """Options for every export of the kit; none by default."""
         return {}
 
@@ -50,7 +50,7 @@ class ExporterConformance(Kit):
         assert missing_members(Exporter, exporter) == []
 
     def test_the_artifact_computes_what_the_module_does(
-        self, exporter: Exporter, run: Run, options: dict[str, object], tmp_path: Path
+        self, exporter: Exporter, run: Run, options: dict[str, Any], tmp_path: Path
     ) -> None:
         """On failure look at weights and buffers that were left out, and at the order of outputs."""
         net, x, path = _net(), _sample(3), tmp_path / "artifact"
@@ -61,7 +61,7 @@ class ExporterConformance(Kit):
         torch.testing.assert_close(run(path, x), _net()(x).detach(), rtol=1e-5, atol=1e-5)
 
     def test_a_module_in_training_mode_is_exported_in_evaluation_mode(
-        self, exporter: Exporter, run: Run, options: dict[str, object], tmp_path: Path
+        self, exporter: Exporter, run: Run, options: dict[str, Any], tmp_path: Path
     ) -> None:
         """On failure look whether dropout is still drawn, or normalisation still follows the batch."""
         net, x, path = _DropsOut(), _sample(3), tmp_path / "artifact"
@@ -71,7 +71,7 @@ class ExporterConformance(Kit):
 
         torch.testing.assert_close(run(path, x), expected, rtol=1e-5, atol=1e-5)
 
-    def test_the_module_is_left_as_it_was(self, exporter: Exporter, options: dict[str, object], tmp_path: Path) -> None:
+    def test_the_module_is_left_as_it_was(self, exporter: Exporter, options: dict[str, Any], tmp_path: Path) -> None:
         """A run goes on after an export. On failure look at modes, gradients, weights, buffers and random state."""
         net = nn.Sequential(_DropsOut().train(), nn.BatchNorm1d(2).eval())  # each with a mode of its own
         for parameter in net[1].parameters():
@@ -90,7 +90,7 @@ class ExporterConformance(Kit):
         assert torch.equal(torch.get_rng_state(), random_state)
 
     def test_an_open_batch_takes_other_sizes(
-        self, exporter: Exporter, run: Run, options: dict[str, object], tmp_path: Path
+        self, exporter: Exporter, run: Run, options: dict[str, Any], tmp_path: Path
     ) -> None:
         """``dynamic_shapes="batch"``. On failure look at sizes of the sample that became constants, 1 above all."""
         net = _net()
@@ -103,7 +103,7 @@ class ExporterConformance(Kit):
                 torch.testing.assert_close(run(path, x), _net()(x).detach(), rtol=1e-5, atol=1e-5)
 
     def test_a_stream_gets_the_same_artifact(
-        self, exporter: Exporter, run: Run, options: dict[str, object], tmp_path: Path
+        self, exporter: Exporter, run: Run, options: dict[str, Any], tmp_path: Path
     ) -> None:
         """On failure look at paths that are assumed where a stream may be given."""
         net, x, stream, path = _net(), _sample(3), io.BytesIO(), tmp_path / "artifact"
@@ -114,7 +114,7 @@ class ExporterConformance(Kit):
         torch.testing.assert_close(run(path, x), _net()(x).detach(), rtol=1e-5, atol=1e-5)
 
     def test_without_a_path_nothing_is_written(
-        self, exporter: Exporter, options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, exporter: Exporter, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Only the program is wanted. On failure look at default names of files."""
         monkeypatch.chdir(tmp_path)
@@ -125,7 +125,7 @@ class ExporterConformance(Kit):
         assert list(tmp_path.iterdir()) == []
 
     def test_folders_are_made_and_nothing_else_stays_in_them(
-        self, exporter: Exporter, options: dict[str, object], tmp_path: Path
+        self, exporter: Exporter, options: dict[str, Any], tmp_path: Path
     ) -> None:
         """On failure look at temporary files beside the artifact."""
         path = tmp_path / "deep" / "er" / "artifact"
@@ -135,7 +135,7 @@ class ExporterConformance(Kit):
         assert [entry for entry in tmp_path.rglob("*") if entry.is_file()] == [path]
 
     def test_a_new_artifact_replaces_the_old_one(
-        self, exporter: Exporter, run: Run, options: dict[str, object], tmp_path: Path
+        self, exporter: Exporter, run: Run, options: dict[str, Any], tmp_path: Path
     ) -> None:
         """On failure look at files that are opened to append, or that are left alone when they exist."""
         x, path = _sample(3), tmp_path / "artifact"
@@ -147,7 +147,7 @@ class ExporterConformance(Kit):
 
     @pytest.mark.parametrize("existing", [False, True], ids=["nothing there", "an artifact there"])
     def test_an_artifact_that_computes_something_else_is_never_written(
-        self, exporter: Exporter, options: dict[str, object], tmp_path: Path, existing: bool
+        self, exporter: Exporter, options: dict[str, Any], tmp_path: Path, existing: bool
     ) -> None:
         """A capture may bake a Python value in. On failure look whether outputs are compared, and when."""
         path = tmp_path / "artifact"
@@ -161,7 +161,7 @@ class ExporterConformance(Kit):
         assert not existing or path.read_bytes() == b"of yesterday"
 
     def test_a_forward_that_fails_leaves_module_and_path_alone(
-        self, exporter: Exporter, options: dict[str, object], tmp_path: Path
+        self, exporter: Exporter, options: dict[str, Any], tmp_path: Path
     ) -> None:
         """On failure look at what is restored in ``finally``, and at files that are made before they are filled."""
         net = _net().train()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from itertools import chain
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 import torch
 
@@ -12,6 +12,8 @@ from fulmen_export._inputs import tensors_in
 from fulmen_protocols.errors import ExportError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch import Tensor, nn
 
     from fulmen_export._inputs import Inputs
@@ -49,7 +51,7 @@ class Eager:
         ]
         self._stack = ExitStack()
         self._stack.enter_context(torch.no_grad())
-        self._stack.enter_context(torch.random.fork_rng(devices=[]))
+        self._stack.enter_context(cast("AbstractContextManager[None]", torch.random.fork_rng(devices=[])))
         self.module.eval()
         return self
 

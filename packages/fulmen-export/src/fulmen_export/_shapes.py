@@ -74,7 +74,7 @@ class Shapes:
         def leaf(tensor: Tensor) -> object:
             found = axes.get(next(order, ""))
             if found is None or isinstance(found, Mapping):
-                return found
+                return cast("object", found)
             return {dim: f"dim_{dim}" for dim in cast("Sequence[int]", found)}
 
         return cls(what, inputs, {name: _nested(value, leaf) for name, value in named.items()})
@@ -113,10 +113,10 @@ def other_sizes(program: ExportedProgram, inputs: Inputs) -> Inputs | None:
     open_: list[dict[int, Any]] = []  # for each leaf: dimension -> sympy expression
     sizes: dict[Any, int] = {}  # symbol -> the sample's size
     for name, leaf in zip(program.graph_signature.user_inputs, leaves, strict=True):
-        value = values.get(cast("str", name)) if isinstance(name, str) else None
+        value = values.get(name) if isinstance(name, str) else None
         dims: dict[int, Any] = {}
         if isinstance(value, Tensor) and isinstance(leaf, Tensor):
-            for dim, size in enumerate(value.shape):
+            for dim, size in enumerate(cast("Sequence[object]", value.shape)):
                 if isinstance(size, torch.SymInt):
                     dims[dim] = cast("Any", size).node.expr
                     if dims[dim].is_Symbol:
@@ -203,7 +203,9 @@ def _resize(value: object, spec: object, size: Callable[[int], int]) -> object:
     if spec is None:
         return value
     if isinstance(value, Tensor):
-        dims = cast("Mapping[int, object]", spec if isinstance(spec, Mapping) else dict(enumerate(cast("Any", spec))))
+        dims = cast("Mapping[int, object]", spec)
+        if not isinstance(spec, Mapping):
+            dims = dict(enumerate(cast("Sequence[object]", spec)))
         return tiled(value, {dim: size(value.shape[dim]) for dim, entry in dims.items() if _is_dynamic(entry)})
     if isinstance(value, Mapping):
         items = cast("Mapping[object, object]", value)

@@ -16,7 +16,7 @@ from fulmen_export._shapes import Shapes, other_sizes
 from fulmen_protocols.errors import BackendUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
@@ -87,9 +87,9 @@ def _inductor() -> Any:
 def _require_compiler() -> None:
     from torch._inductor import config
 
-    found = cast("Any", config).cpp.cxx
-    names = [name for name in (found if isinstance(found, (list, tuple)) else [found]) if name]
-    for name in cast("list[str]", names):
+    found = cast("str | Sequence[str | None]", cast("Any", config).cpp.cxx)
+    names = [name for name in ([found] if isinstance(found, str) else found) if name]
+    for name in names:
         try:
             subprocess.run([name, "--version"], capture_output=True, check=True)
         except (OSError, subprocess.SubprocessError):

@@ -75,7 +75,7 @@ def _export(asked: argparse.Namespace) -> None:
         options["dynamic_shapes"] = "batch"
     if asked.no_verify:
         options["verify"] = False
-    shapes = [_shape(text) for text in asked.input_shape or []]
+    shapes = [_shape(text) for text in cast("list[str] | None", asked.input_shape) or []]
     module = _load(_class_of(asked.module), asked.checkpoint, _pairs("--init", asked.init)).eval()
     args, kwargs = _sample(module, shapes, asked.module)
     exporter.export(module, args, asked.output, kwargs=kwargs, **options)

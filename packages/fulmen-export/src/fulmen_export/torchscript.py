@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -102,7 +102,7 @@ def _traced(module: nn.Module, inputs: Inputs | None, options: Mapping[str, obje
 
 def _callers_level() -> int:
     """The ``stacklevel`` of the first frame outside of fulmen's packages: the line that people can change."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fulmen"):
+    level, frame = 0, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("fulmen"):
         level, frame = level + 1, frame.f_back
     return level

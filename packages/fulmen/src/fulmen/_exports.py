@@ -6,8 +6,6 @@ import inspect
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
-from torch import Tensor
-
 from fulmen._attached import AttachedModule
 from fulmen._collection import move_to_device
 from fulmen._module_hooks import DataHooks
@@ -170,7 +168,7 @@ def _transferred(module: Any, sample: Any) -> Any:
 
 
 def _hook(module: Any, name: str) -> Any:
-    datamodule = getattr(module._trainer, "datamodule", None)
+    datamodule: object = getattr(module._trainer, "datamodule", None)
     own = getattr(type(datamodule), name, None)
     return getattr(module if own is None or own is getattr(DataHooks, name) else datamodule, name)
 
@@ -188,8 +186,9 @@ def _arguments(module: Any, sample: Any) -> tuple[tuple[Any, ...] | None, dict[s
         except TypeError:
             return (named,), None  # a forward whose one argument is a dict
         return None, named
-    if isinstance(sample, tuple) and not isinstance(sample, Tensor):
-        return cast("tuple[Any, ...]", sample), None
+    if isinstance(sample, tuple):
+        args: tuple[Any, ...] = sample
+        return args, None
     return (sample,), None
 
 
