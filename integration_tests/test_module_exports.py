@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fulmen
+from fulmen.callbacks import WeightAveraging
 from fulmen.demos import BoringDataModule, BoringModel
 from fulmen_protocols import ExportError, MisconfigurationException, MissingPackage
 from fulmen_protocols.cli import main
@@ -458,31 +459,26 @@ def test_a_loaded_module_is_a_plain_module_of_torch(tmp_path: Path) -> None:
     close(program.module()(batches[1]), expected[1])
 
 
-class Averaged(Net):
-    """Writes an average of its weights into ``state_dict``, as weight averaging does."""
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = {name: value / 2 for name, value in checkpoint["state_dict"].items()}
-
-
 @pytest.mark.proves("7.7")
-def test_the_command_exports_what_the_checkpoint_holds_averaged_weights_too(
+def test_the_command_exports_the_average_from_an_averaged_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    net = Averaged(width=6)
-    trained(tmp_path, net)
+    net = Net(width=6)
+    trained(tmp_path, net, callbacks=[WeightAveraging()])
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert not torch.equal(saved["state_dict"]["first.weight"], saved["current_model_state"]["first.weight"])
     monkeypatch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
     monkeypatch.chdir(tmp_path)
     command = "export last.ckpt --format torch_export --input-shape 1,4 --dynamic-batch --output net.pt2"
 
-    status = main([*command.split(), "--module", "test_module_exports:Averaged"])
+    status = main([*command.split(), "--module", "test_module_exports:Net"])
 
     said = capsys.readouterr()
     assert status == 0, said.err
     x = torch.randn(3, 4)
-    halved = Net(width=6)
-    halved.load_state_dict({name: value / 2 for name, value in net.state_dict().items()})
-    close(torch.export.load(tmp_path / "net.pt2").module()(x), halved.eval()(x))
+    averaged = Net(width=6)
+    averaged.load_state_dict(saved["state_dict"])
+    close(torch.export.load(tmp_path / "net.pt2").module()(x), averaged.eval()(x))
 
 
 def test_the_command_is_listed_and_explained() -> None:
