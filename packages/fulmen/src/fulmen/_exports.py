@@ -13,7 +13,7 @@ from fulmen_protocols import EXPORTERS, MisconfigurationException, MissingPackag
 from fulmen_protocols.discovery import forget
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Generator, Iterable, Mapping
     from os import PathLike
 
     import torch
@@ -187,8 +187,7 @@ def _arguments(module: Any, sample: Any) -> tuple[tuple[Any, ...] | None, dict[s
             return (named,), None  # a forward whose one argument is a dict
         return None, named
     if isinstance(sample, tuple):
-        args: tuple[Any, ...] = sample
-        return args, None
+        return tuple(cast("Iterable[Any]", sample)), None
     return (sample,), None
 
 
