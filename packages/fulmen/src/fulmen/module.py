@@ -6,7 +6,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from numbers import Number
-from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, cast
 
 import torch
 from torch import Tensor
@@ -45,6 +45,13 @@ class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, Hyperpar
     _requires_grad_before: Mapping[Tensor, bool] | None = None
     compiled_from: dict[str, Any] | None = None
     """The methods that ``from_compiled`` replaced; None: the module is not compiled."""
+
+    # TorchScript would read the annotations above, which are texts here, as its own types.
+    __jit_ignored_attributes__: ClassVar[list[str]] = [
+        "automatic_optimization",
+        "example_input_array",
+        "_requires_grad_before",
+    ]
 
     # -- what users define ------------------------------------------------------------------------------------------
 
