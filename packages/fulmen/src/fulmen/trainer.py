@@ -8,6 +8,7 @@ what belongs to one call, ``Training`` and ``Evaluation`` compose its loops. The
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fulmen import _callbacks, _checkpointing, _loggers, _measuring, _preparation, _switches, _verify
@@ -425,6 +426,8 @@ class Trainer(TrainerSurface):
         """The training loop's parts and hooks, with the callbacks of this moment."""
         self._binder = HookBinder(self, session.module, self.callbacks, session.scoped)
         parts, hooks = training.compose(self._binder)
+        if polls := self.strategy.saving.step_hooks():
+            hooks = replace(hooks, on_train_batch_start=(*polls, *hooks.on_train_batch_start))
         self.strategy.gradients = session.gradients
         return parts, hooks
 
@@ -434,6 +437,7 @@ class Trainer(TrainerSurface):
         module, fn, binder = session.module, session.fn, self._binder
         session.close_loaders()
         self._metering.finish()
+        self.strategy.saving.finish()
         if self.world.device.type != "cpu":
             module.cpu()
         if fn is TrainerFn.FITTING and has_run:
@@ -450,6 +454,7 @@ class Trainer(TrainerSurface):
         if session.measuring.is_on:
             self.profiler.describe()
             self.profiler.teardown(fn.value)
+        self.strategy.saving.close()
 
     def _fail(self, session: Session, error: BaseException) -> None:
         """Tell everybody that the run failed; the error itself goes on to the caller, with where it happened."""
@@ -468,6 +473,7 @@ class Trainer(TrainerSurface):
         if self.world.is_global_zero:
             for logger in self.loggers:
                 logger.finalize("failed")
+        self.strategy.saving.close_after(error)
         self.state.stage = None
 
     # ------------------------------------------------------------------ for users
