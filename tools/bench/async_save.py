@@ -2,12 +2,13 @@
 
 A model of plain float32 weights (500 MB by default) is saved in turns, in one process: by ``torch.save``, by fulmen's
 synchronous and asynchronous writer and, where installed, by Lightning's AsyncCheckpointIO. Between the saves a training
-loop of matrix products runs on every core. All figures are medians, as ratios to ``torch.save`` or to undisturbed steps.
+loop of matrix products runs on every core. All figures are medians, as ratios to ``torch.save`` or to free steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -42,12 +43,13 @@ def torch_save_flushed(checkpoint: dict[str, Any], path: str) -> None:
 
 
 def _lightning() -> Any:
-    try:
-        from lightning.pytorch.plugins.io import AsyncCheckpointIO as Theirs
-        from lightning.pytorch.plugins.io import TorchCheckpointIO as TheirTorch
-    except ImportError:
-        return None
-    return Theirs(TheirTorch())
+    for package in ("lightning.pytorch", "pytorch_lightning"):
+        try:
+            plugins: Any = importlib.import_module(f"{package}.plugins.io")
+        except ImportError:
+            continue
+        return plugins.AsyncCheckpointIO(plugins.TorchCheckpointIO())
+    return None
 
 
 class _Step:
@@ -87,11 +89,12 @@ def measure(megabytes: int, rounds: int, folder: Path) -> dict[str, dict[str, fl
         "fulmen AsyncCheckpointIO": (ours, lambda: ours.will_exist(target) is None, ours.wait)
     }
     if theirs is not None:
-        idle = lambda: theirs._executor is None or theirs._executor._work_queue.empty() and done.exists()  # noqa: E731
-        pending["Lightning AsyncCheckpointIO"] = (theirs, idle, theirs.teardown)
-    step, blocked, speed = _Step(), {name: [] for name in (*blocking, *pending)}, {name: [] for name in pending}
+        pending["Lightning AsyncCheckpointIO"] = (theirs, lambda: os.path.exists(target), theirs.teardown)
+    step = _Step()
+    blocked: dict[str, list[float]] = {name: [] for name in (*blocking, *pending)}
+    speed: dict[str, list[float]] = {name: [] for name in pending}
     undisturbed: list[float] = []
-    first = {}
+    first: dict[str, float] = {}
     _steps(step, lambda: True)
     for _ in range(rounds + 1):  # the first round fills caches and buffers and is reported apart
         undisturbed += _steps(step, lambda: True, 30)
@@ -103,8 +106,7 @@ def measure(megabytes: int, rounds: int, folder: Path) -> dict[str, dict[str, fl
             os.sync()
         for name, (io, idle, finish) in pending.items():
             target = str(folder / f"{name.partition(' ')[0]}.ckpt")
-            done = Path(target)
-            done.unlink(missing_ok=True)
+            Path(target).unlink(missing_ok=True)
             began = time.perf_counter()
             io.save_checkpoint(checkpoint, target)
             blocked[name].append(time.perf_counter() - began)

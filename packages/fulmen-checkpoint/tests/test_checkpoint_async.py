@@ -322,7 +322,9 @@ def test_an_io_that_cannot_be_wrapped_is_refused() -> None:
 
     with pytest.raises(MisconfigurationException, match=r"checkpoint_io=AsyncCheckpointIO.*asynchronous itself"):
         AsyncCheckpointIO(AsyncCheckpointIO())
-    with pytest.raises(MisconfigurationException, match=r"checkpoint_io=Sharded.*written by all ranks.*Use it as it is"):
+    with pytest.raises(
+        MisconfigurationException, match=r"checkpoint_io=Sharded.*written by all ranks.*Use it as it is"
+    ):
         AsyncCheckpointIO(Sharded())
 
 

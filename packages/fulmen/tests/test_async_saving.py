@@ -180,7 +180,13 @@ def test_names_and_links_reckon_with_files_that_are_still_on_their_way(tmp_path:
 
     _trainer(tmp_path, io, At(6, look), saves).fit(Model(), _data())
     assert seen == [], "a link was made to a file that was not there"
-    assert sorted(os.listdir(tmp_path / "saves")) == ["last.ckpt", "same-v1.ckpt", "same-v2.ckpt", "same-v3.ckpt", "same.ckpt"]
+    assert sorted(os.listdir(tmp_path / "saves")) == [
+        "last.ckpt",
+        "same-v1.ckpt",
+        "same-v2.ckpt",
+        "same-v3.ckpt",
+        "same.ckpt",
+    ]
     assert os.readlink(tmp_path / "saves" / "last.ckpt") == "same-v3.ckpt"
 
 

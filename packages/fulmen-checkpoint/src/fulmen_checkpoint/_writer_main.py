@@ -74,7 +74,7 @@ def receive(connection: socket.socket) -> tuple[tuple[object, ...], int | None]:
         raise EOFError from error
     if not header:
         raise EOFError
-    message = pickle.loads(_exactly(connection, _HEADER.unpack(header)[0]))  # noqa: S301 - from our own other half
+    message = pickle.loads(_exactly(connection, _HEADER.unpack(header)[0]))
     return message, handles[0] if handles else None
 
 

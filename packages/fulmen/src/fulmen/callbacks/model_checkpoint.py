@@ -424,7 +424,11 @@ class ModelCheckpoint(Checkpoint):
 
     def file_exists(self, filepath: str | PathLike[str], trainer: Trainer) -> bool:
         """Whether rank 0 sees a file or folder there; every rank must call this."""
-        return bool(trainer.strategy.broadcast(trainer.strategy.saving.exists(str(filepath)) if trainer.is_global_zero else False))
+        return bool(
+            trainer.strategy.broadcast(
+                trainer.strategy.saving.exists(str(filepath)) if trainer.is_global_zero else False
+            )
+        )
 
     def _get_metric_interpolated_filepath_name(
         self, monitor_candidates: dict[str, Tensor], trainer: Trainer, del_filepath: str | None = None
