@@ -364,7 +364,8 @@ def test_an_error_that_nobody_heard_is_printed_at_exit(tmp_path: Path) -> None:
 def test_a_forked_process_neither_waits_for_nor_ends_its_parents_saves(tmp_path: Path) -> None:
     done = _run(
         _EXIT
-        + "import os\npid = os.fork()\nif pid == 0: sys.exit(0)\nassert os.waitpid(pid, 0)[1] == 0\nio.wait(); print('ok')",
+        + "import os\npid = os.fork()\nif pid == 0: sys.exit(0)\n"
+        + "assert os.waitpid(pid, 0)[1] == 0\nio.wait(); print('ok')",
         tmp_path / "a.ckpt",
     )
     assert (done.stdout, done.returncode) == ("ok\n", 0), done.stderr

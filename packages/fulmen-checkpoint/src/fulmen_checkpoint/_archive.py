@@ -60,7 +60,7 @@ def write(writer: DigestWriter, parts: Parts) -> None:
         OSError: the storage failed.
     """
     stream = _Counted(writer)
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]  # as much of a file as zipfile asks of one it cannot seek
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
         for name, content in parts.head:
             _record(archive, stream, name, memoryview(content))
         for key, storage in enumerate(parts.storages):

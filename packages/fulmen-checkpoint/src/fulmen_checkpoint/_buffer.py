@@ -6,7 +6,7 @@ import mmap
 import os
 import sys
 import tempfile
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -49,14 +49,13 @@ class Buffer:
     def pin(self) -> None:
         """Lock the pages for CUDA, so that it copies into them at full speed and beside its other work."""
         if not self._pinned:
-            runtime = torch.cuda.cudart()
-            torch.cuda.check_error(int(runtime.cudaHostRegister(self.bytes.data_ptr(), self.size, 0)))
+            torch.cuda.check_error(int(_runtime().cudaHostRegister(self.bytes.data_ptr(), self.size, 0)))
             self._pinned = True
 
     def storage(self, offset: int, size: int) -> torch.UntypedStorage:
         """A storage of ``size`` bytes at ``offset``, without copying."""
         if size == 0:
-            return torch.UntypedStorage(0)
+            return torch.empty(0, dtype=torch.uint8).untyped_storage()
         return torch.frombuffer(self._map, dtype=torch.uint8, count=size, offset=offset).untyped_storage()
 
     def write(self, offset: int, data: bytes) -> None:
@@ -71,7 +70,7 @@ class Buffer:
         """Give the memory back, as soon as nobody uses it. Calling it twice is allowed."""
         if self._pinned:
             self._pinned = False
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())))
+            torch.cuda.check_error(int(_runtime().cudaHostUnregister(self.bytes.data_ptr())))
         self.bytes = torch.empty(0, dtype=torch.uint8)
         if self.handle is not None:
             os.close(self.handle)
@@ -82,8 +81,13 @@ class Buffer:
             del self._map
 
 
+def _runtime() -> Any:
+    """CUDA's own functions, for which torch has no types."""
+    return cast("Any", torch.cuda).cudart()
+
+
 def _nameless_file() -> int:
-    if sys.platform == "linux":
+    if hasattr(os, "memfd_create"):
         return os.memfd_create("fulmen-snapshot", os.MFD_CLOEXEC)
     with tempfile.TemporaryFile(prefix="fulmen-") as file:
         return os.dup(file.fileno())
@@ -94,4 +98,4 @@ def _allocate(handle: int, size: int) -> None:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, size)
     else:
-        os.ftruncate(cast("int", handle), size)
+        os.ftruncate(handle, size)

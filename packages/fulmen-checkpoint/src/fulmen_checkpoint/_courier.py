@@ -196,8 +196,8 @@ class Courier:
         named = running.target if isinstance(running, Save) else "a removal"
         lost = f" {target!r} was not saved." if target is not None else ""
         raise CheckpointError(
-            f"writing the checkpoint {named!r} has taken longer than timeout_s={self._timeout_s:g} and is given up.{lost} "
-            "Paths keep what they held. Look at the storage, or give AsyncCheckpointIO a longer timeout_s."
+            f"writing the checkpoint {named!r} has taken longer than timeout_s={self._timeout_s:g} and is given up."
+            f"{lost} Paths keep what they held. Look at the storage, or give AsyncCheckpointIO a longer timeout_s."
         )
 
     def _enqueue(self, item: Save | _Action) -> None:

@@ -134,7 +134,7 @@ def take(source: Pickled, buffer: Buffer) -> Snapshot:
     buffer.write(offset, source.data)
     copies: list[torch.cuda.Event] = []
     for device, stream in streams.items():
-        copy = stream.record_event()
+        copy = cast("torch.cuda.Event", stream.record_event())
         torch.cuda.current_stream(device).wait_event(copy)
         copies.append(copy)
     return Snapshot(buffer, (offset, len(source.data)), places, copies)
@@ -156,7 +156,8 @@ def _copy(
     buffer.pin()
     stream = streams.get(device)
     if stream is None:
-        stream = streams[device] = torch.cuda.Stream(device)
+        stream = streams[device] = cast("Any", torch.cuda).Stream(device)
+        assert stream is not None
         stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         target.copy_(source, non_blocking=True)

@@ -49,6 +49,7 @@ class WriterProcess:
             CheckpointError: that one and the next ended too.
         """
         self._given_up = False
+        code: int | None = None
         if self._process is not None and self._process.poll() is not None:  # killed while it had nothing to do
             self._end()
         for attempt in range(_ATTEMPTS):
@@ -65,7 +66,8 @@ class WriterProcess:
                     _log.warning("the checkpoint writer ended with %s; another one writes %r", code, request.target)
         raise CheckpointError(
             f"the checkpoint {request.target!r} was not written: the writing process ended {_ATTEMPTS} times, the last "
-            f"time with {code}. The path keeps what it held; look for an out-of-memory killer, or save without AsyncCheckpointIO."
+            f"time with {code}. The path keeps what it held; look for an out-of-memory killer, or save "
+            "without AsyncCheckpointIO."
         )
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ _log = logging.getLogger("fulmen_checkpoint")
 
 
 class AsyncCheckpointIO:
-    """Wraps a checkpoint IO so that saving takes the time of a copy in memory. Satisfies ``fulmen_protocols.CheckpointIO``.
+    """A checkpoint IO, wrapped so that saving takes the time of a copy in memory. Satisfies ``CheckpointIO``.
 
     ``save_checkpoint`` pickles the structure and copies the tensors into memory that is reused from save to save;
     whatever changes after it returns is not in the file. The file is written, with the commit and the digest of
@@ -249,7 +249,8 @@ def _write_by_process(process: WriterProcess, snapshot: Snapshot, request: Reque
         )
     if outcome.error:
         raise CheckpointError(
-            f"the checkpoint {request.target!r} was not written: {outcome.error}. What the path held before is untouched."
+            f"the checkpoint {request.target!r} was not written: {outcome.error}. "
+            "What the path held before is untouched."
         )
 
 
