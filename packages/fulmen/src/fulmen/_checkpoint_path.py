@@ -30,6 +30,7 @@ def resolve_path(trainer: Trainer, asked: str | os.PathLike[str] | None, *, mode
     Raises:
         MisconfigurationException: there is no such checkpoint, or it is in a registry.
     """
+    trainer.strategy.saving.wait()  # what is about to be looked for may still be on its way
     settled = trainer._users_ckpt_path  # pyright: ignore[reportPrivateUsage]
     if settled is not None and asked is None:
         asked = settled

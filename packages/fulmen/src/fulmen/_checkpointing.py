@@ -9,6 +9,7 @@ from fulmen._canonical import as_named_here, canonical
 from fulmen._checkpoint_layout import LIGHTNING_VERSION, lightning_loops, progress_from_lightning
 from fulmen._checkpoint_path import resolve_path
 from fulmen.hparams import checkpoint_entries
+from fulmen.states import TrainerStatus
 from fulmen_fabric import collect_rng_state, rank_zero_info, rank_zero_warn, restore_rng_state
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
@@ -46,10 +47,12 @@ def save(
     weights_only: bool,
     storage_options: Mapping[str, object] | None,
 ) -> None:
-    """Every rank builds the checkpoint, rank 0 writes it, and all wait until it is there."""
+    """Every rank builds the checkpoint, rank 0 writes it, and all wait until it is there or, asynchronously, taken."""
     checkpoint = dump(trainer, session, weights_only=weights_only)
     trainer.strategy.save_checkpoint(checkpoint, path, storage_options)
     trainer.strategy.barrier("save_checkpoint")
+    if trainer.state.status is not TrainerStatus.RUNNING:  # no step follows that could go on meanwhile
+        trainer.strategy.saving.finish()
 
 
 def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> dict[str, Any]:

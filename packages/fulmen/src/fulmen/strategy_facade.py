@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from fulmen._saving import Saving
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class StrategyFacade:
     def __init__(self, backend: Strategy, world: World, checkpoint_io: CheckpointIO) -> None:
         self.backend = backend
         self.checkpoint_io = checkpoint_io
+        self.saving = Saving(checkpoint_io, world)
+        """Saves that may still be on their way."""
         self._world = world
         self.model: nn.Module | None = None
         """The placed module: wrapped or sharded, as the strategy needs it."""

@@ -7,7 +7,9 @@ what belongs to one call, ``Training`` and ``Evaluation`` compose its loops. The
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fulmen import _callbacks, _checkpointing, _loggers, _measuring, _preparation, _switches, _verify
@@ -443,6 +445,8 @@ class Trainer(TrainerActions):
         """The training loop's parts and hooks, with the callbacks of this moment."""
         self._binder = HookBinder(self, session.module, self.callbacks, session.scoped)
         parts, hooks = training.compose(self._binder)
+        if polls := self.strategy.saving.step_hooks():
+            hooks = replace(hooks, on_train_batch_start=(*polls, *hooks.on_train_batch_start))
         self.strategy.gradients = session.gradients
         self.strategy.wrapped_optimizers = session.wrapped
         return parts, hooks
@@ -453,6 +457,7 @@ class Trainer(TrainerActions):
         module, fn, binder = session.module, session.fn, self._binder
         session.close_loaders()
         self._metering.finish()
+        self.strategy.saving.finish()
         _preparation.give_back(session)
         if fn is TrainerFn.FITTING and has_run:
             for hook in binder.both("on_fit_end"):
@@ -468,6 +473,7 @@ class Trainer(TrainerActions):
         if session.measuring.is_on:
             self.profiler.describe()
             self.profiler.teardown(fn.value)
+        self.strategy.saving.close()
 
     def _fail(self, session: Session, error: BaseException) -> None:
         """Tell everybody that the run failed; the error itself goes on to the caller, with where it happened."""
@@ -488,6 +494,7 @@ class Trainer(TrainerActions):
         if self.world.is_global_zero:
             for logger in self.loggers:
                 logger.finalize("failed")
+        self.strategy.saving.close_after(error)
         self.state.stage = None
 
 
