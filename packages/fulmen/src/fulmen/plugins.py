@@ -2,13 +2,14 @@
 
 from fulmen_checkpoint import TorchCheckpointIO
 from fulmen_precision import DoublePrecision, HalfPrecision, MixedPrecision
-from fulmen_strategies import LightningEnvironment, TorchElasticEnvironment
+from fulmen_strategies import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 __all__ = [
     "DoublePrecision",
     "HalfPrecision",
     "LightningEnvironment",
     "MixedPrecision",
+    "SLURMEnvironment",
     "TorchCheckpointIO",
     "TorchElasticEnvironment",
 ]
