@@ -1,4 +1,4 @@
-"""A fit whose job ends early: saved as ``hpc_ckpt_N.ckpt``, queued again by its scheduler, and found in its next life."""
+"""A fit whose job ends early: saved as ``hpc_ckpt_N.ckpt``, queued again, and found in the job's next life."""
 
 from __future__ import annotations
 

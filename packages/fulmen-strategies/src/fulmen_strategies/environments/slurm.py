@@ -111,8 +111,8 @@ class SLURMEnvironment:
         if tasks != num_devices * num_nodes:
             raise MisconfigurationException(
                 f"devices={num_devices} and num_nodes={num_nodes} make {num_devices * num_nodes} processes, but the "
-                f"job has SLURM_NTASKS={tasks}: make them agree, or pass plugins=LightningEnvironment() if this process "
-                "is to start the others."
+                f"job has SLURM_NTASKS={tasks}: make them agree, or pass plugins=LightningEnvironment() to have "
+                "this process start the others."
             )
 
     def requeue(self) -> None:
@@ -159,7 +159,7 @@ def job_id() -> str:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a SLURM node list: ``node`` of ``node,other``, ``n1`` of ``n[1-3,5]``, ``n01-x`` of ``n[01]-x``."""
+    """The first host of a SLURM node list: ``a`` of ``a,b``, ``n1`` of ``n[1-3,5]``, ``n01-x`` of ``n[01]-x``."""
     first = re.split(r",(?![^\[]*\])|\s", nodes.strip())[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
