@@ -25,7 +25,10 @@ from fulmen._stopping import Stopping
 from fulmen._training import Training
 from fulmen.datamodule import LightningDataModule
 from fulmen.evaluate import evaluate
-from fulmen.exceptions import _TunerExitException  # pyright: ignore[reportPrivateUsage]  # Lightning's name
+from fulmen.exceptions import (
+    PreemptedException,
+    _TunerExitException,  # pyright: ignore[reportPrivateUsage]  # Lightning's name
+)
 from fulmen.fit import FitParts, fit
 from fulmen.hooks import FitHooks, HookBinder
 from fulmen.hparams import drop_unpicklable
@@ -174,7 +177,7 @@ class Trainer(TrainerActions):
         self.state = TrainerState()
         self.strategy = StrategyFacade(self.assembly.strategy, self.world, self.assembly.checkpoint_io)
         self._progress = Progress()
-        self._stopping = Stopping(self._progress, self.world)
+        self._stopping = Stopping(self._progress, self.world, self.assembly.environment)
         self._session: Session | None = None
         self._plan = Plan()
         self._ckpt_path: str | None = None
@@ -312,7 +315,7 @@ class Trainer(TrainerActions):
         outputs: list[Any] = []
         try:
             self.world.launch(_nothing)
-            self._stopping.begin()
+            self._stopping.begin(fitting=fn is TrainerFn.FITTING)
             self._set_up(session, weights_only)
             with _switches.determinism(self.settings), self._stopping.signals:
                 shared = (self._metering, self._progress, self.state)
@@ -333,7 +336,7 @@ class Trainer(TrainerActions):
                             fit(parts, self._plan, hooks, self._progress, training.batches)
                             if not self._progress.replan:
                                 break
-                    self._stopping.raise_if_terminated()
+                    self._stopping.leave(self)
                     training.end(hooks)
                 elif fn is TrainerFn.PREDICTING:
                     outputs = predict(*evaluation.prepare_predict(keep=keep))
@@ -480,7 +483,6 @@ class Trainer(TrainerActions):
         self.state.status = TrainerStatus.INTERRUPTED
         where = f"rank {self.world.rank}, epoch {self._progress.epoch}, batch {self._progress.batch}"
         error.add_note(f"fulmen: in {session.fn.value}, {where}, optimizer step {self._progress.updates}")
-        session.close_loaders()
         if session.measuring.is_on:
             session.measuring.close()
             self.profiler.teardown(session.fn.value)
@@ -489,9 +491,10 @@ class Trainer(TrainerActions):
         with suppress(RuntimeError):  # a device that failed cannot be read; the run's own error is what matters
             _preparation.give_back(session)
         _callbacks.tell_exception(self.callbacks, self, session.module, error)
+        session.close_loaders()  # not before: callbacks save the position in the data
         if session.datamodule is not None:
             session.datamodule.on_exception(error)
-        if self.world.is_global_zero:
+        if self.world.is_global_zero and not isinstance(error, PreemptedException):  # that run is finalized already
             for logger in self.loggers:
                 logger.finalize("failed")
         self.strategy.saving.close_after(error)
