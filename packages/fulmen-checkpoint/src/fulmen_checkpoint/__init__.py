@@ -1,17 +1,63 @@
 """Crash-safe checkpoints on any fsspec storage, for fulmen or for your own loop."""
 
-from fulmen_checkpoint.find import Found, find_last, list_checkpoints, newest_whole
-from fulmen_checkpoint.retention import Journal, Retention
-from fulmen_checkpoint.storage import FsspecStorage
-from fulmen_checkpoint.torch_io import TorchCheckpointIO
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fulmen_checkpoint.convert import consolidate, convert
+    from fulmen_checkpoint.find import Found, find_last, list_checkpoints, newest_whole
+    from fulmen_checkpoint.migration import migrate
+    from fulmen_checkpoint.retention import Journal, Retention
+    from fulmen_checkpoint.safetensors import SafetensorsCheckpointIO
+    from fulmen_checkpoint.sharded import ShardedCheckpointIO
+    from fulmen_checkpoint.storage import FsspecStorage
+    from fulmen_checkpoint.torch_io import TorchCheckpointIO
+    from fulmen_checkpoint.upgrade import upgrade
 
 __all__ = [
     "Found",
     "FsspecStorage",
     "Journal",
     "Retention",
+    "SafetensorsCheckpointIO",
+    "ShardedCheckpointIO",
     "TorchCheckpointIO",
+    "consolidate",
+    "convert",
     "find_last",
     "list_checkpoints",
+    "migrate",
     "newest_whole",
+    "upgrade",
 ]
+
+# torch.distributed.checkpoint is large: what needs it is imported when it is used.
+_HOME = {
+    "Found": "find",
+    "FsspecStorage": "storage",
+    "Journal": "retention",
+    "Retention": "retention",
+    "SafetensorsCheckpointIO": "safetensors",
+    "ShardedCheckpointIO": "sharded",
+    "TorchCheckpointIO": "torch_io",
+    "consolidate": "convert",
+    "convert": "convert",
+    "find_last": "find",
+    "list_checkpoints": "find",
+    "migrate": "migration",
+    "newest_whole": "find",
+    "upgrade": "upgrade",
+}
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name in _HOME:
+        value = getattr(import_module(f"fulmen_checkpoint.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'fulmen_checkpoint' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

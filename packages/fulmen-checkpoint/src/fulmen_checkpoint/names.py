@@ -9,9 +9,12 @@ import socket
 from functools import cache
 from pathlib import Path
 from secrets import token_hex
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-__all__ = ["StagingName", "is_staging", "parse_staging", "staging_name"]
+__all__ = ["MANIFEST", "StagingName", "is_staging", "parse_staging", "staging_name"]
+
+MANIFEST: Final = "manifest.json"
+"""The file that makes a folder a checkpoint. It is written last and deleted first."""
 
 # NAME_MAX of every common file system is 255 bytes; the decoration needs about 45.
 _LONGEST_TARGET = 180

@@ -2,7 +2,12 @@
 
 from fulmen_protocols.accelerator import Accelerator, SupportsDeviceStats
 from fulmen_protocols.callback import HOOKS, Callback
-from fulmen_protocols.checkpoint_io import CheckpointIO, SupportsAsyncSave, SupportsVerification
+from fulmen_protocols.checkpoint_io import (
+    CheckpointIO,
+    SupportsAsyncSave,
+    SupportsShardedSave,
+    SupportsVerification,
+)
 from fulmen_protocols.cluster_environment import ClusterEnvironment
 from fulmen_protocols.collectives import Collectives, ReduceOp, SupportsPatientBarrier
 from fulmen_protocols.command import Command
@@ -143,6 +148,7 @@ __all__ = [
     "SupportsPatientBarrier",
     "SupportsPrecisionPlan",
     "SupportsReplicaCheck",
+    "SupportsShardedSave",
     "SupportsShardedState",
     "SupportsVerification",
     "Topology",

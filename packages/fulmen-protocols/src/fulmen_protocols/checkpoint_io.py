@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["CheckpointIO", "SupportsAsyncSave", "SupportsVerification"]
+__all__ = ["CheckpointIO", "SupportsAsyncSave", "SupportsShardedSave", "SupportsVerification"]
 
 
 @runtime_checkable
@@ -60,6 +60,31 @@ class SupportsAsyncSave(Protocol):
 
     def wait(self) -> None:
         """Return when every save so far is visible; raises the first error of any of them."""
+        ...
+
+
+@runtime_checkable
+class SupportsShardedSave(Protocol):
+    """A checkpoint IO to which every rank writes what it holds, instead of rank 0 writing all."""
+
+    def save_sharded(
+        self,
+        checkpoint: Mapping[str, object],
+        path: str | PathLike[str],
+        storage_options: Mapping[str, object] | None = None,
+    ) -> None:
+        """As ``save_checkpoint``, called by every rank with the same names; returns when the checkpoint is visible.
+
+        Tensors may be shards (``DTensor``). What is no tensor of a module or an optimizer counts on rank 0. An error of
+        one rank is raised on all, and ``path`` then keeps what it held.
+        """
+        ...
+
+    def load_sharded(self, path: str | PathLike[str], into: Mapping[str, object]) -> dict[str, object]:
+        """Read what the tensors of ``into`` need, in place, and return the checkpoint with them at their places.
+
+        Any number of ranks may load, each whatever shards it has. Raises as ``load_checkpoint``.
+        """
         ...
 
 

@@ -16,6 +16,7 @@ from fulmen_protocols import (
     CheckpointError,
     MisconfigurationException,
     SupportsGradScaling,
+    SupportsShardedSave,
     SupportsShardedState,
     SupportsVerification,
 )
@@ -60,11 +61,17 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
     module, strategy = session.module, trainer.assembly.strategy
     placed = session.placed if session.placed is not None else module
     sharded = strategy if supports(strategy, SupportsShardedState) else None
+    # Shards stay where they are if that is wanted, and if there is a format that every rank writes.
+    full = not (
+        sharded is not None
+        and sharded.state_kind == "sharded"
+        and supports(trainer.strategy.checkpoint_io, SupportsShardedSave)
+    )
     checkpoint: dict[str, Any] = {
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
         "pytorch-lightning_version": LIGHTNING_VERSION,
-        "state_dict": module.state_dict() if sharded is None else dict(sharded.module_state(placed, full=True)),
+        "state_dict": module.state_dict() if sharded is None else dict(sharded.module_state(placed, full=full)),
         "loops": lightning_loops(progress, trainer.accumulate_grad_batches),
     }
     if not weights_only:
@@ -74,7 +81,7 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
             if state:
                 callbacks[_state_key(callback)] = state
         checkpoint["optimizer_states"] = [
-            optimizer.state_dict() if sharded is None else dict(sharded.optimizer_state(placed, optimizer, full=True))
+            optimizer.state_dict() if sharded is None else dict(sharded.optimizer_state(placed, optimizer, full=full))
             for optimizer in session.optimizers
         ]
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in session.schedulers]
@@ -172,7 +179,13 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
     module = session.module
     session.scoped("on_load_checkpoint", module.on_load_checkpoint)(checkpoint)
     strict = module.strict_loading
-    outcome = module.load_state_dict(checkpoint["state_dict"], strict=strict)
+    try:
+        outcome = module.load_state_dict(checkpoint["state_dict"], strict=strict)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the weights of {trainer.ckpt_path!r} do not fit {type(module).__name__}: {error}\nGive the checkpoint of "
+            "this model, or set strict_loading=False on it to load what fits by name."
+        ) from error
     missing = cast("list[str]", outcome.missing_keys)
     unexpected = cast("list[str]", outcome.unexpected_keys)
     if not strict and (missing or unexpected):
@@ -190,11 +203,12 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
             session.scoped("on_load_checkpoint", hook)(trainer, module, checkpoint)
     states: dict[str, Any] = checkpoint.get("callbacks") or {}
     known = {_state_key(callback) for callback in trainer.callbacks}
+    known |= {type(callback).__qualname__ for callback in trainer.callbacks}
     unknown = [key for key in states if key not in known]
     if unknown and trainer._fitting:  # pyright: ignore[reportPrivateUsage]
         rank_zero_warn(f"the checkpoint holds the state of callbacks that this Trainer does not have: {unknown}.")
     for callback in trainer.callbacks:
-        state = states.get(_state_key(callback))
+        state = states.get(_state_key(callback), states.get(type(callback).__qualname__))  # the name alone: before 1.5
         if state is not None and hasattr(callback, "load_state_dict"):
             session.scoped("load_state_dict", callback.load_state_dict)(copy.deepcopy(state))
 

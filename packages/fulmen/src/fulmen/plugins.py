@@ -1,6 +1,6 @@
 """Plugins by the names people look for here: precisions, checkpoint IO and cluster environments."""
 
-from fulmen_checkpoint import TorchCheckpointIO
+from fulmen_checkpoint import SafetensorsCheckpointIO, ShardedCheckpointIO, TorchCheckpointIO
 from fulmen_precision import DoublePrecision, HalfPrecision, MixedPrecision
 from fulmen_strategies import LightningEnvironment, TorchElasticEnvironment
 
@@ -9,6 +9,8 @@ __all__ = [
     "HalfPrecision",
     "LightningEnvironment",
     "MixedPrecision",
+    "SafetensorsCheckpointIO",
+    "ShardedCheckpointIO",
     "TorchCheckpointIO",
     "TorchElasticEnvironment",
 ]
