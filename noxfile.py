@@ -26,6 +26,14 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def examples(session: nox.Session) -> None:
+    """Train the worked examples: finetuning, adversarial training, a language model; each under two minutes."""
+    python = environment(session, "demo")
+    for name in session.posargs or ["finetuning", "gan", "language_model"]:
+        session.run(python, f"docs/examples/{name}.py")
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Run every package's tests and those that need several packages; the slow ones are in `full`."""
     python = environment(session, "test")

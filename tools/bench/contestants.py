@@ -81,7 +81,10 @@ class Raw:
 class TrainerLike:
     """fulmen's Trainer, and every other with its interface."""
 
-    configs = ("bare", "log", "default", "val", "predict", "metrics10", "callbacks50")
+    configs = (
+        *("bare", "log", "default", "val", "predict", "metrics10"),
+        *("bare+idle10", "log+idle10", "default+idle10", "val+idle10", "predict+idle10", "bare+idle50"),
+    )
 
     def __init__(self, name: str) -> None:
         self.library: Any = importlib.import_module(name)
@@ -114,12 +117,14 @@ class TrainerLike:
         self.module = Module
 
     def run(self, config: str, batches: int, tick: Tick, distinct: int | None = None) -> None:
-        """Train (in the given configuration), validate or predict."""
+        """Train (in the given configuration), validate or predict; ``+idle10`` adds ten callbacks without a hook."""
         data = loader(batches, distinct)
+        config, _, idle = config.partition("+idle")
         logged = {"log": 1, "default": 1, "metrics10": 10}.get(config, 0)
         module = self.module(tick, logged)
         with tempfile.TemporaryDirectory() as folder:
-            trainer = self.library.Trainer(**self._settings(config, folder))
+            callbacks = [self.library.Callback() for _ in range(int(idle or 0))]
+            trainer = self.library.Trainer(callbacks=callbacks, **self._settings(config, folder))
             if config == "val":
                 trainer.validate(module, data, verbose=False)
             elif config == "predict":
@@ -145,8 +150,6 @@ class TrainerLike:
         }
         if config in ("log", "metrics10"):
             settings |= {"logger": self._csv_logger(folder), "log_every_n_steps": LOG_EVERY}
-        if config == "callbacks50":
-            settings["callbacks"] = [self.library.Callback() for _ in range(50)]
         return settings
 
 

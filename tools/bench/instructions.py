@@ -28,7 +28,7 @@ from tools.bench.child import finish, print_table, spawn
 from tools.workspace import packages
 
 BUDGET = Path(__file__).parent / "step_budget.json"
-CONFIGS = ("bare", "callbacks50", "log", "metrics10", "val", "predict")
+CONFIGS = ("bare", "bare+idle50", "log", "metrics10", "val", "predict")
 FIRST, LAST = 120, 220
 """The window's ends: behind everything that happens once, with two flushes of the CSV logger (every 50) inside."""
 

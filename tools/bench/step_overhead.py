@@ -4,7 +4,8 @@ For every contestant a fresh process, in which the raw loop and each of its conf
 (raw, a, raw, b, ...), ``--rounds`` times ``--steps`` steps each. Two readings: the median step's wall time, which a
 neighbour's burst does not move, and the mean CPU time, which sees what is done only now and then.
 Configurations: bare (everything off), log (one ``self.log`` a step, CSV every 50), default (as a user gets it: bar,
-checkpoint, logger, log), val, predict, metrics10 (ten logs a step), callbacks50 (50 callbacks that override nothing).
+checkpoint, logger, log), val, predict, metrics10 (ten logs a step), and any of them
+with +idle10: ten callbacks that override nothing.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def child(arguments: argparse.Namespace) -> None:
     for _ in range(arguments.rounds):
         for config, taken in samples.items():
             readings: list[float] = []
-            for who, what in ((raw, RAW_TWIN.get(config, "bare")), (other, config)):
+            for who, what in ((raw, RAW_TWIN.get(config.partition("+")[0], "bare")), (other, config)):
                 clock = Clock()
                 who.run(what, total, clock)
                 skip = len(clock.wall_s) - arguments.steps

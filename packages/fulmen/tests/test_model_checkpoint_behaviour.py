@@ -51,6 +51,7 @@ class StandIn:
     fast_dev_run: bool = False
     sanity_checking: bool = False
     is_global_zero: bool = True
+    world_size: int = 1
     ckpt_path: str | None = None
     current_epoch: int = 0
     global_step: int = 0

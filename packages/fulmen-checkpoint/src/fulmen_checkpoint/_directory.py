@@ -123,8 +123,8 @@ def read_manifest(storage: Storage, folder: str) -> Manifest:
         if not storage.exists(folder):
             raise not_found(storage, folder) from None
         raise CheckpointCorrupt(
-            f"{folder!r} is a folder, but no whole checkpoint: {MANIFEST} is missing, which a save writes last. The save "
-            "was cut short, or the folder is something else. Use an earlier checkpoint."
+            f"{folder!r} is a folder, but no whole checkpoint: {MANIFEST} is missing, which a save writes last. "
+            "The save was cut short, or the folder is something else. Use an earlier checkpoint."
         ) from None
     head = re.match(r'\{"digest":"([0-9a-f]{64})",', text)
     if head is None or _sha("{" + text[head.end() :]) != head[1]:

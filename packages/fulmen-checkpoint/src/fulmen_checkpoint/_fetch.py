@@ -61,9 +61,11 @@ def storage_errors(path: str, verb: str) -> Generator[None]:
     """
     try:
         yield
-    except (FulmenError, IsADirectoryError):
+    except FulmenError:
         raise
     except Exception as error:
+        if verb == "read" and isinstance(error, IsADirectoryError):
+            raise
         kept = "What the path held before is untouched; check" if verb == "written" else "Check"
         done = "written" if verb == "written" else "read"
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
     FulmenError(Exception)
     ├── MisconfigurationException(ValueError)     arguments that contradict each other or are out of range
+    │   ├── MisconfigurationRuntimeError(RuntimeError)  what Lightning raises a RuntimeError for
     │   └── MisconfigurationTypeError(TypeError)  an argument of the wrong type
     ├── BackendNotFound(LookupError)              no installed backend has that name
     ├── BackendUnavailable(RuntimeError)          installed, but it cannot run on this machine
@@ -34,6 +35,7 @@ __all__ = [
     "CheckpointUnsafe",
     "FulmenError",
     "MisconfigurationException",
+    "MisconfigurationRuntimeError",
     "MisconfigurationTypeError",
     "MissingPackage",
     "NotConforming",
@@ -48,6 +50,10 @@ class FulmenError(Exception):
 
 class MisconfigurationException(FulmenError, ValueError):
     """Arguments contradict each other or lie outside the allowed values. The name is Lightning's."""
+
+
+class MisconfigurationRuntimeError(MisconfigurationException, RuntimeError):
+    """A contradiction that Lightning reports as a ``RuntimeError``, so that code which expects one finds it."""
 
 
 class MisconfigurationTypeError(MisconfigurationException, TypeError):

@@ -6,19 +6,31 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
+from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.checkpoint import Checkpoint
 from fulmen.callbacks.model_checkpoint import ModelCheckpoint
 from fulmen.callbacks.model_summary import ModelSummary
 from fulmen.callbacks.progress import ProgressBar
 from fulmen.callbacks.timer import Timer
-from fulmen_fabric import rank_zero_info
-from fulmen_protocols import CALLBACKS, MisconfigurationException, available, load_factory
+from fulmen.hooks import check_hook_names
+from fulmen_fabric import rank_zero_info, rank_zero_warn
+from fulmen_protocols import (
+    CALLBACKS,
+    HOOKS,
+    FulmenError,
+    MisconfigurationException,
+    MisconfigurationRuntimeError,
+    available,
+    load_factory,
+)
+from fulmen_protocols.discovery import entry_points, origin
 
 if TYPE_CHECKING:
     from fulmen.module import LightningModule
     from fulmen.settings import Settings
+    from fulmen.trainer import Trainer
 
-__all__ = ["as_list", "attach_to", "complete", "has_timer", "let_log"]
+__all__ = ["as_list", "attach_to", "complete", "has_timer", "let_log", "tell_exception"]
 
 
 def as_list(callbacks: object) -> list[Any]:
@@ -36,7 +48,7 @@ def has_timer(callbacks: Sequence[object]) -> bool:
 
 
 def complete(given: list[Any], settings: Settings) -> list[Any]:
-    """Add the defaults and the installed plugins, and put checkpoint callbacks last.
+    """Add the defaults and what installed packages supply; tuners come first and checkpoint callbacks last.
 
     Raises:
         MisconfigurationException: a callback contradicts a flag, or two stateful ones share a state key.
@@ -65,12 +77,41 @@ def complete(given: list[Any], settings: Settings) -> list[Any]:
         callbacks.append(_default_summary())
     if settings.enable_checkpointing and not checkpoints:
         callbacks.append(ModelCheckpoint())
-    for name in available(CALLBACKS):
-        factory: Any = load_factory(CALLBACKS, name)
-        callbacks.extend(as_list(factory()))
-    callbacks = _ordered(callbacks)
     _require_own_keys(callbacks)
-    return callbacks
+    for name in available(CALLBACKS):
+        callbacks += _installed(name, callbacks)
+    return _ordered(callbacks)
+
+
+def _installed(name: str, others: list[Any]) -> list[Any]:
+    """What the entry point ``name`` supplies; nothing, with a warning, where that cannot run beside ``others``."""
+    supplied: list[Any] = []
+    try:
+        factory: Any = load_factory(CALLBACKS, name)
+        supplied = as_list(factory())
+        problems = [problem for callback in supplied for problem in _problems(callback)] or check_hook_names(supplied)
+        if not problems:
+            _require_own_keys([*others, *supplied])
+            if sum(isinstance(callback, ProgressBar) for callback in (*others, *supplied)) > 1:
+                problems = ["it is a second progress bar."]
+    # A package that happens to be installed may raise anything, and must not stop a run that did not ask for it.
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        problems = [str(error) if isinstance(error, FulmenError) else f"{type(error).__name__}: {error}"]
+    if not problems:
+        return supplied
+    rank_zero_warn(
+        f"the callback {name!r} of {origin(entry_points(CALLBACKS.group)[name])} is left out: {' '.join(problems)} "
+        "Update or uninstall that distribution."
+    )
+    return []
+
+
+def _problems(callback: object) -> list[str]:
+    if isinstance(callback, type):
+        return [f"its factory gave the class {callback.__name__}, not an instance."]
+    if not any(callable(getattr(callback, hook, None)) for hook in HOOKS):
+        return [f"its factory gave {callback!r}, which has no hook."]
+    return []
 
 
 def let_log(callbacks: Sequence[object], module: LightningModule) -> None:
@@ -96,7 +137,12 @@ def _default_summary() -> ModelSummary:
 
 
 def _ordered(callbacks: list[Any]) -> list[Any]:
-    return sorted(callbacks, key=lambda callback: isinstance(callback, Checkpoint))  # stable: the user's order is kept
+    """Those that run first, the others, checkpoints; within each the order that was given."""
+
+    def place(callback: object) -> int:
+        return 2 if isinstance(callback, Checkpoint) else int(getattr(callback, "runs_first", False) is not True)
+
+    return sorted(callbacks, key=place)
 
 
 def _require_own_keys(callbacks: Sequence[object]) -> None:
@@ -106,7 +152,7 @@ def _require_own_keys(callbacks: Sequence[object]) -> None:
         if key is None or not _is_stateful(callback):
             continue
         if key in seen:
-            raise MisconfigurationException(
+            raise MisconfigurationRuntimeError(
                 f"two callbacks have the state key {key!r} ({type(seen[key]).__name__} and {type(callback).__name__}), "
                 "so a checkpoint could not tell their states apart. "
                 "Give them different arguments, or override state_key."
@@ -115,19 +161,40 @@ def _require_own_keys(callbacks: Sequence[object]) -> None:
 
 
 def _is_stateful(callback: object) -> bool:
-    from fulmen.callbacks.callback import Callback
-
     method = getattr(type(callback), "state_dict", None)
     return method is not None and method is not Callback.state_dict
 
 
+def tell_exception(
+    callbacks: Sequence[object], trainer: Trainer, module: LightningModule, error: BaseException
+) -> None:
+    """Call every ``on_exception``. One that fails, too, is noted on ``error``, which stays what the caller sees."""
+    for callback in callbacks:
+        handler = getattr(callback, "on_exception", None)
+        if handler is None:
+            continue
+        try:
+            handler(trainer, module, error)
+        except Exception as second:  # noqa: BLE001  a user's hook may raise anything
+            name = type(callback).__name__
+            error.add_note(f"fulmen: {name}.on_exception failed as well: {type(second).__name__}: {second}")
+
+
 def attach_to(callbacks: list[Any], own: Sequence[object]) -> None:
-    """Let the module's ``configure_callbacks`` replace callbacks of the same or a parent class, in place."""
+    """Let the module's ``configure_callbacks`` replace callbacks of the same or a parent class, in place.
+
+    ``Callback`` itself is everybody's parent and is not replaced.
+    """
     if not own:
         return
     kinds = tuple(type(callback) for callback in own)
-    kept = [c for c in callbacks if not any(issubclass(kind, type(c)) for kind in kinds) or c in own]
-    replaced = [type(c).__name__ for c in callbacks if c not in kept]
+
+    def is_replaced(callback: object) -> bool:
+        kind = type(callback)
+        return kind is not Callback and any(issubclass(new, kind) for new in kinds) and callback not in own
+
+    replaced = [type(callback).__name__ for callback in callbacks if is_replaced(callback)]
+    kept = [callback for callback in callbacks if not is_replaced(callback)]
     if replaced:
         rank_zero_info(
             f"configure_callbacks: {', '.join(kind.__name__ for kind in kinds)} of the module replace the Trainer's "

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
 from typing import TYPE_CHECKING, Any, cast
 
-from fulmen import _files
 from fulmen._checkpoint_layout import LIGHTNING_VERSION, lightning_loops, progress_from_lightning
+from fulmen._checkpoint_path import resolve_path
 from fulmen.hparams import checkpoint_entries
-from fulmen.states import TrainerFn
 from fulmen_fabric import collect_rng_state, rank_zero_info, rank_zero_warn, restore_rng_state
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
@@ -18,7 +16,6 @@ from fulmen_protocols import (
     SupportsGradScaling,
     SupportsShardedSave,
     SupportsShardedState,
-    SupportsVerification,
 )
 
 if TYPE_CHECKING:
@@ -127,43 +124,6 @@ def _state_key(callback: Any) -> str:
     return str(getattr(callback, "state_key", type(callback).__qualname__))
 
 
-def resolve_path(trainer: Trainer, asked: str | os.PathLike[str] | None, *, model_given: bool) -> str | None:
-    """The path that ``ckpt_path`` means: ``best``, ``last``, a path, or None; found before anything starts.
-
-    Raises:
-        MisconfigurationException: there is no best checkpoint.
-    """
-    fn, callback = trainer.state.fn, trainer.checkpoint_callback
-    best: str = getattr(callback, "best_model_path", "")
-    if asked is None:
-        if fn is TrainerFn.FITTING or model_given or not best:
-            return None
-        rank_zero_info(
-            f"trainer.{fn}() without a model uses the best checkpoint, {best}. Pass the model to use its "
-            "weights as they are."
-        )
-        return best
-    text = os.fspath(asked)
-    if text == "best":
-        if trainer.settings.fast_dev_run:
-            raise MisconfigurationException("ckpt_path='best': fast_dev_run saves no checkpoint. Drop one of the two.")
-        if callback is None:
-            raise MisconfigurationException(
-                "ckpt_path='best', but there is no checkpoint callback. Add ModelCheckpoint."
-            )
-        if not best:
-            raise MisconfigurationException(
-                "ckpt_path='best', but the checkpoint callback has saved nothing yet. Call fit first, or give a path."
-            )
-        return best
-    if text == "last":
-        last = _find_last(trainer)
-        if last is None:
-            rank_zero_warn("ckpt_path='last', but no checkpoint was found: nothing is loaded.")
-        return last
-    return text
-
-
 def load(trainer: Trainer, path: str, weights_only: bool | None) -> dict[str, Any]:
     """Read a checkpoint to the CPU, and say so."""
     rank_zero_info(f"restoring from {path}")
@@ -201,14 +161,18 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
         hook = getattr(callback, "on_load_checkpoint", None)
         if hook is not None:
             session.scoped("on_load_checkpoint", hook)(trainer, module, checkpoint)
-    states: dict[str, Any] = checkpoint.get("callbacks") or {}
-    known = {_state_key(callback) for callback in trainer.callbacks}
-    known |= {type(callback).__qualname__ for callback in trainer.callbacks}
+    states: dict[object, Any] = checkpoint.get("callbacks") or {}
+    # Before Lightning 1.5 the key was the class itself: it comes back as its name, or from a file that may run code.
+    keys: list[tuple[Any, tuple[object, ...]]] = [
+        (callback, (_state_key(callback), type(callback), type(callback).__qualname__))
+        for callback in trainer.callbacks
+    ]
+    known = {key for _, names in keys for key in names}
     unknown = [key for key in states if key not in known]
     if unknown and trainer._fitting:  # pyright: ignore[reportPrivateUsage]
         rank_zero_warn(f"the checkpoint holds the state of callbacks that this Trainer does not have: {unknown}.")
-    for callback in trainer.callbacks:
-        state = states.get(_state_key(callback), states.get(type(callback).__qualname__))  # the name alone: before 1.5
+    for callback, names in keys:
+        state = next((states[key] for key in names if key in states), None)
         if state is not None and hasattr(callback, "load_state_dict"):
             session.scoped("load_state_dict", callback.load_state_dict)(copy.deepcopy(state))
 
@@ -298,22 +262,3 @@ def restore_rng(session: Session) -> None:
     session.resumed = None
     if mine is not None:
         restore_rng_state(mine["rng"], session.world.device)
-
-
-def _find_last(trainer: Trainer) -> str | None:
-    """The newest whole checkpoint that the checkpoint callbacks call last; says which were passed over as damaged."""
-    found: set[str] = set()
-    for callback in trainer.checkpoint_callbacks:
-        if hasattr(callback, "_find_last_checkpoints"):
-            found |= callback._find_last_checkpoints(trainer)
-    io = trainer.strategy.checkpoint_io
-    for path in sorted(found, key=_files.modified, reverse=True):
-        if not supports(io, SupportsVerification):
-            return path
-        try:
-            io.verify_checkpoint(path)
-        except (OSError, ValueError) as error:
-            rank_zero_warn(f"{path} is damaged and is passed over: {error}")
-            continue
-        return path
-    return None

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fulmen._predictions import PredictionRecord
 from fulmen._reporting import print_results
 from fulmen._run_loaders import eval_loaders
 from fulmen._session import ModelModes
+from fulmen.callbacks.prediction_writer import BasePredictionWriter
 from fulmen.evaluate import EvalParts, evaluate
 from fulmen.predict import PredictParts
 from fulmen.states import RunningStage, TrainerFn
@@ -140,7 +142,12 @@ class Evaluation:
 
     def prepare_predict(self, *, keep: bool) -> PredictArguments:
         """What ``predict`` needs; ``keep``: the outputs are returned."""
-        session, loaders = self._session, self.loaders("predict")
+        session = self._session
+        writers = [callback for callback in self.binder.callbacks if isinstance(callback, BasePredictionWriter)]
+        loaders = self.loaders("predict", track_indices=bool(writers))
+        session.predictions = record = PredictionRecord(len(loaders.loaders), loaders.trackers, returns=keep)
+        copy = _as_it_is if session.world.device.type == "cpu" else _to_cpu
+        keep = keep or any(writer.interval.on_epoch for writer in writers)
         modes = ModelModes(session.module)
         step = session.step_method("predict_step", several_loaders=loaders.several, bind=False)
         context = session.forward_context()
@@ -150,16 +157,28 @@ class Evaluation:
             no_grad=session.no_grad(inference_mode=self._uses_inference_mode()),
             model_eval=modes.eval,
             model_train=modes.restore,
-            keep=(_as_it_is if session.world.device.type == "cpu" else _to_cpu) if keep else None,
+            keep=copy if keep else None,
+            predictions=record.kept,
         )
         hooks = self.binder.evaluation("predict", several_loaders=loaders.several)
+        hooks = replace(
+            hooks,
+            on_batch_start=(record.begin_batch, *hooks.on_batch_start) if writers else hooks.on_batch_start,
+            on_end=(record.release, *hooks.on_end),
+        )
         return parts, hooks, loaders.loaders, loaders.limits
 
     # ------------------------------------------------------------------ what they share
 
-    def loaders(self, stage: str) -> EvalLoaders:
-        """The loaders of ``stage``, asked for when first needed and when it is time to ask again."""
-        return eval_loaders(self._session, self._settings(), stage, epoch=self._progress.epoch)
+    def loaders(self, stage: str, *, track_indices: bool = False) -> EvalLoaders:
+        """The loaders of ``stage``, asked for when first needed and when it is time to ask again.
+
+        Args:
+            stage: whose loaders.
+            track_indices: whether somebody wants to know which samples a batch holds.
+        """
+        epoch = self._progress.epoch
+        return eval_loaders(self._session, self._settings(), stage, epoch=epoch, track_indices=track_indices)
 
     def _arguments(self, stage: str, store: MetricStore, *, limit: float = math.inf, in_fit: bool) -> EvalArguments:
         session, metering, loaders = self._session, self._metering, self.loaders(stage)

@@ -76,7 +76,10 @@ def explain_run(trainer: Trainer, model: LightningModule | None) -> str:
     rows += [f"  {noun:<20} {source}" for noun, source in assembly.sources.items()]
     rows.append(f"  {'devices':<20} {', '.join(map(str, assembly.devices))} on {assembly.num_nodes} node(s)")
     rows += [f"  {'logger':<20} {_origin(logger)}" for logger in trainer.loggers]
-    rows += [f"  {'callback':<20} {_origin(callback)}" for callback in trainer.callbacks]
+    for callback in trainer.callbacks:
+        rows.append(f"  {'callback':<20} {_origin(callback)}")
+        if hasattr(callback, "describe_plan"):
+            rows.append(f"  {'':<20} {callback.describe_plan(trainer)}")
     if module is not None:
         rows.append(f"  {'module':<20} {_origin(module)}")
     rows += ["", "Order of fit"]

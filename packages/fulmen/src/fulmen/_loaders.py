@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
+from fulmen._predictions import tracked
 from fulmen_data import (
     CombinedLoader,
     LoaderPosition,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from fulmen.datamodule import LightningDataModule
     from fulmen.module import LightningModule
     from fulmen.settings import BatchLimit
+    from fulmen_data import IndexBatchSamplerWrapper
 
 __all__ = ["EvalLoaders", "LoaderSource", "TrainLoader", "limited"]
 
@@ -366,13 +368,17 @@ class EvalLoaders:
         split: Callable[[object], object],
         process: Callable[[Iterable[object]], Iterable[object]] | None = None,
         reload_every_n_epochs: int = 0,
+        track_indices: bool = False,
     ) -> None:
         self._source, self._limit, self._limit_name = source, limit, limit_name
         self._split, self._process = split, process
         self._reload_every = reload_every_n_epochs
+        self._track_indices = track_indices
         self._loaded_in: int | None = None
         self.user_loaders: object = None
         self.loaders: list[Iterable[object]] = []
+        self.trackers: list[IndexBatchSamplerWrapper | None] = []
+        """For each loader, who knows which samples its batches hold; empty unless that was asked for."""
         self.limits: list[float] = []
 
     def setup(self, epoch: int) -> None:
@@ -387,6 +393,8 @@ class EvalLoaders:
             lengths: list[float] = [_combined_length(split)]
         else:
             leaves = _leaves(split)
+            if self._track_indices:
+                leaves, self.trackers = tracked(leaves)
             self.loaders = leaves if self._process is None else [self._process(leaf) for leaf in leaves]
             lengths = [_length(leaf) for leaf in leaves]
         self.limits = [limited(self._limit_name, length, self._limit, self._source.hook) for length in lengths]

@@ -31,7 +31,9 @@ def train_loader(session: Session, settings: Settings) -> TrainLoader:
     return session.train_loader
 
 
-def eval_loaders(session: Session, settings: Settings, stage: str, *, epoch: int) -> EvalLoaders:
+def eval_loaders(
+    session: Session, settings: Settings, stage: str, *, epoch: int, track_indices: bool = False
+) -> EvalLoaders:
     """The loaders of ``stage``, asked for now unless they are known and, in ``epoch``, still good."""
     loaders = session.eval_loaders.get(stage)
     if loaders is not None:
@@ -50,8 +52,11 @@ def eval_loaders(session: Session, settings: Settings, stage: str, *, epoch: int
         split=splitter.prediction if stage == "predict" else splitter.evaluation,
         process=session.process_loader(),
         reload_every_n_epochs=settings.reload_dataloaders_every_n_epochs if session.fn is TrainerFn.FITTING else 0,
+        track_indices=track_indices,
     )
     loaders.setup(epoch)
+    if stage == "predict":
+        _verify.predicts_one_after_the_other(loaders.user_loaders)
     _verify.step_takes_dataloader_idx(session.module, stage, several=loaders.several)
     return loaders
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from fulmen._loaders import EvalLoaders, LoaderSource, TrainLoader
+    from fulmen._predictions import PredictionRecord
     from fulmen.datamodule import LightningDataModule
     from fulmen.hooks import HookBinder
     from fulmen.metrics import MetricStore
@@ -66,6 +67,8 @@ class Session:
     eval_loaders: dict[str, EvalLoaders] = field(default_factory=dict[str, "EvalLoaders"])
     manual: ManualOptimization | None = None
     gradients: Gradients | None = None
+    predictions: PredictionRecord | None = None
+    """What the running prediction has found so far."""
     resumed: dict[str, Any] | None = None
     """What the checkpoint holds for an exact resume, until the loop has begun."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,7 @@ class TrainerSurface(SettingsSurface):
     _reporter: Reporter
     _loggers: list[Logger]
     _ckpt_path: str | None
+    _users_ckpt_path: str | None = None
     _shared_log_dir: str | None = None
 
     # ------------------------------------------------------------------ where we run
@@ -305,6 +307,11 @@ class TrainerSurface(SettingsSurface):
             ),
         )
 
+    @property
+    def predict_loop(self) -> Any:
+        """What prediction writers read of a running prediction: predictions and the indices of their samples."""
+        return None if self._session is None else self._session.predictions
+
     # ------------------------------------------------------------------ stage
 
     def _is(self, *stages: RunningStage) -> bool:
@@ -448,8 +455,15 @@ class TrainerSurface(SettingsSurface):
 
     @property
     def ckpt_path(self) -> str | None:
-        """The checkpoint that this call resumed from or was tested with."""
+        """The checkpoint that the last call resumed from or was tested with.
+
+        Settable: the calls that follow use it where they are given none, until it is set to None.
+        """
         return self._ckpt_path
+
+    @ckpt_path.setter
+    def ckpt_path(self, path: str | os.PathLike[str] | None) -> None:
+        self._ckpt_path = self._users_ckpt_path = None if not path else os.fspath(path)
 
     @property
     def root_device(self) -> torch.device:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fulmen.hooks import check_hook_names
 from fulmen.module import LightningModule
 from fulmen.states import TrainerFn
+from fulmen_data import CombinedLoader
 from fulmen_fabric import PossibleUserWarning, rank_zero_warn
 from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError
 
@@ -23,6 +24,7 @@ __all__ = [
     "lightning_module",
     "loaders_or_datamodule",
     "modules_in_eval_mode",
+    "predicts_one_after_the_other",
     "raise_all",
     "run",
     "step_takes_dataloader_idx",
@@ -174,6 +176,15 @@ def step_takes_dataloader_idx(module: LightningModule, stage: str, *, several: b
         raise MisconfigurationException(
             f"there is one {stage} loader, but {type(module).__name__}.{name} requires dataloader_idx. "
             "Give it a default: dataloader_idx=0."
+        )
+
+
+def predicts_one_after_the_other(loaders: object) -> None:
+    """Refuse to predict on batches of several loaders at a time: a prediction belongs to samples of one."""
+    if isinstance(loaders, CombinedLoader) and loaders.mode != "sequential":
+        raise MisconfigurationException(
+            f"trainer.predict() got CombinedLoader(mode={loaders.mode!r}), whose batches are of several loaders at a "
+            "time, and some come twice or never. Use mode='sequential', or pass the loaders as a list."
         )
 
 

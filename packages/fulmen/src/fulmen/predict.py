@@ -30,6 +30,8 @@ class PredictParts:
     """Give every submodule its flag back."""
     keep: Callable[[object], object] | None = None
     """Copy outputs to the CPU so that they can be returned; None: outputs are dropped."""
+    predictions: list[list[object]] | None = None
+    """Where to put what is kept, one list per loader, for hooks that read it while the loop runs."""
 
 
 def predict(
@@ -40,7 +42,7 @@ def predict(
     Returns:
         One list of outputs per loader, empty where outputs are not kept.
     """
-    predictions: list[list[object]] = [[] for _ in loaders]
+    predictions: list[list[object]] = [[] for _ in loaders] if parts.predictions is None else parts.predictions
     several = len(loaders) > 1
     step, transfer, keep = parts.step, parts.transfer, parts.keep
     if hooks.on_model_eval:

@@ -381,6 +381,8 @@ class Trainer(TrainerSurface):
 
         _preparation.configure_model(session)
         checkpoint = None
+        if self.world.world_size > 1:  # each rank has looked for "last" by itself
+            self._ckpt_path = self.world.collectives.broadcast_object(self._ckpt_path)
         if self._ckpt_path is not None:
             checkpoint = _checkpointing.load(self, self._ckpt_path, weights_only)
             _checkpointing.restore_modules_and_callbacks(self, session, checkpoint)
@@ -440,10 +442,7 @@ class Trainer(TrainerSurface):
         session.close_loaders()
         for module in session.logging_modules():
             module.__dict__["_metric_store"] = None
-        for callback in self.callbacks:
-            handler = getattr(callback, "on_exception", None)
-            if handler is not None:
-                handler(self, session.module, error)
+        _callbacks.tell_exception(self.callbacks, self, session.module, error)
         if session.datamodule is not None:
             session.datamodule.on_exception(error)
         if self.world.is_global_zero:

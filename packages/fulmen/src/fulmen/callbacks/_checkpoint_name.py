@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+import torch
+
 from fulmen import _files
 from fulmen_protocols import MisconfigurationException
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
     from fulmen.trainer import Trainer
 
-__all__ = ["default_dirpath", "fill_in", "pattern_of"]
+__all__ = ["default_dirpath", "fill_in", "name_fields", "pattern_of"]
 
 _FIELD = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}")
 
@@ -45,6 +47,15 @@ def fill_in(template: str, metrics: Mapping[str, Tensor | float], equals: str | 
         return text if equals is None else f"{name}{equals}{text}"
 
     return _FIELD.sub(value_of, template)
+
+
+def name_fields(trainer: Trainer) -> dict[str, Tensor]:
+    """Copies of what was logged, with ``epoch`` and ``step``, which are the counters unless they were logged, too."""
+    fields = {name: value.detach().clone() for name, value in trainer.callback_metrics.items()}
+    for name, counted in (("epoch", trainer.current_epoch), ("step", trainer.global_step)):
+        logged = fields.get(name)
+        fields[name] = torch.tensor(counted) if logged is None else logged.int()
+    return fields
 
 
 def pattern_of(template: str, equals: str | None, join: str, extension: str) -> re.Pattern[str]:

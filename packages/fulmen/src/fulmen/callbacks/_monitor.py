@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
+
+from fulmen_fabric import rank_zero_warn
+from fulmen_protocols import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +32,25 @@ class MonitoredValue:
         self.validated_at: int | None = None
         """Step at which a validation last ended in this run."""
         self._absent_before_validation = True
+
+    def not_found(self, owner: str, metrics: Mapping[str, Tensor]) -> str:
+        """What to tell where nobody has logged the value."""
+        return (
+            f"{owner}(monitor={self.name!r}) found no such value.{did_you_mean(str(self.name), metrics)} "
+            f"Logged are {sorted(metrics)!r}. Log it with self.log({self.name!r}, ...)."
+        )
+
+    def warn_if_misspelt(self, owner: str, metrics: Mapping[str, Tensor]) -> None:
+        """Called after the sanity check, whose validation has logged all its names: long before the value is missed."""
+        name = self.name
+        if name is None or name in metrics:
+            return
+        # Training may log a value of its own whose name is similar, but hardly one that differs by a letter or two.
+        close = get_close_matches(name, list(metrics), n=1, cutoff=0.85)
+        if close:
+            rank_zero_warn(
+                f"{owner}(monitor={name!r}): validation logs {close[0]!r} and no {name!r}. Did you mean {close[0]!r}?"
+            )
 
     def start(self) -> None:
         """Begin a run: its metrics are empty."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,8 +20,13 @@ class Callback:
     """Something that happens beside training: saving, stopping, drawing, measuring.
 
     Override the hooks you need; the Trainer calls only those. For every event callbacks run before the module's hook of
-    the same name, in the order of ``Trainer(callbacks=...)``, except that checkpoint callbacks come last.
+    the same name, in the order of ``Trainer(callbacks=...)``, except that those with ``runs_first`` come first and
+    checkpoint callbacks last.
     """
+
+    runs_first: ClassVar[bool] = False
+    """Whether to come before all other callbacks, wherever in the list: for those that change what others see of a run,
+    such as a search for a batch size or a learning rate."""
 
     @property
     def state_key(self) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from fulmen.callbacks._monitor import Moment, MonitoredValue
 from fulmen.callbacks.callback import Callback
-from fulmen_protocols import MisconfigurationException, did_you_mean
+from fulmen_protocols import MisconfigurationException, MisconfigurationRuntimeError, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -55,9 +55,21 @@ class EarlyStopping(Callback):
             one validation it has.
         log_rank_zero_only: whether only rank 0 prints.
 
+    Attributes:
+        wait_count: checks without improvement since the best value.
+        best_score: the best value so far, shape ``()``, on the CPU.
+        stopped_epoch: index of the epoch in which training was stopped; 0 while it was not.
+        stopping_reason: why this rank stopped it; ``NOT_STOPPED`` also where another rank did.
+        stopping_reason_message: the same in words.
+
     Raises:
         MisconfigurationException: ``mode`` is neither.
+        MisconfigurationRuntimeError: with ``strict``, at the end of the epoch in which the value should have been
+            logged.
     """
+
+    mode_dict: ClassVar[dict[str, Callable[..., Tensor]]] = {"min": torch.lt, "max": torch.gt}
+    order_dict: ClassVar[dict[str, str]] = {"min": "<", "max": ">"}
 
     def __init__(
         self,
@@ -94,6 +106,7 @@ class EarlyStopping(Callback):
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         self.stopping_reason_message: str | None = None
         self._value = MonitoredValue(monitor)
+        self._moment: Moment = "epoch"
         self._check_is_pending = False
         self._warned_of_missing = False
 
@@ -102,11 +115,20 @@ class EarlyStopping(Callback):
         """The class's name with monitor and mode, so that several can be used together."""
         return self._generate_state_key(monitor=self.monitor, mode=self.mode)
 
+    @property
+    def monitor_op(self) -> Callable[..., Tensor]:
+        """``torch.lt`` or ``torch.gt``: whether its first argument is better than its second."""
+        return self.mode_dict[self.mode]
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Decide when to check."""
         if self._check_on_train_epoch_end is None:
             once_an_epoch = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
             self._check_on_train_epoch_end = once_an_epoch
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of a name that looks like a slip."""
+        self._value.warn_if_misspelt("EarlyStopping", trainer.callback_metrics)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget which metrics an earlier run had."""
@@ -124,7 +146,7 @@ class EarlyStopping(Callback):
             return
         self._value.after_validation(trainer.callback_metrics, trainer.global_step)
         if not self._check_on_train_epoch_end:
-            self._run_early_stopping_check(trainer, "validation")
+            self._check_at("validation", trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, if epochs are what is counted, or if a validation's check waits for the epoch's value."""
@@ -133,19 +155,30 @@ class EarlyStopping(Callback):
         self._value.after_epoch(trainer.callback_metrics)
         if self._check_on_train_epoch_end or self._check_is_pending:
             self._check_is_pending = False
-            self._run_early_stopping_check(trainer, "epoch")
+            self._check_at("epoch", trainer)
 
     def _should_skip_check(self, trainer: Trainer) -> bool:
         return trainer.state.fn != "fit" or trainer.sanity_checking or bool(trainer.fast_dev_run)
 
-    def _run_early_stopping_check(self, trainer: Trainer, moment: Moment) -> None:
-        metrics = trainer.callback_metrics
+    def _check_at(self, moment: Moment, trainer: Trainer) -> None:
+        self._moment = moment
+        try:
+            self._run_early_stopping_check(trainer)
+        finally:
+            self._moment = "epoch"
+
+    def _run_early_stopping_check(self, trainer: Trainer) -> None:
+        # Subclasses call it with the Trainer alone, at moments of their own.
+        metrics, moment = trainer.callback_metrics, self._moment
         stop, message = False, None
+        is_known = self.monitor in metrics
+        if trainer.world_size > 1:  # one rank may log it alone
+            is_known = trainer.strategy.reduce_boolean_decision(is_known, all=False)
         fresh = self._value.is_fresh(metrics, moment, trainer.global_step)
         if fresh:
             # One wait for the device per check.
             stop, message = self._evaluate_stopping_criteria(metrics[self.monitor].detach().cpu().squeeze())
-        elif self.monitor not in metrics:
+        elif not is_known:
             self._missing(trainer, metrics, moment)
         # Every rank asks, also one that has nothing to say, since the others wait for its answer.
         if moment == "validation":
@@ -160,12 +193,9 @@ class EarlyStopping(Callback):
     def _missing(self, trainer: Trainer, metrics: Mapping[str, Tensor], moment: Moment) -> None:
         if self._value.validated_at is None and trainer.enable_validation:
             return  # the validation that may log it is yet to come
-        found = (
-            f"EarlyStopping(monitor={self.monitor!r}) found no such value.{did_you_mean(self.monitor, metrics)} "
-            f"Logged are {sorted(metrics)!r}. Log it with self.log({self.monitor!r}, ...)."
-        )
+        found = self._value.not_found("EarlyStopping", metrics)
         if self.strict and moment == "epoch":  # nothing is left that could produce it
-            raise MisconfigurationException(found)
+            raise MisconfigurationRuntimeError(found)
         if not self._warned_of_missing:
             self._warned_of_missing = True
             warnings.warn(found, stacklevel=4)
@@ -173,7 +203,7 @@ class EarlyStopping(Callback):
     def _evaluate_stopping_criteria(self, current: Tensor) -> tuple[bool, str | None]:
         """Whether to stop at the value ``current``, and what to say."""
         value, best = current.item(), self.best_score.item()
-        sign = "<" if self.mode == "min" else ">"
+        sign = self.order_dict[self.mode]
         if self.check_finite and not math.isfinite(value):
             return self._stop(
                 EarlyStoppingReason.NON_FINITE_METRIC,

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-import weakref
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from fulmen import _files
 from fulmen.callbacks._checkpoint_arguments import check_arguments
-from fulmen.callbacks._checkpoint_name import default_dirpath, fill_in, pattern_of
+from fulmen.callbacks._checkpoint_name import default_dirpath, fill_in, name_fields, pattern_of
+from fulmen.callbacks._checkpoint_plan import describe_plan, epochs_end_with_validation
+from fulmen.callbacks._checkpoint_report import tell_loggers, write_scores
+from fulmen.callbacks._failing_together import all_ranks_fail
 from fulmen.callbacks._monitor import Moment, MonitoredValue
 from fulmen.callbacks._shared_clock import SharedClock
 from fulmen.callbacks.checkpoint import Checkpoint
-from fulmen_protocols import MisconfigurationException, did_you_mean
+from fulmen_fabric import rank_zero_info
+from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
@@ -51,7 +53,8 @@ class ModelCheckpoint(Checkpoint):
         verbose: whether to print what was saved.
         save_last: True also keeps a copy named ``last``; ``"link"`` a symbolic link to the newest file.
         save_top_k: how many of the best to keep: -1 all, 0 none; without ``monitor`` only -1, 0 and 1.
-        save_on_exception: whether to save when the run fails.
+        save_on_exception: whether to save when a fit fails. On several ranks that takes all of them failing at the same
+            step; the exception's notes say so where one failed alone.
         save_weights_only: whether to leave out what only resuming needs.
         mode: ``"min"`` or ``"max"``: which values of ``monitor`` are better. NaN is worst.
         auto_insert_metric_name: whether a field becomes ``name=value``, or the value alone.
@@ -124,6 +127,7 @@ class ModelCheckpoint(Checkpoint):
         self._last_checkpoint_saved = ""
         self._last_global_step_saved = 0
         self._step_of_last = -1
+        self._failures = 0
         self._next_step_due = 0
         self._first_batch = True
         self._warned_of_missing = False
@@ -140,6 +144,10 @@ class ModelCheckpoint(Checkpoint):
         new = stage == "fit" and trainer.ckpt_path is None and self.save_top_k != 0
         if new and trainer.is_global_zero and _files.list_folder(self.dirpath):
             warnings.warn(f"the checkpoint folder {self.dirpath!r} is not empty; what is there is kept.", stacklevel=2)
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of a monitored name that looks like a slip."""
+        self._value.warn_if_misspelt("ModelCheckpoint", trainer.callback_metrics)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count steps and time from here."""
@@ -209,10 +217,15 @@ class ModelCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what there is, if that was asked for."""
-        if self.save_on_exception and self.dirpath is not None and not self._should_skip_saving_checkpoint(trainer):
+        if not self.save_on_exception or self.dirpath is None or self._should_skip_saving_checkpoint(trainer):
+            return
+        self._failures += 1
+        if all_ranks_fail(trainer, f"{self.state_key} #{self._failures}", exception):
             candidates = self._monitor_candidates(trainer)
-            self._save_checkpoint(trainer, self._get_metric_interpolated_filepath_name(candidates, trainer))
+            filepath = self._get_metric_interpolated_filepath_name(candidates, trainer)
+            self._save_checkpoint(trainer, filepath)
             self._save_last_checkpoint(trainer, candidates)
+            rank_zero_info(f"saved {filepath} because of {type(exception).__name__}")
 
     def _end_of(self, moment: Moment, trainer: Trainer, *, is_moment: bool) -> None:
         if self._save_is_pending:
@@ -234,10 +247,7 @@ class ModelCheckpoint(Checkpoint):
     def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
         if self._save_on_train_epoch_end is not None:
             return self._save_on_train_epoch_end
-        batches: Any = trainer.num_val_batches  # a list, or one number
-        if (sum(cast("list[float]", batches)) if isinstance(batches, list) else batches) == 0:
-            return True
-        return trainer.check_val_every_n_epoch == 1 and trainer.val_check_interval == 1.0
+        return epochs_end_with_validation(trainer)
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -245,21 +255,19 @@ class ModelCheckpoint(Checkpoint):
         """Save the top k now, or note that it waits for a value of ``monitor`` that belongs to the saved weights."""
         if self.monitor is not None and self.save_top_k != 0:
             metrics = trainer.callback_metrics
-            if not self._value.is_fresh(metrics, moment, trainer.global_step):
-                if self.monitor not in metrics and (
-                    moment == "epoch" or (not self._save_is_pending and moment != "step")
-                ):
-                    self._missing(trainer, metrics, moment)
+            fresh, known = self._value.is_fresh(metrics, moment, trainer.global_step), self.monitor in metrics
+            if trainer.world_size > 1:  # rank 0's word counts, for others may not log the value
+                fresh, known = trainer.strategy.broadcast((fresh, known))
+            if not fresh:
+                if not known and (moment == "epoch" or (not self._save_is_pending and moment != "step")):
+                    self._missing(metrics, moment)
                 self._save_is_pending = True
                 return
         self._save_is_pending = False
         self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
-    def _missing(self, trainer: Trainer, metrics: Mapping[str, Tensor], moment: Moment) -> None:
-        found = (
-            f"ModelCheckpoint(monitor={self.monitor!r}) found no such value.{did_you_mean(str(self.monitor), metrics)} "
-            f"Logged are {sorted(metrics)!r}. Log it with self.log({self.monitor!r}, ...)."
-        )
+    def _missing(self, metrics: Mapping[str, Tensor], moment: Moment) -> None:
+        found = self._value.not_found("ModelCheckpoint", metrics)
         if self._value.validated_at is not None and moment == "epoch":  # nothing is left that could produce it
             raise MisconfigurationException(found)
         if not self._warned_of_missing:
@@ -272,7 +280,12 @@ class ModelCheckpoint(Checkpoint):
         if self.monitor is None:
             self._save_none_monitor_checkpoint(trainer, monitor_candidates)
             return
-        current = monitor_candidates[self.monitor].cpu()  # the one wait for the device of a save
+        own = monitor_candidates.get(self.monitor)
+        current = None if own is None else own.cpu()  # the one wait for the device of a save
+        if trainer.world_size > 1:
+            of_rank_zero = trainer.strategy.broadcast(current)
+            current = of_rank_zero if current is None else current
+        assert current is not None
         if self.check_monitor_top_k(trainer, current):
             self._update_best_and_save(current, trainer, monitor_candidates)
         elif self.verbose and trainer.is_global_zero:
@@ -350,11 +363,7 @@ class ModelCheckpoint(Checkpoint):
         self._last_checkpoint_saved = filepath
         if self._clock is not None:
             self._clock.restart()
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                after_save = getattr(logger, "after_save_checkpoint", None)
-                if after_save is not None:
-                    after_save(weakref.proxy(self))
+        tell_loggers(self, trainer)
 
     def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:
         if trainer.is_global_zero:
@@ -384,11 +393,12 @@ class ModelCheckpoint(Checkpoint):
         return bool(trainer.strategy.reduce_boolean_decision(bool(better), all=True))
 
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
-        candidates = {name: value.detach().clone() for name, value in trainer.callback_metrics.items()}
-        for name, counted in (("epoch", trainer.current_epoch), ("step", trainer.global_step)):
-            logged = candidates.get(name)
-            candidates[name] = torch.tensor(counted) if logged is None else logged.int()
-        return candidates
+        return name_fields(trainer)
+
+    def describe_plan(self, trainer: Trainer) -> str:
+        """When it will save, what it keeps and where: what ``trainer.explain()`` prints."""
+        when = (self._every_n_train_steps, self._train_time_interval, self._every_n_epochs)
+        return describe_plan(self, trainer, *when, self._save_on_train_epoch_end, self._resolve_dirpath(trainer))
 
     @property
     def every_n_epochs(self) -> int | None:
@@ -404,13 +414,9 @@ class ModelCheckpoint(Checkpoint):
         ver: int | None = None,
         prefix: str | None = None,
     ) -> str:
-        """The path of a checkpoint with these metrics.
+        """The path of a checkpoint with these metrics, from ``filename`` or the callback's own template.
 
-        Args:
-            metrics: values for the fields of the name.
-            filename: in place of the callback's own template.
-            ver: number of the version to append.
-            prefix: text to put in front.
+        ``ver`` is a version to append, ``prefix`` text to put in front.
         """
         join = self.CHECKPOINT_JOIN_CHAR
         template = filename or self.filename or f"{{epoch}}{join}{{step}}"
@@ -447,7 +453,7 @@ class ModelCheckpoint(Checkpoint):
         return {_files.join(folder, name) for name in _files.list_folder(folder) if is_last.fullmatch(name)}
 
     def _resolve_dirpath(self, trainer: Trainer) -> str:
-        return default_dirpath(trainer) if self.dirpath is None else self.dirpath
+        return self.dirpath or default_dirpath(trainer)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -465,8 +471,8 @@ class ModelCheckpoint(Checkpoint):
     def state_dict(self) -> dict[str, Any]:
         """The ranking and the journal of written files."""
         names = ("monitor", "dirpath", "last_model_path", *_RANKING)
-        lists = {"best_k_models": dict(self.best_k_models), "written": list(self._written)}
-        return {**{name: getattr(self, name) for name in names}, **lists}
+        state: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return {**state, "best_k_models": dict(self.best_k_models), "written": list(self._written)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the ranking of the resumed run; in another folder, only its best path is kept."""
@@ -490,8 +496,4 @@ class ModelCheckpoint(Checkpoint):
     def to_yaml(self, filepath: str | PathLike[str] | None = None) -> None:
         """Write the kept paths with their scores; by default to ``best_k_models.yaml`` in ``dirpath``."""
         target = _files.join(str(self.dirpath), "best_k_models.yaml") if filepath is None else str(filepath)
-        _files.make_folder(_files.parent(_files.absolute(target)))
-        with _files.open_text(target, "w") as stream:
-            # A JSON string is a YAML string too.
-            lines = [f"{json.dumps(path)}: {score.item()!r}\n" for path, score in self.best_k_models.items()]
-            stream.write("".join(lines) or "{}\n")
+        write_scores(target, self.best_k_models)

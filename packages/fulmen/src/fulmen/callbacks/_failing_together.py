@@ -1,0 +1,55 @@
+"""Whether all ranks fail at the same step, so that a checkpoint, which every rank helps to write, can be saved."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from fulmen_fabric.stopping import group_store
+
+if TYPE_CHECKING:
+    from fulmen.trainer import Trainer
+
+__all__ = ["all_ranks_fail"]
+
+_TIMEOUT = timedelta(seconds=5)
+_ALONE = "other ranks have not failed"
+
+
+def all_ranks_fail(trainer: Trainer, name: str, exception: BaseException) -> bool:
+    """Wait a few seconds for the other ranks to say that they fail, too; a note on ``exception`` tells if they do not.
+
+    A rank that failed alone must not wait for the others in a collective: they are in another one, and nobody would
+    learn of the failure. So ranks meet at the store, each with its step; the first that has seen all, or has waited
+    long enough, decides for all.
+
+    Args:
+        trainer: whose run fails.
+        name: the same on every rank, and new for each failure.
+        exception: what happened on this rank.
+    """
+    ranks = trainer.world_size
+    if ranks == 1:
+        return True
+    store = group_store()
+    if store is None:
+        return False
+    keys = [f"fulmen/failing/{name}/{rank}" for rank in range(ranks)]
+    store.set(keys[trainer.global_rank], str(trainer.global_step))
+    found = _ALONE
+    if not any(_ALONE in note for note in getattr(exception, "__notes__", ())):  # another callback has waited already
+        try:
+            store.wait(keys, _TIMEOUT)
+        except dist.DistError:
+            pass
+        else:
+            steps = sorted({int(store.get(key)) for key in keys})
+            found = "" if len(steps) == 1 else f"ranks have failed at different steps, {steps}"
+    # compare_set writes only where nothing is, and gives what is there: the first decision stands.
+    found = store.compare_set(f"fulmen/failing/{name}/decision", "", found or "save").decode()
+    if found == "save":
+        return True
+    exception.add_note(f"fulmen: {name} saved no checkpoint, since {found}: a checkpoint is written by all together.")
+    return False
