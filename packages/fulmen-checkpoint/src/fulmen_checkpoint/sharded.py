@@ -35,7 +35,7 @@ from fulmen_checkpoint.torch_io import TorchCheckpointIO
 from fulmen_protocols.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
@@ -400,17 +400,20 @@ def _sharded_names(
 
 
 def _is_training_state(value: object) -> bool:
+    """Whether a top-level entry looks like the state of a module, of an optimizer, or of several optimizers."""
     if isinstance(value, (list, tuple)):
-        items = cast("Iterable[object]", value)
-        return all(_is_training_state(item) for item in items)
+        items = cast("Sequence[object]", value)
+        return len(items) > 0 and all(_is_optimizer_state(item) for item in items)
     if type(value) not in (dict, OrderedDict):
         return False
-    entries = cast("dict[object, object]", value)
-    if {"state", "param_groups"} <= entries.keys():
-        return True
-    return all(
-        type(key) is str and (isinstance(item, Tensor) or key.endswith("_extra_state")) for key, item in entries.items()
+    return _is_optimizer_state(value) or all(
+        type(key) is str and (isinstance(item, Tensor) or key.endswith("_extra_state"))
+        for key, item in cast("dict[object, object]", value).items()
     )
+
+
+def _is_optimizer_state(value: object) -> bool:
+    return isinstance(value, dict) and {"state", "param_groups"} <= cast("dict[object, object]", value).keys()
 
 
 def _metadata(manifest: Manifest) -> Metadata:
