@@ -222,7 +222,7 @@ def test_what_is_no_plain_data_is_refused_with_its_place(tmp_path: Path) -> None
 
 def test_a_file_where_the_folder_should_be_is_an_error(tmp_path: Path) -> None:
     TorchCheckpointIO().save_checkpoint({"a": 1}, tmp_path / "c")
-    with pytest.raises(CheckpointError, match="a file is where its folder should be. Remove it"):
+    with pytest.raises(CheckpointError, match=r"a file is where its folder should be\. Remove it"):
         ShardedCheckpointIO().save_checkpoint({"a": 2}, tmp_path / "c")
     assert TorchCheckpointIO().load_checkpoint(tmp_path / "c") == {"a": 1}
 

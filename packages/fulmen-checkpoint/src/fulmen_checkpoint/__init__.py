@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fulmen_checkpoint.convert import consolidate, convert
+    from fulmen_checkpoint.conversion import consolidate, convert
     from fulmen_checkpoint.find import Found, find_last, list_checkpoints, newest_whole
     from fulmen_checkpoint.migration import migrate
     from fulmen_checkpoint.retention import Journal, Retention
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fulmen_checkpoint.sharded import ShardedCheckpointIO
     from fulmen_checkpoint.storage import FsspecStorage
     from fulmen_checkpoint.torch_io import TorchCheckpointIO
-    from fulmen_checkpoint.upgrade import upgrade
+    from fulmen_checkpoint.upgrading import upgrade
 
 __all__ = [
     "Found",
@@ -39,13 +39,13 @@ _HOME = {
     "SafetensorsCheckpointIO": "safetensors",
     "ShardedCheckpointIO": "sharded",
     "TorchCheckpointIO": "torch_io",
-    "consolidate": "convert",
-    "convert": "convert",
+    "consolidate": "conversion",
+    "convert": "conversion",
     "find_last": "find",
     "list_checkpoints": "find",
     "migrate": "migration",
     "newest_whole": "find",
-    "upgrade": "upgrade",
+    "upgrade": "upgrading",
 }
 
 

@@ -214,6 +214,8 @@ def check(stream: IO[bytes]) -> bool:
     header = read_header(stream)
     told = header.metadata.get("fulmen.digest")
     if told is None:
+        if any(name.lower().startswith("fulmen") for name in header.metadata):
+            raise _digest.Damage("its header, where the digest should stand")
         return False
     text = _header_text(stream, header.size)
     place = text.find(_MARK) + len(_MARK)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from fulmen_checkpoint.convert import FORMATS, consolidate, convert
+from fulmen_checkpoint.conversion import FORMATS, consolidate, convert
 from fulmen_checkpoint.find import list_checkpoints
 from fulmen_checkpoint.storage import FsspecStorage
 from fulmen_checkpoint.torch_io import TorchCheckpointIO
-from fulmen_checkpoint.upgrade import upgrade
+from fulmen_checkpoint.upgrading import upgrade
 from fulmen_protocols.errors import CheckpointError, FulmenError
 
 if TYPE_CHECKING:
