@@ -287,6 +287,19 @@ def test_a_hostile_index_or_payload_in_a_folder_runs_no_code(tmp_path: Path, mon
     assert not (tmp_path / "pwned").exists()
 
 
+def test_formats_without_any_checksum_load_with_a_warning_that_says_what_to_do(tmp_path: Path) -> None:
+    _lightning_folder(tmp_path / "run", {"epoch": 1})
+    torch.save({"w": 1}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name, kind in (
+        ("run", r"a folder of torch\.distributed\.checkpoint"),
+        ("old.pt", r"torch's format before 1\.6"),
+    ):
+        with pytest.warns(UserWarning, match=rf"{name}' is .*{kind}.*Write it anew with: fulmen checkpoint convert"):
+            TorchCheckpointIO().load_checkpoint(tmp_path / name)
+        convert(tmp_path / name, tmp_path / f"{name}.new")
+        TorchCheckpointIO().load_checkpoint(tmp_path / f"{name}.new")
+
+
 # ---- old Lightning ------------------------------------------------------------------------------------------------
 
 
@@ -427,7 +440,9 @@ torch.save({"state_dict": {"w": torch.arange(3.0)}, "epoch": 1, "global_step": 2
 def test_classes_of_pytorch_lightning_in_a_file_are_read_as_plain_data(tmp_path: Path, kind: str) -> None:
     subprocess.run([sys.executable, "-c", _WRITE_OLD, str(tmp_path / "old.ckpt"), kind], check=True, timeout=60)
     assert "pytorch_lightning" not in sys.modules
-    found = TorchCheckpointIO().load_checkpoint(tmp_path / "old.ckpt")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*before 1.6, which carries no checksum")
+        found = TorchCheckpointIO().load_checkpoint(tmp_path / "old.ckpt")
     assert "pytorch_lightning" not in sys.modules, "nothing was imported"
     state = found["callbacks"]
     assert isinstance(state, dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import TYPE_CHECKING, Literal
 
 from fulmen_checkpoint.safetensors import SafetensorsCheckpointIO
@@ -52,7 +53,9 @@ def convert(
         raise MisconfigurationException(
             f"{out!r} is there already. Choose another path, delete it first, or ask to overwrite it."
         )
-    checkpoint = TorchCheckpointIO(where).load_checkpoint(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*carries no checksum")  # its advice is what is being done
+        checkpoint = TorchCheckpointIO(where).load_checkpoint(path)
     if only_weights:
         if "state_dict" not in checkpoint:
             raise CheckpointError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import warnings
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, cast
 
@@ -193,7 +194,11 @@ class TorchCheckpointIO:
     def _load_file(self, stream: IO[bytes], path: str, place: torch.device | str | None, *, safe: bool) -> object:
         whole = self._check(stream, path) if self.verify else False
         if not _safetensors.begins(stream):
-            return self._read(stream, path, place, safe=safe, whole=whole)
+            loaded = self._read(stream, path, place, safe=safe, whole=whole)
+            stream.seek(0)
+            if self.verify and stream.read(2) != b"PK":
+                _warn_unchecked(path, "a file of torch's format before 1.6")
+            return loaded
         try:
             header = _safetensors.read_header(stream)
             tensors = _safetensors.load(stream, header, mapped=self.mmap)
@@ -206,7 +211,10 @@ class TorchCheckpointIO:
 
     def _load_folder(self, path: str, place: torch.device | str | None) -> object:
         if self._is_foreign(path):
-            return _foreign.load(self.storage, path, place, self.load_checkpoint)
+            loaded = _foreign.load(self.storage, path, place, self.load_checkpoint)
+            if self.verify:
+                _warn_unchecked(path, "a folder of torch.distributed.checkpoint")
+            return loaded
         return _directory.load(self.storage, path, place, digest=self.verify, mapped=False)
 
     def _verify_folder(self, path: str) -> None:
@@ -250,6 +258,14 @@ class TorchCheckpointIO:
             if whole:  # then it is the code from the file that failed
                 raise
             raise _unreadable(path, error, whole=whole) from error
+
+
+def _warn_unchecked(path: str, kind: str) -> None:
+    warnings.warn(
+        f"{path!r} is {kind}, which carries no checksum of all its bytes: if it was damaged, nothing tells. Write it "
+        "anew with: fulmen checkpoint convert.",
+        stacklevel=4,
+    )
 
 
 # How torch's restricted unpickler says that an object is not one of those it may rebuild.
