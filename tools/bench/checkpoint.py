@@ -1,9 +1,9 @@
 """Saving and loading a checkpoint of 500 MB, in ratios to ``torch.save`` and ``torch.load`` on the same file system.
 
 Contestants take turns in one process, in a new order each round. Two ratios are printed: of the fastest rounds, which a
-neighbour's burst on the disk does not move, and of the medians of ``--rounds``. Every save ends with an fsync. Every load
-ends with the values in a model: they are copied into tensors that are there already, so that a mapped file is really
-read. Peak memory is measured for each contestant in a process of its own, over what the process held before.
+neighbour's burst on the disk does not move, and of the medians of ``--rounds``. Every save ends with an fsync. Every
+load ends with the values in a model: they are copied into tensors that are there already, so that a mapped file is
+really read. Peak memory is measured for each contestant in a process of its own, over what the process held before.
 """
 
 from __future__ import annotations

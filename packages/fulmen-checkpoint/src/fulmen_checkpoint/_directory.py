@@ -17,7 +17,7 @@ import json
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, Final, cast
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -300,4 +300,4 @@ def read_piece(stream: IO[bytes], folder: str, piece: Piece, dtype: torch.dtype)
         raise corrupt(folder, f"its file {piece.file!r} at byte {piece.start} ({type(error).__name__})") from error
     if not isinstance(found, Tensor) or found.dtype != dtype or tuple(found.shape) != piece.sizes:
         raise corrupt(folder, f"its file {piece.file!r} holds something else at byte {piece.start}")
-    return cast("Tensor", found)
+    return found

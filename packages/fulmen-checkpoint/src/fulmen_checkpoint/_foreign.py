@@ -166,10 +166,10 @@ def _nested(flat: Mapping[str, object], places: Mapping[str, tuple[object, ...]]
     return cast("dict[str, object]", _with_lists(root))
 
 
-def _with_lists(value: Any) -> Any:
-    if type(value) is not dict or not value:
+def _with_lists(value: object) -> object:
+    if not isinstance(value, dict) or not value:
         return value
-    made = {key: _with_lists(item) for key, item in cast("dict[Any, Any]", value).items()}
+    made = {key: _with_lists(item) for key, item in cast("dict[object, object]", value).items()}
     if set(made) == set(range(len(made))):
         return [made[index] for index in range(len(made))]
     return made

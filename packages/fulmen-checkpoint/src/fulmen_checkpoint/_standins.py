@@ -9,12 +9,12 @@ from __future__ import annotations
 import pickle
 import re
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 __all__ = ["Inert", "load"]
 
@@ -61,22 +61,26 @@ def _stand_in(name: str) -> type:
     return type(qualname, (Inert,), {"__module__": module})
 
 
-def _plain(value: Any, seen: dict[int, Any]) -> Any:
+def _plain(value: object, seen: dict[int, object]) -> object:
     if id(value) in seen:
         return seen[id(value)]
-    if isinstance(value, type) and issubclass(value, Inert):
-        return value.__qualname__
+    if isinstance(value, type):
+        return value.__qualname__ if issubclass(value, Inert) else cast("object", value)
     if isinstance(value, Inert):
-        state = {key: item for key, item in vars(value).items() if key != "args"}
-        args = cast("tuple[object, ...]", vars(value).get("args", ()))
+        attributes = cast("dict[str, object]", vars(value))
+        state = {key: item for key, item in attributes.items() if key != "args"}
+        args = cast("tuple[object, ...]", attributes.get("args", ()))
         return _plain(state, seen) if state else _plain(args[0], seen) if args else type(value).__qualname__
-    if type(value) in (dict, OrderedDict):
-        made: dict[Any, Any] = type(value)()
+    kind: type = type(value)
+    if kind is dict or kind is OrderedDict:
+        table = cast("dict[object, object]", value)
+        made: dict[object, object] = OrderedDict() if kind is OrderedDict else {}
         seen[id(value)] = made
-        made.update({_plain(key, seen): _plain(item, seen) for key, item in value.items()})
-        if type(value) is OrderedDict:
-            vars(made).update(vars(value))
+        made.update({_plain(key, seen): _plain(item, seen) for key, item in table.items()})
+        if isinstance(made, OrderedDict):
+            vars(made).update(vars(table))
         return made
-    if type(value) in (list, tuple):
-        return type(value)(_plain(item, seen) for item in value)
+    if kind is list or kind is tuple:
+        items = [_plain(item, seen) for item in cast("Iterable[object]", value)]
+        return items if kind is list else tuple(items)
     return value

@@ -235,7 +235,7 @@ class _Decoder:
 
 
 def _number(value: Any) -> float:
-    return float(value["$float"]) if isinstance(value, dict) else float(value)
+    return float(cast("dict[str, str]", value)["$float"]) if isinstance(value, dict) else float(value)
 
 
 _CONTAINERS: Final = frozenset({"$tuple", "$set", "$dict", "$ordered", "$counter"})

@@ -81,7 +81,8 @@ def _ordered(version: str) -> tuple[int, ...]:
 
 
 def _callbacks_have_their_own_state(checkpoint: Checkpoint) -> None:
-    callbacks = checkpoint["callbacks"] = checkpoint.get("callbacks") or {}
+    callbacks: Checkpoint = checkpoint.get("callbacks") or {}
+    checkpoint["callbacks"] = callbacks
     for old, owner, new in _BEFORE_0_10:
         if old in checkpoint:
             callbacks.setdefault(owner, {})[new] = checkpoint.pop(old)
@@ -140,8 +141,8 @@ def _batches_that_stepped_are_counted(checkpoint: Checkpoint) -> None:
 
 
 def _model_checkpoint_key_is_shorter(checkpoint: Checkpoint) -> None:
-    old = checkpoint.get("callbacks") or {}
-    new: Checkpoint = {}
+    old: dict[object, Any] = checkpoint.get("callbacks") or {}
+    new: dict[object, Any] = {}
     for key, state in old.items():
         name = key
         if isinstance(key, str) and key.startswith("ModelCheckpoint"):

@@ -13,8 +13,8 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -35,7 +35,7 @@ from fulmen_checkpoint.torch_io import TorchCheckpointIO
 from fulmen_protocols.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
@@ -311,12 +311,14 @@ class _Save:
                 if token is not None and token != self.token:
                     self.storage.remove(path)
 
-    def _write(self, name: str, write: Any) -> tuple[int, str]:
+    def _write(self, name: str, write: Callable[[IO[bytes]], None]) -> tuple[int, str]:
         path = join(self.folder, name)
         self.wrote.append(path)
         with storage_errors(self.folder, "written"), self.storage.write_atomic(path) as sink:
             out = _Out(sink)
-            write(out)
+            write(cast("IO[bytes]", out))
+            if out.error is not None:
+                raise out.error
         return out.chunks.size, out.chunks.hexdigest()
 
 
@@ -416,17 +418,21 @@ def _is_optimizer_state(value: object) -> bool:
     return isinstance(value, dict) and {"state", "param_groups"} <= cast("dict[object, object]", value).keys()
 
 
+# What torch's own reader expects in its index.
+_torch_place = filesystem._StorageInfo  # pyright: ignore[reportPrivateUsage]
+
+
 def _metadata(manifest: Manifest) -> Metadata:
     """A manifest as torch knows it."""
     tensors: dict[str, Any] = {}
-    stored: dict[MetadataIndex, _StorageInfo] = {}
+    stored: dict[MetadataIndex, object] = {}
     for name, entry in manifest.tensors.items():
         chunks = [ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.sizes)) for p in entry.pieces]
         tensors[name] = TensorStorageMetadata(TensorProperties(entry.dtype), torch.Size(entry.shape), chunks)
         for piece in entry.pieces:
-            where = _StorageInfo(piece.file, piece.start, piece.length)
+            where = _torch_place(piece.file, piece.start, piece.length)
             stored[MetadataIndex(name, torch.Size(piece.offsets))] = where
-    return Metadata(tensors, storage_data=stored, version=CURRENT_DCP_VERSION)
+    return Metadata(tensors, storage_data=stored, version=filesystem.CURRENT_DCP_VERSION)
 
 
 def _torch_index(manifest: Manifest) -> bytes:
