@@ -566,10 +566,13 @@ def test_a_folder_that_may_not_be_written_keeps_the_old_checkpoint(tmp_path: Pat
 import sys
 from fulmen_checkpoint import *
 from fulmen_protocols import CheckpointError
-import os
+import os, tempfile
+io = globals()[sys.argv[1]]()
+with tempfile.TemporaryDirectory() as folder:
+    io.save_checkpoint({"n": 2}, folder + "/a")  # imports all it needs: nobody else may read this Python
 os.setuid(65534)  # root may write everywhere
 try:
-    globals()[sys.argv[1]]().save_checkpoint({"n": 2}, sys.argv[2])
+    io.save_checkpoint({"n": 2}, sys.argv[2])
 except CheckpointError as error:
     print(error)
 """
