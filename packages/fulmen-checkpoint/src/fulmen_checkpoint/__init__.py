@@ -1,4 +1,9 @@
-"""Crash-safe checkpoints on any fsspec storage, for fulmen or for your own loop."""
+"""Crash-safe checkpoints on any fsspec storage, for fulmen or for your own loop.
+
+Each name is imported when it is first used, so that ``fulmen --help`` need not import torch.
+"""
+
+from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
@@ -30,7 +35,6 @@ __all__ = [
     "upgrade",
 ]
 
-# torch.distributed.checkpoint is large: what needs it is imported when it is used.
 _HOME = {
     "Found": "find",
     "FsspecStorage": "storage",
@@ -53,7 +57,7 @@ def __getattr__(name: str) -> object:
     from importlib import import_module
 
     if name in _HOME:
-        value = getattr(import_module(f"fulmen_checkpoint.{_HOME[name]}"), name)
+        value: object = getattr(import_module(f"fulmen_checkpoint.{_HOME[name]}"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'fulmen_checkpoint' has no attribute {name!r}")

@@ -1,4 +1,7 @@
-"""``fulmen checkpoint verify|list|show|convert|consolidate|upgrade``: checkpoints from a shell."""
+"""``fulmen checkpoint verify|list|show|convert|consolidate|upgrade``: checkpoints from a shell.
+
+``fulmen --help`` imports this module, so that what imports torch is imported by the function that needs it.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, cast
 
-import torch
-
-from fulmen_checkpoint.conversion import FORMATS, consolidate, convert
-from fulmen_checkpoint.find import list_checkpoints
-from fulmen_checkpoint.storage import FsspecStorage
-from fulmen_checkpoint.torch_io import TorchCheckpointIO
-from fulmen_checkpoint.upgrading import upgrade
+from fulmen_checkpoint.names import FORMATS
 from fulmen_protocols.errors import CheckpointError, FulmenError
 
 if TYPE_CHECKING:
@@ -83,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _verify(asked: argparse.Namespace) -> int:
+    from fulmen_checkpoint.torch_io import TorchCheckpointIO
+
     io = TorchCheckpointIO()
     failed = 0
     for path in cast("list[str]", asked.path):
@@ -97,6 +96,10 @@ def _verify(asked: argparse.Namespace) -> int:
 
 
 def _list(asked: argparse.Namespace) -> int:
+    from fulmen_checkpoint.find import list_checkpoints
+    from fulmen_checkpoint.storage import FsspecStorage
+    from fulmen_checkpoint.torch_io import TorchCheckpointIO
+
     folder = cast("str", asked.path)
     storage = FsspecStorage()
     if not storage.exists(folder):
@@ -120,6 +123,8 @@ def _list(asked: argparse.Namespace) -> int:
 
 
 def _show(asked: argparse.Namespace) -> int:
+    from fulmen_checkpoint.torch_io import TorchCheckpointIO
+
     # On the meta device: names, shapes and dtypes, but no values are read.
     checkpoint = TorchCheckpointIO().load_checkpoint(cast("str", asked.path), map_location="meta")
     for line in _tree(cast("dict[object, object]", checkpoint), 0, max(1, cast("int", asked.depth))):
@@ -128,17 +133,23 @@ def _show(asked: argparse.Namespace) -> int:
 
 
 def _convert(asked: argparse.Namespace) -> int:
+    from fulmen_checkpoint.conversion import convert
+
     convert(asked.path, asked.target, asked.to, only_weights=asked.weights_only, overwrite=asked.overwrite)
     print(f"wrote {asked.target}")
     return 0
 
 
 def _consolidate(asked: argparse.Namespace) -> int:
+    from fulmen_checkpoint.conversion import consolidate
+
     print(f"wrote {consolidate(asked.path, asked.output)}")
     return 0
 
 
 def _upgrade(asked: argparse.Namespace) -> int:
+    from fulmen_checkpoint.upgrading import upgrade
+
     path, extension = cast("str", asked.path), cast("str", asked.extension)
     found = upgrade(path, extension if extension.startswith(".") else f".{extension}")
     if not found:
@@ -157,6 +168,8 @@ def _tree(value: Mapping[object, object], level: int, depth: int) -> Iterator[st
 
 
 def _summary(value: object) -> str:
+    import torch
+
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     if isinstance(value, dict):

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from fulmen_checkpoint.names import FORMATS
 from fulmen_checkpoint.safetensors import SafetensorsCheckpointIO
 from fulmen_checkpoint.storage import FsspecStorage
 from fulmen_checkpoint.torch_io import TorchCheckpointIO
 from fulmen_protocols.errors import CheckpointError, MisconfigurationException
 
 if TYPE_CHECKING:
+    from fulmen_checkpoint.names import Format
     from fulmen_protocols import CheckpointIO
     from fulmen_protocols.storage import Storage
 
-__all__ = ["FORMATS", "Format", "consolidate", "convert"]
-
-Format = Literal["torch", "sharded", "safetensors"]
-FORMATS: tuple[Format, ...] = ("torch", "sharded", "safetensors")
+__all__ = ["consolidate", "convert"]
 
 
 def convert(

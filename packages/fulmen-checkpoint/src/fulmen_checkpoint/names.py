@@ -9,9 +9,13 @@ import socket
 from functools import cache
 from pathlib import Path
 from secrets import token_hex
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
-__all__ = ["MANIFEST", "StagingName", "is_staging", "parse_staging", "staging_name"]
+__all__ = ["FORMATS", "MANIFEST", "Format", "StagingName", "is_staging", "parse_staging", "staging_name"]
+
+Format = Literal["torch", "sharded", "safetensors"]
+FORMATS: tuple[Format, ...] = ("torch", "sharded", "safetensors")
+"""The formats that are written."""
 
 MANIFEST: Final = "manifest.json"
 """The file that makes a folder a checkpoint. It is written last and deleted first."""

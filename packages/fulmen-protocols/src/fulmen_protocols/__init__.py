@@ -40,7 +40,7 @@ from fulmen_protocols.precision import (
     SupportsInputConversion,
     SupportsOutputConversion,
 )
-from fulmen_protocols.profiler import Profiler
+from fulmen_protocols.profiler import Profiler, SupportsModuleRecording
 from fulmen_protocols.progress_reporter import ProgressReporter
 from fulmen_protocols.seams import (
     ACCELERATORS,
@@ -145,6 +145,7 @@ __all__ = [
     "SupportsLoaderProcessing",
     "SupportsLogDir",
     "SupportsManualBackward",
+    "SupportsModuleRecording",
     "SupportsNoSync",
     "SupportsOutputConversion",
     "SupportsPatientBarrier",

@@ -25,6 +25,9 @@ _OF_THE_RUN = (
     "_metric_stores_of_run",
     "_target_device",
     "_requires_grad_before",
+    "_log_token",
+    "log",  # the ones that compiled code calls
+    "log_dict",
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any, cast
 
+from fulmen._canonical import as_named_here, canonical
 from fulmen._checkpoint_layout import LIGHTNING_VERSION, lightning_loops, progress_from_lightning
 from fulmen._checkpoint_path import resolve_path
 from fulmen.hparams import checkpoint_entries
@@ -68,13 +69,15 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
         "pytorch-lightning_version": LIGHTNING_VERSION,
-        "state_dict": module.state_dict() if sharded is None else dict(sharded.module_state(placed, full=full)),
+        "state_dict": canonical(
+            module.state_dict() if sharded is None else dict(sharded.module_state(placed, full=full))
+        ),
         "loops": lightning_loops(progress, trainer.accumulate_grad_batches),
     }
     if not weights_only:
         checkpoint["callbacks"] = callbacks = {}
         for callback in trainer.callbacks:
-            state = session.scoped("state_dict", callback.state_dict)() if hasattr(callback, "state_dict") else None
+            state = session.within("state_dict", callback.state_dict)() if hasattr(callback, "state_dict") else None
             if state:
                 callbacks[_state_key(callback)] = state
         checkpoint["optimizer_states"] = [
@@ -89,14 +92,20 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
     checkpoint.update(checkpoint_entries(module))
     if session.datamodule is not None:
         checkpoint.update(checkpoint_entries(session.datamodule, prefix="datamodule_"))
-        state = session.scoped("state_dict", session.datamodule.state_dict)()
+        state = session.scoped("state_dict", session.datamodule.state_dict, session.datamodule)()
         if state:
             checkpoint[type(session.datamodule).__qualname__] = state
     if not weights_only:
         for callback in trainer.callbacks:
             hook = getattr(callback, "on_save_checkpoint", None)
             if hook is not None:
-                session.scoped("on_save_checkpoint", hook)(trainer, module, checkpoint)
+                session.scoped("on_save_checkpoint", hook, callback)(trainer, module, checkpoint)
+    else:
+        for callback in trainer.callbacks:
+            # Averaged or pruned weights are what the model is, also in a file that holds nothing else.
+            clean = getattr(callback, "weights_to_save", None)
+            if clean is not None:
+                checkpoint["state_dict"] = clean(trainer, module, checkpoint["state_dict"])
     session.scoped("on_save_checkpoint", module.on_save_checkpoint)(checkpoint)
     return checkpoint
 
@@ -140,7 +149,7 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
     session.scoped("on_load_checkpoint", module.on_load_checkpoint)(checkpoint)
     strict = module.strict_loading
     try:
-        outcome = module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        outcome = module.load_state_dict(as_named_here(checkpoint["state_dict"], module), strict=strict)
     except RuntimeError as error:
         raise CheckpointError(
             f"the weights of {trainer.ckpt_path!r} do not fit {type(module).__name__}: {error}\nGive the checkpoint of "
@@ -156,11 +165,11 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
     if session.datamodule is not None:
         state = checkpoint.get(type(session.datamodule).__qualname__)
         if state:
-            session.scoped("load_state_dict", session.datamodule.load_state_dict)(state)
+            session.scoped("load_state_dict", session.datamodule.load_state_dict, session.datamodule)(state)
     for callback in trainer.callbacks:
         hook = getattr(callback, "on_load_checkpoint", None)
         if hook is not None:
-            session.scoped("on_load_checkpoint", hook)(trainer, module, checkpoint)
+            session.scoped("on_load_checkpoint", hook, callback)(trainer, module, checkpoint)
     states: dict[object, Any] = checkpoint.get("callbacks") or {}
     # Before Lightning 1.5 the key was the class itself: it comes back as its name, or from a file that may run code.
     keys: list[tuple[Any, tuple[object, ...]]] = [
@@ -174,7 +183,7 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
     for callback, names in keys:
         state = next((states[key] for key in names if key in states), None)
         if state is not None and hasattr(callback, "load_state_dict"):
-            session.scoped("load_state_dict", callback.load_state_dict)(copy.deepcopy(state))
+            session.within("load_state_dict", callback.load_state_dict)(copy.deepcopy(state))
 
 
 def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, Any]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fulmen import _checkpointing, _verify
+from fulmen._loader_advice import log_interval
 from fulmen._planning import make_plan
+from fulmen._raw_batches import hook_of_raw
 from fulmen._run_loaders import train_loader
-from fulmen._schedules import plain_schedule, watching_schedule
+from fulmen._schedules import as_it_is, plain_schedule, watching_schedule
 from fulmen._session import unchanged
 from fulmen.fit import FitParts
 from fulmen.plan import Plan
@@ -68,12 +72,18 @@ class Training:
         session, settings, progress, metering = self._session, self._settings(), self._progress, self._metering
         self._evaluation.binder = binder
         hooks = binder.fit(before_watching=(metering.reduce_train,))
+        raw = self._loader.raw is not None
+        if raw:
+            hooks = _told_of_fetched(hooks)
         own_schedule = next(iter(binder.of_module("lr_scheduler_step")), None)
         schedule = schedule_on_metric = None
+        measured = as_it_is  # of_module measures the user's own
+        if own_schedule is None:
+            measured = partial(session.measuring.hook, session.module, "lr_scheduler_step")
         if session.module.automatic_optimization:
-            schedule = plain_schedule(session.schedulers, progress, own_schedule)
+            schedule = plain_schedule(session.schedulers, progress, own_schedule, measured)
             schedule_on_metric = watching_schedule(
-                session.schedulers, progress, own_schedule, lambda: metering.reporter.callback_metrics
+                session.schedulers, progress, own_schedule, lambda: metering.reporter.callback_metrics, measured
             )
         validates_by_time = isinstance(settings.val_check_interval, timedelta)
         parts = FitParts(
@@ -85,12 +95,12 @@ class Training:
                 clip_algorithm=settings.gradient_clip_algorithm,
                 keep_outputs=bool(hooks.on_train_batch_end),
             ),
-            transfer=_starting(metering.train, session.transfer()),
+            transfer=unchanged_batch if raw else _starting(metering.train, session.transfer()),
             schedule=schedule,
             schedule_on_metric=schedule_on_metric,
             log=self._log_step,
             end_batch=self._sync_step if metering.train.may_sync_steps else None,
-            end_epoch=metering.reduce_train,
+            end_epoch=self._end_epoch if session.measuring.is_on else metering.reduce_train,
             log_epoch=metering.log_train_epoch,
             close_epoch=self._close_epoch,
             validate=self._evaluation.validate,
@@ -100,7 +110,7 @@ class Training:
 
     def load(self) -> None:
         """Ask the user for the training loader; now its length is known."""
-        self._loader.setup(self._progress.epoch)
+        self._session.measuring.action("setup_train_dataloader", self._loader.setup)(self._progress.epoch)
 
     def make_plan(self) -> Plan:
         """The plan, from what the user has set so far and the length of the loader.
@@ -108,7 +118,13 @@ class Training:
         Raises:
             MisconfigurationException: validation would never run.
         """
-        self._plan = make_plan(self._settings(), batches=self._loader.batches, validates=self._evaluation.validates)
+        settings = self._settings()
+        self._plan = make_plan(settings, batches=self._loader.batches, validates=self._evaluation.validates)
+        if self._metering.reporter.loggers and not settings.fast_dev_run and self._loader.batches > 0:
+            log_interval(self._loader.batches, settings.log_every_n_steps, self._session.said)
+        if self._session.forward_only:
+            # The epoch's last batch counts as a step all the same: what it leaves is new, and gets its checkpoint.
+            self._plan = replace(self._plan, accumulate=sys.maxsize)
         return self._plan
 
     def begin(self, binder: HookBinder) -> None:
@@ -133,7 +149,12 @@ class Training:
 
     def batches(self) -> Batches:
         """The rest of the running epoch."""
-        return self._loader.epoch_batches(self._progress.epoch, self._progress.batch)
+        batches = self._loader.epoch_batches(self._progress.epoch, self._progress.batch)
+        measuring = self._session.measuring
+        if not self._has_started or self._progress.epoch_is_whole:  # nothing will be trained on
+            return batches
+        measuring.begin("run_training_epoch")
+        return measuring.batches("[_TrainingEpochLoop].train_dataloader_next", batches)
 
     def end(self, hooks: FitHooks) -> None:
         """Tell everybody that training has ended, if it had started."""
@@ -142,6 +163,10 @@ class Training:
                 hook()
 
     # ------------------------------------------------------------------ what the loop calls
+
+    def _end_epoch(self) -> None:
+        self._session.measuring.end("run_training_epoch")
+        self._metering.reduce_train()
 
     def _sync_step(self) -> None:
         due = not self._progress.window_is_open and self._plan.logs(self._progress)
@@ -163,6 +188,21 @@ class Training:
                 f"asked to stop ({progress.stop_reason}), but min_epochs={plan.min_epochs} or "
                 f"min_steps={plan.min_steps} is not reached: training goes on."
             )
+
+
+def _told_of_fetched(hooks: FitHooks) -> FitHooks:
+    start, module_start = hooks.on_train_batch_start, hooks.module_on_train_batch_start
+    return replace(
+        hooks,
+        on_train_batch_start=tuple(hook_of_raw(hook, outputs_first=False) for hook in start),
+        module_on_train_batch_start=tuple(hook_of_raw(hook, outputs_first=False) for hook in module_start),
+        on_train_batch_end=tuple(hook_of_raw(hook, outputs_first=True) for hook in hooks.on_train_batch_end),
+    )
+
+
+def unchanged_batch(batch: object) -> object:
+    """What transfer is where a step moves its batches itself."""
+    return batch
 
 
 def _starting(store: MetricStore, transfer: Callable[[object, int], object]) -> Callable[[object], object]:

@@ -7,39 +7,42 @@ what belongs to one call, ``Training`` and ``Evaluation`` compose its loops. The
 
 from __future__ import annotations
 
-import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
-from fulmen import _callbacks, _checkpointing, _loggers, _preparation, _switches, _verify
+from fulmen import _callbacks, _checkpointing, _loggers, _measuring, _preparation, _switches, _verify
+from fulmen._actions import TrainerActions
+from fulmen._environment import defaults_from_environment
 from fulmen._evaluation import Evaluation
-from fulmen._explain import explain_run
-from fulmen._loaders import LoaderSource
+from fulmen._first_line import first_line
+from fulmen._loaders import EvalLoaders, LoaderSource
 from fulmen._metering import Metering
 from fulmen._reporting import Reporter
 from fulmen._session import Session
 from fulmen._stopping import Stopping
-from fulmen._surface import TrainerSurface
 from fulmen._training import Training
 from fulmen.datamodule import LightningDataModule
 from fulmen.evaluate import evaluate
+from fulmen.exceptions import _TunerExitException  # pyright: ignore[reportPrivateUsage]  # Lightning's name
 from fulmen.fit import FitParts, fit
 from fulmen.hooks import FitHooks, HookBinder
 from fulmen.hparams import drop_unpicklable
 from fulmen.plan import Plan
 from fulmen.predict import predict
+from fulmen.profilers._choice import choose as choose_profiler
 from fulmen.progress import Progress
 from fulmen.settings import BatchLimit, Interval, Settings
 from fulmen.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from fulmen.strategy_facade import StrategyFacade
 from fulmen_fabric import Assembly, World, assemble, rank_zero_info, rank_zero_warn
-from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable, Mapping, Sequence
     from datetime import timedelta
 
     from fulmen.module import LightningModule
-    from fulmen_protocols import Accelerator, Logger, Strategy
+    from fulmen_protocols import Accelerator, Logger, MisconfigurationException, Profiler, Strategy
 
 __all__ = ["Trainer"]
 
@@ -52,12 +55,18 @@ _FIRST_STAGE = {
 }
 
 
-class Trainer(TrainerSurface):
+class Trainer(TrainerActions):
     """Trains, evaluates and predicts with a ``LightningModule``.
 
     Arguments are keyword-only and mean what they mean in Lightning; ``docs/differences.md`` lists where they do not.
+    One that is left out is taken from the environment, if ``FULMEN_TRAINER_<ARG>`` or ``PL_TRAINER_<ARG>`` is set.
+
+    With ``accumulate_grad_batches=n`` the loss of every batch is divided by n and the optimizer steps after every n-th
+    batch and after the last batch of an epoch. So each sample weighs the same in every update of the run, and the
+    update of a last, shorter window is smaller in proportion; no batch is dropped, none is carried into the next epoch.
     """
 
+    @defaults_from_environment
     def __init__(
         self,
         *,
@@ -96,10 +105,13 @@ class Trainer(TrainerSurface):
         detect_anomaly: bool = False,
         barebones: bool = False,
         plugins: object | Sequence[object] | None = None,
+        profiler: Profiler | str | None = None,
         sync_batchnorm: bool = False,
         reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: str | os.PathLike[str] | None = None,
         enable_autolog_hparams: bool = True,
+        model_registry: str | None = None,
+        suggest_integrations: bool = True,
     ) -> None:
         given = _callbacks.as_list(callbacks)
         wrong: list[MisconfigurationException] = []
@@ -140,6 +152,8 @@ class Trainer(TrainerSurface):
                 has_timer=_callbacks.has_timer(given),
             )
         with _verify.collected(wrong):
+            self.profiler: Profiler = choose_profiler(profiler, barebones=barebones)
+        with _verify.collected(wrong):
             self.assembly: Assembly = assemble(
                 accelerator=accelerator,
                 strategy=strategy,
@@ -148,6 +162,8 @@ class Trainer(TrainerSurface):
                 precision=precision,
                 plugins=plugins,
             )
+        with _verify.collected(wrong):
+            _verify.vendors_flags(model_registry, suggest_integrations)
         _verify.raise_all(wrong)
         settings = self.settings
         self.world = World(self.assembly)
@@ -160,14 +176,15 @@ class Trainer(TrainerSurface):
         self._session: Session | None = None
         self._plan = Plan()
         self._ckpt_path: str | None = None
+        self._said: set[str] = set()
+        self._loaders_before: dict[str, EvalLoaders] = {}
         self._reporter = Reporter(
             loggers=self.loggers,
             log_every_n_steps=settings.log_every_n_steps,
             is_global_zero=self.world.is_global_zero,
         )
         self.fast_dev_run = settings.fast_dev_run
-        if self.assembly.chosen:
-            rank_zero_info(" ".join(self.assembly.chosen))
+        rank_zero_info(first_line(self.assembly))
         if settings.max_epochs_is_default:
             rank_zero_warn("neither max_epochs nor max_steps was given: training ends after 1000 epochs.")
 
@@ -307,12 +324,13 @@ class Trainer(TrainerSurface):
                     training.begin(self._binder)
                     with _switches.anomaly_detection(self.settings):
                         while True:
+                            if self._progress.replan:  # on_train_start may have changed something already
+                                self._progress.replan = False
+                                self._plan = training.make_plan()
+                                parts, hooks = self._compose(session, training)
                             fit(parts, self._plan, hooks, self._progress, training.batches)
                             if not self._progress.replan:
                                 break
-                            self._progress.replan = False
-                            self._plan = training.make_plan()
-                            parts, hooks = self._compose(session, training)
                     self._stopping.raise_if_terminated()
                     training.end(hooks)
                 elif fn is TrainerFn.PREDICTING:
@@ -321,6 +339,8 @@ class Trainer(TrainerSurface):
                     evaluate(*evaluation.prepare(verbose=verbose))
                     outputs = evaluation.results
             self._tear_down(session)
+        except _TunerExitException:
+            self._tear_down(session, has_run=False)
         except BaseException as error:
             self._fail(session, error)
             raise
@@ -337,13 +357,22 @@ class Trainer(TrainerSurface):
         module = _verify.lightning_module(fn, self.lightning_module if model is None else model)
         _verify.loaders_or_datamodule(fn, given, datamodule)
         previous = self._session
+        if previous is not None:
+            self._loaders_before.update(previous.eval_loaders)
         if datamodule is None and not any(value is not None for value in given.values()) and previous is not None:
             datamodule = previous.datamodule
+        _verify.compiled_module(module, self.assembly)
+        if fn is TrainerFn.FITTING and self.settings.sync_batchnorm:
+            _verify.sync_batchnorm(module, self.assembly)
+        measuring = _measuring.Measuring(self.profiler, self.strategy.backend)
         sources = {stage: LoaderSource(stage, given.get(stage), datamodule, module) for stage in _STAGES}
         module.trainer = self
-        _callbacks.attach_to(self.callbacks, _callbacks.as_list(module.configure_callbacks()))
+        own_callbacks = measuring.hook(module, "configure_callbacks", module.configure_callbacks)()
+        _callbacks.attach_to(self.callbacks, _callbacks.as_list(own_callbacks))
         _verify.run(fn, module, sources, self.callbacks, self.settings)
-        self._session = session = Session(fn, module, datamodule, self.assembly, self.world, sources)
+        self._session = session = Session(
+            fn, module, datamodule, self.assembly, self.world, sources, said=self._said, measuring=measuring
+        )
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
         self.state.stage = _FIRST_STAGE[fn]
         if fn is TrainerFn.FITTING:
@@ -359,6 +388,8 @@ class Trainer(TrainerSurface):
         """From prepared data to a placed module with its optimizers, restored if asked."""
         module, datamodule, fn = session.module, session.datamodule, session.fn
         self._share_loggers()
+        if session.measuring.is_on:
+            _measuring.prepare(self.profiler, self)
         _preparation.prepare_data(session)
         self._reporter.loggers = self.loggers
         self._metering = Metering(
@@ -373,13 +404,14 @@ class Trainer(TrainerSurface):
         for each in session.logging_modules():
             each.__dict__["_target_device"] = self.world.device  # self.device is right in setup already
         if datamodule is not None:
-            datamodule.setup(fn.value)
+            session.measuring.hook(datamodule, "setup", datamodule.setup)(fn.value)
         for hook in binder.of_callbacks("setup"):
             hook(stage=fn.value)
         session.scoped("setup", module.setup)(fn.value)
         self.strategy.barrier("setup")
 
         _preparation.configure_model(session)
+        _callbacks.tell_configured(self.callbacks, self, module)
         checkpoint = None
         if self.world.world_size > 1:  # each rank has looked for "last" by itself
             self._ckpt_path = self.world.collectives.broadcast_object(self._ckpt_path)
@@ -412,27 +444,30 @@ class Trainer(TrainerSurface):
         self._binder = HookBinder(self, session.module, self.callbacks, session.scoped)
         parts, hooks = training.compose(self._binder)
         self.strategy.gradients = session.gradients
+        self.strategy.wrapped_optimizers = session.wrapped
         return parts, hooks
 
     # ------------------------------------------------------------------ the end
 
-    def _tear_down(self, session: Session) -> None:
+    def _tear_down(self, session: Session, *, has_run: bool = True) -> None:
         module, fn, binder = session.module, session.fn, self._binder
         session.close_loaders()
         self._metering.finish()
-        if self.world.device.type != "cpu":
-            module.cpu()
-        if fn is TrainerFn.FITTING:
+        _preparation.give_back(session)
+        if fn is TrainerFn.FITTING and has_run:
             for hook in binder.both("on_fit_end"):
                 hook()
         if session.datamodule is not None:
-            session.datamodule.teardown(fn.value)
+            session.measuring.hook(session.datamodule, "teardown", session.datamodule.teardown)(fn.value)
         for hook in binder.of_callbacks("teardown"):
             hook(stage=fn.value)
         session.scoped("teardown", module.teardown)(fn.value)
         if self.world.is_global_zero:
             for logger in self.loggers:
                 logger.finalize("success")
+        if session.measuring.is_on:
+            self.profiler.describe()
+            self.profiler.teardown(fn.value)
 
     def _fail(self, session: Session, error: BaseException) -> None:
         """Tell everybody that the run failed; the error itself goes on to the caller, with where it happened."""
@@ -440,8 +475,13 @@ class Trainer(TrainerSurface):
         where = f"rank {self.world.rank}, epoch {self._progress.epoch}, batch {self._progress.batch}"
         error.add_note(f"fulmen: in {session.fn.value}, {where}, optimizer step {self._progress.updates}")
         session.close_loaders()
+        if session.measuring.is_on:
+            session.measuring.close()
+            self.profiler.teardown(session.fn.value)
         for module in session.logging_modules():
             module.__dict__["_metric_store"] = None
+        with suppress(RuntimeError):  # a device that failed cannot be read; the run's own error is what matters
+            _preparation.give_back(session)
         _callbacks.tell_exception(self.callbacks, self, session.module, error)
         if session.datamodule is not None:
             session.datamodule.on_exception(error)
@@ -449,52 +489,6 @@ class Trainer(TrainerSurface):
             for logger in self.loggers:
                 logger.finalize("failed")
         self.state.stage = None
-
-    # ------------------------------------------------------------------ for users
-
-    @property
-    def received_sigterm(self) -> bool:
-        """Whether this run was asked to end by SIGTERM, here or on another rank."""
-        return self._stopping.received_sigterm
-
-    def save_checkpoint(
-        self,
-        filepath: str | os.PathLike[str],
-        weights_only: bool | None = None,
-        storage_options: Mapping[str, object] | None = None,
-    ) -> None:
-        """Write a checkpoint. Every rank must call it; rank 0 writes.
-
-        Args:
-            filepath: a path or any fsspec URL.
-            weights_only: leave out optimizers, schedulers and callbacks.
-            storage_options: for the storage behind the URL.
-
-        Raises:
-            MisconfigurationException: no model is attached yet.
-        """
-        if self._session is None:
-            raise MisconfigurationException(
-                "save_checkpoint() needs a model, and this trainer has none yet. "
-                "Call fit, validate, test or predict first."
-            )
-        _checkpointing.save(self, self._session, os.fspath(filepath), bool(weights_only), storage_options)
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print on local rank 0, without breaking the progress bar."""
-        if self.world.local_rank != 0:
-            return
-        bar = self.progress_bar_callback
-        if bar is not None and hasattr(bar, "print"):
-            bar.print(*args, **kwargs)
-        else:
-            print(*args, **kwargs)
-
-    def explain(self, model: LightningModule | None = None) -> str:
-        """Print, and return, what a fit does in order, and which distribution supplies each part."""
-        text = explain_run(self, model)
-        print(text)
-        return text
 
 
 def _nothing() -> None:
