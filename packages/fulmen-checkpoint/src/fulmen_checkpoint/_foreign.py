@@ -167,11 +167,10 @@ def _nested(flat: Mapping[str, object], places: Mapping[str, tuple[object, ...]]
 
 
 def _with_lists(value: object) -> object:
-    table = cast("dict[object, object]", value) if isinstance(value, dict) else {}
-    if not table:
+    if not isinstance(value, dict):
         return value
-    made = {key: _with_lists(item) for key, item in table.items()}
-    if set(made) == set(range(len(made))):
+    made = {key: _with_lists(item) for key, item in cast("dict[object, object]", value).items()}
+    if made and set(made) == set(range(len(made))):
         return [made[index] for index in range(len(made))]
     return made
 
