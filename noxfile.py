@@ -133,6 +133,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def drills(session: nox.Session) -> None:
+    """Kill saves, damage files and break storages many times over, and print a table. [-- NAME COUNT, or full]."""
+    python = environment(session, "test")
+    session.run(python, "-m", "tools.drills", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
 def full(session: nox.Session) -> None:
     """Run everything that takes long too: slow tests, demo, benchmarks, docs; ends with a table."""
     python = environment(session, "test", "docs", "types", "lint", "layers", "api")

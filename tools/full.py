@@ -32,6 +32,7 @@ STEPS: dict[str, list[list[str]]] = {
         [PY, "-m", "tools.bench.import_time"],
         [PY, "-m", "tools.bench.startup"],
     ],
+    "drills": [[PY, "-m", "tools.drills"]],
     "memory": [[PY, "-m", "tools.bench.memory"]],
 }
 

@@ -7,7 +7,16 @@ import sys
 
 from tools.workspace import ROOT
 
-NAMES = ("step_overhead", "import_time", "startup", "memory", "instructions", "gpu_overhead", "async_save")
+NAMES = (
+    "step_overhead",
+    "import_time",
+    "startup",
+    "memory",
+    "instructions",
+    "gpu_overhead",
+    "async_save",
+    "checkpoint",
+)
 
 
 def main(args: list[str]) -> int:

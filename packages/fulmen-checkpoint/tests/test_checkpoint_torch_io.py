@@ -22,7 +22,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from torch import nn
 
-from fulmen_checkpoint import FsspecStorage, TorchCheckpointIO
+from fulmen_checkpoint import FsspecStorage, SafetensorsCheckpointIO, ShardedCheckpointIO, TorchCheckpointIO
 from fulmen_protocols import (
     CheckpointCorrupt,
     CheckpointError,
@@ -34,6 +34,10 @@ from fulmen_protocols import (
 )
 
 Pair = namedtuple("Pair", "a b")
+
+
+# Files of torch's format before 1.6 say that they carry no checksum; test_checkpoint_formats proves that.
+pytestmark = pytest.mark.filterwarnings("ignore:.*before 1.6, which carries no checksum")
 
 
 class OwnClass:
@@ -534,6 +538,57 @@ def test_an_interrupt_while_writing_stays_an_interrupt(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         TorchCheckpointIO(Interrupting()).save_checkpoint({"w": torch.ones(500_000)}, tmp_path / "a.ckpt")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unreachable_or_missing_bucket_gives_one_clear_error(s3_options: dict[str, object]) -> None:
+    closed = {
+        **s3_options,
+        "client_kwargs": {"endpoint_url": "http://127.0.0.1:9", "region_name": "us-east-1"},
+        "config_kwargs": {"retries": {"max_attempts": 1}, "connect_timeout": 1},
+    }
+    advice = r"EndpointConnectionError.*127\.0\.0\.1:9.*[Cc]heck free space, permissions and the connection"
+    with pytest.raises(CheckpointError, match=rf"'s3://b-1/a\.ckpt' cannot be written: .*{advice}"):
+        TorchCheckpointIO(FsspecStorage(closed)).save_checkpoint({"w": torch.ones(3)}, "s3://b-1/a.ckpt")
+    with pytest.raises(CheckpointError, match=rf"'s3://b-1/a\.ckpt' cannot be read: .*{advice}"):
+        TorchCheckpointIO(FsspecStorage(closed)).load_checkpoint("s3://b-1/a.ckpt")
+    here = TorchCheckpointIO(FsspecStorage(s3_options))
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*bucket"):
+        here.save_checkpoint({"w": torch.ones(3)}, "s3://no-such-bucket/a.ckpt")
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint at 's3://no-such-bucket/a\.ckpt'"):
+        here.load_checkpoint("s3://no-such-bucket/a.ckpt")
+
+
+@pytest.mark.parametrize("io", [TorchCheckpointIO(), SafetensorsCheckpointIO(), ShardedCheckpointIO()])
+def test_a_folder_that_may_not_be_written_keeps_the_old_checkpoint(tmp_path: Path, io: CheckpointIO) -> None:
+    path = tmp_path / "run" / "a.ckpt"
+    io.save_checkpoint({"n": 1}, path)
+    script = """
+import sys
+from fulmen_checkpoint import *
+from fulmen_protocols import CheckpointError
+import os, tempfile
+io = globals()[sys.argv[1]]()
+with tempfile.TemporaryDirectory() as folder:
+    io.save_checkpoint({"n": 2}, folder + "/a")  # imports all it needs: nobody else may read this Python
+os.setuid(65534)  # root may write everywhere
+try:
+    io.save_checkpoint({"n": 2}, sys.argv[2])
+except CheckpointError as error:
+    print(error)
+"""
+    if os.getuid() != 0:
+        pytest.skip("only root can become somebody who may not write")
+    for folder in (path.parent, tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == 0 and folder != Path("/tmp"):
+            folder.chmod(0o755)
+    path.chmod(0o755 if path.is_dir() else 0o644)
+    done = subprocess.run(
+        [sys.executable, "-c", script, type(io).__name__, str(path)],
+        capture_output=True, text=True, timeout=60, check=True, cwd="/",
+    )  # fmt: skip
+    assert f"the checkpoint '{path}' cannot be written: PermissionError: " in done.stdout
+    assert "is untouched; check free space, permissions" in done.stdout
+    assert io.load_checkpoint(path) == {"n": 1}
 
 
 def test_a_read_only_folder_gives_one_clear_error(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import fsspec
 import pytest
 
-from fulmen_checkpoint import FsspecStorage, TorchCheckpointIO
+from fulmen_checkpoint import FsspecStorage, SafetensorsCheckpointIO, ShardedCheckpointIO, TorchCheckpointIO
 from fulmen_conformance import CheckpointIOConformance, StorageConformance
 
 if TYPE_CHECKING:
@@ -31,6 +31,30 @@ def _writer(**options: object) -> Callable[[str, bytes], None]:
         fs.pipe_file(path, data)
 
     return write
+
+
+def _largest_file(url: str, options: dict[str, object]) -> str | None:
+    fs, path = fsspec.core.url_to_fs(url, **options)
+    fs.invalidate_cache()
+    sizes = {info["name"]: info["size"] for info in fs.find(path, detail=True).values()}
+    return fs.unstrip_protocol(max(sorted(sizes), key=sizes.__getitem__)) if sizes else None
+
+
+def _largest(read: Callable[[str], bytes | None], **options: object) -> Callable[[str], bytes | None]:
+    def read_largest(url: str) -> bytes | None:
+        file = _largest_file(url, options)
+        return None if file is None else read(file)
+
+    return read_largest
+
+
+def _into_largest(write: Callable[[str, bytes], None], **options: object) -> Callable[[str, bytes], None]:
+    def write_largest(url: str, data: bytes) -> None:
+        file = _largest_file(url, options)
+        assert file is not None
+        write(file, data)
+
+    return write_largest
 
 
 class TestTorchCheckpointIO(CheckpointIOConformance):
@@ -73,6 +97,72 @@ class TestTorchCheckpointIOOnS3(CheckpointIOConformance):
     @pytest.fixture
     def write_bytes(self, s3_options: dict[str, object]) -> Callable[[str, bytes], None]:
         return _writer(**s3_options)
+
+
+class TestSafetensorsCheckpointIO(CheckpointIOConformance):
+    @pytest.fixture
+    def checkpoint_io(self) -> CheckpointIO:
+        return SafetensorsCheckpointIO()
+
+
+class TestSafetensorsCheckpointIOInMemory(CheckpointIOConformance):
+    @pytest.fixture
+    def checkpoint_io(self) -> CheckpointIO:
+        return SafetensorsCheckpointIO()
+
+    @pytest.fixture
+    def path(self, memory_folder: str) -> str:
+        return f"{memory_folder}/epoch=0-step=1.ckpt"
+
+    @pytest.fixture
+    def read_bytes(self) -> Callable[[str], bytes | None]:
+        return _reader()
+
+    @pytest.fixture
+    def write_bytes(self) -> Callable[[str, bytes], None]:
+        return _writer()
+
+
+class TestShardedCheckpointIO(CheckpointIOConformance):
+    @pytest.fixture
+    def checkpoint_io(self) -> CheckpointIO:
+        return ShardedCheckpointIO()
+
+
+class TestShardedCheckpointIOInMemory(CheckpointIOConformance):
+    @pytest.fixture
+    def checkpoint_io(self) -> CheckpointIO:
+        return ShardedCheckpointIO()
+
+    @pytest.fixture
+    def path(self, memory_folder: str) -> str:
+        return f"{memory_folder}/epoch=0-step=1.ckpt"
+
+    @pytest.fixture
+    def read_bytes(self) -> Callable[[str], bytes | None]:
+        return _largest(_reader())
+
+    @pytest.fixture
+    def write_bytes(self) -> Callable[[str, bytes], None]:
+        return _into_largest(_writer())
+
+
+class TestShardedCheckpointIOOnS3(CheckpointIOConformance):
+    @pytest.fixture
+    def checkpoint_io(self, s3_options: dict[str, object]) -> CheckpointIO:
+        return ShardedCheckpointIO(FsspecStorage(s3_options))
+
+    @pytest.fixture
+    def path(self, s3_folder: str) -> str:
+        return f"{s3_folder}/epoch=0-step=1.ckpt"
+
+    @pytest.fixture
+    def read_bytes(self, s3_options: dict[str, object]) -> Callable[[str], bytes | None]:
+        return _largest(_reader(**s3_options), **s3_options)
+
+    @pytest.fixture
+    def write_bytes(self, s3_options: dict[str, object]) -> Callable[[str, bytes], None]:
+        return _into_largest(_writer(**s3_options), **s3_options)
 
 
 class TestLocalStorage(StorageConformance):

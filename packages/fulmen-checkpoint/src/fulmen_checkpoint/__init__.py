@@ -9,14 +9,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fulmen_checkpoint.async_io import AsyncCheckpointIO as AsyncCheckpointIO
+    from fulmen_checkpoint.conversion import consolidate as consolidate
+    from fulmen_checkpoint.conversion import convert as convert
     from fulmen_checkpoint.find import Found as Found
     from fulmen_checkpoint.find import find_last as find_last
     from fulmen_checkpoint.find import list_checkpoints as list_checkpoints
     from fulmen_checkpoint.find import newest_whole as newest_whole
+    from fulmen_checkpoint.migration import migrate as migrate
     from fulmen_checkpoint.retention import Journal as Journal
     from fulmen_checkpoint.retention import Retention as Retention
+    from fulmen_checkpoint.safetensors import SafetensorsCheckpointIO as SafetensorsCheckpointIO
+    from fulmen_checkpoint.sharded import ShardedCheckpointIO as ShardedCheckpointIO
     from fulmen_checkpoint.storage import FsspecStorage as FsspecStorage
     from fulmen_checkpoint.torch_io import TorchCheckpointIO as TorchCheckpointIO
+    from fulmen_checkpoint.upgrading import upgrade as upgrade
 
 __all__ = [
     "AsyncCheckpointIO",
@@ -24,10 +30,16 @@ __all__ = [
     "FsspecStorage",
     "Journal",
     "Retention",
+    "SafetensorsCheckpointIO",
+    "ShardedCheckpointIO",
     "TorchCheckpointIO",
+    "consolidate",
+    "convert",
     "find_last",
     "list_checkpoints",
+    "migrate",
     "newest_whole",
+    "upgrade",
 ]
 
 _HOME = {
@@ -36,10 +48,16 @@ _HOME = {
     "FsspecStorage": "storage",
     "Journal": "retention",
     "Retention": "retention",
+    "SafetensorsCheckpointIO": "safetensors",
+    "ShardedCheckpointIO": "sharded",
     "TorchCheckpointIO": "torch_io",
+    "consolidate": "conversion",
+    "convert": "conversion",
     "find_last": "find",
     "list_checkpoints": "find",
+    "migrate": "migration",
     "newest_whole": "find",
+    "upgrade": "upgrading",
 }
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import TracebackType
 
-__all__ = ["Damage", "DigestWriter", "check", "has_digest", "on_disk"]
+__all__ = ["Chunks", "Damage", "DigestWriter", "check", "checksums", "has_digest", "on_disk"]
 
 CHUNK_BYTES = 1 << 20
 _BLOCK_BYTES = 1 << 18
@@ -38,7 +38,7 @@ class Damage(Exception):
     """The bytes are not those that were written; the message names the part."""
 
 
-class _Chunks:
+class Chunks:
     """CRC-32 of each full chunk of a stream of bytes."""
 
     def __init__(self) -> None:
@@ -61,10 +61,14 @@ class _Chunks:
         """Chunks whose CRC-32 is known already."""
         self._digest.update(b"".join(crc.to_bytes(4, "little") for crc in crcs))
 
-    def comment(self) -> bytes:
+    def hexdigest(self) -> str:
+        """The digest of all that was added; nothing may be added afterwards."""
         if self._room < CHUNK_BYTES:
             self._end_chunk()
-        return _comment(self.size, self._digest.hexdigest())
+        return self._digest.hexdigest()
+
+    def comment(self) -> bytes:
+        return _comment(self.size, self.hexdigest())
 
     def _end_chunk(self) -> None:
         self.add_crcs([self._crc])
@@ -85,7 +89,7 @@ class DigestWriter(io.RawIOBase):
     def __init__(self, sink: IO[bytes]) -> None:
         self.error: BaseException | None = None
         self._sink = sink
-        self._chunks = _Chunks()
+        self._chunks = Chunks()
         # Holds back the last bytes: zip's end record must change once the comment is known.
         self._held = bytearray()
         self._helper = ThreadPoolExecutor(1, "fulmen-digest")
@@ -171,16 +175,24 @@ def check(stream: IO[bytes]) -> bool:
     size, comment = _read_tail(stream)
     if comment is None:
         return _check_zip(stream)
-    if on_disk(stream):
-        chunks = _checksums_of_file(stream.fileno(), size - _COMMENT_BYTES)
-    else:
-        chunks = _Chunks()
-        stream.seek(0)
-        for block in _blocks(stream, size - _COMMENT_BYTES):
-            chunks.add(block)
-    if chunks.comment() != comment:
+    if checksums(stream, 0, size - _COMMENT_BYTES).comment() != comment:
         raise Damage(_damaged_part(stream))
     return True
+
+
+def checksums(stream: IO[bytes], start: int, size: int) -> Chunks:
+    """The checksums of ``size`` bytes from ``start``.
+
+    Raises:
+        Damage: the stream has fewer.
+    """
+    if on_disk(stream):
+        return _checksums_of_file(stream.fileno(), start, size)
+    chunks = Chunks()
+    stream.seek(start)
+    for block in _blocks(stream, size):
+        chunks.add(block)
+    return chunks
 
 
 def _read_tail(stream: IO[bytes]) -> tuple[int, bytes | None]:
@@ -272,7 +284,7 @@ def _blocks(stream: IO[bytes], size: int) -> Iterable[memoryview]:
         yield memoryview(block)
 
 
-def _checksums_of_file(handle: int, size: int) -> _Chunks:
+def _checksums_of_file(handle: int, begin: int, size: int) -> Chunks:
     """The checksums of a local file, several spans at a time."""
     span = 64 * CHUNK_BYTES
 
@@ -280,8 +292,8 @@ def _checksums_of_file(handle: int, size: int) -> _Chunks:
         # Blocks that stay in the processor's cache, in one buffer: twice as fast as reading chunks into new memory.
         buffer = memoryview(bytearray(_BLOCK_BYTES))
         found: list[int] = []
-        for chunk in range(start, min(start + span, size), CHUNK_BYTES):
-            crc, offset, end = 0, chunk, min(chunk + CHUNK_BYTES, size)
+        for chunk in range(start, min(start + span, begin + size), CHUNK_BYTES):
+            crc, offset, end = 0, chunk, min(chunk + CHUNK_BYTES, begin + size)
             while offset < end:
                 count = os.preadv(handle, [buffer[: end - offset]], offset)
                 if count == 0:
@@ -291,9 +303,9 @@ def _checksums_of_file(handle: int, size: int) -> _Chunks:
             found.append(crc)
         return found
 
-    chunks = _Chunks()
+    chunks = Chunks()
     chunks.size = size
-    starts = range(0, size, span)
+    starts = range(begin, begin + size, span)
     workers = min(4, os.cpu_count() or 1, len(starts))
     if workers <= 1:
         chunks.add_crcs(crc for start in starts for crc in crcs(start))

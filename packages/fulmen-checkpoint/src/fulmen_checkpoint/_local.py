@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["sweep", "write_atomic"]
+__all__ = ["remove_folder", "sweep", "write_atomic"]
 
 # A staging file of another machine (a shared file system) is nobody's after a day without a single write to it.
 _ABANDONED_S = 86400.0
@@ -52,6 +53,20 @@ def write_atomic(path: str) -> Generator[IO[bytes]]:
         _fsync_folder(changed)
 
 
+def remove_folder(path: str) -> None:
+    """Delete a folder with all it holds; it disappears in one step. One that is gone already is allowed."""
+    parent, name = os.path.split(path)
+    staging = os.path.join(parent, staging_name(name))
+    try:
+        os.rename(path, staging)
+    except FileNotFoundError:
+        return
+    except OSError:  # a mount point, or a parent that may not be changed
+        staging = path
+    with suppress(FileNotFoundError):
+        shutil.rmtree(staging)
+
+
 def sweep(folder: str, name: str) -> list[str]:
     """Delete what killed writers of ``folder/name`` left behind, and return the paths deleted.
 
@@ -73,7 +88,10 @@ def sweep(folder: str, name: str) -> list[str]:
             else:
                 dead = time.time() - entry.stat().st_mtime > _ABANDONED_S
             if dead:
-                os.remove(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+                else:
+                    os.remove(entry.path)
                 swept.append(entry.path)
     return swept
 
@@ -93,6 +111,8 @@ def _is_running(pid: int) -> bool:
 def _is_locked(path: str) -> bool:
     # The process id may be one of another container; the kernel, and so the lock, is the same.
     if sys.platform == "win32":
+        return False
+    if os.path.isdir(path):
         return False
     with open(path, "rb") as stream:
         try:

@@ -1,4 +1,4 @@
-"""``fulmen checkpoint verify|list|show``: look at checkpoints from a shell.
+"""``fulmen checkpoint verify|list|show|convert|consolidate|upgrade``: checkpoints from a shell.
 
 ``fulmen --help`` imports this module, so that what imports torch is imported by the function that needs it.
 """
@@ -10,53 +10,81 @@ import sys
 import time
 from typing import TYPE_CHECKING, cast
 
+from fulmen_checkpoint.names import FORMATS
 from fulmen_protocols.errors import CheckpointError, FulmenError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 __all__ = ["main"]
 
+_EVERYWHERE = "Paths are local or fsspec URLs (s3://bucket/run). No code from a checkpoint is run."
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Verify, list or show checkpoints at a path or URL.
+    """Verify, list, show, convert, consolidate or upgrade checkpoints at a path or URL.
 
     ``argv`` are the words after the command; None takes those of this process.
 
     Returns:
         0 when all is well, 1 when a checkpoint is damaged, missing or unreadable, 2 when the command is wrong.
     """
-    parser = argparse.ArgumentParser("fulmen checkpoint", description="Look at checkpoints: paths or fsspec URLs.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    verify = verbs.add_parser("verify", help="check every byte of checkpoints")
-    verify.add_argument("path", nargs="+")
-    listing = verbs.add_parser("list", help="list a folder's checkpoints, newest first, and whether each is whole")
-    listing.add_argument("path", nargs="?", default=".")
-    listing.add_argument("--pattern", default="*.ckpt", help="names to list (default: %(default)s)")
-    show = verbs.add_parser("show", help="print what a checkpoint holds, without running code from it")
-    show.add_argument("path")
-    show.add_argument("--depth", type=int, default=3, help="levels of nesting to print (default: %(default)s)")
     try:
-        asked = parser.parse_args(argv)
+        asked = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed why
         return int(stop.code or 0)
+    run = cast("Callable[[argparse.Namespace], int]", asked.run)
     try:
-        if asked.verb == "verify":
-            return _verify(cast("list[str]", asked.path))
-        if asked.verb == "list":
-            return _list(cast("str", asked.path), cast("str", asked.pattern))
-        return _show(cast("str", asked.path), cast("int", asked.depth))
+        return run(asked)
     except (FulmenError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
 
 
-def _verify(paths: list[str]) -> int:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "fulmen checkpoint", description="Look at checkpoints and change their format.", epilog=_EVERYWHERE
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EVERYWHERE)
+        made.set_defaults(run=run)
+        return made
+
+    verify = verb("verify", _verify, "check every byte of checkpoints")
+    verify.add_argument("path", nargs="+", help="files or folders of shards")
+    listing = verb("list", _list, "list a folder's checkpoints, newest first, and whether each is whole")
+    listing.add_argument("path", nargs="?", default=".", help="the folder (default: this one)")
+    listing.add_argument("--pattern", default="*.ckpt", help="names to list (default: %(default)s)")
+    show = verb("show", _show, "print what a checkpoint holds: keys, shapes, dtypes and plain values")
+    show.add_argument("path", help="a file or a folder of shards")
+    show.add_argument("--depth", type=int, default=3, help="levels of nesting to print (default: %(default)s)")
+    conversion = verb("convert", _convert, "write a checkpoint anew in another format")
+    conversion.add_argument("path", help="a torch, Lightning or safetensors file, or a folder of shards")
+    conversion.add_argument("target", help="where the new one goes")
+    conversion.add_argument(
+        "--to", choices=FORMATS, help="the new format (default: safetensors for a name that ends so, else torch)"
+    )
+    conversion.add_argument("--weights-only", action="store_true", help="keep the model's weights, drop the rest")
+    conversion.add_argument("--overwrite", action="store_true", help="replace what is at the target")
+    joining = verb("consolidate", _consolidate, "make one torch file of a folder of shards")
+    joining.add_argument("path", help="a folder of fulmen's, of torch.distributed.checkpoint or of Lightning's FSDP")
+    joining.add_argument(
+        "-o", "--output", "--output_file", help="the new file, which must not be there yet (default: PATH.consolidated)"
+    )
+    upgrading = verb("upgrade", _upgrade, "bring files of old Lightning versions to today's layout, keeping a .bak")
+    upgrading.add_argument("path", help="a file, or a folder that is searched with all it holds")
+    upgrading.add_argument("-e", "--extension", default=".ckpt", help="of files in folders (default: %(default)s)")
+    return parser
+
+
+def _verify(asked: argparse.Namespace) -> int:
     from fulmen_checkpoint.torch_io import TorchCheckpointIO
 
     io = TorchCheckpointIO()
     failed = 0
-    for path in paths:
+    for path in cast("list[str]", asked.path):
         try:
             io.verify_checkpoint(path)
         except CheckpointError as error:
@@ -67,36 +95,68 @@ def _verify(paths: list[str]) -> int:
     return failed
 
 
-def _list(folder: str, pattern: str) -> int:
+def _list(asked: argparse.Namespace) -> int:
     from fulmen_checkpoint.find import list_checkpoints
     from fulmen_checkpoint.storage import FsspecStorage
     from fulmen_checkpoint.torch_io import TorchCheckpointIO
 
+    folder = cast("str", asked.path)
     storage = FsspecStorage()
     if not storage.exists(folder):
         print(f"there is no folder {folder!r}. Check the path.", file=sys.stderr)
         return 1
     io = TorchCheckpointIO(storage)
     damaged = 0
-    for path in list_checkpoints(folder, pattern, storage):
+    for path in list_checkpoints(folder, cast("str", asked.pattern), storage):
         try:
             io.verify_checkpoint(path)
             state = "whole"
         except CheckpointError as error:
             damaged = 1
             state = str(error)
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(storage.modified(path)))
+        try:
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(storage.modified(path)))
+        except (FileNotFoundError, IsADirectoryError):  # a folder of an object store has no date
+            when = " " * 19
         print(f"{when}  {path}  {state}")
     return damaged
 
 
-def _show(path: str, depth: int) -> int:
+def _show(asked: argparse.Namespace) -> int:
     from fulmen_checkpoint.torch_io import TorchCheckpointIO
 
     # On the meta device: names, shapes and dtypes, but no values are read.
-    checkpoint = TorchCheckpointIO().load_checkpoint(path, map_location="meta")
-    for line in _tree(cast("dict[object, object]", checkpoint), 0, max(1, depth)):
+    checkpoint = TorchCheckpointIO().load_checkpoint(cast("str", asked.path), map_location="meta")
+    for line in _tree(cast("dict[object, object]", checkpoint), 0, max(1, cast("int", asked.depth))):
         print(line)
+    return 0
+
+
+def _convert(asked: argparse.Namespace) -> int:
+    from fulmen_checkpoint.conversion import convert
+
+    convert(asked.path, asked.target, asked.to, only_weights=asked.weights_only, overwrite=asked.overwrite)
+    print(f"wrote {asked.target}")
+    return 0
+
+
+def _consolidate(asked: argparse.Namespace) -> int:
+    from fulmen_checkpoint.conversion import consolidate
+
+    print(f"wrote {consolidate(asked.path, asked.output)}")
+    return 0
+
+
+def _upgrade(asked: argparse.Namespace) -> int:
+    from fulmen_checkpoint.upgrading import upgrade
+
+    path, extension = cast("str", asked.path), cast("str", asked.extension)
+    found = upgrade(path, extension if extension.startswith(".") else f".{extension}")
+    if not found:
+        print(f"no file that ends in {extension!r} is in {path!r}. Name another with --extension.", file=sys.stderr)
+        return 1
+    for file, applied in found:
+        print(f"{file}: {'changes of ' + ', '.join(applied) if applied else 'is of today'}")
     return 0
 
 

@@ -9,9 +9,16 @@ import socket
 from functools import cache
 from pathlib import Path
 from secrets import token_hex
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
-__all__ = ["StagingName", "is_staging", "parse_staging", "staging_name"]
+__all__ = ["FORMATS", "MANIFEST", "Format", "StagingName", "is_staging", "parse_staging", "staging_name"]
+
+Format = Literal["torch", "sharded", "safetensors"]
+FORMATS: tuple[Format, ...] = ("torch", "sharded", "safetensors")
+"""The formats that are written."""
+
+MANIFEST: Final = "manifest.json"
+"""The file that makes a folder a checkpoint. It is written last and deleted first."""
 
 # NAME_MAX of every common file system is 255 bytes; the decoration needs about 45.
 _LONGEST_TARGET = 180

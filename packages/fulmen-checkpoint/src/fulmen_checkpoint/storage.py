@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import datetime
 import os
-import shutil
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING
 
 from fulmen_checkpoint import _fsspec, _local
-from fulmen_checkpoint.names import is_staging, staging_name
+from fulmen_checkpoint.names import MANIFEST, is_staging, staging_name
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
@@ -110,8 +109,7 @@ class FsspecStorage:
         local = local_path(path)
         if local is not None:
             if os.path.isdir(local) and not os.path.islink(local):
-                with suppress(FileNotFoundError):
-                    shutil.rmtree(local)
+                _local.remove_folder(local)
             else:
                 with suppress(FileNotFoundError):
                     os.remove(local)
@@ -174,6 +172,9 @@ def _stage_and_move(fs: FileSystem, path: str) -> Generator[IO[bytes]]:
 
 
 def _remove_tree(fs: FileSystem, path: str) -> None:
+    # First what makes the folder a checkpoint: a removal that is cut short leaves none that looks whole.
+    with suppress(FileNotFoundError):
+        fs.rm_file(f"{path.rstrip('/')}/{MANIFEST}")
     if not set("*?[") & set(path):
         fs.rm(path, recursive=True)
         return

@@ -5,31 +5,27 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import tempfile
-from contextlib import contextmanager, suppress
+import warnings
+from contextlib import suppress
 from typing import IO, TYPE_CHECKING, cast
 
 import torch
 
-from fulmen_checkpoint import _digest
+from fulmen_checkpoint import _digest, _directory, _foreign, _safetensors, _standins
+from fulmen_checkpoint._fetch import corrupt, fetched, storage_errors
 from fulmen_checkpoint._plain import find_unsafe
+from fulmen_checkpoint.migration import migrate
+from fulmen_checkpoint.names import MANIFEST
 from fulmen_checkpoint.storage import FsspecStorage
-from fulmen_protocols.errors import (
-    CheckpointCorrupt,
-    CheckpointError,
-    CheckpointNotFound,
-    CheckpointUnsafe,
-    did_you_mean,
-)
+from fulmen_protocols.errors import CheckpointError, CheckpointNotFound, CheckpointUnsafe
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Mapping
 
     from fulmen_protocols.storage import Storage
 
 __all__ = ["TorchCheckpointIO", "require_plain"]
 
-_COPY_BYTES = 1 << 20
 # Below this a read is as fast as a mapping.
 _MMAP_BYTES = 1 << 20
 
@@ -49,15 +45,23 @@ class TorchCheckpointIO:
         mmap: map files into memory instead of reading them. The tensors of a loaded checkpoint then read the file's
             pages as they are used, and their changes stay private. A mapped file may be replaced (as every save of
             ours does) or deleted, but must not be overwritten in place while such tensors live.
+        migrate: bring what Lightning before 2.0 wrote to the layout of today.
     """
 
     def __init__(
-        self, storage: Storage | None = None, *, allow_unsafe: bool = False, verify: bool = True, mmap: bool = True
+        self,
+        storage: Storage | None = None,
+        *,
+        allow_unsafe: bool = False,
+        verify: bool = True,
+        mmap: bool = True,
+        migrate: bool = True,
     ) -> None:
         self.storage: Storage = FsspecStorage() if storage is None else storage
         self.allow_unsafe = allow_unsafe
         self.verify = verify
         self.mmap = mmap
+        self.migrate = migrate
 
     def save_checkpoint(
         self,
@@ -77,22 +81,19 @@ class TorchCheckpointIO:
         if not self.allow_unsafe:
             require_plain(checkpoint, target)
         storage = self.storage if storage_options is None else FsspecStorage(storage_options)
-        try:
-            with storage.write_atomic(target) as sink, _digest.DigestWriter(sink) as writer:
+        with (
+            storage_errors(target, "written"),
+            storage.write_atomic(target) as sink,
+            _digest.DigestWriter(sink) as writer,
+        ):
+            try:
                 torch.save(checkpoint, cast("IO[bytes]", writer))
-                writer.finish()
-        except OSError as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(
-                f"the checkpoint {target!r} cannot be written: {type(error).__name__}: {error}. "
-                "What the path held before is untouched; check free space, permissions and the connection."
-            ) from error
-        except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
-            raise CheckpointError(
-                f"the checkpoint {target!r} was not written: torch.save cannot pickle an object in it: {error}. "
-                "Remove it, or store plain data in its place."
-            ) from error
+            except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
+                raise CheckpointError(
+                    f"the checkpoint {target!r} was not written: torch.save cannot pickle an object in it: {error}. "
+                    "Remove it, or store plain data in its place."
+                ) from error
+            writer.finish()
 
     def load_checkpoint(
         self,
@@ -102,7 +103,9 @@ class TorchCheckpointIO:
     ) -> dict[str, object]:
         """Read a checkpoint; tensors go to ``map_location`` (None: CPU).
 
-        No code from the file runs unless ``weights_only`` is False; None means True.
+        Any of our formats, and folders of ``torch.distributed.checkpoint``, are known by what they hold. Files of
+        Lightning before 2.0 are brought to the layout of today. No code from the file runs unless ``weights_only`` is
+        False; None means True.
 
         Raises:
             CheckpointNotFound: nothing is there.
@@ -111,18 +114,24 @@ class TorchCheckpointIO:
             CheckpointError: it holds no dictionary, or something torch cannot read.
         """
         target = os.fspath(path)
-        safe = weights_only is not False
-        with self._open(target) as stream:
-            whole = self._check(stream, target) if self.verify else False
-            loaded = self._read(stream, target, map_location, safe=safe, whole=whole)
+        try:
+            with fetched(self.storage, target) as stream:
+                loaded = self._load_file(stream, target, map_location, safe=weights_only is not False)
+        except (IsADirectoryError, CheckpointNotFound) as error:
+            if isinstance(error, CheckpointNotFound) and not self._is_folder(target):  # some storages open no folders
+                raise
+            loaded = self._load_folder(target, map_location)
         if not isinstance(loaded, dict):
             raise CheckpointError(
                 f"{target!r} holds a {type(loaded).__name__}, but a checkpoint is a dict. Read it with torch.load."
             )
-        return cast("dict[str, object]", loaded)
+        checkpoint = cast("dict[str, object]", loaded)
+        if self.migrate:
+            migrate(checkpoint, target)
+        return checkpoint
 
     def verify_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Return if the file is whole.
+        """Return if the checkpoint is whole.
 
         With a digest every byte is checked; without one (files of plain torch or Lightning) the checksums of the
         records, which do not cover the file's headers.
@@ -132,25 +141,37 @@ class TorchCheckpointIO:
             CheckpointCorrupt: the bytes are not those that were written; the message names the damaged part.
         """
         target = os.fspath(path)
-        with self._open(target) as stream:
-            if not self._check(stream, target):
+        try:
+            with fetched(self.storage, target) as stream:
                 # torch's format before zip has no checksums: all that can be asked is whether it reads.
-                with suppress(CheckpointUnsafe):  # then it reads, up to an object that needs code
-                    self._read(stream, target, "meta", safe=True, whole=False)
+                if not self._check(stream, target) and not _safetensors.begins(stream):
+                    with suppress(CheckpointUnsafe):  # then it reads, up to an object that needs code
+                        self._read(stream, target, "meta", safe=True, whole=False)
+        except (IsADirectoryError, CheckpointNotFound) as error:
+            if isinstance(error, CheckpointNotFound) and not self._is_folder(target):
+                raise
+            self._verify_folder(target)
 
     def has_digest(self, path: str | os.PathLike[str]) -> bool:
-        """Whether the file carries a digest, right or wrong.
+        """Whether the checkpoint carries a digest, right or wrong.
 
         Raises:
             CheckpointNotFound: nothing is there.
             CheckpointCorrupt: its end is damaged.
         """
         target = os.fspath(path)
-        with self._open(target) as stream:
-            try:
-                return _digest.has_digest(stream)
-            except _digest.Damage as damage:
-                raise _corrupt(target, str(damage)) from None
+        try:
+            with fetched(self.storage, target) as stream:
+                try:
+                    if _safetensors.begins(stream):
+                        return "fulmen.digest" in _safetensors.read_header(stream).metadata
+                    return _digest.has_digest(stream)
+                except _digest.Damage as damage:
+                    raise corrupt(target, str(damage)) from None
+        except (IsADirectoryError, CheckpointNotFound):
+            if not self._is_folder(target):
+                raise
+            return self.storage.exists(_directory.join(target, MANIFEST))
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Delete the checkpoint, file or folder. Removing what is not there is allowed."""
@@ -159,37 +180,54 @@ class TorchCheckpointIO:
     def teardown(self) -> None:
         """Nothing is pending: every save is complete when it returns."""
 
-    @contextmanager
-    def _open(self, path: str) -> Generator[IO[bytes]]:
-        """The file as a stream; a remote one is fetched once, into a temporary file that is gone afterwards."""
+    def _is_folder(self, path: str) -> bool:
+        return any(self.storage.exists(_directory.join(path, name)) for name in (MANIFEST, _directory.TORCH_INDEX))
+
+    def _is_foreign(self, path: str) -> bool:
+        """Whether a folder was written by torch.distributed.checkpoint itself, or by Lightning with it."""
+        join = _directory.join
+        if self.storage.exists(join(path, MANIFEST)) or not self.storage.exists(join(path, _directory.TORCH_INDEX)):
+            return False
+        # Files of ours without their manifest are half a checkpoint, whatever torch's index says.
+        return not any(_directory.is_part(entry.rsplit("/", 1)[-1]) for entry in self.storage.list(path))
+
+    def _load_file(self, stream: IO[bytes], path: str, place: torch.device | str | None, *, safe: bool) -> object:
+        whole = self._check(stream, path) if self.verify else False
+        if not _safetensors.begins(stream):
+            loaded = self._read(stream, path, place, safe=safe, whole=whole)
+            stream.seek(0)
+            if self.verify and stream.read(2) != b"PK":
+                _warn_unchecked(path, "a file of torch's format before 1.6")
+            return loaded
         try:
-            opened = self.storage.open_read(path)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise _not_found(self.storage, path) from error
-        except IsADirectoryError as error:
-            raise CheckpointError(
-                f"{path!r} is a folder, but this format is one file. Name a file in it, or use the checkpoint IO of "
-                "the format that wrote the folder."
-            ) from error
-        with opened as stream:
-            if _digest.on_disk(stream):
-                yield stream
-                return
-            with tempfile.NamedTemporaryFile(prefix="fulmen-", suffix=".ckpt") as copy:
-                try:
-                    while block := stream.read(_COPY_BYTES):
-                        copy.write(block)
-                except FileNotFoundError as error:
-                    raise _not_found(self.storage, path) from error
-                copy.flush()
-                with open(copy.name, "rb") as local:
-                    yield local
+            header = _safetensors.read_header(stream)
+            tensors = _safetensors.load(stream, header, mapped=self.mmap)
+        except _digest.Damage as damage:
+            raise corrupt(path, str(damage)) from None
+        if header.tree is not None:
+            return _directory.rebuilt(path, header.tree, tensors, place)
+        device = torch.device("cpu" if place is None else place)
+        return {"state_dict": {name: tensor.to(device) for name, tensor in tensors.items()}}
+
+    def _load_folder(self, path: str, place: torch.device | str | None) -> object:
+        if self._is_foreign(path):
+            loaded = _foreign.load(self.storage, path, place, self.load_checkpoint)
+            if self.verify:
+                _warn_unchecked(path, "a folder of torch.distributed.checkpoint")
+            return loaded
+        return _directory.load(self.storage, path, place, digest=self.verify, mapped=False)
+
+    def _verify_folder(self, path: str) -> None:
+        if self._is_foreign(path):
+            _foreign.load(self.storage, path, "meta", self.load_checkpoint)
+        else:
+            _directory.verify(self.storage, path)
 
     def _check(self, stream: IO[bytes], path: str) -> bool:
         try:
-            return _digest.check(stream)
+            return _safetensors.check(stream) if _safetensors.begins(stream) else _digest.check(stream)
         except _digest.Damage as damage:
-            raise _corrupt(path, str(damage)) from None
+            raise corrupt(path, str(damage)) from None
 
     def _read(
         self, stream: IO[bytes], path: str, map_location: torch.device | str | None, *, safe: bool, whole: bool
@@ -197,7 +235,7 @@ class TorchCheckpointIO:
         """Give ``stream`` to torch and say what its errors mean. ``whole``: every byte is known to be as written."""
         place = "cpu" if map_location is None else map_location
         try:
-            return _torch_load(stream, place, safe=safe, mmap=self.mmap)
+            return _standins.load(lambda: _torch_load(stream, place, safe=safe, mmap=self.mmap))
         except pickle.UnpicklingError as error:
             if safe and _REFUSAL.search(str(error)):
                 raise CheckpointUnsafe(
@@ -220,6 +258,14 @@ class TorchCheckpointIO:
             if whole:  # then it is the code from the file that failed
                 raise
             raise _unreadable(path, error, whole=whole) from error
+
+
+def _warn_unchecked(path: str, kind: str) -> None:
+    warnings.warn(
+        f"{path!r} is {kind}, which carries no checksum of all its bytes: if it was damaged, nothing tells. Write it "
+        "anew with: fulmen checkpoint convert.",
+        stacklevel=4,
+    )
 
 
 # How torch's restricted unpickler says that an object is not one of those it may rebuild.
@@ -253,19 +299,7 @@ def _unreadable(path: str, error: Exception, *, whole: bool) -> CheckpointError:
     reason = str(error).partition("\n")[0] or type(error).__name__
     if whole:
         return CheckpointError(f"{path!r} is undamaged, but torch cannot read it: {reason}")
-    return _corrupt(path, f"its content ({type(error).__name__}: {reason})")
-
-
-def _corrupt(path: str, part: str) -> CheckpointCorrupt:
-    return CheckpointCorrupt(
-        f"the checkpoint {path!r} is damaged: {part}. Use an earlier checkpoint, or copy this one again."
-    )
-
-
-def _not_found(storage: Storage, path: str) -> CheckpointNotFound:
-    folder = path.rstrip("/").rpartition("/")[0] or "."
-    near = did_you_mean(path, storage.list(folder if "://" in path else os.path.abspath(folder)))
-    return CheckpointNotFound(f"there is no checkpoint at {path!r}.{near} Check the path.")
+    return corrupt(path, f"its content ({type(error).__name__}: {reason})")
 
 
 def require_plain(checkpoint: Mapping[str, object], path: str) -> None:

@@ -29,6 +29,7 @@ from fulmen_protocols import (
     MisconfigurationTypeError,
     SupportsAsyncSave,
     SupportsForwardContext,
+    SupportsShardedSave,
     check,
 )
 
@@ -434,9 +435,12 @@ class Fabric:
         self._started("save")
         target = self.broadcast(os.fspath(path))
         saved = to_saved(state, filter or {})
+        checkpoint_io = self._assembly.checkpoint_io
+        if supports(checkpoint_io, SupportsShardedSave):
+            checkpoint_io.save_sharded(saved, target)
         # A file only rank 0 writes; of a sharded checkpoint every rank writes its part.
-        if self.is_global_zero or self._composer.is_sharded:
-            self._assembly.checkpoint_io.save_checkpoint(saved, target)
+        elif self.is_global_zero or self._composer.is_sharded:
+            checkpoint_io.save_checkpoint(saved, target)
         self.barrier("save")
 
     # Any: the user's own objects.

@@ -5,6 +5,7 @@ from fulmen_protocols.callback import HOOKS, Callback
 from fulmen_protocols.checkpoint_io import (
     CheckpointIO,
     SupportsAsyncSave,
+    SupportsShardedSave,
     SupportsVerification,
     WrapsCheckpointIO,
 )
@@ -154,6 +155,7 @@ __all__ = [
     "SupportsPrecisionPlan",
     "SupportsReplicaCheck",
     "SupportsRequeue",
+    "SupportsShardedSave",
     "SupportsShardedState",
     "SupportsVerification",
     "Topology",

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["CheckpointIO", "SupportsAsyncSave", "SupportsVerification", "WrapsCheckpointIO"]
+__all__ = ["CheckpointIO", "SupportsAsyncSave", "SupportsShardedSave", "SupportsVerification", "WrapsCheckpointIO"]
 
 
 @runtime_checkable
@@ -84,6 +84,31 @@ class WrapsCheckpointIO(Protocol):
 
     checkpoint_io: CheckpointIO | None
     """The wrapped one; if it is None, assembling a run sets it."""
+
+
+@runtime_checkable
+class SupportsShardedSave(Protocol):
+    """A checkpoint IO to which every rank writes what it holds, instead of rank 0 writing all."""
+
+    def save_sharded(
+        self,
+        checkpoint: Mapping[str, object],
+        path: str | PathLike[str],
+        storage_options: Mapping[str, object] | None = None,
+    ) -> None:
+        """As ``save_checkpoint``, called by every rank with the same names; returns when the checkpoint is visible.
+
+        Tensors may be shards (``DTensor``). What is no tensor of a module or an optimizer counts on rank 0. An error of
+        one rank is raised on all, and ``path`` then keeps what it held.
+        """
+        ...
+
+    def load_sharded(self, path: str | PathLike[str], into: Mapping[str, object]) -> dict[str, object]:
+        """Read what the tensors of ``into`` need, in place, and return the checkpoint with them at their places.
+
+        Any number of ranks may load, each whatever shards it has. Raises as ``load_checkpoint``.
+        """
+        ...
 
 
 @runtime_checkable

@@ -16,6 +16,7 @@ from fulmen_protocols import (
     CheckpointError,
     MisconfigurationException,
     SupportsGradScaling,
+    SupportsShardedSave,
     SupportsShardedState,
 )
 
@@ -61,12 +62,18 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
     module, strategy = session.module, trainer.assembly.strategy
     placed = session.placed if session.placed is not None else module
     sharded = strategy if supports(strategy, SupportsShardedState) else None
+    # Shards stay where they are if that is wanted, and if there is a format that every rank writes.
+    full = not (
+        sharded is not None
+        and sharded.state_kind == "sharded"
+        and supports(trainer.strategy.checkpoint_io, SupportsShardedSave)
+    )
     checkpoint: dict[str, Any] = {
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
         "pytorch-lightning_version": LIGHTNING_VERSION,
         "state_dict": canonical(
-            module.state_dict() if sharded is None else dict(sharded.module_state(placed, full=True))
+            module.state_dict() if sharded is None else dict(sharded.module_state(placed, full=full))
         ),
         "loops": lightning_loops(progress, trainer.accumulate_grad_batches),
     }
@@ -77,7 +84,7 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
             if state:
                 callbacks[_state_key(callback)] = state
         checkpoint["optimizer_states"] = [
-            optimizer.state_dict() if sharded is None else dict(sharded.optimizer_state(placed, optimizer, full=True))
+            optimizer.state_dict() if sharded is None else dict(sharded.optimizer_state(placed, optimizer, full=full))
             for optimizer in session.optimizers
         ]
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in session.schedulers]
@@ -144,7 +151,13 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
     module = session.module
     session.scoped("on_load_checkpoint", module.on_load_checkpoint)(checkpoint)
     strict = module.strict_loading
-    outcome = module.load_state_dict(as_named_here(checkpoint["state_dict"], module), strict=strict)
+    try:
+        outcome = module.load_state_dict(as_named_here(checkpoint["state_dict"], module), strict=strict)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the weights of {trainer.ckpt_path!r} do not fit {type(module).__name__}: {error}\nGive the checkpoint of "
+            "this model, or set strict_loading=False on it to load what fits by name."
+        ) from error
     missing = cast("list[str]", outcome.missing_keys)
     unexpected = cast("list[str]", outcome.unexpected_keys)
     if not strict and (missing or unexpected):
@@ -161,14 +174,17 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
         if hook is not None:
             session.scoped("on_load_checkpoint", hook, callback)(trainer, module, checkpoint)
     states: dict[object, Any] = checkpoint.get("callbacks") or {}
-    # Before Lightning 1.5 the key was the class itself; it comes back only from a file that may run code.
-    keys: list[tuple[Any, object, object]] = [(c, _state_key(c), cast("object", type(c))) for c in trainer.callbacks]
-    known = {key for _, *names in keys for key in names}
+    # Before Lightning 1.5 the key was the class itself: it comes back as its name, or from a file that may run code.
+    keys: list[tuple[Any, tuple[object, ...]]] = [
+        (callback, (_state_key(callback), type(callback), type(callback).__qualname__))
+        for callback in trainer.callbacks
+    ]
+    known = {key for _, names in keys for key in names}
     unknown = [key for key in states if key not in known]
     if unknown and trainer._fitting:  # pyright: ignore[reportPrivateUsage]
         rank_zero_warn(f"the checkpoint holds the state of callbacks that this Trainer does not have: {unknown}.")
-    for callback, key, legacy_key in keys:
-        state = states.get(key, states.get(legacy_key))
+    for callback, names in keys:
+        state = next((states[key] for key in names if key in states), None)
         if state is not None and hasattr(callback, "load_state_dict"):
             session.within("load_state_dict", callback.load_state_dict)(copy.deepcopy(state))
 

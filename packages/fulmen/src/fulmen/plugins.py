@@ -1,6 +1,11 @@
 """Plugins by the names people look for here: precisions, checkpoint IO and cluster environments."""
 
-from fulmen_checkpoint import AsyncCheckpointIO, TorchCheckpointIO
+from fulmen_checkpoint import (
+    AsyncCheckpointIO,
+    SafetensorsCheckpointIO,
+    ShardedCheckpointIO,
+    TorchCheckpointIO,
+)
 from fulmen_precision import DoublePrecision, HalfPrecision, MixedPrecision
 from fulmen_strategies import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
@@ -11,6 +16,8 @@ __all__ = [
     "LightningEnvironment",
     "MixedPrecision",
     "SLURMEnvironment",
+    "SafetensorsCheckpointIO",
+    "ShardedCheckpointIO",
     "TorchCheckpointIO",
     "TorchElasticEnvironment",
 ]

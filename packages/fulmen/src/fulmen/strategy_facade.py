@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fulmen._saving import Saving
-from fulmen_protocols import MisconfigurationException
+from fulmen_fabric.abilities import supports
+from fulmen_protocols import MisconfigurationException, SupportsShardedSave
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -132,8 +133,10 @@ class StrategyFacade:
         filepath: str | PathLike[str],
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
-        """Write on rank 0."""
-        if self.is_global_zero:
+        """Write on rank 0, or on every rank where the checkpoint IO is for that. Called by every rank."""
+        if supports(self.checkpoint_io, SupportsShardedSave):
+            self.checkpoint_io.save_sharded(checkpoint, filepath, storage_options)
+        elif self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     def remove_checkpoint(self, filepath: str | PathLike[str]) -> None:

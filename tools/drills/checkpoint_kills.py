@@ -1,0 +1,161 @@
+"""SIGKILLs at random instants of saves over one checkpoint: what was said to be complete must be there, and whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from fulmen_checkpoint import FsspecStorage, TorchCheckpointIO
+from fulmen_protocols import CheckpointError
+from tools.drills.checkpoints import FORMATS, checkpoint, same
+from tools.drills.s3 import new_bucket, server
+from tools.drills.table import Row
+
+# Setting: format, ranks, whether on S3; and its share of the kills.
+SETTINGS = {
+    "torch file, local": ("torch file", 1, False, 3),
+    "safetensors file, local": ("safetensors file", 1, False, 2),
+    "folder of shards, local": ("folder of shards", 1, False, 3),
+    "folder of shards of 2 ranks, local": ("folder of shards", 2, False, 2),
+    "torch file, S3": ("torch file", 1, True, 1),
+    "folder of shards, S3": ("folder of shards", 1, True, 1),
+}
+
+
+def kills(count: int) -> list[Row]:
+    """``count`` kills, shared out among the settings."""
+    total = sum(share for *_, share in SETTINGS.values())
+    rows = []
+    with server() as s3, tempfile.TemporaryDirectory() as temporary:
+        for index, (setting, (kind, ranks, remote, share)) in enumerate(SETTINGS.items()):
+            folder = new_bucket(s3) if remote else str(Path(temporary, str(index)))
+            options = s3 if remote else {}
+            wanted = max(1, round(count * share / total))
+            rows.append(_Killing(setting, kind, ranks, f"{folder}/last.ckpt", options).run(wanted))
+    return rows
+
+
+class _Killing:
+    def __init__(self, setting: str, kind: str, ranks: int, path: str, options: dict[str, Any]) -> None:
+        self.setting = setting
+        self.path = path
+        self.options = options
+        self.rng = random.Random(setting)
+        self.command = [sys.executable, "-W", "ignore", "-m", "tools.drills.checkpoint_kills", kind, str(ranks), path]
+
+    def run(self, count: int) -> Row:
+        notes = {"old one found": 0, "newer one found": 0}
+        wrong = newest = 0
+        saver = subprocess.Popen(
+            [*self.command, json.dumps(self.options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        with saver:
+            assert saver.stdin is not None
+            for _ in range(count):
+                complete = self._kill(saver, newest)
+                problem, newest = self._look(complete)
+                if problem:
+                    wrong += 1
+                    print(f"{self.setting}: {problem}", file=sys.stderr, flush=True)
+                    newest = complete
+                else:
+                    notes["old one found"] += newest == complete
+                    notes["newer one found"] += newest > complete
+            saver.stdin.close()
+        return Row("kills", self.setting, count, wrong, notes)
+
+    def _kill(self, saver: subprocess.Popen[str], number: int) -> int:
+        """Start saving after ``number``, kill in the second save or later; returns the last that was said complete."""
+        assert saver.stdin is not None
+        assert saver.stdout is not None
+        saver.stdin.write(f"{number}\n")
+        saver.stdin.flush()
+        pids: list[int] = []
+        begun = 0.0
+        while True:
+            word, value = saver.stdout.readline().split()
+            if word == "child":
+                pids.append(int(value))
+            elif word == "begin":
+                begun = time.perf_counter()
+            elif word == "done":
+                number = int(value)
+                break
+        time.sleep(self.rng.uniform(0, 2 * (time.perf_counter() - begun)))
+        self.rng.shuffle(pids)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            time.sleep(self.rng.uniform(0, 0.1) if len(pids) > 1 else 0)
+        while True:
+            word, value = saver.stdout.readline().split()
+            if word == "end":
+                return number
+            if word == "done":
+                number = int(value)
+
+    def _look(self, complete: int) -> tuple[str, int]:
+        io = TorchCheckpointIO(FsspecStorage(self.options))
+        try:
+            io.verify_checkpoint(self.path)
+            found = io.load_checkpoint(self.path)
+        except CheckpointError as error:
+            return str(error), complete
+        number = found["epoch"]
+        assert isinstance(number, int)
+        if number not in (complete, complete + 1):
+            return f"number {complete} was complete, but {number} was found", number
+        expected = checkpoint(number)
+        whole = all(same(found[key], expected[key]) for key in ("state_dict", "optimizer_states", "ranks", "words"))
+        return ("" if whole else f"number {number} has other content"), number
+
+
+def _say(word: str, value: int) -> None:
+    os.write(1, f"{word} {value}\n".encode())
+
+
+def _serve(kind: str, ranks: int, path: str, options: dict[str, Any]) -> None:
+    """For each number on stdin: fork savers that begin after it, and wait until they have been killed."""
+    for line in sys.stdin:
+        meeting = tempfile.mktemp(prefix="fulmen-drill-")
+        pids = []
+        for rank in range(ranks):
+            pid = os.fork()
+            if pid == 0:
+                _save_on(kind, rank, ranks, meeting, path, options, int(line))
+            pids.append(pid)
+            _say("child", pid)
+        for pid in pids:
+            os.waitpid(pid, 0)
+        _say("end", 0)
+
+
+def _save_on(kind: str, rank: int, ranks: int, meeting: str, path: str, options: dict[str, Any], number: int) -> None:
+    """Save one checkpoint after another, until killed."""
+    try:
+        io: Any = FORMATS[kind](FsspecStorage(options))
+        if ranks > 1:
+            import torch.distributed as dist
+
+            dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+        while True:
+            number += 1
+            if rank == 0:
+                _say("begin", number)
+            (io.save_sharded if ranks > 1 else io.save_checkpoint)(checkpoint(number), path)
+            if rank == 0:
+                _say("done", number)
+    finally:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]))
