@@ -132,12 +132,12 @@ class DataModuleSource:
         return Data
 
 
-def run(library_name: str, scenario: str) -> list[str]:
-    """The calls of one scenario, in order."""
+def run(library_name: str, scenario: str, **more: Any) -> list[str]:
+    """The calls of one scenario, in order; ``more`` are arguments of its Trainers."""
     library = importlib.import_module(library_name)
     calls: list[str] = []
     toggle = Toggle()
-    options: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1}
+    options: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1, **more}
     datamodule = None
     if scenario == "manual":
         toggle.manual = True

@@ -1,9 +1,21 @@
-"""Crash-safe checkpoints on any fsspec storage, for fulmen or for your own loop."""
+"""Crash-safe checkpoints on any fsspec storage, for fulmen or for your own loop.
 
-from fulmen_checkpoint.find import Found, find_last, list_checkpoints, newest_whole
-from fulmen_checkpoint.retention import Journal, Retention
-from fulmen_checkpoint.storage import FsspecStorage
-from fulmen_checkpoint.torch_io import TorchCheckpointIO
+Each name is imported when it is first used, so that ``fulmen --help`` need not import torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fulmen_checkpoint.find import Found as Found
+    from fulmen_checkpoint.find import find_last as find_last
+    from fulmen_checkpoint.find import list_checkpoints as list_checkpoints
+    from fulmen_checkpoint.find import newest_whole as newest_whole
+    from fulmen_checkpoint.retention import Journal as Journal
+    from fulmen_checkpoint.retention import Retention as Retention
+    from fulmen_checkpoint.storage import FsspecStorage as FsspecStorage
+    from fulmen_checkpoint.torch_io import TorchCheckpointIO as TorchCheckpointIO
 
 __all__ = [
     "Found",
@@ -15,3 +27,28 @@ __all__ = [
     "list_checkpoints",
     "newest_whole",
 ]
+
+_HOME = {
+    "Found": "find",
+    "FsspecStorage": "storage",
+    "Journal": "retention",
+    "Retention": "retention",
+    "TorchCheckpointIO": "torch_io",
+    "find_last": "find",
+    "list_checkpoints": "find",
+    "newest_whole": "find",
+}
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name in _HOME:
+        value: object = getattr(import_module(f"fulmen_checkpoint.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'fulmen_checkpoint' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,4 +1,7 @@
-"""``fulmen checkpoint verify|list|show``: look at checkpoints from a shell."""
+"""``fulmen checkpoint verify|list|show``: look at checkpoints from a shell.
+
+``fulmen --help`` imports this module, so that what imports torch is imported by the function that needs it.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,6 @@ import sys
 import time
 from typing import TYPE_CHECKING, cast
 
-import torch
-
-from fulmen_checkpoint.find import list_checkpoints
-from fulmen_checkpoint.storage import FsspecStorage
-from fulmen_checkpoint.torch_io import TorchCheckpointIO
 from fulmen_protocols.errors import CheckpointError, FulmenError
 
 if TYPE_CHECKING:
@@ -54,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verify(paths: list[str]) -> int:
+    from fulmen_checkpoint.torch_io import TorchCheckpointIO
+
     io = TorchCheckpointIO()
     failed = 0
     for path in paths:
@@ -68,6 +68,10 @@ def _verify(paths: list[str]) -> int:
 
 
 def _list(folder: str, pattern: str) -> int:
+    from fulmen_checkpoint.find import list_checkpoints
+    from fulmen_checkpoint.storage import FsspecStorage
+    from fulmen_checkpoint.torch_io import TorchCheckpointIO
+
     storage = FsspecStorage()
     if not storage.exists(folder):
         print(f"there is no folder {folder!r}. Check the path.", file=sys.stderr)
@@ -87,6 +91,8 @@ def _list(folder: str, pattern: str) -> int:
 
 
 def _show(path: str, depth: int) -> int:
+    from fulmen_checkpoint.torch_io import TorchCheckpointIO
+
     # On the meta device: names, shapes and dtypes, but no values are read.
     checkpoint = TorchCheckpointIO().load_checkpoint(path, map_location="meta")
     for line in _tree(cast("dict[object, object]", checkpoint), 0, max(1, depth)):
@@ -102,6 +108,8 @@ def _tree(value: Mapping[object, object], level: int, depth: int) -> Iterator[st
 
 
 def _summary(value: object) -> str:
+    import torch
+
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     if isinstance(value, dict):

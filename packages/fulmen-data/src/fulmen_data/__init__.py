@@ -18,6 +18,7 @@ from fulmen_data.samplers import (
 from fulmen_data.seeded import SeededDataset, sample_seed, seed_samples
 from fulmen_data.sizes import has_iterable_dataset, has_len, sized_len
 from fulmen_data.worker_seeding import add_worker_seeding, derive_seed, seed_worker
+from fulmen_data.workers import suggested_max_num_workers
 
 __all__ = [
     "CombinationMode",
@@ -46,5 +47,6 @@ __all__ = [
     "seed_worker",
     "set_epoch",
     "sized_len",
+    "suggested_max_num_workers",
     "track_batch_indices",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
+from torch import distributed
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from fulmen_data._random_state import agreed_randomness
@@ -34,8 +35,8 @@ class SeekableSampler(DistributedSampler[int]):
 
     Args:
         dataset: anything with a length.
-        num_replicas: number of ranks.
-        rank: this one.
+        num_replicas: number of ranks; None: those of ``torch.distributed``, or 1 where it is not in use.
+        rank: this one; None: likewise.
         shuffle: whether the order changes with each epoch; otherwise it is 0, 1, 2, ...
         seed: the same on every rank.
         drop_last: leave out the last samples instead of repeating the first, where ranks would get unequal numbers.
@@ -44,13 +45,14 @@ class SeekableSampler(DistributedSampler[int]):
     def __init__(
         self,
         dataset: Sized,
-        num_replicas: int = 1,
-        rank: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
         shuffle: bool = True,
         seed: int = 0,
         drop_last: bool = False,
     ) -> None:
-        super().__init__(cast("Dataset[object]", dataset), num_replicas, rank, shuffle, seed, drop_last)
+        ranks, rank = _ranks(num_replicas, rank)
+        super().__init__(cast("Dataset[object]", dataset), ranks, rank, shuffle, seed, drop_last)
         self._start = 0
         self._yielded = 0
 
@@ -133,11 +135,17 @@ class UnrepeatedDistributedSampler(DistributedSampler[int]):
     """
 
     def __init__(
-        self, dataset: Sized, num_replicas: int = 1, rank: int = 0, shuffle: bool = False, seed: int = 0
+        self,
+        dataset: Sized,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
     ) -> None:
-        super().__init__(cast("Dataset[object]", dataset), num_replicas, rank, shuffle, seed)
+        ranks, rank = _ranks(num_replicas, rank)
+        super().__init__(cast("Dataset[object]", dataset), ranks, rank, shuffle, seed)
         self.total_size = len(dataset)
-        self.num_samples = len(range(rank, self.total_size, num_replicas))
+        self.num_samples = len(range(rank, self.total_size, ranks))
 
     def __iter__(self) -> Iterator[int]:
         if not self.shuffle:
@@ -169,8 +177,8 @@ class DistributedSamplerWrapper(SeekableSampler):
     def __init__(
         self,
         sampler: Iterable[T],
-        num_replicas: int = 1,
-        rank: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
         shuffle: bool = False,
         seed: int = 0,
         drop_last: bool = False,
@@ -187,7 +195,12 @@ class UnrepeatedDistributedSamplerWrapper(UnrepeatedDistributedSampler):
     """``DistributedSamplerWrapper`` without padding: everything the inner sampler gives, exactly once over ranks."""
 
     def __init__(
-        self, sampler: Iterable[T], num_replicas: int = 1, rank: int = 0, shuffle: bool = False, seed: int = 0
+        self,
+        sampler: Iterable[T],
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__(_sized(sampler), num_replicas, rank, shuffle, seed)
         self.sampler = sampler
@@ -263,6 +276,15 @@ class IndexBatchSamplerWrapper(Sampler[list[int]]):
         if name.startswith("_") or name == "batch_sampler":
             raise AttributeError(name)
         return getattr(self.batch_sampler, name)
+
+
+def _ranks(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
+    in_use = distributed.is_available() and distributed.is_initialized()
+    if num_replicas is None:
+        num_replicas = distributed.get_world_size() if in_use else 1
+    if rank is None:
+        rank = distributed.get_rank() if in_use else 0
+    return num_replicas, rank
 
 
 def _sized(sampler: Iterable[T]) -> Sized:

@@ -138,19 +138,13 @@ def rank_prefixed_message(message: str, rank: int | None) -> str:
     return message if rank is None else f"[rank: {rank}] {message}"
 
 
-class WarningCache:
-    """Says each message once per process."""
-
-    def __init__(self) -> None:
-        self._said: set[str] = set()
-
-    def __contains__(self, message: object) -> bool:
-        return message in self._said
+class WarningCache(set[str]):
+    """Says each message once per process: the set of those that were said."""
 
     def _first(self, message: str) -> bool:
-        if message in self._said:
+        if message in self:
             return False
-        self._said.add(message)
+        self.add(message)
         return True
 
     def warn(self, message: str, category: type[Warning] = UserWarning, stacklevel: int | None = None) -> None:

@@ -62,6 +62,8 @@ class StepHooks:
     """Clips the gradients before the step."""
     optimizer_step: Callable[[Callable[[], object]], object] | None = None
     """Replaces ``optimizer.step``; called with the closure, which it must run."""
+    around_step: Callable[[Callable[..., object]], Callable[..., object]] | None = None
+    """Wraps the optimizer's own step, once, while the step is composed."""
 
 
 class BatchStep(Protocol):
@@ -291,9 +293,12 @@ def automatic_step(
                 output, loss = forward_backward(batch, batch_idx)
         return visible(output, loss) if keep_outputs else None
 
-    optimizer_step: Callable[[], object] = optimizer.step if gradients.is_plain else partial(gradients.step, optimizer)
+    optimizer_step: Callable[..., object] = optimizer.step if gradients.is_plain else partial(gradients.step, optimizer)
+    step_with: Callable[..., object] = partial(gradients.step, optimizer)
+    if hooks.around_step is not None:
+        optimizer_step, step_with = hooks.around_step(optimizer_step), hooks.around_step(step_with)
     chosen: BatchStep = step
-    step_through: Callable[[Callable[[], object]], object] = hooks.optimizer_step or partial(gradients.step, optimizer)
+    step_through: Callable[[Callable[[], object]], object] = hooks.optimizer_step or step_with
     if hooks.optimizer_step is not None:
         chosen = step_with_closure
     elif needs_closure(optimizer):

@@ -35,7 +35,7 @@ from fulmen_protocols.precision import (
     SupportsInputConversion,
     SupportsOutputConversion,
 )
-from fulmen_protocols.profiler import Profiler
+from fulmen_protocols.profiler import Profiler, SupportsModuleRecording
 from fulmen_protocols.progress_reporter import ProgressReporter
 from fulmen_protocols.seams import (
     ACCELERATORS,
@@ -140,6 +140,7 @@ __all__ = [
     "SupportsLoaderProcessing",
     "SupportsLogDir",
     "SupportsManualBackward",
+    "SupportsModuleRecording",
     "SupportsNoSync",
     "SupportsOutputConversion",
     "SupportsPatientBarrier",

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-__all__ = ["Profiler"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from torch import nn
+
+__all__ = ["Profiler", "SupportsModuleRecording"]
 
 
 @runtime_checkable
@@ -17,6 +23,10 @@ class Profiler(Protocol):
 
     def stop(self, action_name: str) -> None:
         """End to measure. Raises ``ValueError`` for an action that was not started."""
+        ...
+
+    def profile(self, action_name: str) -> AbstractContextManager[object]:
+        """Measure a block; what users write, ``with self.trainer.profiler.profile("...")``."""
         ...
 
     def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
@@ -33,4 +43,19 @@ class Profiler(Protocol):
 
     def describe(self) -> None:
         """Print or write the report."""
+        ...
+
+
+@runtime_checkable
+class SupportsModuleRecording(Protocol):
+    """A profiler that wants to know the model whose actions it measures."""
+
+    def record_module(self, module: nn.Module, expected_calls: Callable[[str], float]) -> None:
+        """Called after ``setup``.
+
+        Args:
+            module: the user's, as it is before anything is placed.
+            expected_calls: how often a step function (``training_step``, ...) will be called without another one in
+                between, once its loaders are known; ``inf`` where they have no length.
+        """
         ...

@@ -34,6 +34,7 @@ _MODULES = frozenset(
         "loggers",
         "plugins",
         "profilers",
+        "serve",
         "strategies",
         "tuner",
         "utilities",

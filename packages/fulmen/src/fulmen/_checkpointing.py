@@ -67,7 +67,7 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
     if not weights_only:
         checkpoint["callbacks"] = callbacks = {}
         for callback in trainer.callbacks:
-            state = session.scoped("state_dict", callback.state_dict)() if hasattr(callback, "state_dict") else None
+            state = session.within("state_dict", callback.state_dict)() if hasattr(callback, "state_dict") else None
             if state:
                 callbacks[_state_key(callback)] = state
         checkpoint["optimizer_states"] = [
@@ -82,14 +82,14 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
     checkpoint.update(checkpoint_entries(module))
     if session.datamodule is not None:
         checkpoint.update(checkpoint_entries(session.datamodule, prefix="datamodule_"))
-        state = session.scoped("state_dict", session.datamodule.state_dict)()
+        state = session.scoped("state_dict", session.datamodule.state_dict, session.datamodule)()
         if state:
             checkpoint[type(session.datamodule).__qualname__] = state
     if not weights_only:
         for callback in trainer.callbacks:
             hook = getattr(callback, "on_save_checkpoint", None)
             if hook is not None:
-                session.scoped("on_save_checkpoint", hook)(trainer, module, checkpoint)
+                session.scoped("on_save_checkpoint", hook, callback)(trainer, module, checkpoint)
     session.scoped("on_save_checkpoint", module.on_save_checkpoint)(checkpoint)
     return checkpoint
 
@@ -143,11 +143,11 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
     if session.datamodule is not None:
         state = checkpoint.get(type(session.datamodule).__qualname__)
         if state:
-            session.scoped("load_state_dict", session.datamodule.load_state_dict)(state)
+            session.scoped("load_state_dict", session.datamodule.load_state_dict, session.datamodule)(state)
     for callback in trainer.callbacks:
         hook = getattr(callback, "on_load_checkpoint", None)
         if hook is not None:
-            session.scoped("on_load_checkpoint", hook)(trainer, module, checkpoint)
+            session.scoped("on_load_checkpoint", hook, callback)(trainer, module, checkpoint)
     states: dict[object, Any] = checkpoint.get("callbacks") or {}
     # Before Lightning 1.5 the key was the class itself; it comes back only from a file that may run code.
     keys: list[tuple[Any, object, object]] = [(c, _state_key(c), cast("object", type(c))) for c in trainer.callbacks]
@@ -158,7 +158,7 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
     for callback, key, legacy_key in keys:
         state = states.get(key, states.get(legacy_key))
         if state is not None and hasattr(callback, "load_state_dict"):
-            session.scoped("load_state_dict", callback.load_state_dict)(copy.deepcopy(state))
+            session.within("load_state_dict", callback.load_state_dict)(copy.deepcopy(state))
 
 
 def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from fulmen_fabric.abilities import supports
 from fulmen_protocols import SupportsInferencePlacement
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
     from fulmen._loaders import EvalLoaders
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from fulmen.settings import Settings
     from fulmen.states import TrainerState
 
-    EvalArguments = tuple[EvalParts, EvalHooks, list[Iterable[object]], list[float]]
-    PredictArguments = tuple[PredictParts, EvalHooks, list[Iterable[object]], list[float]]
+    EvalArguments = tuple[EvalParts, EvalHooks, Sequence[Iterable[object]], list[float]]
+    PredictArguments = tuple[PredictParts, EvalHooks, Sequence[Iterable[object]], list[float]]
 
 __all__ = ["Evaluation"]
 
@@ -143,6 +143,7 @@ class Evaluation:
     def prepare_predict(self, *, keep: bool) -> PredictArguments:
         """What ``predict`` needs; ``keep``: the outputs are returned."""
         session = self._session
+        measuring = session.measuring
         writers = [callback for callback in self.binder.callbacks if isinstance(callback, BasePredictionWriter)]
         loaders = self.loaders("predict", track_indices=bool(writers))
         session.predictions = record = PredictionRecord(len(loaders.loaders), loaders.trackers, returns=keep)
@@ -155,7 +156,7 @@ class Evaluation:
             step=step if context is None else _inside(context, step),
             transfer=session.transfer(),
             no_grad=session.no_grad(inference_mode=self._uses_inference_mode()),
-            model_eval=modes.eval,
+            model_eval=measuring.hook(session.module, "on_predict_model_eval", modes.eval),
             model_train=modes.restore,
             keep=copy if keep else None,
             predictions=record.kept,
@@ -166,7 +167,8 @@ class Evaluation:
             on_batch_start=(record.begin_batch, *hooks.on_batch_start) if writers else hooks.on_batch_start,
             on_end=(record.release, *hooks.on_end),
         )
-        return parts, hooks, loaders.loaders, loaders.limits
+        measured = measuring.loaders("[_PredictionLoop].predict_next", loaders.loaders, loaders.limits)
+        return parts, hooks, measured, loaders.limits
 
     # ------------------------------------------------------------------ what they share
 
@@ -196,13 +198,16 @@ class Evaluation:
             step=step if context is None else _inside(context, step),
             transfer=_starting(store, session.transfer(), several=loaders.several),
             no_grad=session.no_grad(inference_mode=not in_fit and self._uses_inference_mode()),
-            model_eval=modes.eval,
+            model_eval=session.measuring.hook(session.module, f"on_{name}_model_eval", modes.eval),
             model_train=modes.restore,
             end_batch=metering.eval_end_batch(store, several=loaders.several),
             reduce=store.reduce_epoch,
             log=partial(metering.log_eval_epoch, store),
         )
-        return parts, hooks, loaders.loaders, [min(limit, each) for each in loaders.limits]
+        # Without a limit of its own the loaders' own list: a tuner may change it when the evaluation starts.
+        limits = loaders.limits if limit == math.inf else [min(limit, each) for each in loaders.limits]
+        measured = session.measuring.loaders(f"[_EvaluationLoop].{stage}_next", loaders.loaders, limits)
+        return parts, hooks, measured, limits
 
     def _uses_inference_mode(self) -> bool:
         # gloo reduces tensors in place, which inference tensors refuse.

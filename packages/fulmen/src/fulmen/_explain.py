@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from typing import TYPE_CHECKING, Any
 
+from fulmen._measuring import Measuring
 from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.checkpoint import Checkpoint
 from fulmen.callbacks.early_stopping import EarlyStopping
@@ -80,6 +81,8 @@ def explain_run(trainer: Trainer, model: LightningModule | None) -> str:
         rows.append(f"  {'callback':<20} {_origin(callback)}")
         if hasattr(callback, "describe_plan"):
             rows.append(f"  {'':<20} {callback.describe_plan(trainer)}")
+    if Measuring(trainer.profiler).is_on:
+        rows.append(f"  {'profiler':<20} {_origin(trainer.profiler)}")
     if module is not None:
         rows.append(f"  {'module':<20} {_origin(module)}")
     rows += ["", "Order of fit"]

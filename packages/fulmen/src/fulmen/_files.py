@@ -24,6 +24,7 @@ __all__ = [
     "open_text",
     "parent",
     "real",
+    "write_bytes",
 ]
 
 
@@ -125,6 +126,15 @@ def open_text(path: str | PathLike[str], mode: str = "r") -> AbstractContextMana
     return cast(
         "AbstractContextManager[TextIO]", _remote(str(path)).open(str(path), mode, newline="", encoding="utf-8")
     )
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Make or replace a file; its folder is there."""
+    if is_local(path):
+        with open(absolute(path), "wb") as file:
+            file.write(data)
+    else:
+        _remote(path).pipe_file(path, data)
 
 
 def _remote(url: str) -> Any:

@@ -15,6 +15,7 @@ from fulmen._predictions import tracked
 from fulmen_data import (
     CombinedLoader,
     LoaderPosition,
+    add_worker_seeding,
     distribute_loader,
     has_iterable_dataset,
     rebuild_loader,
@@ -41,8 +42,8 @@ class LoaderSource:
         self, stage: str, given: object, datamodule: LightningDataModule | None, module: LightningModule
     ) -> None:
         self.hook = f"{stage}_dataloader"
-        self.scoped: Callable[[str, Callable[[], object]], Callable[[], object]] = lambda _, hook: hook
-        """Wraps the hook so that ``self.log`` inside it knows where it is called."""
+        self.scoped: Callable[..., Callable[[], object]] = _as_it_is
+        """``(name, hook, owner)``: wraps the hook so that ``self.log`` inside it knows where it is called."""
         self._given = given
         self._owner: Any = None
         if given is None:
@@ -63,13 +64,18 @@ class LoaderSource:
 
     def load(self) -> object:
         """The loaders as the user gave them; calls the hook."""
-        loaders = self._given if self._owner is None else self.scoped(self.hook, getattr(self._owner, self.hook))()
+        owner, hook = self._owner, self.hook
+        loaders = self._given if owner is None else self.scoped(hook, getattr(owner, hook), owner)()
         if loaders is None:
             raise MisconfigurationException(
                 f"{self.hook} returned None. Return a DataLoader, any iterable of batches, or a collection of them."
             )
         _require_iterable(self.hook, loaders)
         return loaders
+
+
+def _as_it_is(_name: str, hook: Callable[[], object], _owner: object) -> Callable[[], object]:
+    return hook
 
 
 def _overrides(owner: object, name: str) -> bool:
@@ -157,8 +163,11 @@ def _length(loader: object) -> float:
 class Splitter:
     """How loaders are split over ranks: what ``distribute_loader`` needs to know of a run."""
 
-    def __init__(self, *, rank: int, world_size: int, seed: int, enabled: bool, overfit: bool) -> None:
+    def __init__(
+        self, *, rank: int, world_size: int, seed: int, enabled: bool, overfit: bool, seeds_workers: bool
+    ) -> None:
         self._rank, self._world_size, self._seed = rank, world_size, seed
+        self._seeds_workers = seeds_workers
         self._enabled = enabled and world_size > 1
         self._overfit = overfit
 
@@ -181,18 +190,21 @@ class Splitter:
         return rebuild_loader(split, batch_sampler=BatchSampler(inner.sampler, inner.batch_size, drop_last=False))
 
     def _split(self, loader: object, *, training: bool) -> object:
-        if not self._enabled or not _is_data_loader(loader):
+        if not _is_data_loader(loader):
             return loader
-        # Training shuffles, as Lightning does, whatever the loader's own order; evaluation keeps the loader's.
-        shuffle = not self._overfit if training else None
-        return distribute_loader(
-            loader,
-            rank=self._rank,
-            world_size=self._world_size,
-            shuffle=shuffle,
-            training=training,
-            seed=self._seed,
-        )
+        if self._enabled:
+            # Training shuffles, as Lightning does, whatever the loader's own order; evaluation keeps the loader's.
+            loader = distribute_loader(
+                loader,
+                rank=self._rank,
+                world_size=self._world_size,
+                shuffle=not self._overfit if training else None,
+                training=training,
+                seed=self._seed,
+            )
+        if self._seeds_workers:
+            add_worker_seeding(loader, self._rank)
+        return loader
 
 
 class TrainLoader:
@@ -275,6 +287,12 @@ class TrainLoader:
     def end_epoch(self) -> None:
         """Forget the running iterator: the next epoch starts a new one."""
         self._running = None
+
+    def reload(self, epoch: int) -> None:
+        """Ask for the loader again now, between two epochs: it would be another one."""
+        self.close()
+        self._loaded_in, self._combined = None, False
+        self.setup(epoch)
 
     def state_dict(self, batch: int, *, within_epoch: bool) -> dict[str, object]:
         """Where the loader is after ``batch`` batches of the running epoch, or between two epochs."""
@@ -389,19 +407,24 @@ class EvalLoaders:
         self.user_loaders = loaders = self._source.load()
         split = _map(loaders, self._split)
         if isinstance(split, CombinedLoader) and split.mode != "sequential":
-            self.loaders = [_Combined(split)]
+            self.loaders[:] = [_Combined(split)]  # in place: a running evaluation holds the lists
             lengths: list[float] = [_combined_length(split)]
         else:
             leaves = _leaves(split)
             if self._track_indices:
-                leaves, self.trackers = tracked(leaves)
-            self.loaders = leaves if self._process is None else [self._process(leaf) for leaf in leaves]
+                leaves, self.trackers[:] = tracked(leaves)
+            self.loaders[:] = leaves if self._process is None else [self._process(leaf) for leaf in leaves]
             lengths = [_length(leaf) for leaf in leaves]
-        self.limits = [limited(self._limit_name, length, self._limit, self._source.hook) for length in lengths]
+        self.limits[:] = [limited(self._limit_name, length, self._limit, self._source.hook) for length in lengths]
         for index, length in enumerate(lengths):
             if length == 0:
                 rank_zero_warn(f"{self._source.hook}: loader {index} has no batch.")
         self._loaded_in = epoch
+
+    def reload(self, epoch: int) -> None:
+        """Ask for the loaders again now: they would be others."""
+        self._loaded_in = None
+        self.setup(epoch)
 
     @property
     def several(self) -> bool:

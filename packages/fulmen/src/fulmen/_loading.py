@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from fulmen import _instantiator
 from fulmen.hparams import load_hparams_from_csv, load_hparams_from_yaml, restored
 from fulmen_protocols import CHECKPOINT_IOS, MisconfigurationException, MisconfigurationTypeError, load
 
@@ -66,7 +67,7 @@ def load_module(
         raise MisconfigurationException(
             f"{str(path)!r} holds no model: its keys are {sorted(checkpoint)!r} and 'state_dict' is not among them."
         )
-    module: M = _construct(cls, checkpoint, "", overrides)
+    module: M = _construct(cls, checkpoint, "", overrides, path, weights_only)
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
     state = cast("Mapping[str, Any]", checkpoint["state_dict"])  # the hook may have replaced it
@@ -91,7 +92,7 @@ def load_datamodule(
     checkpoint = _read(path, map_location, weights_only)
     if hparams_file is not None:
         checkpoint["datamodule_hyper_parameters"] = _read_hparams(hparams_file)
-    datamodule: D = _construct(cls, checkpoint, "datamodule_", overrides)
+    datamodule: D = _construct(cls, checkpoint, "datamodule_", overrides, path, weights_only)
     state = checkpoint.get(cls.__qualname__)
     if isinstance(state, dict):
         datamodule.load_state_dict(cast("dict[str, Any]", state))
@@ -127,21 +128,55 @@ def _read_hparams(path: str | PathLike[str]) -> dict[str, Any]:
     )
 
 
-def _construct(cls: type[Any], checkpoint: Mapping[str, Any], prefix: str, overrides: Mapping[str, Any]) -> Any:
-    parameters = {} if cls.__init__ is nn.Module.__init__ else dict(inspect.signature(cls.__init__).parameters)
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+def _construct(
+    cls: type[Any],
+    checkpoint: Mapping[str, Any],
+    prefix: str,
+    overrides: Mapping[str, Any],
+    path: str | PathLike[str],
+    weights_only: bool | None,
+) -> Any:
     hparams = restored(checkpoint, prefix)
+    if _instantiator.is_known(hparams):
+        return _construct_configured(cls, hparams, overrides, path, weights_only)
+    parameters, takes_any = _parameters(cls)
     name = checkpoint.get(f"{prefix}hparams_name")
     if isinstance(name, str) and name != "kwargs" and name in parameters:
         # It was saved as one configuration object; what __init__ does not take by itself overrides a part of that.
         direct = {key: value for key, value in overrides.items() if key in parameters or takes_any}
         hparams.update({key: value for key, value in overrides.items() if key not in direct})
         return cls(**{name: hparams, **direct})
-    # Written by Lightning's command line; fulmen runs no code that a file names.
-    saved = {key: value for key, value in hparams.items() if key not in ("_instantiator", "_class_path")}
+    # No builder but ours is used, whatever the file names; what it saved as plain values needs none.
+    _, saved = _instantiator.split(hparams)
     if not takes_any:
         saved = {key: value for key, value in saved.items() if key in parameters}
     return cls(**{**saved, **overrides})
+
+
+def _construct_configured(
+    cls: type[Any],
+    hparams: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    path: str | PathLike[str],
+    weights_only: bool | None,
+) -> Any:
+    """Build what the command line had built."""
+    class_path, saved = _instantiator.split(hparams)
+    saved = {key: value for key, value in saved.items() if key not in overrides}
+    named = {} if class_path is None else {_instantiator.CLASS_PATH: class_path}
+    if weights_only is not False:
+        _instantiator.refuse_foreign_code(cls, {**named, **saved}, repr(str(path)))
+    if class_path is None:
+        parameters, takes_any = _parameters(cls)
+        if not takes_any:
+            saved = {key: value for key, value in saved.items() if key in parameters}
+    return _instantiator.instantiate_module(cls, {**named, **saved, **overrides})
+
+
+def _parameters(cls: type[Any]) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The parameters of ``cls.__init__``, and whether it takes any keyword besides."""
+    found = {} if cls.__init__ is nn.Module.__init__ else dict(inspect.signature(cls.__init__).parameters)
+    return found, any(parameter.kind is parameter.VAR_KEYWORD for parameter in found.values())
 
 
 def _strictness(module: LightningModule, strict: bool | None) -> bool:

@@ -25,7 +25,7 @@ def prepare_data(session: Session) -> None:
             continue
         per_node = getattr(owner, "prepare_data_per_node", True)
         if world.local_rank == 0 if per_node else world.is_global_zero:
-            session.scoped("prepare_data", owner.prepare_data)()
+            session.scoped("prepare_data", owner.prepare_data, owner)()
     collectives = world.collectives
     if supports(collectives, SupportsPatientBarrier):  # one rank may be downloading for hours
         collectives.patient_barrier("prepare_data")

@@ -67,5 +67,6 @@ def _splitter(session: Session, settings: Settings) -> Splitter:
         world_size=session.world.data_parallel_size,
         seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
         enabled=settings.use_distributed_sampler,
+        seeds_workers=os.environ.get("PL_SEED_WORKERS", "0") == "1",
         overfit=bool(settings.overfit_batches),
     )

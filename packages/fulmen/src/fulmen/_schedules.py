@@ -13,30 +13,39 @@ if TYPE_CHECKING:
     from fulmen.optimizer import LRSchedulerConfig
     from fulmen.progress import Progress
 
-__all__ = ["plain_schedule", "watching_schedule"]
+__all__ = ["as_it_is", "plain_schedule", "watching_schedule"]
+
+
+def as_it_is(step: Callable[..., None]) -> Callable[..., None]:
+    """What ``measured`` is where nothing is."""
+    return step
 
 
 def plain_schedule(
-    configs: Sequence[LRSchedulerConfig], progress: Progress, overridden: Callable[..., Any] | None
+    configs: Sequence[LRSchedulerConfig],
+    progress: Progress,
+    overridden: Callable[..., Any] | None,
+    measured: Callable[[Callable[..., None]], Callable[..., None]] = as_it_is,
 ) -> Callable[[int, bool], None] | None:
     """Step the schedulers that need no metric; None when there are none.
 
     Called with ``(batch_idx, epoch has ended)`` after an optimizer step. ``frequency`` counts batches of the epoch for
-    ``interval="step"`` and epochs of the run for ``interval="epoch"``.
+    ``interval="step"`` and epochs of the run for ``interval="epoch"``. ``measured`` wraps each single step.
     """
     by_step = [c for c in configs if not c.reduce_on_plateau and c.interval == "step"]
     by_epoch = [c for c in configs if not c.reduce_on_plateau and c.interval == "epoch"]
     if not by_step and not by_epoch:
         return None
+    step = measured(_step)
 
     def schedule(batch_idx: int, epoch_has_ended: bool) -> None:
         for config in by_step:
             if (batch_idx + 1) % config.frequency == 0:
-                _step(config, None, overridden)
+                step(config, None, overridden)
         if epoch_has_ended:
             for config in by_epoch:
                 if (progress.epoch + 1) % config.frequency == 0:
-                    _step(config, None, overridden)
+                    step(config, None, overridden)
 
     return schedule
 
@@ -46,6 +55,7 @@ def watching_schedule(
     progress: Progress,
     overridden: Callable[..., Any] | None,
     metrics: Callable[[], Mapping[str, Any]],
+    measured: Callable[[Callable[..., None]], Callable[..., None]] = as_it_is,
 ) -> Callable[[int | None, bool], None] | None:
     """Step the schedulers that watch a metric; None when there are none.
 
@@ -58,6 +68,7 @@ def watching_schedule(
     watching = [c for c in configs if c.reduce_on_plateau]
     if not watching:
         return None
+    step = measured(_step)
 
     def schedule(batch_idx: int | None, epoch_has_ended: bool) -> None:
         for config in watching:
@@ -79,7 +90,7 @@ def watching_schedule(
                     raise MisconfigurationException(text + "Log it, or set 'strict': False in the scheduler's dict.")
                 rank_zero_warn(text + "The scheduler is not stepped this time.")
                 continue
-            _step(config, value, overridden)
+            step(config, value, overridden)
 
     return schedule
 

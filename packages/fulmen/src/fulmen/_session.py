@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fulmen._measuring import Measuring
 from fulmen.manual import ManualOptimization
 from fulmen.metrics import scope_for
 from fulmen.module import LightningModule
@@ -67,6 +68,8 @@ class Session:
     eval_loaders: dict[str, EvalLoaders] = field(default_factory=dict[str, "EvalLoaders"])
     manual: ManualOptimization | None = None
     gradients: Gradients | None = None
+    measuring: Measuring = field(default_factory=Measuring)
+    """Measures what is composed here, if the user gave a profiler."""
     predictions: PredictionRecord | None = None
     """What the running prediction has found so far."""
     resumed: dict[str, Any] | None = None
@@ -83,8 +86,15 @@ class Session:
         self.optimizers, self.schedulers = previous.optimizers, previous.schedulers
         self.train_loader, self.eval_loaders = previous.train_loader, {}
 
-    def scoped(self, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """``hook``, inside which ``self.log`` knows that it is in ``name``."""
+    def scoped(self, name: str, hook: Callable[..., Any], owner: object = None) -> Callable[..., Any]:
+        """``hook``, inside which ``self.log`` knows that it is in ``name``.
+
+        ``owner`` is whose hook it is, for a profiler; None: the module's.
+        """
+        return self.within(name, self.measuring.hook(self.module if owner is None else owner, name, hook))
+
+    def within(self, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """The same for what is measured elsewhere, or not at all."""
         scope = scope_for(name)
 
         def call(*args: object, **kwargs: object) -> Any:
@@ -128,9 +138,7 @@ class Session:
             method = self.bound(name) if bind else getattr(self.module, name)
         takes = _positional(getattr(self.module, name))
         given = 3 if several_loaders else 2
-        if takes >= given:
-            return method
-        return lambda *args: method(*args[:takes])
+        return self.measuring.strategy(name, method if takes >= given else lambda *args: method(*args[:takes]))
 
     def transfer(self) -> Callable[[object, int], object]:
         """Put a batch on the device: precision's casts, then the transfer hooks of datamodule or module."""
@@ -143,7 +151,7 @@ class Session:
         moves = device.type != "cpu"
         processed = supports(self.assembly.strategy, SupportsLoaderProcessing)
         if convert is None and before is None and custom is None and after is None and (not moves or processed):
-            return unchanged
+            return self.measuring.strategy("batch_to_device", unchanged)
 
         def transfer(batch: object, dataloader_idx: int) -> object:
             if convert is not None:
@@ -158,24 +166,24 @@ class Session:
                 batch = after(batch, dataloader_idx)
             return batch
 
-        return transfer
+        return self.measuring.strategy("batch_to_device", transfer)
 
     def _transfer_hook(self, name: str) -> Callable[..., Any] | None:
         # A datamodule's own version wins over the module's.
-        found: list[Callable[..., Any]] = []
+        found: list[tuple[object, Callable[..., Any]]] = []
         for owner in (self.datamodule, self.module):
             method = getattr(owner, name, None)
             if method is None:
                 continue
             base = next(c for c in reversed(type(owner).__mro__) if name in vars(c))
             if getattr(method, "__func__", method) is not vars(base)[name]:
-                found.append(method)
+                found.append((owner, method))
         if len(found) > 1:
             rank_zero_warn(
                 f"both {type(self.datamodule).__name__} and {type(self.module).__name__} define {name}: the "
                 "datamodule's is called, the module's is not. Define it in one of them."
             )
-        return self.scoped(name, found[0]) if found else None
+        return self.scoped(name, found[0][1], found[0][0]) if found else None
 
     def process_loader(self) -> Callable[[Iterable[object]], Iterable[object]] | None:
         """How the strategy feeds its device, if it wants to."""
@@ -205,8 +213,9 @@ class Session:
             "on_before_backward": binder.both("on_before_backward"),
             "on_after_backward": binder.both("on_after_backward"),
             "on_before_optimizer_step": binder.both("on_before_optimizer_step"),
-            "backward": None if overridden_backward is None else self.scoped("backward", overridden_backward),
+            "backward": None if overridden_backward is None else self.within("backward", overridden_backward),
         }
+        measuring = self.measuring
         if not module.automatic_optimization:
             self.manual = manual = ManualOptimization(
                 training_step,
@@ -222,13 +231,14 @@ class Session:
             self.wrapped = manual.optimizers = [
                 LightningOptimizer(
                     optimizer,
-                    partial(manual.step, optimizer),
+                    measuring.action("optimizer_step", partial(manual.step, optimizer)),
                     toggle=module.toggled_optimizer,
                     no_sync=hold_sync,
                 )
                 for optimizer in self.optimizers
             ]
-            return {"step": manual.batch_step, "accumulate": manual.batch_step, "updates": manual.updates}
+            run = measuring.action("run_training_batch", manual.batch_step)
+            return {"step": run, "accumulate": run, "updates": manual.updates}
 
         self.manual = None
         optimizer = self.optimizers[0]
@@ -254,6 +264,13 @@ class Session:
                 return scoped_step(progress.epoch, progress.batch, wrapped, closure)
 
             hooks["optimizer_step"] = user_step
+        if measuring.is_on:
+            hooks["backward"] = measuring.strategy("backward", hooks["backward"] or gradients.backward)
+            if zero_grad is None:
+                hooks["zero_grad"] = measuring.hook(module, "optimizer_zero_grad", optimizer.zero_grad)
+            if clips is None and "clip" in hooks:
+                hooks["clip"] = measuring.hook(module, "configure_gradient_clipping", hooks["clip"])
+            hooks["around_step"] = partial(measuring.hook, module, "optimizer_step")
         step, accumulate_only = automatic_step(
             training_step=training_step,
             optimizer=optimizer,
@@ -264,7 +281,8 @@ class Session:
             keep_outputs=keep_outputs,
             world_size=self.world.world_size,
         )
-        return {"step": step, "accumulate": accumulate_only}
+        run_step, run_accumulate = (measuring.action("run_training_batch", each) for each in (step, accumulate_only))
+        return {"step": run_step, "accumulate": run_accumulate}
 
     def close_loaders(self) -> None:
         """Let the training loader's workers go."""

@@ -44,6 +44,8 @@ class DummyLogger:
 
     name: str | None = ""
     version: int | str | None = ""
+    save_dir: str | None = None
+    log_dir: str | None = None
     experiment = DummyExperiment()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fulmen import _checkpointing, _verify
 from fulmen._planning import make_plan
 from fulmen._run_loaders import train_loader
-from fulmen._schedules import plain_schedule, watching_schedule
+from fulmen._schedules import as_it_is, plain_schedule, watching_schedule
 from fulmen._session import unchanged
 from fulmen.fit import FitParts
 from fulmen.plan import Plan
@@ -70,10 +71,13 @@ class Training:
         hooks = binder.fit(before_watching=(metering.reduce_train,))
         own_schedule = next(iter(binder.of_module("lr_scheduler_step")), None)
         schedule = schedule_on_metric = None
+        measured = as_it_is  # of_module measures the user's own
+        if own_schedule is None:
+            measured = partial(session.measuring.hook, session.module, "lr_scheduler_step")
         if session.module.automatic_optimization:
-            schedule = plain_schedule(session.schedulers, progress, own_schedule)
+            schedule = plain_schedule(session.schedulers, progress, own_schedule, measured)
             schedule_on_metric = watching_schedule(
-                session.schedulers, progress, own_schedule, lambda: metering.reporter.callback_metrics
+                session.schedulers, progress, own_schedule, lambda: metering.reporter.callback_metrics, measured
             )
         validates_by_time = isinstance(settings.val_check_interval, timedelta)
         parts = FitParts(
@@ -90,7 +94,7 @@ class Training:
             schedule_on_metric=schedule_on_metric,
             log=self._log_step,
             end_batch=self._sync_step if metering.train.may_sync_steps else None,
-            end_epoch=metering.reduce_train,
+            end_epoch=self._end_epoch if session.measuring.is_on else metering.reduce_train,
             log_epoch=metering.log_train_epoch,
             close_epoch=self._close_epoch,
             validate=self._evaluation.validate,
@@ -100,7 +104,7 @@ class Training:
 
     def load(self) -> None:
         """Ask the user for the training loader; now its length is known."""
-        self._loader.setup(self._progress.epoch)
+        self._session.measuring.action("setup_train_dataloader", self._loader.setup)(self._progress.epoch)
 
     def make_plan(self) -> Plan:
         """The plan, from what the user has set so far and the length of the loader.
@@ -133,7 +137,12 @@ class Training:
 
     def batches(self) -> Batches:
         """The rest of the running epoch."""
-        return self._loader.epoch_batches(self._progress.epoch, self._progress.batch)
+        batches = self._loader.epoch_batches(self._progress.epoch, self._progress.batch)
+        measuring = self._session.measuring
+        if not self._has_started or self._progress.epoch_is_whole:  # nothing will be trained on
+            return batches
+        measuring.begin("run_training_epoch")
+        return measuring.batches("[_TrainingEpochLoop].train_dataloader_next", batches)
 
     def end(self, hooks: FitHooks) -> None:
         """Tell everybody that training has ended, if it had started."""
@@ -142,6 +151,10 @@ class Training:
                 hook()
 
     # ------------------------------------------------------------------ what the loop calls
+
+    def _end_epoch(self) -> None:
+        self._session.measuring.end("run_training_epoch")
+        self._metering.reduce_train()
 
     def _sync_step(self) -> None:
         due = not self._progress.window_is_open and self._plan.logs(self._progress)

@@ -9,6 +9,10 @@ from fulmen_protocols import MisconfigurationException
 __all__ = ["MisconfigurationException", "SIGTERMException"]
 
 
+class _TunerExitException(Exception):  # pyright: ignore[reportUnusedClass]  # Lightning's name
+    """A tuner has what it wanted: the call that it was made in ends here, without an error."""
+
+
 class SIGTERMException(SystemExit):  # Lightning's name
     """The run was asked to end by SIGTERM and did so between two batches; the process exits with 128 + 15 = 143."""
 

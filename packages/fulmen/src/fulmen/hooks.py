@@ -64,8 +64,8 @@ class HookBinder:
     trainer: Trainer
     module: LightningModule
     callbacks: Sequence[object]
-    scoped: Callable[[str, Callable[..., Any]], Callable[..., Any]]
-    """Wraps a hook so that ``self.log`` inside it knows where it is called."""
+    scoped: Callable[..., Callable[..., Any]]
+    """``(name, hook, owner)``: wraps a hook so that ``self.log`` inside it knows where it is called."""
 
     def of_callbacks(self, name: str, callbacks: Iterable[object] | None = None) -> Hook:
         """The callbacks' own versions of ``name``, called without ``trainer`` and ``pl_module``."""
@@ -76,7 +76,7 @@ class HookBinder:
                 continue
             if getattr(callback, "_" + name + "_is_idle", False):
                 continue  # the callback knows that it has nothing to do there in this run
-            found.append(self.scoped(name, partial(method, self.trainer, self.module)))
+            found.append(self.scoped(name, partial(method, self.trainer, self.module), callback))
         return tuple(found)
 
     def of_module(self, name: str) -> Hook:

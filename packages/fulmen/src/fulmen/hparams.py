@@ -7,7 +7,9 @@ import inspect
 import pickle
 import warnings
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
@@ -22,9 +24,26 @@ if TYPE_CHECKING:
 __all__ = [
     "AttributeDict",
     "HyperparametersMixin",
+    "given_hyperparameters",
     "load_hparams_from_csv",
     "load_hparams_from_yaml",
 ]
+
+
+_given: ContextVar[tuple[type, Mapping[str, Any]] | None] = ContextVar("_given", default=None)
+
+
+@contextmanager
+def given_hyperparameters(cls: type, hparams: Mapping[str, Any]) -> Generator[None]:
+    """Inside, an object of exactly ``cls`` saves ``hparams`` in place of what its ``__init__`` received.
+
+    For those who build objects from a configuration: it is plain data, where ``__init__`` gets what was built from it.
+    """
+    token = _given.set((cls, hparams))
+    try:
+        yield
+    finally:
+        _given.reset(token)
 
 
 class AttributeDict(dict[str, Any]):
@@ -88,7 +107,7 @@ class HyperparametersMixin:
         if frame is None:
             current = inspect.currentframe()
             frame = current.f_back if current is not None else None
-        given = _constructor_arguments(self, frame)
+        given = _given_for(self) or _constructor_arguments(self, frame)
         given = {name: value for name, value in given.items() if name not in ignored}
 
         objects = [argument for argument in args if not isinstance(argument, str)]
@@ -135,6 +154,11 @@ class HyperparametersMixin:
             self._hparams.update(hparams)
         else:
             self._hparams = hparams
+
+
+def _given_for(owner: object) -> dict[str, Any] | None:
+    given = _given.get()
+    return dict(given[1]) if given is not None and given[0] is type(owner) else None
 
 
 def _deep_copy(hparams: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -292,6 +316,8 @@ def hyperparameters_for_loggers(
     merged: dict[str, Any] = {}
     for owner in owners:
         for name, value in owner.hparams_initial.items():
+            if name in ("_class_path", "_instantiator"):
+                continue  # how to build the object again is for checkpoints
             if name in merged and not _same(merged[name], value):
                 raise MisconfigurationException(
                     f"hyperparameter {name!r} is {merged[name]!r} in {type(module).__name__} and {value!r} in "

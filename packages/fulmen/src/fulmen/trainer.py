@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
-from fulmen import _callbacks, _checkpointing, _loggers, _preparation, _switches, _verify
+from fulmen import _callbacks, _checkpointing, _loggers, _measuring, _preparation, _switches, _verify
 from fulmen._evaluation import Evaluation
 from fulmen._explain import explain_run
 from fulmen._loaders import LoaderSource
@@ -22,11 +22,13 @@ from fulmen._surface import TrainerSurface
 from fulmen._training import Training
 from fulmen.datamodule import LightningDataModule
 from fulmen.evaluate import evaluate
+from fulmen.exceptions import _TunerExitException  # pyright: ignore[reportPrivateUsage]  # Lightning's name
 from fulmen.fit import FitParts, fit
 from fulmen.hooks import FitHooks, HookBinder
 from fulmen.hparams import drop_unpicklable
 from fulmen.plan import Plan
 from fulmen.predict import predict
+from fulmen.profilers._choice import choose as choose_profiler
 from fulmen.progress import Progress
 from fulmen.settings import BatchLimit, Interval, Settings
 from fulmen.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from fulmen.module import LightningModule
-    from fulmen_protocols import Accelerator, Logger, Strategy
+    from fulmen_protocols import Accelerator, Logger, Profiler, Strategy
 
 __all__ = ["Trainer"]
 
@@ -96,6 +98,7 @@ class Trainer(TrainerSurface):
         detect_anomaly: bool = False,
         barebones: bool = False,
         plugins: object | Sequence[object] | None = None,
+        profiler: Profiler | str | None = None,
         sync_batchnorm: bool = False,
         reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: str | os.PathLike[str] | None = None,
@@ -139,6 +142,8 @@ class Trainer(TrainerSurface):
                 logger_is_on=None if logger in (None, False) else True,
                 has_timer=_callbacks.has_timer(given),
             )
+        with _verify.collected(wrong):
+            self.profiler: Profiler = choose_profiler(profiler, barebones=barebones)
         with _verify.collected(wrong):
             self.assembly: Assembly = assemble(
                 accelerator=accelerator,
@@ -321,6 +326,8 @@ class Trainer(TrainerSurface):
                     evaluate(*evaluation.prepare(verbose=verbose))
                     outputs = evaluation.results
             self._tear_down(session)
+        except _TunerExitException:
+            self._tear_down(session, has_run=False)
         except BaseException as error:
             self._fail(session, error)
             raise
@@ -339,11 +346,15 @@ class Trainer(TrainerSurface):
         previous = self._session
         if datamodule is None and not any(value is not None for value in given.values()) and previous is not None:
             datamodule = previous.datamodule
+        measuring = _measuring.Measuring(self.profiler, self.strategy.backend)
         sources = {stage: LoaderSource(stage, given.get(stage), datamodule, module) for stage in _STAGES}
         module.trainer = self
-        _callbacks.attach_to(self.callbacks, _callbacks.as_list(module.configure_callbacks()))
+        own_callbacks = measuring.hook(module, "configure_callbacks", module.configure_callbacks)()
+        _callbacks.attach_to(self.callbacks, _callbacks.as_list(own_callbacks))
         _verify.run(fn, module, sources, self.callbacks, self.settings)
-        self._session = session = Session(fn, module, datamodule, self.assembly, self.world, sources)
+        self._session = session = Session(
+            fn, module, datamodule, self.assembly, self.world, sources, measuring=measuring
+        )
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
         self.state.stage = _FIRST_STAGE[fn]
         if fn is TrainerFn.FITTING:
@@ -359,6 +370,8 @@ class Trainer(TrainerSurface):
         """From prepared data to a placed module with its optimizers, restored if asked."""
         module, datamodule, fn = session.module, session.datamodule, session.fn
         self._share_loggers()
+        if session.measuring.is_on:
+            _measuring.prepare(self.profiler, self)
         _preparation.prepare_data(session)
         self._reporter.loggers = self.loggers
         self._metering = Metering(
@@ -373,7 +386,7 @@ class Trainer(TrainerSurface):
         for each in session.logging_modules():
             each.__dict__["_target_device"] = self.world.device  # self.device is right in setup already
         if datamodule is not None:
-            datamodule.setup(fn.value)
+            session.measuring.hook(datamodule, "setup", datamodule.setup)(fn.value)
         for hook in binder.of_callbacks("setup"):
             hook(stage=fn.value)
         session.scoped("setup", module.setup)(fn.value)
@@ -416,23 +429,26 @@ class Trainer(TrainerSurface):
 
     # ------------------------------------------------------------------ the end
 
-    def _tear_down(self, session: Session) -> None:
+    def _tear_down(self, session: Session, *, has_run: bool = True) -> None:
         module, fn, binder = session.module, session.fn, self._binder
         session.close_loaders()
         self._metering.finish()
         if self.world.device.type != "cpu":
             module.cpu()
-        if fn is TrainerFn.FITTING:
+        if fn is TrainerFn.FITTING and has_run:
             for hook in binder.both("on_fit_end"):
                 hook()
         if session.datamodule is not None:
-            session.datamodule.teardown(fn.value)
+            session.measuring.hook(session.datamodule, "teardown", session.datamodule.teardown)(fn.value)
         for hook in binder.of_callbacks("teardown"):
             hook(stage=fn.value)
         session.scoped("teardown", module.teardown)(fn.value)
         if self.world.is_global_zero:
             for logger in self.loggers:
                 logger.finalize("success")
+        if session.measuring.is_on:
+            self.profiler.describe()
+            self.profiler.teardown(fn.value)
 
     def _fail(self, session: Session, error: BaseException) -> None:
         """Tell everybody that the run failed; the error itself goes on to the caller, with where it happened."""
@@ -440,6 +456,9 @@ class Trainer(TrainerSurface):
         where = f"rank {self.world.rank}, epoch {self._progress.epoch}, batch {self._progress.batch}"
         error.add_note(f"fulmen: in {session.fn.value}, {where}, optimizer step {self._progress.updates}")
         session.close_loaders()
+        if session.measuring.is_on:
+            session.measuring.close()
+            self.profiler.teardown(session.fn.value)
         for module in session.logging_modules():
             module.__dict__["_metric_store"] = None
         _callbacks.tell_exception(self.callbacks, self, session.module, error)
@@ -478,7 +497,8 @@ class Trainer(TrainerSurface):
                 "save_checkpoint() needs a model, and this trainer has none yet. "
                 "Call fit, validate, test or predict first."
             )
-        _checkpointing.save(self, self._session, os.fspath(filepath), bool(weights_only), storage_options)
+        save = self._session.measuring.action("save_checkpoint", _checkpointing.save)
+        save(self, self._session, os.fspath(filepath), bool(weights_only), storage_options)
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on local rank 0, without breaking the progress bar."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fulmen.callbacks.batch_size_finder import BatchSizeFinder as BatchSizeFinder
     from fulmen.callbacks.callback import Callback as Callback
     from fulmen.callbacks.checkpoint import Checkpoint as Checkpoint
     from fulmen.callbacks.device_stats_monitor import DeviceStatsMonitor as DeviceStatsMonitor
     from fulmen.callbacks.early_stopping import EarlyStopping as EarlyStopping
     from fulmen.callbacks.early_stopping import EarlyStoppingReason as EarlyStoppingReason
     from fulmen.callbacks.lambda_function import LambdaCallback as LambdaCallback
+    from fulmen.callbacks.lr_finder import LearningRateFinder as LearningRateFinder
     from fulmen.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
     from fulmen.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
     from fulmen.callbacks.model_summary import ModelSummary as ModelSummary
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from fulmen.callbacks.timer import Timer as Timer
 
 _HOME = {
+    "BatchSizeFinder": "batch_size_finder",
     "BasePredictionWriter": "prediction_writer",
     "Callback": "callback",
     "Checkpoint": "checkpoint",
@@ -35,6 +38,7 @@ _HOME = {
     "EarlyStopping": "early_stopping",
     "EarlyStoppingReason": "early_stopping",
     "LambdaCallback": "lambda_function",
+    "LearningRateFinder": "lr_finder",
     "LearningRateMonitor": "lr_monitor",
     "ModelCheckpoint": "model_checkpoint",
     "ModelSummary": "model_summary",
@@ -50,12 +54,14 @@ _HOME = {
 
 __all__ = [
     "BasePredictionWriter",
+    "BatchSizeFinder",
     "Callback",
     "Checkpoint",
     "DeviceStatsMonitor",
     "EarlyStopping",
     "EarlyStoppingReason",
     "LambdaCallback",
+    "LearningRateFinder",
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ModelSummary",

@@ -1,0 +1,24 @@
+"""The tuner: finds a learning rate and the largest batch size before a training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fulmen.tuner.tuning import Tuner as Tuner
+
+__all__ = ["Tuner"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "Tuner":
+        from importlib import import_module  # the callbacks import this package, and Tuner imports the callbacks
+
+        value: object = import_module("fulmen.tuner.tuning").Tuner
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'fulmen.tuner' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
