@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
 from itertools import chain, islice
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Sampler
@@ -13,7 +12,11 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 from fulmen_data._random_state import RandomState
 from fulmen_data._start import EpochStart
 from fulmen_data.samplers import DistributedBatchSampler, SeekableSampler
-from fulmen_data.worker_draws import WorkerDraws
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from fulmen_data.worker_draws import WorkerDraws
 
 __all__ = ["plain_batch_size", "read_position", "replayed_order", "resumed_iterator", "seekable_sampler"]
 

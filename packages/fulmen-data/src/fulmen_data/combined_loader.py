@@ -10,7 +10,7 @@ from typing import Literal, cast, get_args
 from fulmen_data._tree import leaves, map_leaves
 from fulmen_data.position import LoaderPosition
 from fulmen_data.sizes import sized_len
-from fulmen_protocols import MisconfigurationException, did_you_mean
+from fulmen_protocols import MisconfigurationException, MisconfigurationRuntimeError, did_you_mean
 
 __all__ = ["CombinationMode", "CombinedLoader"]
 
@@ -80,6 +80,11 @@ class CombinedLoader:
         remaining = iter(loaders)
         self._iterables = map_leaves(lambda _: next(remaining), self._iterables)
         self._iterator = None
+
+    @property
+    def positions(self) -> list[LoaderPosition[object]]:
+        """The place in each loader, in order."""
+        return list(self._positions)
 
     @property
     def sampler(self) -> object:
@@ -169,7 +174,7 @@ class CombinedLoader:
         """
         positions = cast("list[dict[str, object]]", state_dict["positions"])
         if state_dict["mode"] != self._mode or len(positions) != len(self._positions):
-            raise MisconfigurationException(
+            raise MisconfigurationRuntimeError(
                 f"the saved position is of a CombinedLoader of {len(positions)} loaders with mode="
                 f"{state_dict['mode']!r}; this one has {len(self._positions)} and mode={self._mode!r}. "
                 "Combine the same loaders, or start the epoch anew."

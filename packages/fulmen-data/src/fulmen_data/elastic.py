@@ -107,8 +107,8 @@ def _refusal(loader: object, saved_ranks: int, ranks: int) -> MisconfigurationEx
     sampler: object = getattr(loader if batches is None else batches, "sampler", batches)
     what = type(getattr(loader, "dataset", loader) if has_iterable_dataset(loader) else sampler or loader).__name__
     return MisconfigurationException(
-        f"this position was saved in the middle of an epoch by {saved_ranks} ranks and is loaded on {ranks}, and {what} "
+        f"this position was saved in the middle of an epoch by {saved_ranks} ranks and is loaded on {ranks}; {what} "
         "decides by itself what each rank reads, so the samples that are left are not known. Resume on "
-        f"{saved_ranks} ranks, or from a checkpoint of an epoch's end; or let fulmen split the data: pass a loader with "
-        "an ordinary sampler and use_distributed_sampler=True."
+        f"{saved_ranks} ranks, or from a checkpoint of an epoch's end; or let fulmen split the data: pass a "
+        "loader with an ordinary sampler and use_distributed_sampler=True."
     )

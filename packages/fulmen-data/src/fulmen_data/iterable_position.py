@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, repeat
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils.pin_memory import pin_memory  # pyright: ignore[reportMissingTypeStubs]
@@ -15,6 +14,9 @@ from fulmen_data._random_state import RandomState
 from fulmen_data._start import EpochStart
 from fulmen_data.sizes import has_iterable_dataset
 from fulmen_protocols import MisconfigurationException, Stateful
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
 
 __all__ = ["IterablePosition", "has_stateful_dataset"]
 

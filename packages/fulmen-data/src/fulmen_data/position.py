@@ -6,7 +6,7 @@ import copy
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import islice
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
 
 from torch.utils.data import DataLoader
@@ -200,7 +200,7 @@ class LoaderPosition(Generic[T]):
         state |= {"samples": samples, "length": sized_len(self.loader), "start": start}
         if self._replayed is not None:
             return state | {name: self._replayed[name] for name in ("start", "order", "batch_size")}
-        return state | {"order": _order(self.loader), "batch_size": plain_batch_size(self.loader)}
+        return state | {"order": self.order, "batch_size": plain_batch_size(self.loader)}
 
     def _state_of_source(self, source: Stateful, done: int) -> dict[str, object]:
         iterator = self._iterator
@@ -209,6 +209,25 @@ class LoaderPosition(Generic[T]):
             return {"loader": source.state_dict()}
         ahead = {"batches": cast("_Remembered[T]", iterator).read - done, "random": snapshot.random.to_plain()}
         return {"loader": snapshot.state, "ahead": ahead}
+
+    def parts(self) -> list[LoaderPosition[object]]:
+        """The positions of the loaders inside a ``CombinedLoader``; itself for any other loader."""
+        inner: object = getattr(self.loader, "positions", None)
+        if isinstance(inner, list) and all(isinstance(each, LoaderPosition) for each in cast("list[object]", inner)):
+            return cast("list[LoaderPosition[object]]", inner)
+        return [cast("LoaderPosition[object]", self)]
+
+    @property
+    def order(self) -> dict[str, object] | None:
+        """What makes the order where that is a function of (seed, epoch, position); None where it is not."""
+        sampler = seekable_sampler(self.loader)
+        return None if sampler is None else {"seed": sampler.seed, "shuffle": sampler.shuffle}
+
+    def set_order(self, order: Mapping[str, object] | None) -> None:
+        """Let a sampler with such an order take over the seed of another run."""
+        sampler = seekable_sampler(self.loader)
+        if sampler is not None and order is not None:
+            sampler.seed = cast("int", order["seed"])
 
     def generator_states(self) -> dict[str, torch.Tensor]:
         """Where the loader's and its samplers' own generators are now: what decides the epochs to come."""
@@ -249,9 +268,7 @@ class LoaderPosition(Generic[T]):
                 length,
                 now,
             )
-        order, sampler = state_dict.get("order"), seekable_sampler(self.loader)
-        if sampler is not None and isinstance(order, Mapping):
-            sampler.seed = cast("int", cast("Mapping[str, object]", order)["seed"])
+        self.set_order(cast("Mapping[str, object] | None", state_dict.get("order")))
         self._resume = dict(state_dict)
 
 
@@ -324,9 +341,3 @@ def _watch(loader: object) -> WorkerDraws | None:
 
 def _has_indices(loader: object) -> bool:
     return isinstance(loader, DataLoader) and not has_iterable_dataset(cast("object", loader))
-
-
-def _order(loader: object) -> dict[str, object] | None:
-    """What an order that is a function of a seed is made from."""
-    sampler = seekable_sampler(loader)
-    return None if sampler is None else {"seed": sampler.seed, "shuffle": sampler.shuffle}

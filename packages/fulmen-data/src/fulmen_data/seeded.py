@@ -47,8 +47,8 @@ class SeededDataset(Dataset[T]):
     def __init__(self, dataset: Dataset[T], seed: int | None = None) -> None:
         if not hasattr(dataset, "__getitem__"):
             raise MisconfigurationTypeError(
-                f"SeededDataset got {type(dataset).__name__}, which has no __getitem__, so its samples have no index to "
-                "be seeded by. Keep a generator in the data set's own state_dict instead."
+                f"SeededDataset got {type(dataset).__name__}, which has no __getitem__, so its samples have no index "
+                "to be seeded by. Keep a generator in the data set's own state_dict instead."
             )
         self.dataset = dataset
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed

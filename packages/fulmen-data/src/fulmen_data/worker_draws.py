@@ -1,16 +1,17 @@
-"""Noticing that a data set draws random numbers in workers, whose generators no checkpoint of the main process holds."""
+"""Noticing that a data set draws random numbers in workers, whose generators are in no checkpoint."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader
 
 from fulmen_data._random_state import RandomState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from torch.utils.data import DataLoader
 
 __all__ = ["WorkerDraws"]
 

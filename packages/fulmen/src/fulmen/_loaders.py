@@ -6,19 +6,20 @@ Loaders passed to a call beat the datamodule's hooks, which beat the module's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader
 
 from fulmen._predictions import tracked
 from fulmen_data import (
     CombinedLoader,
-    LoaderPosition,
     add_worker_seeding,
     distribute_loader,
+    elastic_loader,
     has_iterable_dataset,
     rebuild_loader,
+    seed_samples,
     sized_len,
 )
 from fulmen_fabric import rank_zero_warn
@@ -30,7 +31,18 @@ if TYPE_CHECKING:
     from fulmen.settings import BatchLimit
     from fulmen_data import IndexBatchSamplerWrapper
 
-__all__ = ["EvalLoaders", "LoaderSource", "TrainLoader", "limited"]
+__all__ = [
+    "EvalLoaders",
+    "LoaderSource",
+    "Splitter",
+    "batches_of",
+    "combined_length",
+    "is_single",
+    "leaves",
+    "length_of",
+    "limited",
+    "map_loaders",
+]
 
 _INF = math.inf
 
@@ -91,7 +103,7 @@ def _overrides(owner: object, name: str) -> bool:
 
 
 def _require_iterable(name: str, loaders: object) -> None:
-    for loader in _leaves(loaders):
+    for loader in leaves(loaders):
         if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
             raise MisconfigurationException(
                 f"{name} gave an object of type {type(loader).__name__}, which is not iterable. "
@@ -99,14 +111,15 @@ def _require_iterable(name: str, loaders: object) -> None:
             )
 
 
-def _leaves(loaders: object) -> list[Any]:
+def leaves(loaders: object) -> list[Any]:
+    """The single loaders in a nested collection of them."""
     if isinstance(loaders, CombinedLoader):
         return list(loaders.flattened)
     if isinstance(loaders, Mapping):
         named = cast("Mapping[object, object]", loaders)
-        return [leaf for value in named.values() for leaf in _leaves(value)]
+        return [leaf for value in named.values() for leaf in leaves(value)]
     if _is_collection(loaders):
-        return [leaf for value in loaders for leaf in _leaves(value)]
+        return [leaf for value in loaders for leaf in leaves(value)]
     return [loaders]
 
 
@@ -120,7 +133,8 @@ def _is_collection(loaders: object) -> TypeGuard[Sequence[object]]:
     )
 
 
-def _is_single(loaders: object) -> bool:
+def is_single(loaders: object) -> bool:
+    """Whether this is one loader, and no collection."""
     return not isinstance(loaders, (CombinedLoader, Mapping)) and not _is_collection(loaders)
 
 
@@ -152,7 +166,7 @@ def limited(name: str, length: float, limit: BatchLimit, stage: str) -> float:
     return taken
 
 
-def _length(loader: object) -> float:
+def length_of(loader: object) -> float:
     """Batches of one loader; ``inf`` where it does not know, or where its own word cannot be trusted."""
     if has_iterable_dataset(loader):
         return _INF
@@ -164,10 +178,12 @@ class Splitter:
     """How loaders are split over ranks: what ``distribute_loader`` needs to know of a run."""
 
     def __init__(
-        self, *, rank: int, world_size: int, seed: int, enabled: bool, overfit: bool, seeds_workers: bool
+        self, *, rank: int, world_size: int, seed: int, enabled: bool, overfit: bool, seeding: str = "0"
     ) -> None:
-        self._rank, self._world_size, self._seed = rank, world_size, seed
-        self._seeds_workers = seeds_workers
+        self.world_size = world_size
+        self._rank, self._seed = rank, seed
+        self._seeding = seeding
+        self._may_split = enabled
         self._enabled = enabled and world_size > 1
         self._overfit = overfit
 
@@ -202,166 +218,57 @@ class Splitter:
                 training=training,
                 seed=self._seed,
             )
-        if self._seeds_workers:
+        return self._seeded(loader)
+
+    def _seeded(self, loader: Any) -> object:
+        """``loader`` as ``seed_everything(workers=...)`` asked for."""
+        if self._seeding == "1":
             add_worker_seeding(loader, self._rank)
-        return loader
+        return seed_samples(loader, self._seed) if self._seeding == "samples" else loader
 
+    def rest_of_epoch(
+        self, loader: object, position: Mapping[str, object], saved_ranks: int
+    ) -> tuple[object, dict[str, object]]:
+        """The user's ``loader`` for what is left of an epoch that another number of ranks began; and where that is.
 
-class TrainLoader:
-    """The training loader of a run: one iterable of batches, with its length, limit and place."""
-
-    def __init__(
-        self,
-        source: LoaderSource,
-        *,
-        limit: BatchLimit,
-        limit_name: str,
-        split: Callable[[object], object],
-        process: Callable[[Iterable[object]], Iterable[object]] | None = None,
-        reload_every_n_epochs: int = 0,
-        overfit: bool = False,
-    ) -> None:
-        self._source, self._limit, self._limit_name = source, limit, limit_name
-        self._split, self._process = split, process
-        self._reload_every = reload_every_n_epochs
-        self._overfit = overfit
-        self._loaded_in: int | None = None
-        self._running: Iterator[tuple[object, bool]] | None = None
-        self._epoch = -1
-        self._restored: Mapping[str, object] | None = None
-        self.user_loader: object = None
-        self.loader: Any = ()
-        self._combined = False
-        self.batches: float = 0
-
-    def setup(self, epoch: int) -> None:
-        """Ask for the loader if that has not been done, or if it is time to ask again."""
-        due = self._reload_every > 0 and self._loaded_in is not None and epoch - self._loaded_in >= self._reload_every
-        if self._loaded_in is not None and not (due and self._source.from_hook):
-            return
-        self.user_loader = loaders = self._source.load()
-        leaves = _leaves(loaders)
-        if self._overfit:
-            loaders = _map(loaders, _without_shuffling)
-        loaders = _map(loaders, self._split)
-        if len(leaves) == 1 and _is_single(loaders):
-            self.loader = loaders
-            length = _length(loaders)
-        else:
-            combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
-            if combined.mode == "sequential":
-                raise MisconfigurationException(
-                    "train_dataloader is a CombinedLoader with mode='sequential', which is for evaluation. "
-                    "Use 'min_size', 'max_size' or 'max_size_cycle'."
-                )
-            self.loader, self._combined = combined, True
-            length = _combined_length(combined)
-        self._position = LoaderPosition(self.loader)
-        self.batches = limited(self._limit_name, length, self._limit, "training")
-        self._loaded_in = epoch
-        if length == 0:
-            rank_zero_warn("the training loader has no batch, so nothing will be trained.")
-
-    def epoch_batches(self, epoch: int, start: int) -> Iterator[tuple[object, bool]]:
-        """The batches of ``epoch`` from index ``start`` on, each with whether it is the last.
-
-        Called again within an epoch it gives the same iterator, so that a loop that was left goes on where it was.
+        Raises:
+            MisconfigurationException: nobody knows what is left.
         """
-        if self._running is None or self._epoch != epoch:
-            self.setup(epoch)
-            if self._restored is not None:
-                self._position.load_state_dict(self._restored)
-                self._restored = None
-            else:
-                self._position.restart()
-            self._position.set_epoch(epoch)
-            iterator: Iterator[object] = iter(self._position)
-            if self._combined:
-                iterator = _batches_of(iter(self._position))
-            if self._process is not None:
-                iterator = iter(self._process(iterator))
-            self._running = _with_last(iterator, self.batches, start)
-            self._epoch = epoch
-        return self._running
-
-    def end_epoch(self) -> None:
-        """Forget the running iterator: the next epoch starts a new one."""
-        self._running = None
-
-    def reload(self, epoch: int) -> None:
-        """Ask for the loader again now, between two epochs: it would be another one."""
-        self.close()
-        self._loaded_in, self._combined = None, False
-        self.setup(epoch)
-
-    def state_dict(self, batch: int, *, within_epoch: bool) -> dict[str, object]:
-        """Where the loader is after ``batch`` batches of the running epoch, or between two epochs."""
-        position = self._position.state_dict(batch) if within_epoch else None
-        return {"position": position, "generators": self._position.generator_states()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there when batches are next asked for."""
-        if state["position"] is None:
-            self._position.set_generator_states(state["generators"])
-        else:
-            self._restored = state["position"]
-
-    def close(self) -> None:
-        """Let go of the running iterator, and so of its workers, now and not whenever it is collected."""
-        self._running = None
-        if self._loaded_in is not None:
-            self._position.restart()
+        if not self._may_split and self.world_size > 1:
+            raise MisconfigurationException(
+                f"this checkpoint was saved in the middle of an epoch by {saved_ranks} processes; to share the rest "
+                f"among {self.world_size}, fulmen must split the data, and use_distributed_sampler=False. Pass True, "
+                "or resume from a checkpoint of an epoch's end."
+            )
+        rest, state = elastic_loader(loader, position, rank=self._rank, ranks=self.world_size, saved_ranks=saved_ranks)
+        return self._seeded(rest), state
 
 
-def _combined_length(combined: CombinedLoader) -> float:
-    lengths = [_length(leaf) for leaf in combined.flattened]
+def combined_length(combined: CombinedLoader) -> float:
+    """Batches of one pass, as far as the loaders know their lengths."""
+    lengths = [length_of(leaf) for leaf in combined.flattened]
     if combined.mode == "sequential":
         return sum(lengths)
     return min(lengths) if combined.mode == "min_size" else max(lengths)
 
 
-def _batches_of(combined: Iterable[tuple[object, int, int]]) -> Iterator[object]:
-    for batch, _, _ in combined:  # batch_idx and dataloader_idx are not needed
+def batches_of(combined: Iterable[tuple[object, int, int]]) -> Iterator[object]:
+    """What a CombinedLoader gives, without ``batch_idx`` and ``dataloader_idx``."""
+    for batch, _, _ in combined:
         yield batch
 
 
-def _with_last(iterator: Iterator[object], length: float, start: int) -> Iterator[tuple[object, bool]]:
-    """Pair each batch with whether it is the epoch's last; looks one batch ahead only where the length is unknown."""
-    if length != _INF:
-        index = start
-        while index < length:
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            index += 1
-            yield batch, index >= length
-        return
-    for batch in iterator:
-        for following in iterator:
-            yield batch, False
-            batch = following  # the batch in hand is always one behind the iterator
-        yield batch, True
-
-
-def _map(loaders: object, function: Callable[[object], object]) -> object:
+def map_loaders(loaders: object, function: Callable[[object], object]) -> object:
+    """The same collection with ``function`` applied to each loader."""
     if isinstance(loaders, CombinedLoader):
         loaders.flattened = [function(leaf) for leaf in loaders.flattened]
         return loaders
     if isinstance(loaders, Mapping):
         named = cast("Mapping[object, object]", loaders)
-        return {key: _map(value, function) for key, value in named.items()}
+        return {key: map_loaders(value, function) for key, value in named.items()}
     if _is_collection(loaders):
-        return [_map(value, function) for value in loaders]
+        return [map_loaders(value, function) for value in loaders]
     return function(loaders)
-
-
-def _without_shuffling(loader: object) -> object:
-    if _is_data_loader(loader) and isinstance(loader.sampler, RandomSampler):
-        rank_zero_warn("overfit_batches trains on the same batches every epoch, so shuffling is turned off.")
-        dataset = cast("Sized", loader.dataset)  # a RandomSampler needs its length, too
-        return rebuild_loader(loader, sampler=SequentialSampler(dataset))
-    return loader
 
 
 class _Combined:
@@ -371,7 +278,7 @@ class _Combined:
         self._loader = combined
 
     def __iter__(self) -> Iterator[object]:
-        return _batches_of(self._loader)
+        return batches_of(self._loader)
 
 
 class EvalLoaders:
@@ -405,16 +312,16 @@ class EvalLoaders:
         if self._loaded_in is not None and not (due and self._source.from_hook):
             return
         self.user_loaders = loaders = self._source.load()
-        split = _map(loaders, self._split)
+        split = map_loaders(loaders, self._split)
         if isinstance(split, CombinedLoader) and split.mode != "sequential":
             self.loaders[:] = [_Combined(split)]  # in place: a running evaluation holds the lists
-            lengths: list[float] = [_combined_length(split)]
+            lengths: list[float] = [combined_length(split)]
         else:
-            leaves = _leaves(split)
+            single = leaves(split)
             if self._track_indices:
-                leaves, self.trackers[:] = tracked(leaves)
-            self.loaders[:] = leaves if self._process is None else [self._process(leaf) for leaf in leaves]
-            lengths = [_length(leaf) for leaf in leaves]
+                single, self.trackers[:] = tracked(single)
+            self.loaders[:] = single if self._process is None else [self._process(leaf) for leaf in single]
+            lengths = [length_of(leaf) for leaf in single]
         self.limits[:] = [limited(self._limit_name, length, self._limit, self._source.hook) for length in lengths]
         for index, length in enumerate(lengths):
             if length == 0:
@@ -430,8 +337,3 @@ class EvalLoaders:
     def several(self) -> bool:
         """Whether there is more than one loader."""
         return len(self.loaders) > 1
-
-
-def leaves(loaders: object) -> Sequence[object]:
-    """The single loaders in a nested collection of them."""
-    return _leaves(loaders)

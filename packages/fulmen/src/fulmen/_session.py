@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from fulmen._loaders import EvalLoaders, LoaderSource, TrainLoader
+    from fulmen._loaders import EvalLoaders, LoaderSource
     from fulmen._predictions import PredictionRecord
+    from fulmen._train_loader import TrainLoader
     from fulmen.datamodule import LightningDataModule
     from fulmen.hooks import HookBinder
     from fulmen.metrics import MetricStore
@@ -74,6 +75,8 @@ class Session:
     """What the running prediction has found so far."""
     resumed: dict[str, Any] | None = None
     """What the checkpoint holds for an exact resume, until the loop has begun."""
+    has_open_gradients: bool = False
+    """Whether the checkpoint held gradients that manual optimization had not stepped on yet."""
 
     def __post_init__(self) -> None:
         for source in self.sources.values():
@@ -217,6 +220,7 @@ class Session:
         }
         measuring = self.measuring
         if not module.automatic_optimization:
+            before = self.manual
             self.manual = manual = ManualOptimization(
                 training_step,
                 gradients,
@@ -237,6 +241,9 @@ class Session:
                 )
                 for optimizer in self.optimizers
             ]
+            if self.has_open_gradients or (before is not None and before.gradients_are_open):
+                manual.reopen()
+                self.has_open_gradients = False
             run = measuring.action("run_training_batch", manual.batch_step)
             return {"step": run, "accumulate": run, "updates": manual.updates}
 
@@ -280,9 +287,14 @@ class Session:
             accumulate=accumulate,
             keep_outputs=keep_outputs,
             world_size=self.world.world_size,
+            window_is_open=progress.window_is_open and self.has_gradients(),
         )
         run_step, run_accumulate = (measuring.action("run_training_batch", each) for each in (step, accumulate_only))
         return {"step": run_step, "accumulate": run_accumulate}
+
+    def has_gradients(self) -> bool:
+        """Whether any parameter holds one."""
+        return any(parameter.grad is not None for parameter in self.module.parameters())
 
     def close_loaders(self) -> None:
         """Let the training loader's workers go."""

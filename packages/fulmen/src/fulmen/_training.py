@@ -7,7 +7,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fulmen import _checkpointing, _verify
+from fulmen import _exact_state, _verify
 from fulmen._planning import make_plan
 from fulmen._run_loaders import train_loader
 from fulmen._schedules import as_it_is, plain_schedule, watching_schedule
@@ -122,7 +122,7 @@ class Training:
         if self._plan.validates and "val" not in session.eval_loaders:
             self._evaluation.loaders("val")
         if session.resumed is not None:
-            _checkpointing.restore_position(session, self._metering)
+            _exact_state.restore_position(session, self._metering, self._progress)
         self._evaluation.start_clock()
         if self._plan.finished(self._progress):
             return
@@ -133,7 +133,7 @@ class Training:
         if session.resumed is not None:
             if self._progress.epoch_started and not self._progress.epoch_ended:
                 self.batches()  # making the iterator draws random numbers that the saved run had drawn before
-            _checkpointing.restore_rng(session)
+            _exact_state.restore_rng(session)
 
     def batches(self) -> Batches:
         """The rest of the running epoch."""
