@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol, cast
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-__all__ = ["BatchStep", "Gradients", "StepHooks", "automatic_step", "needs_closure"]
+__all__ = ["BatchStep", "Gradients", "StepHooks", "automatic_step", "forward_only_step", "needs_closure"]
 
 Hook = tuple[Callable[..., object], ...]
 
@@ -243,14 +244,6 @@ def automatic_step(
         if clip is not None:
             clip()
 
-    def visible(output: object, loss: Tensor | None) -> object:
-        if loss is None:
-            return None
-        loss = loss.detach()
-        if not isinstance(output, Mapping):
-            return {"loss": loss}
-        return {**cast("Mapping[object, object]", output), "loss": loss}
-
     def step(batch: object, batch_idx: int, /) -> object:
         nonlocal window_is_empty
         output, loss = forward_backward(batch, batch_idx)
@@ -258,7 +251,7 @@ def automatic_step(
             before_the_step()
             optimizer_step()
             window_is_empty = True
-        return visible(output, loss) if keep_outputs else None
+        return _visible(output, loss) if keep_outputs else None
 
     def step_with_closure(batch: object, batch_idx: int, /) -> object:
         nonlocal window_is_empty
@@ -281,7 +274,7 @@ def automatic_step(
                 "Call `optimizer.step(closure=optimizer_closure)`, or `optimizer_closure()` before stepping."
             )
         window_is_empty = True
-        return visible(*evaluations[-1]) if keep_outputs else None
+        return _visible(*evaluations[-1]) if keep_outputs else None
 
     hold_sync: Callable[[nn.Module], AbstractContextManager[object]] | None = (
         strategy.no_sync if supports(strategy, SupportsNoSync) else None
@@ -293,7 +286,7 @@ def automatic_step(
         else:
             with hold_sync(placed):
                 output, loss = forward_backward(batch, batch_idx)
-        return visible(output, loss) if keep_outputs else None
+        return _visible(output, loss) if keep_outputs else None
 
     optimizer_step: Callable[..., object] = optimizer.step if gradients.is_plain else partial(gradients.step, optimizer)
     step_with: Callable[..., object] = partial(gradients.step, optimizer)
@@ -318,6 +311,40 @@ def automatic_step(
             )
         chosen = step_with_closure
     return chosen, (chosen if engine_accumulates else accumulate_only)
+
+
+def forward_only_step(
+    training_step: Callable[..., object], gradients: Gradients, *, keep_outputs: bool = True
+) -> BatchStep:
+    """Run batches forward in training mode and leave gradients and optimizer alone, as for running statistics.
+
+    Args:
+        training_step: called with ``(batch, batch_idx)``, as for ``automatic_step``.
+        gradients: the run's, for its forward context.
+        keep_outputs: whether anybody will look at a step's outputs.
+
+    Raises:
+        MisconfigurationException: the loss has a wrong type.
+    """
+    context = gradients.forward_context or nullcontext
+
+    def step(batch: object, batch_idx: int, /) -> object:
+        with context():
+            output = training_step(batch, batch_idx)
+        loss = output if isinstance(output, Tensor) else _loss_of(output)
+        return _visible(output, loss) if keep_outputs else None
+
+    return step
+
+
+def _visible(output: object, loss: Tensor | None) -> object:
+    """What ``on_train_batch_end`` is given for the ``output`` of a training step."""
+    if loss is None:
+        return None
+    loss = loss.detach()
+    if not isinstance(output, Mapping):
+        return {"loss": loss}
+    return {**cast("Mapping[object, object]", output), "loss": loss}
 
 
 def _loss_of(output: object) -> Tensor | None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fulmen.settings import Settings
     from fulmen.trainer import Trainer
 
-__all__ = ["as_list", "attach_to", "complete", "has_timer", "let_log", "tell_exception"]
+__all__ = ["as_list", "attach_to", "complete", "has_timer", "let_log", "tell_configured", "tell_exception"]
 
 
 def as_list(callbacks: object) -> list[Any]:
@@ -120,6 +120,17 @@ def let_log(callbacks: Sequence[object], module: LightningModule) -> None:
         for name in ("log", "log_dict"):
             if not hasattr(type(callback), name) and hasattr(callback, "__dict__"):
                 setattr(callback, name, getattr(module, name))
+
+
+def tell_configured(callbacks: Sequence[object], trainer: Trainer, module: LightningModule) -> None:
+    """Call ``after_configure_model(trainer, pl_module)`` of the callbacks that have it.
+
+    It is no hook of Lightning's: the model has all its layers and neither weights from a checkpoint nor optimizers.
+    """
+    for callback in callbacks:
+        hook = getattr(callback, "after_configure_model", None)
+        if hook is not None:
+            hook(trainer, module)
 
 
 def _default_bar() -> ProgressBar:

@@ -92,6 +92,12 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
             hook = getattr(callback, "on_save_checkpoint", None)
             if hook is not None:
                 session.scoped("on_save_checkpoint", hook, callback)(trainer, module, checkpoint)
+    else:
+        for callback in trainer.callbacks:
+            # Averaged or pruned weights are what the model is, also in a file that holds nothing else.
+            clean = getattr(callback, "weights_to_save", None)
+            if clean is not None:
+                checkpoint["state_dict"] = clean(trainer, module, checkpoint["state_dict"])
     session.scoped("on_save_checkpoint", module.on_save_checkpoint)(checkpoint)
     return checkpoint
 

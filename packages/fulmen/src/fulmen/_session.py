@@ -16,7 +16,7 @@ from fulmen.module import LightningModule
 from fulmen.optimizer import LightningOptimizer
 from fulmen_fabric import move_data_to_device, rank_zero_warn
 from fulmen_fabric.abilities import supports
-from fulmen_fabric.steps import Gradients, StepHooks, automatic_step
+from fulmen_fabric.steps import Gradients, StepHooks, automatic_step, forward_only_step
 from fulmen_protocols import (
     SupportsBoundMethods,
     SupportsForwardContext,
@@ -24,6 +24,7 @@ from fulmen_protocols import (
     SupportsLoaderProcessing,
     SupportsManualBackward,
     SupportsNoSync,
+    SupportsShardedState,
 )
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class Session:
     eval_loaders: dict[str, EvalLoaders] = field(default_factory=dict[str, "EvalLoaders"])
     manual: ManualOptimization | None = None
     gradients: Gradients | None = None
+    forward_only: bool = False
+    """Whether training batches are run forward and nothing else."""
     measuring: Measuring = field(default_factory=Measuring)
     """Measures what is composed here, if the user gave a profiler."""
     predictions: PredictionRecord | None = None
@@ -211,6 +214,11 @@ class Session:
         if not module.automatic_optimization and wrapper is not None and supports(strategy, SupportsManualBackward):
             backward_context = partial(strategy.manual_backward, wrapper)
         training_step = self.step_method("training_step", manually=backward_context is not None)
+        if self.forward_only:
+            forward = self.measuring.action(
+                "run_training_batch", forward_only_step(training_step, gradients, keep_outputs=keep_outputs)
+            )
+            return {"step": forward, "accumulate": forward}
         overridden_backward = binder.overridden("backward")
         hooks: dict[str, Any] = {
             "on_before_backward": binder.both("on_before_backward"),
@@ -295,6 +303,15 @@ class Session:
     def has_gradients(self) -> bool:
         """Whether any parameter holds one."""
         return any(parameter.grad is not None for parameter in self.module.parameters())
+
+    def place_again(self) -> None:
+        """Let a strategy that wraps the module wrap it anew, for the parameters that need a gradient now.
+
+        A sharded module is left as it is: its strategy looks at each backward pass.
+        """
+        strategy = self.assembly.strategy
+        if supports(strategy, SupportsBoundMethods) and not supports(strategy, SupportsShardedState):
+            self.placed = strategy.place(self.module)
 
     def close_loaders(self) -> None:
         """Let the training loader's workers go."""

@@ -152,8 +152,36 @@ class TrainerSurface(SettingsSurface):
 
     @property
     def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:
-        """The schedulers of the running fit."""
+        """The schedulers of the running fit. Settable: the loop takes them up after the batch in hand."""
         return [] if self._session is None else self._session.schedulers
+
+    @lr_scheduler_configs.setter
+    def lr_scheduler_configs(self, configs: list[LRSchedulerConfig]) -> None:
+        if self._session is not None:
+            self._session.schedulers = list(configs)
+            self._progress.replan = True
+
+    @property
+    def forward_only(self) -> bool:
+        """Whether training batches are only run forward: no backward pass, no optimizer step. Settable."""
+        return self._session is not None and self._session.forward_only
+
+    @forward_only.setter
+    def forward_only(self, value: bool) -> None:
+        if self._session is not None and self._session.forward_only != value:
+            self._session.forward_only = value
+            self._progress.replan = True
+
+    def place_model_again(self) -> None:
+        """Let the strategy wrap the model anew, once ``requires_grad`` of a parameter has changed during a fit.
+
+        A wrapper such as DDP's reduces only what needed a gradient when it was made. Call it at the start of an epoch
+        or between two optimizer steps, on every rank.
+        """
+        if self._session is not None:
+            self._session.place_again()
+            self.strategy.model = self._session.placed
+            self._progress.replan = True
 
     @property
     def _manual(self) -> Any:

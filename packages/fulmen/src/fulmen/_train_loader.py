@@ -226,7 +226,8 @@ class TrainLoader:
                 rank_zero_warn(
                     f"{draws} draws random numbers in loader workers, whose random state is not in checkpoints: "
                     "resumed in the middle of an epoch, a run draws other ones. Use seed_everything(..., "
-                    f"workers='samples'), or fulmen_data.SeededDataset({draws}), to have the draws depend on epoch and sample alone.",
+                    f"workers='samples'), or fulmen_data.SeededDataset({draws}): then they depend on epoch and sample "
+                    "alone.",
                     category=PossibleUserWarning,
                 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -113,6 +114,9 @@ class Training:
             MisconfigurationException: validation would never run.
         """
         self._plan = make_plan(self._settings(), batches=self._loader.batches, validates=self._evaluation.validates)
+        if self._session.forward_only:
+            # The epoch's last batch counts as a step all the same: what it leaves is new, and gets its checkpoint.
+            self._plan = replace(self._plan, accumulate=sys.maxsize)
         return self._plan
 
     def begin(self, binder: HookBinder) -> None:

@@ -82,10 +82,8 @@ def train_epoch(
     parts: FitParts, plan: Plan, hooks: FitHooks, progress: Progress, batches: Callable[[], Batches]
 ) -> None:
     """Train on the rest of the running epoch, or on less if the plan is finished on the way."""
-    if not progress.epoch_started:
-        for hook in hooks.on_train_epoch_start:
-            hook()
-        progress.epoch_started = True
+    if not start_epoch(hooks, progress):
+        return
     if validation_is_owed(plan, progress, parts):
         parts.validate()
     progress.batch_is_open = False
@@ -135,6 +133,15 @@ def train_epoch(
             "drop_last=True, and limit_train_batches."
         )
     progress.epoch_is_whole = True
+
+
+def start_epoch(hooks: FitHooks, progress: Progress) -> bool:
+    """Tell the hooks that an epoch starts; False if somebody has changed the run, which holds from its first batch."""
+    if not progress.epoch_started:
+        for hook in hooks.on_train_epoch_start:
+            hook()
+        progress.epoch_started = True
+    return not progress.replan
 
 
 def end_epoch(parts: FitParts, hooks: FitHooks, progress: Progress) -> None:

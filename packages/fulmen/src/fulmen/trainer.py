@@ -393,6 +393,7 @@ class Trainer(TrainerSurface):
         self.strategy.barrier("setup")
 
         _preparation.configure_model(session)
+        _callbacks.tell_configured(self.callbacks, self, module)
         checkpoint = None
         if self.world.world_size > 1:  # each rank has looked for "last" by itself
             self._ckpt_path = self.world.collectives.broadcast_object(self._ckpt_path)

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from fulmen.callbacks.device_stats_monitor import DeviceStatsMonitor as DeviceStatsMonitor
     from fulmen.callbacks.early_stopping import EarlyStopping as EarlyStopping
     from fulmen.callbacks.early_stopping import EarlyStoppingReason as EarlyStoppingReason
+    from fulmen.callbacks.finetuning import BackboneFinetuning as BackboneFinetuning
+    from fulmen.callbacks.finetuning import BaseFinetuning as BaseFinetuning
+    from fulmen.callbacks.gradient_accumulation_scheduler import (
+        GradientAccumulationScheduler as GradientAccumulationScheduler,
+    )
     from fulmen.callbacks.lambda_function import LambdaCallback as LambdaCallback
     from fulmen.callbacks.lr_finder import LearningRateFinder as LearningRateFinder
     from fulmen.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
@@ -24,55 +29,73 @@ if TYPE_CHECKING:
     from fulmen.callbacks.progress import ProgressBar as ProgressBar
     from fulmen.callbacks.progress import RichProgressBar as RichProgressBar
     from fulmen.callbacks.progress import TQDMProgressBar as TQDMProgressBar
+    from fulmen.callbacks.pruning import ModelPruning as ModelPruning
     from fulmen.callbacks.rich_model_summary import RichModelSummary as RichModelSummary
     from fulmen.callbacks.spike import SpikeDetection as SpikeDetection
+    from fulmen.callbacks.stochastic_weight_avg import StochasticWeightAveraging as StochasticWeightAveraging
     from fulmen.callbacks.throughput_monitor import ThroughputMonitor as ThroughputMonitor
     from fulmen.callbacks.timer import Timer as Timer
+    from fulmen.callbacks.weight_averaging import EMAWeightAveraging as EMAWeightAveraging
+    from fulmen.callbacks.weight_averaging import WeightAveraging as WeightAveraging
 
 _HOME = {
-    "BatchSizeFinder": "batch_size_finder",
+    "BackboneFinetuning": "finetuning",
+    "BaseFinetuning": "finetuning",
     "BasePredictionWriter": "prediction_writer",
+    "BatchSizeFinder": "batch_size_finder",
     "Callback": "callback",
     "Checkpoint": "checkpoint",
     "DeviceStatsMonitor": "device_stats_monitor",
+    "EMAWeightAveraging": "weight_averaging",
     "EarlyStopping": "early_stopping",
     "EarlyStoppingReason": "early_stopping",
+    "GradientAccumulationScheduler": "gradient_accumulation_scheduler",
     "LambdaCallback": "lambda_function",
     "LearningRateFinder": "lr_finder",
     "LearningRateMonitor": "lr_monitor",
     "ModelCheckpoint": "model_checkpoint",
+    "ModelPruning": "pruning",
     "ModelSummary": "model_summary",
     "OnExceptionCheckpoint": "on_exception_checkpoint",
     "ProgressBar": "progress",
     "RichModelSummary": "rich_model_summary",
     "RichProgressBar": "progress",
     "SpikeDetection": "spike",
+    "StochasticWeightAveraging": "stochastic_weight_avg",
     "TQDMProgressBar": "progress",
     "ThroughputMonitor": "throughput_monitor",
     "Timer": "timer",
+    "WeightAveraging": "weight_averaging",
 }
 
 __all__ = [
+    "BackboneFinetuning",
+    "BaseFinetuning",
     "BasePredictionWriter",
     "BatchSizeFinder",
     "Callback",
     "Checkpoint",
     "DeviceStatsMonitor",
+    "EMAWeightAveraging",
     "EarlyStopping",
     "EarlyStoppingReason",
+    "GradientAccumulationScheduler",
     "LambdaCallback",
     "LearningRateFinder",
     "LearningRateMonitor",
     "ModelCheckpoint",
+    "ModelPruning",
     "ModelSummary",
     "OnExceptionCheckpoint",
     "ProgressBar",
     "RichModelSummary",
     "RichProgressBar",
     "SpikeDetection",
+    "StochasticWeightAveraging",
     "TQDMProgressBar",
     "ThroughputMonitor",
     "Timer",
+    "WeightAveraging",
 ]
 
 

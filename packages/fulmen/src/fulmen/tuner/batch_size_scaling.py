@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from fulmen.states import TrainerFn
 from fulmen.tuner._attributes import find
-from fulmen.tuner._memory import is_out_of_memory, release_memory
 from fulmen.tuner._snapshot import Snapshot
 from fulmen.tuner._trial import (
     STAGES,
@@ -18,6 +17,7 @@ from fulmen.tuner._trial import (
     session_of,
     was_composed,
 )
+from fulmen.utilities.memory import garbage_collection_cuda, is_oom_error
 from fulmen_fabric.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen_protocols import MisconfigurationException
 
@@ -203,14 +203,14 @@ class _Trials:
     def fits(self, size: int) -> bool:
         """Whether a short run with this size ends without running out of memory."""
         if self._trainer.root_device.type != "cpu":
-            release_memory()  # what cycles of a trial before still hold on the device
+            garbage_collection_cuda()  # what cycles of a trial before still hold on the device
         trial = Trial(self._trainer)
         self._attribute.set(size)
         fits = True
         try:
             self._run(trial)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not is_oom_error(error):
                 raise
             if size == 1:
                 error.add_note(f"fulmen: the batch-size finder ran out of memory with {self._attribute.name}=1.")
@@ -220,7 +220,7 @@ class _Trials:
             self._samples = min(self._samples, trial.samples)
             self._snapshot.restore()
         if not fits:
-            release_memory()
+            garbage_collection_cuda()
         rank_zero_info(f"{self._attribute.name}={size} {'fits' if fits else 'runs out of memory'}.")
         return fits
 

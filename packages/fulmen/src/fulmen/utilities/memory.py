@@ -37,13 +37,14 @@ def recursive_detach(in_dict: T, to_cpu: bool = False) -> T:
 
 
 def is_oom_error(exception: BaseException) -> bool:
-    """Whether a device or the host ran out of memory."""
+    """Whether a device or the host ran out of memory; cuDNN and cuBLAS say so in words of their own."""
     return (
-        isinstance(exception, torch.OutOfMemoryError)
-        or is_cuda_out_of_memory(exception)
+        isinstance(exception, (torch.OutOfMemoryError, MemoryError))
+        or _says(exception, "out of memory")  # CUDA, ROCm, MPS and XLA alike
         or is_cudnn_snafu(exception)
         or is_out_of_cpu_memory(exception)
-        or _says(exception, "MPS backend out of memory")
+        or _says(exception, "CUDNN_STATUS_ALLOC_FAILED")
+        or _says(exception, "CUBLAS_STATUS_ALLOC_FAILED")
     )
 
 
@@ -54,12 +55,13 @@ def is_cuda_out_of_memory(exception: BaseException) -> bool:
 
 def is_cudnn_snafu(exception: BaseException) -> bool:
     """Whether cuDNN refused an operation, as it does when memory is short (pytorch#4107)."""
-    return _says(exception, "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.")
+    return _says(exception, "CUDNN_STATUS_NOT_SUPPORTED")
 
 
 def is_out_of_cpu_memory(exception: BaseException) -> bool:
     """Whether the host ran out of memory for tensors."""
-    return _says(exception, "DefaultCPUAllocator: can't allocate memory")
+    words = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    return any(_says(exception, each) for each in words)
 
 
 def _says(exception: BaseException, *words: str) -> bool:
@@ -68,8 +70,10 @@ def _says(exception: BaseException, *words: str) -> bool:
 
 
 def garbage_collection_cuda() -> None:
-    """Collect garbage and give cached, unused CUDA memory back to the device. Does nothing else without CUDA."""
+    """Collect garbage, and give cached, unused memory of CUDA or MPS back to the device."""
     gc.collect()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
     if not cast("Callable[[], bool]", torch.cuda.is_initialized)():
         return
     try:
