@@ -213,7 +213,7 @@ class Splitter:
             loader = distribute_loader(
                 loader,
                 rank=self._rank,
-                world_size=self._world_size,
+                world_size=self.world_size,
                 shuffle=not self._overfit if training else None,
                 training=training,
                 seed=self._seed,
