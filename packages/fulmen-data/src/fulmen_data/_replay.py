@@ -76,7 +76,14 @@ class _Skipping(Sampler[int]):
 
 
 def resumed_iterator(
-    loader: DataLoader[T], skip: int, samples: int | None, start: EpochStart | None, draws: WorkerDraws | None
+    loader: DataLoader[T],
+    skip: int,
+    samples: int | None,
+    start: EpochStart | None,
+    draws: WorkerDraws | None,
+    *,
+    begun: bool,
+    drawn: RandomState | None = None,
 ) -> Iterator[T]:
     """The rest of an epoch.
 
@@ -86,6 +93,8 @@ def resumed_iterator(
         samples: the same in samples over all ranks, where the sampler can seek.
         start: the random state in which the epoch began.
         draws: watches whether workers draw random numbers.
+        begun: whether a batch had been asked for, so that the sampler had drawn its order.
+        drawn: the random state before that batch, where others drew between ``iter`` and it.
     """
     # A shallow copy shares dataset, collate function and all else; only its index sampler starts later. Assignment
     # goes around the loader, which refuses another sampler after construction.
@@ -97,7 +106,7 @@ def resumed_iterator(
     if seekable is not None and samples is not None:
         seekable.seek(samples)
         skip = 0
-    draws_early = bool(skip or loader.num_workers)  # the sampler drew its order before the position was taken
+    draws_early = begun or bool(skip or loader.num_workers)  # the sampler drew its order before it was saved
     if skip and type(sampler) is BatchSampler:
         # A million batches one by one take a second; their samples at once do not.
         shorter = copy.copy(sampler)
@@ -109,9 +118,11 @@ def resumed_iterator(
     generator = cast("torch.Generator | None", loader.generator)
     now = RandomState.take()
     try:
-        begun = _begin(loader, replayed, start)
+        indices = _begin(loader, replayed, start)
         if draws_early:
-            replayed.advance(begun, skip)
+            if drawn is not None:
+                drawn.restore()
+            replayed.advance(indices, skip)
         if start is not None:
             # The copy draws the workers' seed again, from the same state; the real generators stay where they are now.
             start.state.restore()

@@ -49,7 +49,7 @@ class CombinedLoader:
             )
         self._mode: CombinationMode = mode
         self._iterables = iterables
-        self._positions = [LoaderPosition(cast("Iterable[object]", leaf)) for leaf in leaves(iterables)]
+        self._positions = _positions(leaves(iterables))
         self._limits: list[float] | None = None
         self._iterator: _Parallel | _Sequential | None = None
         self._resume: Mapping[str, object] | None = None
@@ -76,7 +76,7 @@ class CombinedLoader:
                 f"flattened was given {len(loaders)} loaders; this CombinedLoader holds {len(self._positions)}. "
                 "Give one for each."
             )
-        self._positions = [LoaderPosition(cast("Iterable[object]", loader)) for loader in loaders]
+        self._positions = _positions(loaders)
         remaining = iter(loaders)
         self._iterables = map_leaves(lambda _: next(remaining), self._iterables)
         self._iterator = None
@@ -183,6 +183,13 @@ class CombinedLoader:
             position.load_state_dict(state)
         self._iterator = None
         self._resume = dict(state_dict) if "pass" in state_dict else None
+
+
+def _positions(loaders: Iterable[object]) -> list[LoaderPosition[object]]:
+    positions = [LoaderPosition(cast("Iterable[object]", loader)) for loader in loaders]
+    for position in positions:
+        position.is_one_of_several = True
+    return positions
 
 
 class _Parallel(Iterator[Item]):

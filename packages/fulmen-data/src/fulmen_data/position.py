@@ -61,7 +61,10 @@ class LoaderPosition(Generic[T]):
         self.epoch = 0
         self.reads_ahead = False
         """Whether somebody takes batches before the ones in hand are used. Set it before ``iter``."""
+        self.is_one_of_several = False
+        """Whether other loaders are begun between this one's ``iter`` and its first batch. Set it before ``iter``."""
         self._replayed = replayed
+        self._drawn: RandomState | None = None  # before the first batch, where that is another state than at iter
         self._stateful = _stateful(loader)
         self._iterator: Iterator[T] | None = None
         self._skipped = 0  # batches of this epoch that came before this iterator's first
@@ -85,24 +88,34 @@ class LoaderPosition(Generic[T]):
         if self._stateful is not None:
             self._iterator = self._iterate_stateful(self._stateful, resume)
             return self._iterator
+        self._drawn = None
         if resume is None:
             self._start, self._samples_before = EpochStart.take(self.loader), 0
             iterator = self._iterate()
         else:
             self._start = EpochStart.from_plain(cast("dict[str, object] | None", resume["start"]))
             self._samples_before = cast("int | None", resume["samples"])
-            iterator = self._iterate_rest()
+            drawn = cast("dict[str, object] | None", resume.get("drawn"))
+            self._drawn = None if drawn is None else RandomState.from_plain(drawn)
+            iterator = self._iterate_rest(begun=bool(resume.get("begun")))
         self._iterator = iterator if hasattr(iterator, "_num_yielded") else _Counted(iterator)
-        return self._iterator
+        notes = self.is_one_of_several and resume is None and not getattr(self.loader, "num_workers", 0)
+        return self._noted(self._iterator) if notes else self._iterator
+
+    def _noted(self, iterator: Iterator[T]) -> Iterator[T]:
+        self._drawn = RandomState.take()
+        yield from iterator
 
     def _iterate(self) -> Iterator[T]:
         return iter(self.loader) if self._draws is None else self._draws.iterate(cast("DataLoader[T]", self.loader))
 
-    def _iterate_rest(self) -> Iterator[T]:
+    def _iterate_rest(self, *, begun: bool) -> Iterator[T]:
         loader, skip = self.loader, self._skipped
         if _has_indices(loader):
             loader = cast("DataLoader[T]", loader)
-            return resumed_iterator(loader, skip, self._samples_before, self._start, self._draws)
+            return resumed_iterator(
+                loader, skip, self._samples_before, self._start, self._draws, begun=begun, drawn=self._drawn
+            )
         now = RandomState.take()
         try:
             if self._start is not None:
@@ -172,7 +185,7 @@ class LoaderPosition(Generic[T]):
 
     def restart(self) -> None:
         """Forget the position: the next ``iter`` begins the epoch afresh."""
-        self._iterator = self._resume = self._start = self._samples_before = None
+        self._iterator = self._resume = self._start = self._samples_before = self._drawn = None
         self._skipped = 0
 
     def state_dict(self, batches: int | None = None) -> dict[str, object]:
@@ -197,7 +210,10 @@ class LoaderPosition(Generic[T]):
         samples = read_position(self.loader, done - skipped)
         if samples is not None:
             samples += samples_before or 0
-        state |= {"samples": samples, "length": sized_len(self.loader), "start": start}
+        pending = self._resume or {}
+        drawn = pending.get("drawn") if self._drawn is None else self._drawn.to_plain()
+        state |= {"samples": samples, "length": sized_len(self.loader), "start": start, "drawn": drawn}
+        state["begun"] = bool(self.batches or pending.get("begun"))
         if self._replayed is not None:
             return state | {name: self._replayed[name] for name in ("start", "order", "batch_size")}
         return state | {"order": self.order, "batch_size": plain_batch_size(self.loader)}

@@ -45,9 +45,9 @@ def exact_state(trainer: Trainer, session: Session) -> dict[str, Any]:
     if loader is not None and within_epoch and progress.batch and not progress.epoch_is_whole:
         loader.warn_of_what_is_lost()
     mine = {
-        "rng": collect_rng_state(trainer.world.device),
+        "rng": session.rng_before_validation or collect_rng_state(trainer.world.device),
         "loader": None if loader is None else loader.state_dict(progress.batch, within_epoch=within_epoch),
-        "metrics": None if store is None else store.state_dict(),
+        "metrics": None if store is None or progress.epoch_ended else store.state_dict(),
         "gradients": _open_gradients(session, progress),
     }
     return {

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fulmen.optimizer import LRSchedulerConfig
     from fulmen.progress import Progress
     from fulmen.states import TrainerFn
-    from fulmen_fabric import Assembly, World
+    from fulmen_fabric import Assembly, RNGState, World
 
 __all__ = ["ModelModes", "Session", "unchanged"]
 
@@ -78,6 +78,8 @@ class Session:
     """What the running prediction has found so far."""
     resumed: dict[str, Any] | None = None
     """What the checkpoint holds for an exact resume, until the loop has begun."""
+    rng_before_validation: RNGState | None = None
+    """The random state in which the validation that is running within a fit began."""
     has_open_gradients: bool = False
     """Whether the checkpoint held gradients that manual optimization had not stepped on yet."""
 

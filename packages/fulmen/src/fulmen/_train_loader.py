@@ -208,6 +208,11 @@ class TrainLoader:
     def _owners(self) -> list[Stateful]:
         return [loader for loader in leaves(self.loader) if isinstance(loader, Stateful)]
 
+    @property
+    def begins_again(self) -> bool:
+        """Whether there are data that a resumed epoch reads from their beginning."""
+        return any(position.lost is not None for position in self._place.parts())
+
     def warn_of_what_is_lost(self) -> None:
         """Name, once each, the data whose place this checkpoint cannot hold."""
         for position in self._place.parts():

@@ -128,7 +128,7 @@ class Training:
         if session.resumed is not None:
             _exact_state.restore_position(session, self._metering, self._progress)
         self._evaluation.start_clock()
-        if self._plan.finished(self._progress):
+        if self._plan.finished(self._progress) and not self._progress.epoch_started:
             return
         _verify.modules_in_eval_mode(session.module)
         for hook in binder.both("on_train_start"):
@@ -141,6 +141,8 @@ class Training:
 
     def batches(self) -> Batches:
         """The rest of the running epoch."""
+        if self._progress.epoch_is_whole and self._loader.begins_again:  # resumed behind its last batch
+            return ()
         batches = self._loader.epoch_batches(self._progress.epoch, self._progress.batch)
         measuring = self._session.measuring
         if not self._has_started or self._progress.epoch_is_whole:  # nothing will be trained on

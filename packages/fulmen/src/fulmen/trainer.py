@@ -456,15 +456,17 @@ class Trainer(TrainerSurface):
         self.state.status = TrainerStatus.INTERRUPTED
         where = f"rank {self.world.rank}, epoch {self._progress.epoch}, batch {self._progress.batch}"
         error.add_note(f"fulmen: in {session.fn.value}, {where}, optimizer step {self._progress.updates}")
-        session.close_loaders()
         if session.measuring.is_on:
             session.measuring.close()
             self.profiler.teardown(session.fn.value)
         for module in session.logging_modules():
             module.__dict__["_metric_store"] = None
-        _callbacks.tell_exception(self.callbacks, self, session.module, error)
-        if session.datamodule is not None:
-            session.datamodule.on_exception(error)
+        try:
+            _callbacks.tell_exception(self.callbacks, self, session.module, error)
+            if session.datamodule is not None:
+                session.datamodule.on_exception(error)
+        finally:
+            session.close_loaders()  # not before: a checkpoint that is saved now holds the place in them
         if self.world.is_global_zero:
             for logger in self.loggers:
                 logger.finalize("failed")
