@@ -141,8 +141,6 @@ def test_a_run_resumed_from_any_hook_repeats_and_loses_nothing(
     for path, done in saves.saved:
         # Of a validation that a save caught unfinished, the resumed run does all.
         resumed = train([Validations()], path, **options)
-        if hook in ("on_validation_epoch_end", "on_validation_end"):
-            assert ledger[:done][-1][0] == "validation"
         assert ledger[:done] + resumed[1].ledger == ledger, path.name
         ours = outcome(*resumed)
         if hook == "on_train_end":  # nothing was left to do

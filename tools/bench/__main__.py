@@ -7,7 +7,7 @@ import sys
 
 from tools.workspace import ROOT
 
-NAMES = ("step_overhead", "import_time", "startup", "memory", "instructions", "gpu_overhead")
+NAMES = ("step_overhead", "import_time", "startup", "memory", "instructions", "gpu_overhead", "async_save")
 
 
 def main(args: list[str]) -> int:

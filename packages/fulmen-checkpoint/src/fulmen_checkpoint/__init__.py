@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fulmen_checkpoint.async_io import AsyncCheckpointIO as AsyncCheckpointIO
     from fulmen_checkpoint.find import Found as Found
     from fulmen_checkpoint.find import find_last as find_last
     from fulmen_checkpoint.find import list_checkpoints as list_checkpoints
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from fulmen_checkpoint.torch_io import TorchCheckpointIO as TorchCheckpointIO
 
 __all__ = [
+    "AsyncCheckpointIO",
     "Found",
     "FsspecStorage",
     "Journal",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AsyncCheckpointIO": "async_io",
     "Found": "find",
     "FsspecStorage": "storage",
     "Journal": "retention",

@@ -135,6 +135,11 @@ def local_path(path: str) -> str | None:
     return os.path.abspath(os.path.expanduser(path))
 
 
+def is_object_store(path: str) -> bool:
+    """Whether ``path`` is a URL of a store that every process of every machine sees alike."""
+    return "://" in path and "::" not in path and path.partition("://")[0] in _OBJECT_STORES
+
+
 @contextmanager
 def _upload(fs: FileSystem, path: str) -> Generator[IO[bytes]]:
     stream = fs.open(path, "wb")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from fulmen_protocols.storage import Storage
 
-__all__ = ["TorchCheckpointIO"]
+__all__ = ["TorchCheckpointIO", "require_plain"]
 
 _COPY_BYTES = 1 << 20
 # Below this a read is as fast as a mapping.
@@ -75,7 +75,7 @@ class TorchCheckpointIO:
         """
         target = os.fspath(path)
         if not self.allow_unsafe:
-            _require_plain(checkpoint, target)
+            require_plain(checkpoint, target)
         storage = self.storage if storage_options is None else FsspecStorage(storage_options)
         try:
             with storage.write_atomic(target) as sink, _digest.DigestWriter(sink) as writer:
@@ -268,7 +268,8 @@ def _not_found(storage: Storage, path: str) -> CheckpointNotFound:
     return CheckpointNotFound(f"there is no checkpoint at {path!r}.{near} Check the path.")
 
 
-def _require_plain(checkpoint: Mapping[str, object], path: str) -> None:
+def require_plain(checkpoint: Mapping[str, object], path: str) -> None:
+    """Raises ``CheckpointUnsafe`` if ``checkpoint`` holds what ``weights_only=True`` could not bring back."""
     unsafe = find_unsafe(checkpoint)
     if not unsafe:
         return

@@ -24,6 +24,7 @@ from fulmen_protocols import (
     SupportsCollectives,
     SupportsLaunch,
     SupportsPrecisionPlan,
+    WrapsCheckpointIO,
     available,
     check,
     load,
@@ -158,8 +159,8 @@ def find_accelerator(asked: object, notes: Notes) -> Accelerator | None:
         return _first_available(asked, notes)
     else:
         accelerator = notes.load(ACCELERATORS, asked)
-        if asked == "cpu":
-            _warn_of_idle_gpu()
+    if accelerator is not None and accelerator.name() == "cpu":
+        _warn_of_idle_gpu()
     if accelerator is not None and not accelerator.is_available():
         usable = ", ".join(_usable_accelerators()) or "none"
         notes.conflicts.add(
@@ -458,8 +459,12 @@ def hand_over_precision(strategy: Strategy, name: str, precision: Precision, not
 
 
 def find_checkpoint_io(given: CheckpointIO | None, notes: Notes) -> CheckpointIO | None:
-    """The user's checkpoint IO, or the one named ``"torch"``."""
-    return notes.load(CHECKPOINT_IOS, "torch") if given is None else given
+    """The user's checkpoint IO, or the one named ``"torch"``, which also goes into a wrapper that has none."""
+    if given is None:
+        return notes.load(CHECKPOINT_IOS, "torch")
+    if supports(given, WrapsCheckpointIO) and given.checkpoint_io is None:
+        given.checkpoint_io = notes.load(CHECKPOINT_IOS, "torch")
+    return given
 
 
 def _shown(asked: object) -> str:

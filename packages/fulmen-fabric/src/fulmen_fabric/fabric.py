@@ -27,6 +27,7 @@ from fulmen_protocols import (
     LOGGERS,
     MisconfigurationException,
     MisconfigurationTypeError,
+    SupportsAsyncSave,
     SupportsForwardContext,
     check,
 )
@@ -182,6 +183,13 @@ class Fabric:
         """Leave the process group, release the device and finish pending writes."""
         self._world.close()
         self._assembly.checkpoint_io.teardown()
+
+    def _finish_saves(self) -> None:
+        """What rank 0 is still writing may be what the others are about to read."""
+        checkpoint_io = self._assembly.checkpoint_io
+        if supports(checkpoint_io, SupportsAsyncSave):
+            checkpoint_io.wait()
+            self.barrier("saves")
 
     def _started(self, what: str) -> None:
         """One process needs no launch: it starts at the first call that needs its device."""
@@ -457,6 +465,7 @@ class Fabric:
             KeyError: strict, and a name is missing.
         """
         self._started("load")
+        self._finish_saves()
         self.barrier("load")
         checkpoint = self._assembly.checkpoint_io.load_checkpoint(os.fspath(path), None, weights_only)
         rest = checkpoint if state is None else load_into(state, checkpoint, strict, os.fspath(path))
@@ -473,6 +482,7 @@ class Fabric:
     ) -> None:
         """Read a file that holds nothing but the ``state_dict`` of a module or an optimizer. Called by every rank."""
         self._started("load_raw")
+        self._finish_saves()
         checkpoint = self._assembly.checkpoint_io.load_checkpoint(os.fspath(path), None, weights_only)
         load_raw_into(obj, checkpoint, strict)
 

@@ -2,8 +2,13 @@
 
 from fulmen_protocols.accelerator import Accelerator, SupportsDeviceStats
 from fulmen_protocols.callback import HOOKS, Callback
-from fulmen_protocols.checkpoint_io import CheckpointIO, SupportsAsyncSave, SupportsVerification
-from fulmen_protocols.cluster_environment import ClusterEnvironment
+from fulmen_protocols.checkpoint_io import (
+    CheckpointIO,
+    SupportsAsyncSave,
+    SupportsVerification,
+    WrapsCheckpointIO,
+)
+from fulmen_protocols.cluster_environment import ClusterEnvironment, SupportsRequeue
 from fulmen_protocols.collectives import Collectives, ReduceOp, SupportsPatientBarrier
 from fulmen_protocols.command import Command
 from fulmen_protocols.discovery import available, check, load, load_factory, missing_members
@@ -15,6 +20,7 @@ from fulmen_protocols.errors import (
     CheckpointError,
     CheckpointNotFound,
     CheckpointUnsafe,
+    ExportError,
     FulmenError,
     MisconfigurationException,
     MisconfigurationRuntimeError,
@@ -99,6 +105,7 @@ __all__ = [
     "ClusterEnvironment",
     "Collectives",
     "Command",
+    "ExportError",
     "Exporter",
     "FulmenError",
     "Launcher",
@@ -146,9 +153,11 @@ __all__ = [
     "SupportsPatientBarrier",
     "SupportsPrecisionPlan",
     "SupportsReplicaCheck",
+    "SupportsRequeue",
     "SupportsShardedState",
     "SupportsVerification",
     "Topology",
+    "WrapsCheckpointIO",
     "available",
     "check",
     "did_you_mean",

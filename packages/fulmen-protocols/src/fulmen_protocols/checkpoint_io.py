@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from os import PathLike
 
     import torch
 
-__all__ = ["CheckpointIO", "SupportsAsyncSave", "SupportsVerification"]
+__all__ = ["CheckpointIO", "SupportsAsyncSave", "SupportsVerification", "WrapsCheckpointIO"]
 
 
 @runtime_checkable
@@ -61,6 +61,29 @@ class SupportsAsyncSave(Protocol):
     def wait(self) -> None:
         """Return when every save so far is visible; raises the first error of any of them."""
         ...
+
+    def poll(self) -> None:
+        """Raise the first error of a save that has not been raised yet; waits for nothing."""
+        ...
+
+    def after_saves(self, action: Callable[[], None]) -> None:
+        """Run ``action`` when every save so far is visible: at once if all are, never if one of them failed.
+
+        It may run in another thread, before any later save is visible. ``remove_checkpoint`` waits in the same way.
+        """
+        ...
+
+    def will_exist(self, path: str | PathLike[str]) -> bool | None:
+        """Whether a pending save makes ``path`` (True) or a pending removal deletes it (False); None: neither."""
+        ...
+
+
+@runtime_checkable
+class WrapsCheckpointIO(Protocol):
+    """A checkpoint IO that does its work with the help of another."""
+
+    checkpoint_io: CheckpointIO | None
+    """The wrapped one; if it is None, assembling a run sets it."""
 
 
 @runtime_checkable

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any, cast
 
+from fulmen._canonical import as_named_here, canonical
 from fulmen._checkpoint_layout import LIGHTNING_VERSION, lightning_loops, progress_from_lightning
 from fulmen._checkpoint_path import resolve_path
 from fulmen._exact_state import (
@@ -15,6 +16,7 @@ from fulmen._exact_state import (
     restore_gradients,
 )
 from fulmen.hparams import checkpoint_entries
+from fulmen.states import TrainerStatus
 from fulmen_fabric import rank_zero_info, rank_zero_warn
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
@@ -47,10 +49,12 @@ def save(
     weights_only: bool,
     storage_options: Mapping[str, object] | None,
 ) -> None:
-    """Every rank builds the checkpoint, rank 0 writes it, and all wait until it is there."""
+    """Every rank builds the checkpoint, rank 0 writes it, and all wait until it is there or, asynchronously, taken."""
     checkpoint = dump(trainer, session, weights_only=weights_only)
     trainer.strategy.save_checkpoint(checkpoint, path, storage_options)
     trainer.strategy.barrier("save_checkpoint")
+    if trainer.state.status is not TrainerStatus.RUNNING:  # no step follows that could go on meanwhile
+        trainer.strategy.saving.finish()
 
 
 def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> dict[str, Any]:
@@ -63,7 +67,9 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
         "pytorch-lightning_version": LIGHTNING_VERSION,
-        "state_dict": module.state_dict() if sharded is None else dict(sharded.module_state(placed, full=True)),
+        "state_dict": canonical(
+            module.state_dict() if sharded is None else dict(sharded.module_state(placed, full=True))
+        ),
         "loops": lightning_loops(progress, loader_states(session, progress)),
     }
     if not weights_only:
@@ -121,7 +127,7 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
     module = session.module
     session.scoped("on_load_checkpoint", module.on_load_checkpoint)(checkpoint)
     strict = module.strict_loading
-    outcome = module.load_state_dict(checkpoint["state_dict"], strict=strict)
+    outcome = module.load_state_dict(as_named_here(checkpoint["state_dict"], module), strict=strict)
     missing = cast("list[str]", outcome.missing_keys)
     unexpected = cast("list[str]", outcome.unexpected_keys)
     if not strict and (missing or unexpected):

@@ -6,20 +6,19 @@ Loaders passed to a call beat the datamodule's hooks, which beat the module's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
-from torch.utils.data import BatchSampler, DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, SequentialSampler
 
 from fulmen._predictions import tracked
 from fulmen_data import (
+    CombinationMode,
     CombinedLoader,
-    add_worker_seeding,
-    distribute_loader,
-    elastic_loader,
     has_iterable_dataset,
     rebuild_loader,
-    seed_samples,
     sized_len,
 )
 from fulmen_fabric import rank_zero_warn
@@ -32,9 +31,9 @@ if TYPE_CHECKING:
     from fulmen_data import IndexBatchSamplerWrapper
 
 __all__ = [
+    "Advise",
     "EvalLoaders",
     "LoaderSource",
-    "Splitter",
     "batches_of",
     "combined_length",
     "is_single",
@@ -42,7 +41,12 @@ __all__ = [
     "length_of",
     "limited",
     "map_loaders",
+    "may_end_early",
+    "without_shuffling",
 ]
+
+Advise = Callable[[Sequence[object], Sequence[object], Sequence[float]], None]
+"""Called with loaders as the user gave them, as they were split over ranks, and their lengths on this rank."""
 
 _INF = math.inf
 
@@ -128,9 +132,24 @@ def _is_collection(loaders: object) -> TypeGuard[Sequence[object]]:
     if not isinstance(loaders, (list, tuple)):
         return False
     items = cast("Sequence[object]", loaders)
-    return bool(items) and all(
-        isinstance(item, (DataLoader, CombinedLoader, Mapping)) or _is_collection(item) for item in items
-    )
+    return bool(items) and all(_is_loader(item) or _holds_loaders(item) for item in items)
+
+
+def _holds_loaders(value: object) -> bool:
+    if isinstance(value, Mapping):
+        named = cast("Mapping[object, object]", value)
+        return bool(named) and all(_is_loader(item) or _holds_loaders(item) for item in named.values())
+    return _is_collection(value)
+
+
+def _is_loader(item: object) -> bool:
+    """Whether ``item``, found in a list, is a loader and not a batch: data is a tensor, an array or plain Python."""
+    if isinstance(item, (DataLoader, CombinedLoader, range)):
+        return True
+    if isinstance(item, (Tensor, str, bytes, list, tuple, set, Mapping)):
+        return False
+    # Batches of one's own class can be moved to a device.
+    return hasattr(item, "__iter__") and not hasattr(item, "__array__") and not hasattr(item, "to")
 
 
 def is_single(loaders: object) -> bool:
@@ -167,89 +186,21 @@ def limited(name: str, length: float, limit: BatchLimit, stage: str) -> float:
 
 
 def length_of(loader: object) -> float:
-    """Batches of one loader; ``inf`` where it does not know, or where its own word cannot be trusted."""
-    if has_iterable_dataset(loader):
-        return _INF
+    """Batches of one loader; ``inf`` where it does not know."""
     length = sized_len(loader)
     return _INF if length is None else length
 
 
-class Splitter:
-    """How loaders are split over ranks: what ``distribute_loader`` needs to know of a run."""
-
-    def __init__(
-        self, *, rank: int, world_size: int, seed: int, enabled: bool, overfit: bool, seeding: str = "0"
-    ) -> None:
-        self.world_size = world_size
-        self._rank, self._seed = rank, seed
-        self._seeding = seeding
-        self._may_split = enabled
-        self._enabled = enabled and world_size > 1
-        self._overfit = overfit
-
-    def train(self, loader: object) -> object:
-        """``loader`` for training: shuffled parts of equal length, padded like torch's DistributedSampler."""
-        return self._split(loader, training=True)
-
-    def evaluation(self, loader: object) -> object:
-        """``loader`` for evaluation: every sample on exactly one rank."""
-        return self._split(loader, training=False)
-
-    def prediction(self, loader: object) -> object:
-        """As for evaluation, and no sample is left out: ``drop_last`` does not apply."""
-        split: Any = self.evaluation(loader)
-        if not isinstance(cast("object", split), DataLoader):
-            return split
-        inner: object = getattr(split, "batch_sampler", None)
-        if type(inner) is not BatchSampler or not inner.drop_last:
-            return split
-        return rebuild_loader(split, batch_sampler=BatchSampler(inner.sampler, inner.batch_size, drop_last=False))
-
-    def _split(self, loader: object, *, training: bool) -> object:
-        if not _is_data_loader(loader):
-            return loader
-        if self._enabled:
-            # Training shuffles, as Lightning does, whatever the loader's own order; evaluation keeps the loader's.
-            loader = distribute_loader(
-                loader,
-                rank=self._rank,
-                world_size=self.world_size,
-                shuffle=not self._overfit if training else None,
-                training=training,
-                seed=self._seed,
-            )
-        return self._seeded(loader)
-
-    def _seeded(self, loader: Any) -> object:
-        """``loader`` as ``seed_everything(workers=...)`` asked for."""
-        if self._seeding == "1":
-            add_worker_seeding(loader, self._rank)
-        return seed_samples(loader, self._seed) if self._seeding == "samples" else loader
-
-    def rest_of_epoch(
-        self, loader: object, position: Mapping[str, object], saved_ranks: int
-    ) -> tuple[object, dict[str, object]]:
-        """The user's ``loader`` for what is left of an epoch that another number of ranks began; and where that is.
-
-        Raises:
-            MisconfigurationException: nobody knows what is left.
-        """
-        if not self._may_split and self.world_size > 1:
-            raise MisconfigurationException(
-                f"this checkpoint was saved in the middle of an epoch by {saved_ranks} processes; to share the rest "
-                f"among {self.world_size}, fulmen must split the data, and use_distributed_sampler=False. Pass True, "
-                "or resume from a checkpoint of an epoch's end."
-            )
-        rest, state = elastic_loader(loader, position, rank=self._rank, ranks=self.world_size, saved_ranks=saved_ranks)
-        return self._seeded(rest), state
+def may_end_early(loader: object) -> bool:
+    """Whether only reading tells which batch is the last: no length, or one that an iterable data set claims."""
+    return has_iterable_dataset(loader) or sized_len(loader) is None
 
 
-def combined_length(combined: CombinedLoader) -> float:
-    """Batches of one pass, as far as the loaders know their lengths."""
-    lengths = [length_of(leaf) for leaf in combined.flattened]
-    if combined.mode == "sequential":
+def combined_length(mode: CombinationMode, lengths: Sequence[float]) -> float:
+    """Batches of one pass over loaders of these lengths."""
+    if mode == "sequential":
         return sum(lengths)
-    return min(lengths) if combined.mode == "min_size" else max(lengths)
+    return min(lengths) if mode == "min_size" else max(lengths)
 
 
 def batches_of(combined: Iterable[tuple[object, int, int]]) -> Iterator[object]:
@@ -269,6 +220,18 @@ def map_loaders(loaders: object, function: Callable[[object], object]) -> object
     if _is_collection(loaders):
         return [map_loaders(value, function) for value in loaders]
     return function(loaders)
+
+
+def without_shuffling(hook: str, loader: object) -> object:
+    """``loader`` in the order of its data set, with a warning if that was another; ``hook`` is where it came from."""
+    if not _is_data_loader(loader) or has_iterable_dataset(loader) or isinstance(loader.sampler, SequentialSampler):
+        return loader
+    rank_zero_warn(
+        f"overfit_batches needs the same batches every epoch, so shuffling is turned off: {hook} loses its "
+        f"{type(cast('object', loader.sampler)).__name__}. Drop shuffle=True to silence this."
+    )
+    dataset = cast("Sized", loader.dataset)
+    return rebuild_loader(loader, sampler=SequentialSampler(dataset))
 
 
 class _Combined:
@@ -293,11 +256,14 @@ class EvalLoaders:
         split: Callable[[object], object],
         process: Callable[[Iterable[object]], Iterable[object]] | None = None,
         reload_every_n_epochs: int = 0,
+        overfit: bool = False,
+        advise: Advise | None = None,
         track_indices: bool = False,
     ) -> None:
         self._source, self._limit, self._limit_name = source, limit, limit_name
         self._split, self._process = split, process
         self._reload_every = reload_every_n_epochs
+        self._overfit, self._advise = overfit, advise
         self._track_indices = track_indices
         self._loaded_in: int | None = None
         self.user_loaders: object = None
@@ -312,20 +278,23 @@ class EvalLoaders:
         if self._loaded_in is not None and not (due and self._source.from_hook):
             return
         self.user_loaders = loaders = self._source.load()
-        split = map_loaders(loaders, self._split)
-        if isinstance(split, CombinedLoader) and split.mode != "sequential":
-            self.loaders[:] = [_Combined(split)]  # in place: a running evaluation holds the lists
-            lengths: list[float] = [combined_length(split)]
+        given = leaves(loaders)
+        if self._overfit:
+            loaders = map_loaders(loaders, partial(without_shuffling, self._source.hook))
+        loaders = map_loaders(loaders, self._split)
+        split = leaves(loaders)
+        lengths = [length_of(loader) for loader in split]
+        if self._advise is not None:
+            self._advise(given, split, lengths)
+        limits = [limited(self._limit_name, length, self._limit, self._source.hook) for length in lengths]
+        if isinstance(loaders, CombinedLoader) and loaders.mode != "sequential":
+            self.loaders[:] = [_Combined(loaders)]  # in place: a running evaluation holds the lists
+            self.limits[:] = [combined_length(loaders.mode, limits)]
         else:
-            single = leaves(split)
             if self._track_indices:
-                single, self.trackers[:] = tracked(single)
-            self.loaders[:] = single if self._process is None else [self._process(leaf) for leaf in single]
-            lengths = [length_of(leaf) for leaf in single]
-        self.limits[:] = [limited(self._limit_name, length, self._limit, self._source.hook) for length in lengths]
-        for index, length in enumerate(lengths):
-            if length == 0:
-                rank_zero_warn(f"{self._source.hook}: loader {index} has no batch.")
+                split, self.trackers[:] = tracked(split)
+            self.loaders[:] = split if self._process is None else [self._process(loader) for loader in split]
+            self.limits[:] = limits
         self._loaded_in = epoch
 
     def reload(self, epoch: int) -> None:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
-
-from fulmen._loaders import batches_of, combined_length, is_single, leaves, length_of, limited, map_loaders
-from fulmen_data import CombinedLoader, LoaderPosition, batches_left, needs_elastic_loader, rebuild_loader
+from fulmen._loaders import (
+    batches_of,
+    combined_length,
+    is_single,
+    leaves,
+    length_of,
+    limited,
+    map_loaders,
+    may_end_early,
+    without_shuffling,
+)
+from fulmen._raw_batches import RawBatches
+from fulmen_data import CombinedLoader, LoaderPosition, batches_left, needs_elastic_loader
 from fulmen_fabric import PossibleUserWarning, rank_zero_warn
 from fulmen_protocols import MisconfigurationException, MisconfigurationRuntimeError, Stateful
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from fulmen._loaders import LoaderSource, Splitter
+    from fulmen._loaders import Advise, LoaderSource
+    from fulmen._splitter import Splitter
     from fulmen.settings import BatchLimit
 
 __all__ = ["TrainLoader"]
@@ -32,6 +42,8 @@ class TrainLoader:
         process: how the strategy feeds its device, if it wants to.
         reload_every_n_epochs: when to ask for it again; 0: never.
         overfit: whether every epoch reads the same batches.
+        advise: told of the loaders, to warn of what is slow in them.
+        raw: where the step fetches its batches itself, told of each.
     """
 
     def __init__(
@@ -44,11 +56,18 @@ class TrainLoader:
         process: Callable[[Iterable[object]], Iterable[object]] | None = None,
         reload_every_n_epochs: int = 0,
         overfit: bool = False,
+        advise: Advise | None = None,
+        raw: Callable[[object], object] | None = None,
     ) -> None:
         self._source, self._limit, self._limit_name = source, limit, limit_name
         self._splitter, self._process = splitter, process
         self._reload_every = reload_every_n_epochs
         self._overfit = overfit
+        self._advise = advise
+        self.raw = raw
+        """Where the step fetches its batches itself: told of each."""
+        self._raw_batches: RawBatches | None = None
+        self._looks_ahead = False
         self._loaded_in: int | None = None
         self._running: Iterator[tuple[object, bool]] | None = None
         self._epoch = -1
@@ -59,6 +78,7 @@ class TrainLoader:
         self.loader: Any = ()
         self._combined = False
         self.batches: float = 0
+        self._whole: float = 0  # without the limit
 
     def setup(self, epoch: int) -> None:
         """Ask for the loader if that has not been done, or if it is time to ask again."""
@@ -66,12 +86,19 @@ class TrainLoader:
         if self._loaded_in is not None and not (due and self._source.from_hook):
             return
         self.user_loader = loaders = self._source.load()
+        given = leaves(loaders)
         if self._overfit:
-            loaders = map_loaders(loaders, _without_shuffling)
+            loaders = map_loaders(loaders, partial(without_shuffling, self._source.hook))
         loaders = map_loaders(loaders, self._splitter.train)
-        if len(leaves(loaders)) == 1 and is_single(loaders):
-            self.loader = loaders
-            length = length_of(loaders)
+        split = leaves(loaders)
+        lengths = [length_of(loader) for loader in split]
+        if self._advise is not None:
+            self._advise(given, split, lengths)
+        limits = [limited(self._limit_name, length, self._limit, "training") for length in lengths]
+        self._looks_ahead = any(may_end_early(loader) for loader in split)
+        if len(split) == 1 and is_single(loaders):
+            self.loader, self._combined = loaders, False
+            self.batches, self._whole = limits[0], lengths[0]
         else:
             combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
             if combined.mode == "sequential":
@@ -80,13 +107,15 @@ class TrainLoader:
                     "Use 'min_size', 'max_size' or 'max_size_cycle'."
                 )
             self.loader, self._combined = combined, True
-            length = combined_length(combined)
+            self.batches = combined_length(combined.mode, limits)
         self._position = LoaderPosition(self.loader)
-        self.batches = limited(self._limit_name, length, self._limit, "training")
-        self._position.reads_ahead = self.batches == math.inf or self._process is not None
+        self._position.reads_ahead = self._looks_ahead or self.raw is not None or self._process is not None
         self._loaded_in = epoch
-        if length == 0:
-            rank_zero_warn("the training loader has no batch, so nothing will be trained.")
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the user has been asked for the loader."""
+        return self._loaded_in is not None
 
     def epoch_batches(self, epoch: int, start: int) -> Iterator[tuple[object, bool]]:
         """The batches of ``epoch`` from index ``start`` on, each with whether it is the last.
@@ -98,6 +127,8 @@ class TrainLoader:
             position = self._place
             if self._restored is not None:
                 position.load_state_dict(self._restored)
+                if self.raw is not None:
+                    start = cast("int", self._restored["batches"])  # a step may have fetched several
                 self._restored = None
             else:
                 position.restart()
@@ -107,7 +138,13 @@ class TrainLoader:
                 iterator = batches_of(cast("Iterator[tuple[object, int, int]]", iterator))
             if self._process is not None:
                 iterator = iter(self._process(iterator))
-            self._running = _with_last(iterator, self.batches, start)
+            if self.raw is None:
+                self._running = _with_last(iterator, self.batches, start, looks_ahead=self._looks_ahead)
+            else:
+                self._raw_batches = RawBatches(
+                    iterator, length=self.batches, start=start, told=self.raw, looks_ahead=self._looks_ahead
+                )
+                self._running = self._raw_batches.rounds()
             self._epoch = epoch
         return self._running
 
@@ -117,7 +154,7 @@ class TrainLoader:
 
     def end_epoch(self) -> None:
         """Forget the running iterator: the next epoch starts a new one."""
-        self._running = self._rest = None
+        self._running = self._rest = self._raw_batches = None
 
     def reload(self, epoch: int) -> None:
         """Ask for the loader again now, between two epochs: it would be another one."""
@@ -136,6 +173,8 @@ class TrainLoader:
 
     def state_dict(self, batch: int, *, within_epoch: bool) -> dict[str, object]:
         """Where the loader is after ``batch`` batches of the running epoch, or between two epochs."""
+        if self._raw_batches is not None:
+            batch = self._raw_batches.fetched  # a step may have fetched several
         position = self._place.state_dict(batch) if within_epoch else None
         return {
             "position": position,
@@ -175,7 +214,7 @@ class TrainLoader:
         left = None if saved_ranks == ranks else batches_left(loader, position)
         if left is None:
             return None
-        whole = length_of(self.loader)
+        whole = self._whole
         if self.batches < whole:  # limited: the epoch ends after so many batches, whoever reads them
             return int(min(self.batches, cast("int", position["batches"])))
         return max(int(whole) - left, 0)
@@ -241,10 +280,12 @@ def _is_replayed(position: Mapping[str, object]) -> bool:
     return "replayed" in cast("Mapping[str, object]", position["order"] or {})
 
 
-def _with_last(iterator: Iterator[object], length: float, start: int) -> Iterator[tuple[object, bool]]:
-    """Pair each batch with whether it is the epoch's last; looks one batch ahead only where the length is unknown."""
-    if length != math.inf:
-        index = start
+def _with_last(
+    iterator: Iterator[object], length: float, start: int, *, looks_ahead: bool
+) -> Iterator[tuple[object, bool]]:
+    """Pair each batch with whether it is the epoch's last; looks one batch ahead only where a count does not tell."""
+    index = start
+    if not looks_ahead:
         while index < length:
             try:
                 batch = next(iterator)
@@ -253,19 +294,19 @@ def _with_last(iterator: Iterator[object], length: float, start: int) -> Iterato
             index += 1
             yield batch, index >= length
         return
+    if index >= length:
+        return
     for batch in iterator:
-        for following in iterator:
+        index += 1
+        while index < length:
+            following = next(iterator, _END)
+            if following is _END:
+                break
             yield batch, False
             batch = following  # the batch in hand is always one behind the iterator
+            index += 1
         yield batch, True
+        return
 
 
-def _without_shuffling(loader: object) -> object:
-    if not isinstance(loader, DataLoader):
-        return loader
-    source = cast("DataLoader[object]", loader)
-    if not isinstance(source.sampler, RandomSampler):
-        return source
-    rank_zero_warn("overfit_batches trains on the same batches every epoch, so shuffling is turned off.")
-    dataset = cast("Sized", source.dataset)  # a RandomSampler needs its length, too
-    return rebuild_loader(source, sampler=SequentialSampler(dataset))
+_END = object()

@@ -70,10 +70,10 @@ def fit(parts: FitParts, plan: Plan, hooks: FitHooks, progress: Progress, batche
         progress: where the run is, and the only thing that changes. A run that was interrupted goes on from here.
         batches: gives the rest of the running epoch's batches, each with whether it is the last one.
     """
-    while progress.epoch_started or not plan.finished(progress):
+    while (progress.epoch_started and not progress.stop_now) or not plan.finished(progress):
         if not progress.epoch_ended:
             train_epoch(parts, plan, hooks, progress, batches)
-            if progress.replan or progress.stop_now:  # a signal leaves the epoch open, to be gone on with
+            if progress.replan:
                 return
         end_epoch(parts, hooks, progress)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from fulmen._saving import Saving
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from fulmen.optimizer import LightningOptimizer
     from fulmen_fabric import World
     from fulmen_fabric.steps import Gradients
     from fulmen_protocols import CheckpointIO, ReduceOp, Strategy
@@ -33,10 +35,19 @@ class StrategyFacade:
     def __init__(self, backend: Strategy, world: World, checkpoint_io: CheckpointIO) -> None:
         self.backend = backend
         self.checkpoint_io = checkpoint_io
+        self.saving = Saving(checkpoint_io, world)
+        """Saves that may still be on their way."""
         self._world = world
         self.model: nn.Module | None = None
         """The placed module: wrapped or sharded, as the strategy needs it."""
         self.gradients: Gradients | None = None
+        self.wrapped_optimizers: list[LightningOptimizer] = []
+        """Those of the running fit, as ``self.optimizers()`` gives them in manual optimization."""
+
+    @property
+    def _lightning_optimizers(self) -> list[LightningOptimizer]:
+        """``wrapped_optimizers`` under the name that outside code reads."""
+        return self.wrapped_optimizers
 
     @property
     def root_device(self) -> torch.device:

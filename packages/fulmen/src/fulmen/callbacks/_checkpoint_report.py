@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fulmen import _files
@@ -20,12 +21,15 @@ __all__ = ["tell_loggers", "write_scores"]
 
 
 def tell_loggers(callback: ModelCheckpoint, trainer: Trainer) -> None:
-    """Call ``after_save_checkpoint`` of the loggers that have it, on rank 0; they must not keep the callback alive."""
+    """Call ``after_save_checkpoint`` of the loggers that have it, on rank 0, once the file is there.
+
+    They must not keep the callback alive.
+    """
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             after_save = getattr(logger, "after_save_checkpoint", None)
             if after_save is not None:
-                after_save(weakref.proxy(callback))
+                trainer.strategy.saving.tell(partial(after_save, weakref.proxy(callback)))
 
 
 def write_scores(path: str, scores: Mapping[str, Tensor]) -> None:

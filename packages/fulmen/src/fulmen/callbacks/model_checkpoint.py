@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from fulmen.callbacks._checkpoint_arguments import check_arguments
 from fulmen.callbacks._checkpoint_name import default_dirpath, fill_in, name_fields, pattern_of
 from fulmen.callbacks._checkpoint_plan import describe_plan, epochs_end_with_validation
 from fulmen.callbacks._checkpoint_report import tell_loggers, write_scores
-from fulmen.callbacks._failing_together import all_ranks_fail
+from fulmen.callbacks._failing_together import all_ranks_fail, saves_when
 from fulmen.callbacks._monitor import Moment, MonitoredValue
 from fulmen.callbacks._shared_clock import SharedClock
 from fulmen.callbacks.checkpoint import Checkpoint
@@ -22,7 +22,8 @@ from fulmen_fabric import rank_zero_info
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Mapping
+    from contextlib import AbstractContextManager
     from datetime import timedelta
     from os import PathLike
 
@@ -54,7 +55,8 @@ class ModelCheckpoint(Checkpoint):
         save_last: True also keeps a copy named ``last``; ``"link"`` a symbolic link to the newest file.
         save_top_k: how many of the best to keep: -1 all, 0 none; without ``monitor`` only -1, 0 and 1.
         save_on_exception: whether to save when a fit fails. On several ranks that takes all of them failing at the same
-            step; the exception's notes say so where one failed alone.
+            step; the exception's notes say so where one failed alone. A fit that SIGTERM ends is saved without it, too,
+            by the first checkpoint callback, unless that keeps no file or another one saves on exceptions.
         save_weights_only: whether to leave out what only resuming needs.
         mode: ``"min"`` or ``"max"``: which values of ``monitor`` are better. NaN is worst.
         auto_insert_metric_name: whether a field becomes ``name=value``, or the value alone.
@@ -218,8 +220,10 @@ class ModelCheckpoint(Checkpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save what there is, if that was asked for."""
-        if not self.save_on_exception or self.dirpath is None or self._should_skip_saving_checkpoint(trainer):
+        """Save what there is, if that was asked for, or if SIGTERM ends a fit that nobody else saves."""
+        if not saves_when(exception, self, trainer) or self.dirpath is None:
+            return
+        if self._should_skip_saving_checkpoint(trainer):
             return
         self._failures += 1
         if all_ranks_fail(trainer, f"{self.state_key} #{self._failures}", exception):
@@ -298,7 +302,7 @@ class ModelCheckpoint(Checkpoint):
         # A name that does not change is overwritten, unless all are kept.
         replaced = previous if self.save_top_k == 1 else None
         filepath = self._get_metric_interpolated_filepath_name(monitor_candidates, trainer, replaced)
-        with self._taken_back_on_failure():
+        with self._taken_back_on_failure(trainer):
             self.best_model_path = filepath
             self._save_checkpoint(trainer, filepath)
         if self.save_top_k == 1 and previous and self._should_remove_checkpoint(trainer, previous, filepath):
@@ -307,7 +311,7 @@ class ModelCheckpoint(Checkpoint):
     def _update_best_and_save(self, current: Tensor, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if torch.isnan(current):
             current = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
-        with self._taken_back_on_failure():
+        with self._taken_back_on_failure(trainer):
             room = self.save_top_k == -1 or len(self.best_k_models) < self.save_top_k
             evicted = "" if room else self.kth_best_model_path
             self.best_k_models.pop(evicted, None)
@@ -330,16 +334,11 @@ class ModelCheckpoint(Checkpoint):
             self.kth_best_model_path = worst(ranked, key=lambda path: ranked[path])
             self.kth_value = ranked[self.kth_best_model_path]
 
-    @contextmanager
-    def _taken_back_on_failure(self) -> Generator[None, None, None]:
+    def _taken_back_on_failure(self, trainer: Trainer) -> AbstractContextManager[None]:
         """Ranking and journal change before saving, since the checkpoint holds them; a failed save undoes it."""
         before = {name: getattr(self, name) for name in _RANKING}
         before |= {"best_k_models": dict(self.best_k_models), "_written": dict(self._written)}
-        try:
-            yield
-        except BaseException:
-            vars(self).update(before)
-            raise
+        return trainer.strategy.saving.taken_back(partial(vars(self).update, before))
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         step = trainer.global_step
@@ -358,7 +357,7 @@ class ModelCheckpoint(Checkpoint):
             self._remove_checkpoint(trainer, previous)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        with self._taken_back_on_failure():
+        with self._taken_back_on_failure(trainer):
             self._written[filepath] = None
             trainer.save_checkpoint(filepath, self.save_weights_only)
         self._last_global_step_saved = trainer.global_step
@@ -369,7 +368,7 @@ class ModelCheckpoint(Checkpoint):
 
     def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:
         if trainer.is_global_zero:
-            _files.link(filepath, linkpath)
+            trainer.strategy.saving.after(partial(_files.link, filepath, linkpath))
         self._written[linkpath] = None
         trainer.strategy.barrier()
 
@@ -430,7 +429,11 @@ class ModelCheckpoint(Checkpoint):
 
     def file_exists(self, filepath: str | PathLike[str], trainer: Trainer) -> bool:
         """Whether rank 0 sees a file or folder there; every rank must call this."""
-        return bool(trainer.strategy.broadcast(_files.exists(str(filepath)) if trainer.is_global_zero else False))
+        return bool(
+            trainer.strategy.broadcast(
+                trainer.strategy.saving.exists(str(filepath)) if trainer.is_global_zero else False
+            )
+        )
 
     def _get_metric_interpolated_filepath_name(
         self, monitor_candidates: dict[str, Tensor], trainer: Trainer, del_filepath: str | None = None
@@ -442,7 +445,7 @@ class ModelCheckpoint(Checkpoint):
         path = self.format_checkpoint_name(metrics, filename)
         if trainer.is_global_zero and self._enable_version_counter:
             version = self.STARTING_VERSION
-            while path != keep and (path in self.best_k_models or _files.exists(path)):
+            while path != keep and (path in self.best_k_models or trainer.strategy.saving.exists(path)):
                 path = self.format_checkpoint_name(metrics, filename, ver=version)
                 version += 1
         return str(trainer.strategy.broadcast(path))

@@ -1,0 +1,155 @@
+"""The process that writes snapshots. It imports no torch, and ends when the process that started it does."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import select
+import signal
+import socket
+import struct
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+from fulmen_checkpoint import _archive, _digest, _local
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from contextlib import AbstractContextManager
+    from typing import IO
+
+__all__ = ["Outcome", "Request", "main", "receive", "send"]
+
+_HEADER = struct.Struct("<Q")
+_LOOK_AROUND_S = 2.0
+# Training keeps its cores: the writer has the time that is left, and on busy cores about a tenth.
+_NICENESS = 10
+
+
+class Request(NamedTuple):
+    """One checkpoint to write. Places are (offset, size) in the buffer that comes with it, in bytes."""
+
+    target: str
+    local: str | None
+    """The absolute path, if ``target`` is a file of this machine."""
+    options: Mapping[str, object]
+    """Of the storage, for other targets."""
+    pickle: tuple[int, int]
+    storages: list[tuple[int, int]]
+    head: list[tuple[str, bytes]]
+    tail: list[tuple[str, bytes]]
+
+
+class Outcome(NamedTuple):
+    """What became of a request: ``error`` is empty when the checkpoint is visible."""
+
+    error: str
+    is_storage: bool
+    """Whether it was the storage that failed."""
+
+
+def send(connection: socket.socket, message: tuple[object, ...], handle: int | None = None) -> None:
+    """Send one message, with a file descriptor if given."""
+    payload = pickle.dumps(tuple(message))
+    header = _HEADER.pack(len(payload))
+    if handle is None:
+        connection.sendall(header)
+    else:
+        socket.send_fds(connection, [header], [handle])
+    connection.sendall(payload)
+
+
+def receive(connection: socket.socket) -> tuple[tuple[object, ...], int | None]:
+    """The next message and its file descriptor.
+
+    Raises:
+        EOFError: the other side is gone.
+    """
+    try:
+        header, handles, _, _ = socket.recv_fds(connection, _HEADER.size, 1)
+        header += _exactly(connection, _HEADER.size - len(header)) if header else b""
+    except ConnectionError as error:
+        raise EOFError from error
+    if not header:
+        raise EOFError
+    message = pickle.loads(_exactly(connection, _HEADER.unpack(header)[0]))
+    return message, handles[0] if handles else None
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < size:
+        try:
+            block = connection.recv(min(size - len(parts), 1 << 20))
+        except ConnectionError as error:
+            raise EOFError from error
+        if not block:
+            raise EOFError
+        parts += block
+    return bytes(parts)
+
+
+def main(handle: int, parent: int) -> None:
+    """Write what is asked for through the socket ``handle`` until it closes or ``parent`` is gone."""
+    # Signals to the whole job are the trainer's business: it still needs what is being written.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    with suppress(OSError):
+        os.nice(_NICENESS)
+    with socket.socket(fileno=handle) as connection:
+        # A worker that the trainer forked holds the socket open after the trainer's death.
+        while os.getppid() == parent:
+            if not select.select([connection], [], [], _LOOK_AROUND_S)[0]:
+                continue
+            try:
+                message, buffer = receive(connection)
+            except EOFError:
+                return
+            if buffer is None:
+                return
+            outcome = _answer(Request(*message), buffer)  # type: ignore[arg-type]  # what send() was given
+            try:
+                send(connection, outcome)
+            except OSError:
+                return
+
+
+def _answer(request: Request, buffer: int) -> Outcome:
+    try:
+        try:
+            _write(request, buffer)
+        finally:
+            os.close(buffer)
+    except OSError as error:
+        return Outcome(f"{type(error).__name__}: {error}", is_storage=True)
+    except Exception as error:  # noqa: BLE001 - told to the trainer, which raises it
+        return Outcome(f"{type(error).__name__}: {error}", is_storage=False)
+    return Outcome("", is_storage=False)
+
+
+def _write(request: Request, buffer: int) -> None:
+    size = os.fstat(buffer).st_size
+    with mmap.mmap(buffer, size, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as memory:
+        views = [memory[offset : offset + count] for offset, count in (request.pickle, *request.storages)]
+        head = [("data.pkl", bytes(views[0])), *request.head]
+        try:
+            with _sink(request) as sink, _digest.DigestWriter(sink) as writer:
+                _archive.write(writer, _archive.Parts(head, views[1:], request.tail))
+                writer.finish()
+        finally:
+            for view in views:
+                view.release()
+
+
+def _sink(request: Request) -> AbstractContextManager[IO[bytes]]:
+    if request.local is not None:
+        return _local.write_atomic(request.local)
+    from fulmen_checkpoint.storage import FsspecStorage  # fsspec is slow to import, and local files need none of it
+
+    return FsspecStorage(request.options).write_atomic(request.target)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
