@@ -4,6 +4,7 @@
     flips     COUNT single-byte flips in checkpoints of every format: verification finds each
     kills     COUNT SIGKILLs during saves, local and S3, file and folder: a whole checkpoint is always there
     faults    COUNT storage faults during saves: the last good checkpoint stays, and the error says what happened
+    train     COUNT trainings killed at random moments and resumed: each ends with the bits of an unbroken one
 
 ``full`` in place of a count takes the numbers of docs/reliability.md.
 """
@@ -14,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from tools.drills import checkpoint_faults, checkpoint_kills, checkpoint_mutations
+from tools.drills import checkpoint_faults, checkpoint_kills, checkpoint_mutations, train
 from tools.drills.table import Row, table
 
 # Name: what runs it, count in CI, count of the full run.
@@ -23,6 +24,7 @@ DRILLS: dict[str, tuple[Callable[[int], list[Row]], int, int]] = {
     "flips": (checkpoint_mutations.flips, 100, 1_000),
     "kills": (checkpoint_kills.kills, 12, 500),
     "faults": (checkpoint_faults.faults, 40, 200),
+    "train": (train.rows, 8, 200),
 }
 
 

@@ -22,6 +22,7 @@ from fulmen_data import (
     CombinedLoader,
     DistributedBatchSampler,
     DistributedSamplerWrapper,
+    FastForward,
     LoaderPosition,
     SeekableSampler,
 )
@@ -326,12 +327,28 @@ class Stream(IterableDataset):
         return iter(range(SIZE))
 
 
-def test_an_iterable_dataset_is_read_again_up_to_the_position_and_says_so(caplog) -> None:
+@pytest.mark.proves("5.38")
+def test_an_iterable_dataset_without_a_state_is_named_and_begins_again_after_a_resume(caplog) -> None:
     position = LoaderPosition(DataLoader(Stream(), 4))
     iterator = iter(position)
     for _ in range(3):
         next(iterator)
+    assert position.lost == "Stream"
     resumed = LoaderPosition(DataLoader(Stream(), 4))
+    resumed.load_state_dict(position.state_dict())
+    assert next(iter(resumed)).tolist() == [0, 1, 2, 3]
+    assert resumed.batches == 4
+    assert "Stream has no position: the epoch goes on at batch 3" in caplog.text
+
+
+def test_an_iterable_dataset_is_read_again_up_to_the_position_where_that_is_asked_for(caplog) -> None:
+    caplog.set_level("INFO")
+    position = LoaderPosition(FastForward(DataLoader(Stream(), 4)))
+    iterator = iter(position)
+    for _ in range(3):
+        next(iterator)
+    assert position.lost is None
+    resumed = LoaderPosition(FastForward(DataLoader(Stream(), 4)))
     resumed.load_state_dict(position.state_dict())
     assert next(iter(resumed)).tolist() == [12, 13, 14, 15]
     assert resumed.batches == 4

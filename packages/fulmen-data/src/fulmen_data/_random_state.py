@@ -40,13 +40,20 @@ class RandomState(NamedTuple):
         if numpy is not None and self.numpy_state is not None:
             numpy.random.set_state(self.numpy_state)
 
+    def equals(self, other: RandomState) -> bool:
+        """Whether every generator stands where it does in ``other``; NumPy's counts where both know it."""
+        if not torch.equal(self.torch_state, other.torch_state) or self.python_state != other.python_state:
+            return False
+        if self.numpy_state is None or other.numpy_state is None:
+            return True
+        return _plain_numpy(self.numpy_state) == _plain_numpy(other.numpy_state)
+
     def to_plain(self) -> dict[str, object]:
         """Tensors, numbers and lists only, which any safe loader reads."""
         version, internal, gauss = cast("tuple[int, tuple[int, ...], float | None]", self.python_state)
         plain: dict[str, object] = {"torch": self.torch_state, "python": [version, list(internal), gauss]}
         if self.numpy_state is not None:
-            name, keys, position, has_gauss, cached = cast("tuple[str, list[int], int, int, float]", self.numpy_state)
-            plain["numpy"] = [name, [int(key) for key in keys], int(position), int(has_gauss), float(cached)]
+            plain["numpy"] = _plain_numpy(self.numpy_state)
         return plain
 
     @classmethod
@@ -59,6 +66,13 @@ class RandomState(NamedTuple):
             (version, tuple(cast("list[int]", internal)), gauss),
             None if numpy_state is None else tuple(numpy_state),
         )
+
+
+def _plain_numpy(state: object | None) -> list[object] | None:
+    if state is None:
+        return None
+    name, keys, position, has_gauss, cached = cast("tuple[str, list[int], int, int, float]", state)
+    return [name, [int(key) for key in keys], int(position), int(has_gauss), float(cached)]
 
 
 @contextmanager

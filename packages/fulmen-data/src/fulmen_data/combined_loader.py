@@ -10,7 +10,7 @@ from typing import Literal, cast, get_args
 from fulmen_data._tree import leaves, map_leaves
 from fulmen_data.position import LoaderPosition
 from fulmen_data.sizes import sized_len
-from fulmen_protocols import MisconfigurationException, did_you_mean
+from fulmen_protocols import MisconfigurationException, MisconfigurationRuntimeError, did_you_mean
 
 __all__ = ["CombinationMode", "CombinedLoader"]
 
@@ -49,7 +49,7 @@ class CombinedLoader:
             )
         self._mode: CombinationMode = mode
         self._iterables = iterables
-        self._positions = [LoaderPosition(cast("Iterable[object]", leaf)) for leaf in leaves(iterables)]
+        self._positions = _positions(leaves(iterables))
         self._limits: list[float] | None = None
         self._iterator: _Parallel | _Sequential | None = None
         self._resume: Mapping[str, object] | None = None
@@ -76,10 +76,15 @@ class CombinedLoader:
                 f"flattened was given {len(loaders)} loaders; this CombinedLoader holds {len(self._positions)}. "
                 "Give one for each."
             )
-        self._positions = [LoaderPosition(cast("Iterable[object]", loader)) for loader in loaders]
+        self._positions = _positions(loaders)
         remaining = iter(loaders)
         self._iterables = map_leaves(lambda _: next(remaining), self._iterables)
         self._iterator = None
+
+    @property
+    def positions(self) -> list[LoaderPosition[object]]:
+        """The place in each loader, in order."""
+        return list(self._positions)
 
     @property
     def sampler(self) -> object:
@@ -169,7 +174,7 @@ class CombinedLoader:
         """
         positions = cast("list[dict[str, object]]", state_dict["positions"])
         if state_dict["mode"] != self._mode or len(positions) != len(self._positions):
-            raise MisconfigurationException(
+            raise MisconfigurationRuntimeError(
                 f"the saved position is of a CombinedLoader of {len(positions)} loaders with mode="
                 f"{state_dict['mode']!r}; this one has {len(self._positions)} and mode={self._mode!r}. "
                 "Combine the same loaders, or start the epoch anew."
@@ -178,6 +183,13 @@ class CombinedLoader:
             position.load_state_dict(state)
         self._iterator = None
         self._resume = dict(state_dict) if "pass" in state_dict else None
+
+
+def _positions(loaders: Iterable[object]) -> list[LoaderPosition[object]]:
+    positions = [LoaderPosition(cast("Iterable[object]", loader)) for loader in loaders]
+    for position in positions:
+        position.is_one_of_several = True
+    return positions
 
 
 class _Parallel(Iterator[Item]):

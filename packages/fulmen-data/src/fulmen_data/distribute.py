@@ -15,12 +15,13 @@ from fulmen_data.samplers import (
     UnrepeatedDistributedSampler,
     UnrepeatedDistributedSamplerWrapper,
 )
+from fulmen_data.seeded import seeded_datasets
 from fulmen_data.sizes import has_iterable_dataset
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["distribute_loader", "set_epoch", "track_batch_indices"]
+__all__ = ["distribute_loader", "set_epoch", "split_loader", "track_batch_indices"]
 
 T = TypeVar("T")
 
@@ -48,13 +49,20 @@ def distribute_loader(
     """
     if world_size == 1 or not _is_loader(loader) or has_iterable_dataset(loader):
         return loader
+    return cast("T", split_loader(loader, rank, world_size, shuffle=shuffle, training=training, seed=seed))
+
+
+def split_loader(
+    loader: object, rank: int, world_size: int, *, shuffle: bool | None, training: bool, seed: int
+) -> object:
+    """``distribute_loader`` for a map-style ``DataLoader``, also for one rank."""
     source = cast("DataLoader[object]", loader)
     batches, sampler = _batch_sampler(source), _sampler(source)
     if isinstance(sampler, DistributedSampler) or isinstance(batches, (DistributedSampler, DistributedBatchSampler)):
         return loader
     if batches is not None and type(batches) is not BatchSampler:
         dealt = DistributedBatchSampler(cast("Iterable[list[int]]", batches), world_size, rank, pad=training, seed=seed)
-        return cast("T", rebuild_loader(source, batch_sampler=dealt))
+        return rebuild_loader(source, batch_sampler=dealt)
     new: DistributedSampler[int]
     if _is_default(sampler):
         follow = not isinstance(sampler, SequentialSampler) if shuffle is None else shuffle
@@ -63,7 +71,7 @@ def distribute_loader(
     else:
         wrapper = DistributedSamplerWrapper if training else UnrepeatedDistributedSamplerWrapper
         new = wrapper(cast("Iterable[int]", sampler), world_size, rank, seed=seed)
-    return cast("T", rebuild_loader(source, sampler=new))
+    return rebuild_loader(source, sampler=new)
 
 
 def track_batch_indices(loader: DataLoader[T]) -> tuple[DataLoader[T], IndexBatchSamplerWrapper | None]:
@@ -84,7 +92,7 @@ def track_batch_indices(loader: DataLoader[T]) -> tuple[DataLoader[T], IndexBatc
 
 
 def set_epoch(loader: object, epoch: int) -> None:
-    """Tell ``epoch`` to every sampler of ``loader`` that wants to know: call it on every rank before each epoch."""
+    """Tell ``epoch`` to every sampler and ``SeededDataset`` of ``loader``: call it on every rank before each epoch."""
     own = getattr(loader, "set_epoch", None)
     if callable(own) and not _is_loader(loader):
         own(epoch)
@@ -93,6 +101,8 @@ def set_epoch(loader: object, epoch: int) -> None:
         method = getattr(sampler, "set_epoch", None)
         if callable(method):
             method(epoch)
+    for dataset in seeded_datasets(loader):
+        dataset.set_epoch(epoch)
 
 
 def _is_loader(loader: object) -> bool:

@@ -240,6 +240,11 @@ class DistributedBatchSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         return len(self._deal)
 
+    @property
+    def seekable(self) -> SeekableSampler | None:
+        """Who can be told a position, in batches over all ranks; None without padding."""
+        return self._deal if isinstance(self._deal, SeekableSampler) else None
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose random numbers the inner sampler draws."""
         self._deal.set_epoch(epoch)

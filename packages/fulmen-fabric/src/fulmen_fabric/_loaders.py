@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from fulmen_data import add_worker_seeding, distribute_loader, set_epoch
+from fulmen_data import add_worker_seeding, distribute_loader, seed_samples, set_epoch
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import SupportsLoaderProcessing
 
@@ -68,8 +68,11 @@ def prepare_loader(
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         rank, parts = world.data_parallel_rank, world.data_parallel_size
         loader = distribute_loader(loader, rank=rank, world_size=parts, training=True, seed=seed)
-    if os.environ.get("PL_SEED_WORKERS", "0") == "1":
+    seeding = os.environ.get("PL_SEED_WORKERS", "0")
+    if seeding == "1":
         add_worker_seeding(loader, world.rank)
+    elif seeding == "samples":
+        loader = seed_samples(loader)
     if supports(strategy, SupportsLoaderProcessing):
         return FabricDataLoader(loader, strategy.process_loader(loader))
     return FabricDataLoader(loader, loader, move)

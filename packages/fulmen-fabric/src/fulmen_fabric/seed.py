@@ -6,7 +6,7 @@ import os
 import random
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 import torch
 
@@ -41,22 +41,26 @@ class RNGState(TypedDict, total=False):
     """Device type (``"cuda"``) to the state of this process's device of that type."""
 
 
-def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
+def seed_everything(seed: int | None = None, workers: bool | Literal["samples"] = False, verbose: bool = True) -> int:
     """Seed Python, NumPy (where installed) and torch on every device, and tell child processes through the environment.
 
     Sets ``PL_GLOBAL_SEED`` and ``PL_SEED_WORKERS``, which later launched ranks and loader workers read.
 
     Args:
         seed: 0 to 2^32 - 1. None: ``PL_GLOBAL_SEED``, or 0 with a warning.
-        workers: whether loader workers get a ``worker_init_fn`` that seeds them per worker and rank.
+        workers: whether loader workers get a ``worker_init_fn`` that seeds them per worker and rank. ``"samples"``:
+            what a data set draws depends on seed, epoch and sample alone, whatever the number of workers and ranks, and
+            after a resume (``fulmen_data.SeededDataset``).
         verbose: whether rank 0 logs the seed.
 
     Returns:
         The seed.
 
     Raises:
-        ValueError: ``seed`` or ``PL_GLOBAL_SEED`` is no whole number in that range.
+        ValueError: ``seed`` or ``PL_GLOBAL_SEED`` is no whole number in that range, or ``workers`` an unknown word.
     """
+    if isinstance(workers, str) and workers != "samples":
+        raise ValueError(f"seed_everything got workers={workers!r}. Use True, False or 'samples'.")
     if seed is None:
         found = os.environ.get(_SEED_VARIABLE)
         if found is None:
@@ -72,7 +76,7 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     if verbose:
         rank_zero_info(rank_prefixed_message(f"Seed set to {seed}", rank_zero_only.rank))
     os.environ[_SEED_VARIABLE] = str(seed)
-    os.environ[_WORKERS_VARIABLE] = str(int(workers))
+    os.environ[_WORKERS_VARIABLE] = workers if isinstance(workers, str) else str(int(workers))
     _seed(seed)
     return seed
 
@@ -87,8 +91,8 @@ def _whole_number(value: object, name: str) -> int:
 def reset_seed() -> None:
     """Seed again with ``PL_GLOBAL_SEED``, if it is set, so that every rank starts equal whatever ran before."""
     if os.environ.get(_SEED_VARIABLE) is not None:
-        workers = os.environ.get(_WORKERS_VARIABLE, "0") == "1"
-        seed_everything(None, workers=workers, verbose=False)
+        asked = os.environ.get(_WORKERS_VARIABLE, "0")
+        seed_everything(None, workers="samples" if asked == "samples" else asked == "1", verbose=False)
 
 
 def _seed(seed: int) -> None:

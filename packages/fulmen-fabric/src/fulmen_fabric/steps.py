@@ -168,6 +168,7 @@ def automatic_step(
     accumulate: int = 1,
     keep_outputs: bool = True,
     world_size: int = 1,
+    window_is_open: bool = False,
 ) -> tuple[BatchStep, BatchStep]:
     """Compose the two things that can happen to a batch: ``(step, accumulate_only)``.
 
@@ -184,6 +185,7 @@ def automatic_step(
         hooks: the user's code inside the step.
         accumulate: batches per optimizer step, at least 1.
         keep_outputs: whether anybody will look at a step's outputs.
+        window_is_open: whether the first batch adds to gradients that are there already (a resumed window).
         world_size: with more than one rank a missing loss would leave the others waiting, so it is an error.
 
     Raises:
@@ -202,7 +204,7 @@ def automatic_step(
     zero_grad: Callable[[], object] = hooks.zero_grad or optimizer.zero_grad
     engine_accumulates = supports(strategy, OwnsAccumulation)
     divisor = 1 if engine_accumulates else accumulate
-    window_is_empty = True  # no backward pass since the last optimizer step
+    window_is_empty = not window_is_open  # no backward pass since the last optimizer step
 
     def forward_backward(batch: object, batch_idx: int) -> tuple[object, Tensor | None]:
         nonlocal window_is_empty

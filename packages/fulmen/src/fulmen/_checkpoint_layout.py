@@ -19,8 +19,8 @@ LIGHTNING_VERSION = "2.6.0"
 """The version whose layout is written, so that Lightning can read the file."""
 
 
-def lightning_loops(progress: Progress, accumulate: int) -> dict[str, Any]:
-    """The ``loops`` entry as Lightning writes it."""
+def lightning_loops(progress: Progress, loaders: list[Any]) -> dict[str, Any]:
+    """The ``loops`` entry as Lightning writes it; ``loaders`` are the states of the loaders that have one."""
     steps = {"ready": progress.updates, "completed": progress.updates}
     batches = _tracker(progress.total_batches)
     in_epoch = _tracker(progress.batch)
@@ -30,7 +30,7 @@ def lightning_loops(progress: Progress, accumulate: int) -> dict[str, Any]:
     epoch_progress = {"ready": epochs, "completed": progress.epoch, "started": epochs, "processed": ended}
     return {
         "fit_loop": {
-            "state_dict": {},
+            "state_dict": {"combined_loader": loaders} if loaders else {},
             "epoch_loop.state_dict": {"_batches_that_stepped": progress.log_step},
             "epoch_loop.batch_progress": {
                 "total": batches,

@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING, Any, cast
 from fulmen._canonical import as_named_here, canonical
 from fulmen._checkpoint_layout import LIGHTNING_VERSION, lightning_loops, progress_from_lightning
 from fulmen._checkpoint_path import resolve_path
+from fulmen._exact_state import (
+    exact_state,
+    foreign_state,
+    loader_states,
+    require_known_version,
+    restore_gradients,
+)
 from fulmen.hparams import checkpoint_entries
 from fulmen.states import TrainerStatus
-from fulmen_fabric import collect_rng_state, rank_zero_info, rank_zero_warn, restore_rng_state
+from fulmen_fabric import rank_zero_info, rank_zero_warn
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
     CheckpointError,
@@ -23,7 +30,6 @@ from fulmen_protocols import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fulmen._metering import Metering
     from fulmen._session import Session
     from fulmen.trainer import Trainer
 
@@ -32,13 +38,9 @@ __all__ = [
     "load",
     "resolve_path",
     "restore_modules_and_callbacks",
-    "restore_position",
-    "restore_rng",
     "restore_training",
     "save",
 ]
-
-_VERSION = 1
 
 
 def save(
@@ -75,7 +77,7 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
         "state_dict": canonical(
             module.state_dict() if sharded is None else dict(sharded.module_state(placed, full=full))
         ),
-        "loops": lightning_loops(progress, trainer.accumulate_grad_batches),
+        "loops": lightning_loops(progress, loader_states(session, progress)),
     }
     if not weights_only:
         checkpoint["callbacks"] = callbacks = {}
@@ -91,7 +93,7 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
         precision = trainer.assembly.precision
         if supports(precision, SupportsGradScaling):
             checkpoint["MixedPrecision"] = precision.state_dict()
-        checkpoint["fulmen"] = _exact_state(trainer, session)
+        checkpoint["fulmen"] = exact_state(trainer, session)
     checkpoint.update(checkpoint_entries(module))
     if session.datamodule is not None:
         checkpoint.update(checkpoint_entries(session.datamodule, prefix="datamodule_"))
@@ -111,25 +113,6 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
                 checkpoint["state_dict"] = clean(trainer, module, checkpoint["state_dict"])
     session.scoped("on_save_checkpoint", module.on_save_checkpoint)(checkpoint)
     return checkpoint
-
-
-def _exact_state(trainer: Trainer, session: Session) -> dict[str, Any]:
-    """Counters, and each rank's random state, data position and running metrics."""
-    progress = trainer._progress  # pyright: ignore[reportPrivateUsage]
-    store = trainer._metering.train if trainer._fitting else None  # pyright: ignore[reportPrivateUsage]
-    loader = session.train_loader
-    within_epoch = progress.epoch_started and not progress.epoch_ended
-    mine = {
-        "rng": collect_rng_state(trainer.world.device),
-        "loader": None if loader is None else loader.state_dict(progress.batch, within_epoch=within_epoch),
-        "metrics": None if store is None else store.state_dict(),
-    }
-    return {
-        "version": _VERSION,
-        "progress": progress.state_dict(),
-        "ranks": trainer.world.collectives.all_gather_object(mine),
-        "callback_metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
-    }
 
 
 def _state_key(callback: Any) -> str:
@@ -212,11 +195,7 @@ def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, A
     if exact is None:
         progress_from_lightning(checkpoint, progress)
     else:
-        if exact["version"] != _VERSION:
-            raise CheckpointError(
-                f"{trainer.ckpt_path} was written with layout {exact['version']}; this fulmen reads {_VERSION}. "
-                "Update fulmen."
-            )
+        require_known_version(exact, trainer.ckpt_path)
         progress.load_state_dict(exact["progress"])
     if trainer.max_epochs != -1 and progress.epoch > trainer.max_epochs:
         raise MisconfigurationException(
@@ -238,39 +217,5 @@ def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, A
             optimizer.load_state_dict(state)
     for config, state in zip(session.schedulers, checkpoint.get("lr_schedulers", ()), strict=False):
         config.scheduler.load_state_dict(state)
-    session.resumed = exact
-
-
-def _mine(session: Session) -> dict[str, Any] | None:
-    exact = session.resumed
-    if exact is None:
-        return None
-    ranks = exact["ranks"]
-    return ranks[session.world.rank] if len(ranks) == session.world.world_size else None
-
-
-def restore_position(session: Session, metering: Metering) -> None:
-    """Data position and running metrics, before the first batch."""
-    if session.resumed is not None:
-        metering.reporter.restore(session.resumed["callback_metrics"], session.world.device)
-    mine = _mine(session)
-    if mine is None:
-        if session.resumed is not None:
-            rank_zero_warn(
-                f"this run was saved by {len(session.resumed['ranks'])} processes and goes on with "
-                f"{session.world.world_size}: random states are not restored."
-            )
-        return
-    assert session.train_loader is not None
-    if mine["loader"] is not None:
-        session.train_loader.load_state_dict(mine["loader"])
-    if mine["metrics"] is not None:
-        metering.train.load_state_dict(mine["metrics"], module=session.module)
-
-
-def restore_rng(session: Session) -> None:
-    """Random states, last of all: nothing may draw between this and the first batch."""
-    mine = _mine(session)
-    session.resumed = None
-    if mine is not None:
-        restore_rng_state(mine["rng"], session.world.device)
+    session.resumed = foreign_state(checkpoint) if exact is None else exact
+    restore_gradients(session, progress)

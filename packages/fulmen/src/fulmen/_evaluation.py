@@ -22,7 +22,7 @@ from fulmen.callbacks.prediction_writer import BasePredictionWriter
 from fulmen.evaluate import EvalParts, evaluate
 from fulmen.predict import PredictParts
 from fulmen.states import RunningStage, TrainerFn
-from fulmen_fabric import isolate_rng, move_data_to_device
+from fulmen_fabric import collect_rng_state, isolate_rng, move_data_to_device
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import SupportsInferencePlacement
 
@@ -102,6 +102,8 @@ class Evaluation:
     def validate(self) -> None:
         """Validate between two training batches."""
         self._state.stage = RunningStage.VALIDATING
+        # A checkpoint that is saved on the way resumes with the whole validation.
+        self._session.rng_before_validation = collect_rng_state(self._session.world.device)
         if not self._progress.window_is_open:
             name = "on_validation_model_zero_grad"
             self._session.scoped(name, self._session.module.on_validation_model_zero_grad)()
@@ -116,6 +118,7 @@ class Evaluation:
     def _mark_validated(self) -> None:
         # Before on_validation_end: a checkpoint written there must not validate again when it is resumed.
         self._progress.validated_at = self._progress.total_batches
+        self._session.rng_before_validation = None
 
     def start_clock(self) -> None:
         """Count the time to the next validation from now."""

@@ -14,11 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
 from fulmen._predictions import tracked
-from fulmen._raw_batches import RawBatches
 from fulmen_data import (
     CombinationMode,
     CombinedLoader,
-    LoaderPosition,
     has_iterable_dataset,
     rebuild_loader,
     sized_len,
@@ -32,7 +30,20 @@ if TYPE_CHECKING:
     from fulmen.settings import BatchLimit
     from fulmen_data import IndexBatchSamplerWrapper
 
-__all__ = ["EvalLoaders", "LoaderSource", "TrainLoader", "limited"]
+__all__ = [
+    "Advise",
+    "EvalLoaders",
+    "LoaderSource",
+    "batches_of",
+    "combined_length",
+    "is_single",
+    "leaves",
+    "length_of",
+    "limited",
+    "map_loaders",
+    "may_end_early",
+    "without_shuffling",
+]
 
 Advise = Callable[[Sequence[object], Sequence[object], Sequence[float]], None]
 """Called with loaders as the user gave them, as they were split over ranks, and their lengths on this rank."""
@@ -96,7 +107,7 @@ def _overrides(owner: object, name: str) -> bool:
 
 
 def _require_iterable(name: str, loaders: object) -> None:
-    for loader in _leaves(loaders):
+    for loader in leaves(loaders):
         if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
             raise MisconfigurationException(
                 f"{name} gave an object of type {type(loader).__name__}, which is not iterable. "
@@ -104,14 +115,15 @@ def _require_iterable(name: str, loaders: object) -> None:
             )
 
 
-def _leaves(loaders: object) -> list[Any]:
+def leaves(loaders: object) -> list[Any]:
+    """The single loaders in a nested collection of them."""
     if isinstance(loaders, CombinedLoader):
         return list(loaders.flattened)
     if isinstance(loaders, Mapping):
         named = cast("Mapping[object, object]", loaders)
-        return [leaf for value in named.values() for leaf in _leaves(value)]
+        return [leaf for value in named.values() for leaf in leaves(value)]
     if _is_collection(loaders):
-        return [leaf for value in loaders for leaf in _leaves(value)]
+        return [leaf for value in loaders for leaf in leaves(value)]
     return [loaders]
 
 
@@ -140,7 +152,8 @@ def _is_loader(item: object) -> bool:
     return hasattr(item, "__iter__") and not hasattr(item, "__array__") and not hasattr(item, "to")
 
 
-def _is_single(loaders: object) -> bool:
+def is_single(loaders: object) -> bool:
+    """Whether this is one loader, and no collection."""
     return not isinstance(loaders, (CombinedLoader, Mapping)) and not _is_collection(loaders)
 
 
@@ -172,203 +185,45 @@ def limited(name: str, length: float, limit: BatchLimit, stage: str) -> float:
     return taken
 
 
-def _length(loader: object) -> float:
+def length_of(loader: object) -> float:
     """Batches of one loader; ``inf`` where it does not know."""
     length = sized_len(loader)
     return _INF if length is None else length
 
 
-def _may_end_early(loader: object) -> bool:
+def may_end_early(loader: object) -> bool:
     """Whether only reading tells which batch is the last: no length, or one that an iterable data set claims."""
     return has_iterable_dataset(loader) or sized_len(loader) is None
 
 
-class TrainLoader:
-    """The training loader of a run: one iterable of batches, with its length, limit and place."""
-
-    def __init__(
-        self,
-        source: LoaderSource,
-        *,
-        limit: BatchLimit,
-        limit_name: str,
-        split: Callable[[object], object],
-        process: Callable[[Iterable[object]], Iterable[object]] | None = None,
-        reload_every_n_epochs: int = 0,
-        overfit: bool = False,
-        advise: Advise | None = None,
-        raw: Callable[[object], object] | None = None,
-    ) -> None:
-        self._source, self._limit, self._limit_name = source, limit, limit_name
-        self._split, self._process = split, process
-        self._reload_every = reload_every_n_epochs
-        self._overfit = overfit
-        self._advise = advise
-        self.raw = raw
-        """Where the step fetches its batches itself: told of each."""
-        self._raw_batches: RawBatches | None = None
-        self._looks_ahead = False
-        self._loaded_in: int | None = None
-        self._running: Iterator[tuple[object, bool]] | None = None
-        self._epoch = -1
-        self._restored: Mapping[str, object] | None = None
-        self.user_loader: object = None
-        self.loader: Any = ()
-        self._combined = False
-        self.batches: float = 0
-
-    def setup(self, epoch: int) -> None:
-        """Ask for the loader if that has not been done, or if it is time to ask again."""
-        due = self._reload_every > 0 and self._loaded_in is not None and epoch - self._loaded_in >= self._reload_every
-        if self._loaded_in is not None and not (due and self._source.from_hook):
-            return
-        self.user_loader = loaders = self._source.load()
-        given = _leaves(loaders)
-        if self._overfit:
-            loaders = _map(loaders, partial(_without_shuffling, self._source.hook))
-        loaders = _map(loaders, self._split)
-        split = _leaves(loaders)
-        lengths = [_length(loader) for loader in split]
-        if self._advise is not None:
-            self._advise(given, split, lengths)
-        limits = [limited(self._limit_name, length, self._limit, "training") for length in lengths]
-        self._looks_ahead = any(_may_end_early(loader) for loader in split)
-        if len(split) == 1 and _is_single(loaders):
-            self.loader, self._combined = loaders, False
-            self.batches = limits[0]
-        else:
-            combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
-            if combined.mode == "sequential":
-                raise MisconfigurationException(
-                    "train_dataloader is a CombinedLoader with mode='sequential', which is for evaluation. "
-                    "Use 'min_size', 'max_size' or 'max_size_cycle'."
-                )
-            self.loader, self._combined = combined, True
-            self.batches = _combined_length(combined.mode, limits)
-        self._position = LoaderPosition(self.loader)
-        self._loaded_in = epoch
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the user has been asked for the loader."""
-        return self._loaded_in is not None
-
-    def epoch_batches(self, epoch: int, start: int) -> Iterator[tuple[object, bool]]:
-        """The batches of ``epoch`` from index ``start`` on, each with whether it is the last.
-
-        Called again within an epoch it gives the same iterator, so that a loop that was left goes on where it was.
-        """
-        if self._running is None or self._epoch != epoch:
-            self.setup(epoch)
-            if self._restored is not None:
-                self._position.load_state_dict(self._restored)
-                start = cast("int", self._restored["batches"])
-                self._restored = None
-            else:
-                self._position.restart()
-            self._position.set_epoch(epoch)
-            iterator: Iterator[object] = iter(self._position)
-            if self._combined:
-                iterator = _batches_of(iter(self._position))
-            if self._process is not None:
-                iterator = iter(self._process(iterator))
-            if self.raw is None:
-                self._running = _with_last(iterator, self.batches, start, looks_ahead=self._looks_ahead)
-            else:
-                self._raw_batches = RawBatches(
-                    iterator, length=self.batches, start=start, told=self.raw, looks_ahead=self._looks_ahead
-                )
-                self._running = self._raw_batches.rounds()
-            self._epoch = epoch
-        return self._running
-
-    def end_epoch(self) -> None:
-        """Forget the running iterator: the next epoch starts a new one."""
-        self._running = self._raw_batches = None
-
-    def reload(self, epoch: int) -> None:
-        """Ask for the loader again now, between two epochs: it would be another one."""
-        self.close()
-        self._loaded_in, self._combined = None, False
-        self.setup(epoch)
-
-    def state_dict(self, batch: int, *, within_epoch: bool) -> dict[str, object]:
-        """Where the loader is after ``batch`` batches of the running epoch, or between two epochs."""
-        if self._raw_batches is not None:
-            batch = self._raw_batches.fetched  # a step may have fetched several
-        position = self._position.state_dict(batch) if within_epoch else None
-        return {"position": position, "generators": self._position.generator_states()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there when batches are next asked for."""
-        if state["position"] is None:
-            self._position.set_generator_states(state["generators"])
-        else:
-            self._restored = state["position"]
-
-    def close(self) -> None:
-        """Let go of the running iterator, and so of its workers, now and not whenever it is collected."""
-        self._running = None
-        if self._loaded_in is not None:
-            self._position.restart()
-
-
-def _combined_length(mode: CombinationMode, lengths: Sequence[float]) -> float:
+def combined_length(mode: CombinationMode, lengths: Sequence[float]) -> float:
+    """Batches of one pass over loaders of these lengths."""
     if mode == "sequential":
         return sum(lengths)
     return min(lengths) if mode == "min_size" else max(lengths)
 
 
-def _batches_of(combined: Iterable[tuple[object, int, int]]) -> Iterator[object]:
-    for batch, _, _ in combined:  # batch_idx and dataloader_idx are not needed
+def batches_of(combined: Iterable[tuple[object, int, int]]) -> Iterator[object]:
+    """What a CombinedLoader gives, without ``batch_idx`` and ``dataloader_idx``."""
+    for batch, _, _ in combined:
         yield batch
 
 
-def _with_last(
-    iterator: Iterator[object], length: float, start: int, *, looks_ahead: bool
-) -> Iterator[tuple[object, bool]]:
-    """Pair each batch with whether it is the epoch's last; looks one batch ahead only where a count does not tell."""
-    index = start
-    if not looks_ahead:
-        while index < length:
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            index += 1
-            yield batch, index >= length
-        return
-    if index >= length:
-        return
-    for batch in iterator:
-        index += 1
-        while index < length:
-            following = next(iterator, _END)
-            if following is _END:
-                break
-            yield batch, False
-            batch = following  # the batch in hand is always one behind the iterator
-            index += 1
-        yield batch, True
-        return
-
-
-_END = object()
-
-
-def _map(loaders: object, function: Callable[[object], object]) -> object:
+def map_loaders(loaders: object, function: Callable[[object], object]) -> object:
+    """The same collection with ``function`` applied to each loader."""
     if isinstance(loaders, CombinedLoader):
         loaders.flattened = [function(leaf) for leaf in loaders.flattened]
         return loaders
     if isinstance(loaders, Mapping):
         named = cast("Mapping[object, object]", loaders)
-        return {key: _map(value, function) for key, value in named.items()}
+        return {key: map_loaders(value, function) for key, value in named.items()}
     if _is_collection(loaders):
-        return [_map(value, function) for value in loaders]
+        return [map_loaders(value, function) for value in loaders]
     return function(loaders)
 
 
-def _without_shuffling(hook: str, loader: object) -> object:
+def without_shuffling(hook: str, loader: object) -> object:
+    """``loader`` in the order of its data set, with a warning if that was another; ``hook`` is where it came from."""
     if not _is_data_loader(loader) or has_iterable_dataset(loader) or isinstance(loader.sampler, SequentialSampler):
         return loader
     rank_zero_warn(
@@ -386,7 +241,7 @@ class _Combined:
         self._loader = combined
 
     def __iter__(self) -> Iterator[object]:
-        return _batches_of(self._loader)
+        return batches_of(self._loader)
 
 
 class EvalLoaders:
@@ -423,18 +278,18 @@ class EvalLoaders:
         if self._loaded_in is not None and not (due and self._source.from_hook):
             return
         self.user_loaders = loaders = self._source.load()
-        given = _leaves(loaders)
+        given = leaves(loaders)
         if self._overfit:
-            loaders = _map(loaders, partial(_without_shuffling, self._source.hook))
-        loaders = _map(loaders, self._split)
-        split = _leaves(loaders)
-        lengths = [_length(loader) for loader in split]
+            loaders = map_loaders(loaders, partial(without_shuffling, self._source.hook))
+        loaders = map_loaders(loaders, self._split)
+        split = leaves(loaders)
+        lengths = [length_of(loader) for loader in split]
         if self._advise is not None:
             self._advise(given, split, lengths)
         limits = [limited(self._limit_name, length, self._limit, self._source.hook) for length in lengths]
         if isinstance(loaders, CombinedLoader) and loaders.mode != "sequential":
             self.loaders[:] = [_Combined(loaders)]  # in place: a running evaluation holds the lists
-            self.limits[:] = [_combined_length(loaders.mode, limits)]
+            self.limits[:] = [combined_length(loaders.mode, limits)]
         else:
             if self._track_indices:
                 split, self.trackers[:] = tracked(split)
@@ -451,8 +306,3 @@ class EvalLoaders:
     def several(self) -> bool:
         """Whether there is more than one loader."""
         return len(self.loaders) > 1
-
-
-def leaves(loaders: object) -> Sequence[object]:
-    """The single loaders in a nested collection of them."""
-    return _leaves(loaders)

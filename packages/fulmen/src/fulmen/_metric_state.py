@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from fulmen._metric_entry import MetricEntry, MetricObject, MetricOptions, Row
+from fulmen._metric_entry import MetricEntry, MetricObject, MetricOptions, Row, combine_numbers
 from fulmen._metric_options import is_metric
 from fulmen._metric_read import read_scalars
 from fulmen._metric_scope import scope_for
@@ -17,7 +17,7 @@ from fulmen_protocols.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["load_entries", "save_entries"]
+__all__ = ["load_entries", "merge_states", "save_entries"]
 
 _VERSION = 1
 
@@ -77,6 +77,25 @@ def load_entries(
         yield entry
 
 
+def merge_states(states: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What several ranks logged, as if one had logged it all; None of no rank."""
+    merged: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for saved in (entry for state in states for entry in state["entries"]):
+        key = (saved["hook"], saved["name"], saved["dataloader_idx"])
+        known = merged.get(key)
+        if known is None:
+            parts = None if saved["metric"] is None else {**saved["metric"], "parts": [saved["metric"]["states"]]}
+            merged[key] = {**saved, "metric": parts}
+            continue
+        totals = [total for total in (known["total"], saved["total"]) if total is not None]
+        known["total"] = combine_numbers(totals, saved["options"]["op"]) if totals else None
+        known["weight"] += saved["weight"]
+        if known["metric"] is not None and saved["metric"] is not None:
+            known["metric"]["updates"] += saved["metric"]["updates"]
+            known["metric"]["parts"].append(saved["metric"]["states"])
+    return {**states[0], "entries": list(merged.values())} if states else None
+
+
 def _metric_state(metric: MetricObject) -> dict[str, Any]:
     """The metric's states, whether or not the user made them persistent: without them the epoch cannot go on."""
     names: Iterable[str] = getattr(metric, "_defaults", {})
@@ -100,11 +119,22 @@ def _restore_metric(
         )
         return None
     metric.reset()
-    for name, value in saved["states"].items():
-        setattr(metric, name, _on_device(value, device))
+    parts = saved.get("parts") or [saved["states"]]
+    for name in parts[0]:
+        setattr(metric, name, _on_device(_joined(metric, name, [part[name] for part in parts]), device))
     metric._update_count = saved["updates"]
     result: MetricObject = metric
     return result
+
+
+def _joined(metric: Any, name: str, values: list[Any]) -> object:
+    """One state of several ranks, by the reduction that the metric uses between them."""
+    if len(values) == 1:
+        return values[0]
+    if isinstance(values[0], list):
+        return [item for value in values for item in value]
+    reduce = metric._reductions[name]
+    return values[0] if reduce is None else reduce(torch.stack(values))
 
 
 def _on_cpu(value: object) -> object:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from fulmen import _verify
 from fulmen._loader_advice import LoaderAdvice
-from fulmen._loaders import EvalLoaders, TrainLoader
+from fulmen._loaders import EvalLoaders
 from fulmen._raw_batches import fetches_itself
 from fulmen._splitter import Splitter
+from fulmen._train_loader import TrainLoader
 from fulmen.states import TrainerFn
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def train_loader(session: Session, settings: Settings) -> TrainLoader:
             session.sources["train"],
             limit=settings.limit_train_batches,
             limit_name="limit_train_batches" if not settings.overfit_batches else "overfit_batches",
-            split=_splitter(session, settings).train,
+            splitter=_splitter(session, settings),
             process=session.process_loader(),
             reload_every_n_epochs=settings.reload_dataloaders_every_n_epochs,
             overfit=bool(settings.overfit_batches),
@@ -89,6 +90,6 @@ def _splitter(session: Session, settings: Settings) -> Splitter:
         world_size=session.world.data_parallel_size,
         seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
         enabled=settings.use_distributed_sampler,
-        seeds_workers=os.environ.get("PL_SEED_WORKERS", "0") == "1",
+        seeding=os.environ.get("PL_SEED_WORKERS", "0"),
         overfit=bool(settings.overfit_batches),
     )

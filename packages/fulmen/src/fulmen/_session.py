@@ -36,15 +36,16 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from fulmen._loaders import EvalLoaders, LoaderSource, TrainLoader
+    from fulmen._loaders import EvalLoaders, LoaderSource
     from fulmen._predictions import PredictionRecord
+    from fulmen._train_loader import TrainLoader
     from fulmen.datamodule import LightningDataModule
     from fulmen.hooks import HookBinder
     from fulmen.metrics import MetricStore
     from fulmen.optimizer import LRSchedulerConfig
     from fulmen.progress import Progress
     from fulmen.states import TrainerFn
-    from fulmen_fabric import Assembly, World
+    from fulmen_fabric import Assembly, RNGState, World
 
 __all__ = ["ModelModes", "Session", "unchanged"]
 
@@ -83,6 +84,10 @@ class Session:
     """What the running prediction has found so far."""
     resumed: dict[str, Any] | None = None
     """What the checkpoint holds for an exact resume, until the loop has begun."""
+    rng_before_validation: RNGState | None = None
+    """The random state in which the validation that is running within a fit began."""
+    has_open_gradients: bool = False
+    """Whether the checkpoint held gradients that manual optimization had not stepped on yet."""
 
     def __post_init__(self) -> None:
         for source in self.sources.values():
@@ -240,6 +245,7 @@ class Session:
         }
         measuring = self.measuring
         if not module.automatic_optimization:
+            before = self.manual
             self.manual = manual = ManualOptimization(
                 training_step,
                 gradients,
@@ -260,6 +266,9 @@ class Session:
                 )
                 for optimizer in self.optimizers
             ]
+            if self.has_open_gradients or (before is not None and before.gradients_are_open):
+                manual.reopen()
+                self.has_open_gradients = False
             run = measuring.action("run_training_batch", manual.batch_step)
             return {"step": run, "accumulate": run, "updates": manual.updates}
 
@@ -303,9 +312,14 @@ class Session:
             accumulate=accumulate,
             keep_outputs=keep_outputs,
             world_size=self.world.world_size,
+            window_is_open=progress.window_is_open and self.has_gradients(),
         )
         run_step, run_accumulate = (measuring.action("run_training_batch", each) for each in (step, accumulate_only))
         return {"step": run_step, "accumulate": run_accumulate}
+
+    def has_gradients(self) -> bool:
+        """Whether any parameter holds one."""
+        return any(parameter.grad is not None for parameter in self.module.parameters())
 
     def place_again(self) -> None:
         """Let a strategy that wraps the module wrap it anew, for the parameters that need a gradient now.

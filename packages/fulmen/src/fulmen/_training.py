@@ -8,7 +8,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fulmen import _checkpointing, _verify
+from fulmen import _exact_state, _verify
 from fulmen._loader_advice import log_interval
 from fulmen._planning import make_plan
 from fulmen._raw_batches import hook_of_raw
@@ -134,9 +134,9 @@ class Training:
         if self._plan.validates and "val" not in session.eval_loaders:
             self._evaluation.loaders("val")
         if session.resumed is not None:
-            _checkpointing.restore_position(session, self._metering)
+            _exact_state.restore_position(session, self._metering, self._progress)
         self._evaluation.start_clock()
-        if self._plan.finished(self._progress):
+        if self._plan.finished(self._progress) and not self._progress.epoch_started:
             return
         _verify.modules_in_eval_mode(session.module)
         for hook in binder.both("on_train_start"):
@@ -145,10 +145,12 @@ class Training:
         if session.resumed is not None:
             if self._progress.epoch_started and not self._progress.epoch_ended:
                 self.batches()  # making the iterator draws random numbers that the saved run had drawn before
-            _checkpointing.restore_rng(session)
+            _exact_state.restore_rng(session)
 
     def batches(self) -> Batches:
         """The rest of the running epoch."""
+        if self._progress.epoch_is_whole and self._loader.begins_again:  # resumed behind its last batch
+            return ()
         batches = self._loader.epoch_batches(self._progress.epoch, self._progress.batch)
         measuring = self._session.measuring
         if not self._has_started or self._progress.epoch_is_whole:  # nothing will be trained on

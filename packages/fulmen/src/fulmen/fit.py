@@ -70,7 +70,7 @@ def fit(parts: FitParts, plan: Plan, hooks: FitHooks, progress: Progress, batche
         progress: where the run is, and the only thing that changes. A run that was interrupted goes on from here.
         batches: gives the rest of the running epoch's batches, each with whether it is the last one.
     """
-    while not plan.finished(progress):
+    while (progress.epoch_started and not progress.stop_now) or not plan.finished(progress):
         if not progress.epoch_ended:
             train_epoch(parts, plan, hooks, progress, batches)
             if progress.replan:
@@ -82,11 +82,14 @@ def train_epoch(
     parts: FitParts, plan: Plan, hooks: FitHooks, progress: Progress, batches: Callable[[], Batches]
 ) -> None:
     """Train on the rest of the running epoch, or on less if the plan is finished on the way."""
+    is_rest = progress.epoch_started
     if not start_epoch(hooks, progress):
         return
     if validation_is_owed(plan, progress, parts):
         parts.validate()
     progress.batch_is_open = False
+    if is_rest and plan.finished(progress):
+        return
 
     transfer, schedule, validates = parts.transfer, parts.schedule, plan.validates
     for batch, is_last in batches():

@@ -44,12 +44,24 @@ class ManualOptimization:
         self._keep_outputs = keep_outputs
         self._backward_context = backward_context
         self._optimizer_steps = progress.updates
+        self._backwards = 0
+        self._stepped_behind: dict[int, int] = {}
         self.optimizers: list[LightningOptimizer] = []
         """What ``self.optimizers()`` gives."""
 
     def updates(self) -> int:
         """Optimizer steps taken so far, all optimizers together."""
         return self._optimizer_steps
+
+    @property
+    def gradients_are_open(self) -> bool:
+        """Whether an optimizer has not stepped since the last backward pass: gradients may wait for a later batch."""
+        behind = self._stepped_behind
+        return any(behind.get(id(wrapped.optimizer), 0) < self._backwards for wrapped in self.optimizers)
+
+    def reopen(self) -> None:
+        """Gradients of before a resume wait for a step."""
+        self._backwards += 1
 
     def batch_step(self, batch: object, batch_idx: int, /) -> object:
         """Run the user's step on one batch."""
@@ -74,6 +86,7 @@ class ManualOptimization:
 
     def backward(self, loss: Tensor, **kwargs: object) -> None:
         """``manual_backward``: scale the loss if the precision does, and run the backward pass."""
+        self._backwards += 1
         scaler = self._gradients.scaler
         target = loss if scaler is None else scaler.scale(loss)
         for hook in self._hooks.on_before_backward:
@@ -107,4 +120,5 @@ class ManualOptimization:
             before_step()
             result = self._gradients.step(optimizer)
         self._optimizer_steps += 1
+        self._stepped_behind[id(optimizer)] = self._backwards
         return result

@@ -173,7 +173,9 @@ class ModelCheckpoint(Checkpoint):
             if step < self._next_step_due:
                 return
             self._set_next_step(step)
-        elif self._clock is None or not self._clock.is_over(trainer.strategy.broadcast):
+        elif self._clock is None or trainer._progress.window_is_open:  # pyright: ignore[reportPrivateUsage]
+            return  # inside an accumulation window a save waits for the update that ends it
+        elif not self._clock.is_over(trainer.strategy.broadcast):
             return
         if self._should_skip_saving_checkpoint(trainer):
             return

@@ -1,0 +1,170 @@
+"""What an exact resume needs beside Lightning's keys, under ``fulmen`` in a checkpoint: taken, and given back.
+
+Counters; and of each rank its random state, its place in the data, its running metrics, and the gradients of an
+accumulation window that a save caught open. Plain data and tensors.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fulmen._metric_state import merge_states
+from fulmen_fabric import collect_rng_state, rank_zero_info, rank_zero_warn, restore_rng_state
+from fulmen_fabric.abilities import supports
+from fulmen_protocols import CheckpointError, SupportsShardedState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from fulmen._metering import Metering
+    from fulmen._session import Session
+    from fulmen.progress import Progress
+    from fulmen.trainer import Trainer
+
+__all__ = [
+    "exact_state",
+    "foreign_state",
+    "loader_states",
+    "require_known_version",
+    "restore_gradients",
+    "restore_position",
+    "restore_rng",
+]
+
+_VERSION = 1
+
+
+def exact_state(trainer: Trainer, session: Session) -> dict[str, Any]:
+    """Counters, and each rank's random state, data position, running metrics and open gradients."""
+    progress = trainer._progress  # pyright: ignore[reportPrivateUsage]
+    store = trainer._metering.train if trainer._fitting else None  # pyright: ignore[reportPrivateUsage]
+    loader = session.train_loader
+    within_epoch = progress.epoch_started and not progress.epoch_ended
+    if loader is not None and within_epoch and progress.batch and not progress.epoch_is_whole:
+        loader.warn_of_what_is_lost()
+    mine = {
+        "rng": session.rng_before_validation or collect_rng_state(trainer.world.device),
+        "loader": None if loader is None else loader.state_dict(progress.batch, within_epoch=within_epoch),
+        "metrics": None if store is None or progress.epoch_ended else store.state_dict(),
+        "gradients": _open_gradients(session, progress),
+    }
+    return {
+        "version": _VERSION,
+        "progress": progress.state_dict(),
+        "data_parallel_size": trainer.world.data_parallel_size,
+        "ranks": trainer.world.collectives.all_gather_object(mine),
+        "callback_metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
+    }
+
+
+def loader_states(session: Session, progress: Progress) -> list[Any]:
+    """States of the training loaders that have one, in order, where Lightning keeps them: in the middle of an epoch."""
+    loader = session.train_loader
+    if loader is None or not progress.epoch_started or progress.epoch_ended:
+        return []
+    return loader.own_states()
+
+
+def foreign_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """In place of ``exact_state``, what Lightning's checkpoints know of the place in the data."""
+    return {"loaders": checkpoint["loops"]["fit_loop"].get("state_dict", {}).get("combined_loader", [])}
+
+
+def require_known_version(exact: Mapping[str, Any], path: object) -> None:
+    """Refuse a layout of a later fulmen.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if exact["version"] != _VERSION:
+        raise CheckpointError(
+            f"{path} was written with layout {exact['version']}; this fulmen reads {_VERSION}. Update fulmen."
+        )
+
+
+# ---------------------------------------------------------------------- gradients
+
+
+def _open_gradients(session: Session, progress: Progress) -> dict[str, Tensor] | None:
+    """This rank's gradients, where a later step needs them."""
+    manual = session.manual
+    if not (progress.window_is_open if manual is None else manual.gradients_are_open):
+        return None
+    if supports(session.assembly.strategy, SupportsShardedState):
+        rank_zero_warn(
+            "this checkpoint is saved inside an accumulation window, and gradients of sharded parameters are not in "
+            "it: a resume goes on without the batches of this window so far. Save at the end of a window."
+        )
+        return None
+    named = session.module.named_parameters()
+    return {name: parameter.grad.detach().cpu() for name, parameter in named if parameter.grad is not None}
+
+
+def restore_gradients(session: Session, progress: Progress) -> None:
+    """Give every rank the gradients that it had.
+
+    Raises:
+        CheckpointError: another number of ranks had them.
+    """
+    assert session.resumed is not None
+    ranks = session.resumed.get("ranks", [])
+    if not any(rank["gradients"] for rank in ranks):
+        return
+    if len(ranks) != session.world.world_size:
+        raise CheckpointError(
+            f"this checkpoint was saved inside an accumulation window by {len(ranks)} processes, which each hold their "
+            f"own gradients; {session.world.world_size} cannot share them. Resume with {len(ranks)}, or from a "
+            "checkpoint that was saved at the end of a window."
+        )
+    saved: dict[str, Tensor] = ranks[session.world.rank]["gradients"]
+    for name, parameter in session.module.named_parameters():
+        if name in saved:
+            parameter.grad = saved[name].to(parameter.device, copy=True)
+    session.has_open_gradients = not session.module.automatic_optimization
+
+
+# ---------------------------------------------------------------------- position and random state
+
+
+def restore_position(session: Session, metering: Metering, progress: Progress) -> None:
+    """Data position and running metrics, before the first batch.
+
+    Raises:
+        MisconfigurationException: the loader is of another kind than the one that was saved.
+    """
+    exact, world, loader = session.resumed, session.world, session.train_loader
+    assert exact is not None
+    assert loader is not None
+    if "ranks" not in exact:
+        if progress.epoch_started and progress.batch:
+            loader.load_own_states(exact["loaders"], progress.epoch, progress.batch)
+        return
+    metering.reporter.restore(exact["callback_metrics"], world.device)
+    ranks, data_ranks = exact["ranks"], exact["data_parallel_size"]
+    same = len(ranks) == world.world_size
+    if not same:
+        rank_zero_info(f"this run was saved by {len(ranks)} processes and goes on with {world.world_size}")
+    position = ranks[world.rank if same else 0]["loader"]
+    if position is not None:
+        batch = loader.load_state_dict(position, saved_ranks=data_ranks)
+        if batch is not None:
+            progress.batch = batch
+    states = [rank["metrics"] for rank in ([ranks[world.rank]] if same else ranks[world.rank :: world.world_size])]
+    known = [state for state in states if state is not None]
+    metrics = known[0] if same and known else merge_states(known)
+    if metrics is not None:
+        metering.train.load_state_dict(metrics, module=session.module)
+
+
+def restore_rng(session: Session) -> None:
+    """Random states, last of all: nothing may draw between this and the first batch.
+
+    On more ranks than saved them the added ones keep what they have, as in a run that starts.
+    """
+    exact, rank = session.resumed, session.world.rank
+    session.resumed = None
+    ranks = [] if exact is None else exact.get("ranks", [])
+    if rank < len(ranks):
+        restore_rng_state(ranks[rank]["rng"], session.world.device)

@@ -1,0 +1,312 @@
+"""The training loader of a run: one iterable of batches, with its length, limit and place."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from fulmen._loaders import (
+    batches_of,
+    combined_length,
+    is_single,
+    leaves,
+    length_of,
+    limited,
+    map_loaders,
+    may_end_early,
+    without_shuffling,
+)
+from fulmen._raw_batches import RawBatches
+from fulmen_data import CombinedLoader, LoaderPosition, batches_left, needs_elastic_loader
+from fulmen_fabric import PossibleUserWarning, rank_zero_warn
+from fulmen_protocols import MisconfigurationException, MisconfigurationRuntimeError, Stateful
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from fulmen._loaders import Advise, LoaderSource
+    from fulmen._splitter import Splitter
+    from fulmen.settings import BatchLimit
+
+__all__ = ["TrainLoader"]
+
+
+class TrainLoader:
+    """The training loader of a run.
+
+    Args:
+        source: whom to ask for it.
+        limit: most batches of an epoch, or the fraction of them.
+        limit_name: the flag that set the limit.
+        splitter: gives each rank its part.
+        process: how the strategy feeds its device, if it wants to.
+        reload_every_n_epochs: when to ask for it again; 0: never.
+        overfit: whether every epoch reads the same batches.
+        advise: told of the loaders, to warn of what is slow in them.
+        raw: where the step fetches its batches itself, told of each.
+    """
+
+    def __init__(
+        self,
+        source: LoaderSource,
+        *,
+        limit: BatchLimit,
+        limit_name: str,
+        splitter: Splitter,
+        process: Callable[[Iterable[object]], Iterable[object]] | None = None,
+        reload_every_n_epochs: int = 0,
+        overfit: bool = False,
+        advise: Advise | None = None,
+        raw: Callable[[object], object] | None = None,
+    ) -> None:
+        self._source, self._limit, self._limit_name = source, limit, limit_name
+        self._splitter, self._process = splitter, process
+        self._reload_every = reload_every_n_epochs
+        self._overfit = overfit
+        self._advise = advise
+        self.raw = raw
+        """Where the step fetches its batches itself: told of each."""
+        self._raw_batches: RawBatches | None = None
+        self._looks_ahead = False
+        self._loaded_in: int | None = None
+        self._running: Iterator[tuple[object, bool]] | None = None
+        self._epoch = -1
+        self._rest: LoaderPosition[object] | None = None
+        self._restored: Mapping[str, object] | None = None
+        self._warned: set[str] = set()
+        self.user_loader: object = None
+        self.loader: Any = ()
+        self._combined = False
+        self.batches: float = 0
+        self._whole: float = 0  # without the limit
+
+    def setup(self, epoch: int) -> None:
+        """Ask for the loader if that has not been done, or if it is time to ask again."""
+        due = self._reload_every > 0 and self._loaded_in is not None and epoch - self._loaded_in >= self._reload_every
+        if self._loaded_in is not None and not (due and self._source.from_hook):
+            return
+        self.user_loader = loaders = self._source.load()
+        given = leaves(loaders)
+        if self._overfit:
+            loaders = map_loaders(loaders, partial(without_shuffling, self._source.hook))
+        loaders = map_loaders(loaders, self._splitter.train)
+        split = leaves(loaders)
+        lengths = [length_of(loader) for loader in split]
+        if self._advise is not None:
+            self._advise(given, split, lengths)
+        limits = [limited(self._limit_name, length, self._limit, "training") for length in lengths]
+        self._looks_ahead = any(may_end_early(loader) for loader in split)
+        if len(split) == 1 and is_single(loaders):
+            self.loader, self._combined = loaders, False
+            self.batches, self._whole = limits[0], lengths[0]
+        else:
+            combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
+            if combined.mode == "sequential":
+                raise MisconfigurationException(
+                    "train_dataloader is a CombinedLoader with mode='sequential', which is for evaluation. "
+                    "Use 'min_size', 'max_size' or 'max_size_cycle'."
+                )
+            self.loader, self._combined = combined, True
+            self.batches = combined_length(combined.mode, limits)
+        self._position = LoaderPosition(self.loader)
+        self._position.reads_ahead = self._looks_ahead or self.raw is not None or self._process is not None
+        self._loaded_in = epoch
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the user has been asked for the loader."""
+        return self._loaded_in is not None
+
+    def epoch_batches(self, epoch: int, start: int) -> Iterator[tuple[object, bool]]:
+        """The batches of ``epoch`` from index ``start`` on, each with whether it is the last.
+
+        Called again within an epoch it gives the same iterator, so that a loop that was left goes on where it was.
+        """
+        if self._running is None or self._epoch != epoch:
+            self.setup(epoch)
+            position = self._place
+            if self._restored is not None:
+                position.load_state_dict(self._restored)
+                if self.raw is not None:
+                    start = cast("int", self._restored["batches"])  # a step may have fetched several
+                self._restored = None
+            else:
+                position.restart()
+            position.set_epoch(epoch)
+            iterator: Iterator[object] = iter(position)
+            if self._combined:
+                iterator = batches_of(cast("Iterator[tuple[object, int, int]]", iterator))
+            if self._process is not None:
+                iterator = iter(self._process(iterator))
+            if self.raw is None:
+                self._running = _with_last(iterator, self.batches, start, looks_ahead=self._looks_ahead)
+            else:
+                self._raw_batches = RawBatches(
+                    iterator, length=self.batches, start=start, told=self.raw, looks_ahead=self._looks_ahead
+                )
+                self._running = self._raw_batches.rounds()
+            self._epoch = epoch
+        return self._running
+
+    @property
+    def _place(self) -> LoaderPosition[object]:
+        return self._position if self._rest is None else self._rest
+
+    def end_epoch(self) -> None:
+        """Forget the running iterator: the next epoch starts a new one."""
+        self._running = self._rest = self._raw_batches = None
+
+    def reload(self, epoch: int) -> None:
+        """Ask for the loader again now, between two epochs: it would be another one."""
+        self.close()
+        self._loaded_in, self._combined = None, False
+        self.setup(epoch)
+
+    def close(self) -> None:
+        """Let go of the running iterator, and so of its workers, now and not whenever it is collected."""
+        self._running = None
+        if self._loaded_in is not None:
+            self._place.restart()
+        self._rest = None
+
+    # ------------------------------------------------------------------ in checkpoints
+
+    def state_dict(self, batch: int, *, within_epoch: bool) -> dict[str, object]:
+        """Where the loader is after ``batch`` batches of the running epoch, or between two epochs."""
+        if self._raw_batches is not None:
+            batch = self._raw_batches.fetched  # a step may have fetched several
+        position = self._place.state_dict(batch) if within_epoch else None
+        return {
+            "position": position,
+            "generators": self._position.generator_states(),
+            "order": self._position.order,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, saved_ranks: int) -> int | None:
+        """Go on from there when batches are next asked for.
+
+        Args:
+            state: from ``state_dict`` of this rank, or of any where ``saved_ranks`` is another number than now.
+            saved_ranks: how many parts the data had.
+
+        Returns:
+            The index of the next batch, where that is another one with this number of ranks; else None.
+
+        Raises:
+            MisconfigurationException: the loader is of another kind, or nobody knows what is left of the epoch.
+        """
+        position, ranks = cast("dict[str, object] | None", state["position"]), self._splitter.world_size
+        if position is None:
+            self._position.set_generator_states(state["generators"])
+            self._position.set_order(state["order"])
+            return None
+        loader: object = self.loader
+        elastic = needs_elastic_loader(loader, position, saved_ranks=saved_ranks, ranks=ranks)
+        if elastic and self._position.lost is None:
+            given = leaves(self.user_loader)
+            loader, position = self._splitter.rest_of_epoch(
+                self.loader if self._combined else given[0], position, saved_ranks
+            )
+            self._rest = LoaderPosition(
+                cast("Iterable[object]", loader), replayed=position if _is_replayed(position) else None
+            )
+        self._restored = position
+        left = None if saved_ranks == ranks else batches_left(loader, position)
+        if left is None:
+            return None
+        whole = self._whole
+        if self.batches < whole:  # limited: the epoch ends after so many batches, whoever reads them
+            return int(min(self.batches, cast("int", position["batches"])))
+        return max(int(whole) - left, 0)
+
+    def own_states(self) -> list[Any]:
+        """The states of the loaders that have one, in order."""
+        return [loader.state_dict() for loader in self._owners()]
+
+    def load_own_states(self, states: Sequence[Any], epoch: int, batch: int) -> None:
+        """Give them to the loaders that have one, where nothing else is known about ``batch`` of ``epoch``.
+
+        Raises:
+            MisconfigurationRuntimeError: there are more or fewer.
+        """
+        owners = self._owners()
+        if len(states) != len(owners):
+            raise MisconfigurationRuntimeError(
+                f"the checkpoint holds the states of {len(states)} training loaders, and {len(owners)} of those now "
+                "have load_state_dict. Pass the loaders that were saved, or resume from a checkpoint of an epoch's end."
+            )
+        if not owners:
+            rank_zero_warn(
+                f"the checkpoint does not say where in epoch {epoch} its data were: the epoch goes on at batch {batch} "
+                "with data read from their beginning, and ends as early as it would have.",
+                category=PossibleUserWarning,
+            )
+        for loader, state in zip(owners, states, strict=True):
+            loader.load_state_dict(state)
+
+    def _owners(self) -> list[Stateful]:
+        return [loader for loader in leaves(self.loader) if isinstance(loader, Stateful)]
+
+    @property
+    def begins_again(self) -> bool:
+        """Whether there are data that a resumed epoch reads from their beginning."""
+        return any(position.lost is not None for position in self._place.parts())
+
+    def warn_of_what_is_lost(self) -> None:
+        """Name, once each, the data whose place this checkpoint cannot hold."""
+        for position in self._place.parts():
+            lost, draws = position.lost, position.draws
+            if lost is not None and lost not in self._warned:
+                self._warned.add(lost)
+                rank_zero_warn(
+                    f"this checkpoint is saved in the middle of an epoch, and its place in {lost} is not in it: "
+                    f"resumed from it, the epoch goes on with {lost} read from its beginning. Give it state_dict and "
+                    "load_state_dict, or wrap the loader in fulmen_data.FastForward to have the batches before read "
+                    "again and dropped.",
+                    category=PossibleUserWarning,
+                )
+            if draws is not None and draws not in self._warned:
+                self._warned.add(draws)
+                rank_zero_warn(
+                    f"{draws} draws random numbers in loader workers, whose random state is not in checkpoints: "
+                    "resumed in the middle of an epoch, a run draws other ones. Use seed_everything(..., "
+                    f"workers='samples'), or fulmen_data.SeededDataset({draws}): then they depend on epoch and sample "
+                    "alone.",
+                    category=PossibleUserWarning,
+                )
+
+
+def _is_replayed(position: Mapping[str, object]) -> bool:
+    return "replayed" in cast("Mapping[str, object]", position["order"] or {})
+
+
+def _with_last(
+    iterator: Iterator[object], length: float, start: int, *, looks_ahead: bool
+) -> Iterator[tuple[object, bool]]:
+    """Pair each batch with whether it is the epoch's last; looks one batch ahead only where a count does not tell."""
+    index = start
+    if not looks_ahead:
+        while index < length:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            index += 1
+            yield batch, index >= length
+        return
+    if index >= length:
+        return
+    for batch in iterator:
+        index += 1
+        while index < length:
+            following = next(iterator, _END)
+            if following is _END:
+                break
+            yield batch, False
+            batch = following  # the batch in hand is always one behind the iterator
+            index += 1
+        yield batch, True
+        return
+
+
+_END = object()
