@@ -59,6 +59,14 @@ def loggers(session: nox.Session) -> None:
 
 
 @nox.session
+def export(session: nox.Session) -> None:
+    """Install onnx, onnxscript and onnxruntime and test the exporters on them; compiles C++ too."""
+    python = environment(session, "test", "export", at=".nox/export")
+    where = session.posargs or ["packages/fulmen-export", "integration_tests/test_module_exports.py"]
+    session.run(python, "-m", "pytest", "-m", "slow or not slow", *where, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
 def types(session: nox.Session) -> None:
     """Check the packages with mypy and pyright, both strict."""
     python = environment(session, "test", "types")

@@ -60,6 +60,7 @@ def base(library: Any) -> type:
     return Model
 
 
+OWN_TRAINING_LOADERS = ("several_training_loaders",)
 SCENARIOS: dict[str, Callable[[Any], tuple[Any, dict[str, Any]]]] = {}
 
 
@@ -273,6 +274,253 @@ def learning_rates(library: Any) -> Any:
     return Model(), {"callbacks": [callbacks.LearningRateMonitor()], "log_every_n_steps": 2}
 
 
+@scenario
+def clipping_by_norm(library: Any) -> Any:
+    return base(library)(), {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2, "log_every_n_steps": 1}
+
+
+@scenario
+def adam_with_a_longer_accumulation_than_an_epoch(library: Any) -> Any:
+    class Model(base(library)):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), lr=0.01)
+
+    return Model(), {"accumulate_grad_batches": 10, "log_every_n_steps": 1}
+
+
+@scenario
+def lbfgs(library: Any) -> Any:
+    class Model(base(library)):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+    return Model(), {"log_every_n_steps": 1}
+
+
+@scenario
+def batches_without_a_loss(library: Any) -> Any:
+    class Model(base(library)):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx % 3 == 1 else loss
+
+    return Model(), {"log_every_n_steps": 1}
+
+
+@scenario
+def a_mapping_with_extra_outputs(library: Any) -> Any:
+    class Model(base(library)):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"loss": self.loss(batch), "size": len(batch[1])}
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.log("size", float(outputs["size"]), on_epoch=True, on_step=False, reduce_fx="sum")
+            self.log("scaled", outputs["loss"])
+
+    return Model(), {"accumulate_grad_batches": 3, "log_every_n_steps": 1}
+
+
+@scenario
+def an_own_optimizer_step_with_warm_up(library: Any) -> Any:
+    class Model(base(library)):  # type: ignore[misc]
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 * min(1.0, (self.trainer.global_step + 1) / 5)
+            optimizer.step(closure=optimizer_closure)
+            self.log("lr", optimizer.param_groups[0]["lr"])
+
+    return Model(), {"log_every_n_steps": 1}
+
+
+@scenario
+def an_own_backward_and_zero_grad(library: Any) -> Any:
+    class Model(base(library)):  # type: ignore[misc]
+        def backward(self, loss: Any) -> None:
+            (2 * loss).backward()
+
+        def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+            optimizer.zero_grad(set_to_none=False)
+
+    return Model(), {"log_every_n_steps": 2}
+
+
+@scenario
+def gradient_norms_before_the_step(library: Any) -> Any:
+    grads = importlib.import_module(f"{library.__name__}.utilities")
+
+    class Model(base(library)):  # type: ignore[misc]
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.log_dict(grads.grad_norm(self, norm_type=2))
+
+    return Model(), {"log_every_n_steps": 1}
+
+
+@scenario
+def one_cycle_by_step(library: Any) -> Any:
+    class Model(base(library)):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+            steps = int(self.trainer.estimated_stepping_batches)
+            cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.3, total_steps=steps)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+
+    callbacks = importlib.import_module(f"{library.__name__}.callbacks")
+    monitor = callbacks.LearningRateMonitor("step", log_momentum=True)
+    return Model(), {"callbacks": [monitor], "accumulate_grad_batches": 2, "log_every_n_steps": 1}
+
+
+@scenario
+def schedule_with_a_frequency(library: Any) -> Any:
+    class Model(base(library)):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.4)
+            decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": decay, "interval": "step", "frequency": 3, "name": "rate"},
+            }
+
+    callbacks = importlib.import_module(f"{library.__name__}.callbacks")
+    return Model(), {"callbacks": [callbacks.LearningRateMonitor()], "log_every_n_steps": 1}
+
+
+@scenario
+def manual_with_accumulation_and_a_schedule(library: Any) -> Any:
+    class Model(base(library)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            optimizer, schedule = self.optimizers(), self.lr_schedulers()
+            loss = self.loss(batch)
+            self.manual_backward(loss / 2)
+            if (batch_idx + 1) % 2 == 0:
+                self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+            self.log("train_loss", loss, on_step=True, on_epoch=True)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.3)
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)]
+
+    return Model(), {"log_every_n_steps": 1}
+
+
+@scenario
+def validation_every_second_epoch(library: Any) -> Any:
+    return base(library)(), {"check_val_every_n_epoch": 2, "max_epochs": 5, "log_every_n_steps": 4}
+
+
+@scenario
+def without_validation_batches(library: Any) -> Any:
+    return base(library)(), {"limit_val_batches": 0, "log_every_n_steps": 1}
+
+
+@scenario
+def limits_as_numbers_and_no_sanity_check(library: Any) -> Any:
+    options = {"limit_train_batches": 3, "limit_val_batches": 1, "limit_test_batches": 1, "limit_predict_batches": 2}
+    return base(library)(), {**options, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
+
+
+@scenario
+def overfitting_a_few_batches(library: Any) -> Any:
+    return base(library)(), {"overfit_batches": 2, "max_epochs": 3, "log_every_n_steps": 1}
+
+
+@scenario
+def steps_and_epochs_as_limits(library: Any) -> Any:
+    return base(library)(), {"max_steps": 9, "max_epochs": 5, "min_steps": 3, "log_every_n_steps": 2}
+
+
+@scenario
+def double_precision(library: Any) -> Any:
+    return base(library)(), {"precision": "64-true", "log_every_n_steps": 1}
+
+
+@scenario
+def dropout_and_batch_norm(library: Any) -> Any:
+    class Model(base(library)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+
+    return Model(), {"log_every_n_steps": 1}
+
+
+@scenario
+def metric_objects(library: Any) -> Any:
+    import torchmetrics
+
+    class Model(base(library)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.accuracy = torchmetrics.classification.MulticlassAccuracy(3, average="micro")
+            self.val_accuracy = self.accuracy.clone()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.accuracy(self.net(batch[0]), batch[1])
+            self.log("train_acc", self.accuracy, on_step=True, on_epoch=True)
+            return self.loss(batch)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.val_accuracy.update(self.net(batch[0]), batch[1])
+            self.log("val_acc", self.val_accuracy)
+
+    return Model(), {"log_every_n_steps": 2}
+
+
+@scenario
+def a_callback_that_logs_and_one_with_state(library: Any) -> Any:
+    class Count(library.Callback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = 0
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.batches += 1
+            pl_module.log("seen", float(self.batches))
+
+        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.log("seen_at_validation", float(self.batches))
+
+        def state_dict(self) -> dict[str, int]:
+            return {"batches": self.batches}
+
+    return base(library)(), {"callbacks": [Count()], "enable_checkpointing": True, "log_every_n_steps": 3}
+
+
+@scenario
+def several_training_loaders(library: Any) -> Any:
+    class Model(base(library)):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.loss(batch["a"]) + self.loss(batch["b"])
+            self.log("train_loss", loss, batch_size=4)
+            return loss
+
+        def train_dataloader(self) -> Any:
+            return {"a": DataLoader(dataset(12, 7), batch_size=4), "b": DataLoader(dataset(20, 8), batch_size=4)}
+
+    return Model(), {"log_every_n_steps": 1}
+
+
+@scenario
+def early_stopping_with_a_threshold_by_training_loss(library: Any) -> Any:
+    callbacks = importlib.import_module(f"{library.__name__}.callbacks")
+
+    class Model(base(library)):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.loss(batch)
+            self.log("train_loss", loss, on_step=False, on_epoch=True)
+            return loss
+
+    stop = callbacks.EarlyStopping("train_loss", stopping_threshold=1.05, check_on_train_epoch_end=True)
+    return Model(), {"callbacks": [stop], "max_epochs": 12, "limit_val_batches": 0}
+
+
 def rows(folder: Path) -> list[dict[str, float]]:
     """The logged rows, numbers rounded as far as two libraries may differ in the order of additions."""
     found = sorted(folder.rglob("metrics.csv"))
@@ -303,7 +551,10 @@ def run(library_name: str, name: str) -> dict[str, Any]:
         torch.manual_seed(3)
         train = DataLoader(dataset(26), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(4))
         val = None if name == "several_validation_loaders" else DataLoader(dataset(11, 2), batch_size=4)
-        trainer.fit(model, train, val)
+        if name in OWN_TRAINING_LOADERS:
+            trainer.fit(model, val_dataloaders=val)
+        else:
+            trainer.fit(model, train, val)
         result: dict[str, Any] = {
             "global_step": trainer.global_step,
             "current_epoch": trainer.current_epoch,

@@ -56,4 +56,4 @@ def test_a_training_leaves_the_same_behind_as_under_lightning(scenario: str) -> 
 
 
 def test_there_are_scenarios_to_compare() -> None:
-    assert len(SCENARIOS) >= 22
+    assert len(SCENARIOS) >= 40

@@ -48,7 +48,7 @@ def test_finetuning_the_backbone_beats_a_head_on_a_frozen_one(tmp_path: Path) ->
     head_alone, finetuned = numbers(run(tmp_path, "finetuning"), "All ten")
 
     assert finetuned >= 93
-    assert finetuned > head_alone + 2
+    assert finetuned > head_alone + 1
 
 
 @pytest.mark.slow

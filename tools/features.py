@@ -20,8 +20,8 @@ PAGE = ROOT / "docs" / "features.md"
 DIFFERENCES = ROOT / "docs" / "differences.md"
 WHOLE_AREAS = ("6", "9", "10", "11", "12", "13")
 """Areas in which every item is proved or explained."""
-ROW = re.compile(r"^\| (?P<item>\d+\.\d+) \| (?P<text>.*) \| (?P<status>[^|]*) \|$", re.MULTILINE)
-EXPLAINED = re.compile(r"\(items? (?P<items>\d+\.\d+(?:(?:, | and )\d+\.\d+)*)\)")
+ROW = re.compile(r"^\| (?P<item>(?:\d+|A)\.\d+) \| (?P<text>.*) \| (?P<status>[^|]*) \|$", re.MULTILINE)
+EXPLAINED = re.compile(r"\(items? (?P<items>(?:\d+|A)\.\d+(?:(?:, | and )(?:\d+|A)\.\d+)*)\)")
 NONE = "no test yet"
 
 

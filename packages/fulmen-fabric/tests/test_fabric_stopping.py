@@ -51,6 +51,15 @@ def test_a_handler_set_meanwhile_is_not_overwritten():
         signal.signal(signal.SIGUSR1, before)
 
 
+def test_a_bypassed_signal_neither_stops_nor_ends_the_process():
+    with StopSignal([signal.SIGUSR1], bypassed=[signal.SIGUSR2]) as stop:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert stop.poll() is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.poll() == "received SIGUSR1"
+    assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
+
+
 def test_ctrl_c_interrupts_as_always():
     before = signal.getsignal(signal.SIGINT)
     with StopSignal():

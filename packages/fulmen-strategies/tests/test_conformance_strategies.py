@@ -17,6 +17,7 @@ from fulmen_strategies import (
     DDPStrategy,
     LightningEnvironment,
     SingleDeviceStrategy,
+    SLURMEnvironment,
     TorchCollectives,
     TorchElasticEnvironment,
 )
@@ -128,3 +129,28 @@ class TestTorchElasticEnvironment(ClusterEnvironmentConformance):
     @pytest.fixture
     def expected(self) -> Place:
         return Place(8, 7, 3, 1, True, "node-0", 29500, num_nodes=2, num_devices=4)
+
+
+class TestSLURMEnvironment(ClusterEnvironmentConformance):
+    @pytest.fixture
+    def make_environment(self) -> Callable[[], ClusterEnvironment]:
+        return SLURMEnvironment
+
+    @pytest.fixture
+    def environment_variables(self) -> Mapping[str, str]:
+        # What srun sets (its manual page, section "OUTPUT ENVIRONMENT VARIABLES").
+        return {
+            "SLURM_JOB_ID": "1234567",
+            "SLURM_JOB_NAME": "train",
+            "SLURM_NTASKS": "6",
+            "SLURM_NTASKS_PER_NODE": "3",
+            "SLURM_NNODES": "2",
+            "SLURM_NODELIST": "gpu[07-08]",
+            "SLURM_PROCID": "5",
+            "SLURM_LOCALID": "2",
+            "SLURM_NODEID": "1",
+        }
+
+    @pytest.fixture
+    def expected(self) -> Place:
+        return Place(6, 5, 2, 1, True, "gpu07", 19567, num_nodes=2, num_devices=3)

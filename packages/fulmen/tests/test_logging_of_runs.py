@@ -586,6 +586,7 @@ def test_what_a_metric_object_computes_must_fit_where_it_goes(
 def test_torchmetrics_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchmetrics"]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setenv("POSSIBLE_USER_WARNINGS", "off")  # advice about the loaders is beside the point
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_trainer(tmp_path).fit(Model())

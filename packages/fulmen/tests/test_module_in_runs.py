@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import pickle
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 from fulmen import Callback, LightningDataModule, LightningModule, Trainer
 from fulmen.callbacks import EarlyStopping, LearningRateMonitor, ModelSummary
 from fulmen.optimizer import LightningOptimizer
-from fulmen_protocols import MisconfigurationException, MissingPackage
+from fulmen_protocols import EXPORTERS, MisconfigurationException, MissingPackage, discovery
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -630,16 +631,25 @@ def test_a_module_knows_its_run_while_it_lasts(tmp_path: Path) -> None:
 
 @pytest.mark.proves("10.19")
 @pytest.mark.parametrize(
-    ("method", "words"),
-    [
-        ("to_onnx", "pip install onnx onnxscript, then torch.onnx.export"),
-        ("to_torchscript", "torch.export.export"),
-        ("to_tensorrt", "pip install torch-tensorrt"),
-    ],
+    ("method", "exporter"), [("to_onnx", "onnx"), ("to_torchscript", "torchscript"), ("to_tensorrt", "tensorrt")]
 )
-def test_exports_say_what_does_them(method: str, words: str) -> None:
-    with pytest.raises(MissingPackage, match=rf"Model.{method}\(\) needs an exporter.*Use instead: {words}"):
-        getattr(Model(), method)("file")
+def test_exports_without_an_exporter_say_what_installs_it(
+    method: str, exporter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = importlib.metadata.entry_points
+    monkeypatch.setattr(
+        importlib.metadata,
+        "entry_points",
+        lambda **kw: () if kw.get("group") == EXPORTERS.group else installed(**kw),
+    )
+    discovery.forget()
+    words = rf"Model.{method}\(\) needs the exporter '{exporter}', and none is installed. Run: .*'fulmen\[export\]'"
+    try:
+        with pytest.raises(MissingPackage, match=words):
+            getattr(Model(), method)("file")
+    finally:
+        monkeypatch.undo()
+        discovery.forget()
 
 
 # -- the data module -----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from fulmen_conformance.callback import CallbackConformance
 from fulmen_conformance.checkpoint_io import CheckpointIOConformance
 from fulmen_conformance.cluster_environment import ClusterEnvironmentConformance, Place
 from fulmen_conformance.collectives import CollectivesConformance
+from fulmen_conformance.exporter import ExporterConformance
 from fulmen_conformance.launcher import LauncherConformance
 from fulmen_conformance.logger import LoggerConformance
 from fulmen_conformance.precision import PrecisionConformance
@@ -17,6 +18,7 @@ __all__ = [
     "CheckpointIOConformance",
     "ClusterEnvironmentConformance",
     "CollectivesConformance",
+    "ExporterConformance",
     "LauncherConformance",
     "LoggerConformance",
     "Place",

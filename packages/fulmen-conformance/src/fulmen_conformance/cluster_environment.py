@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from fulmen_conformance._kit import Kit
-from fulmen_protocols import ClusterEnvironment, missing_members
+from fulmen_conformance._kit import Kit, offers, whole_or_absent
+from fulmen_protocols import ClusterEnvironment, SupportsRequeue, missing_members
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -75,6 +76,24 @@ class ClusterEnvironmentConformance(Kit):
     def test_it_has_every_member_of_the_protocol(self, kit_environment: ClusterEnvironment) -> None:
         """``ClusterEnvironment`` has no optional member. On failure look at the names listed as missing."""
         assert missing_members(ClusterEnvironment, kit_environment) == []
+
+    def test_each_ability_is_whole_or_absent(self, kit_environment: ClusterEnvironment) -> None:
+        """Half an ability is never used. On failure add the members listed, or remove their siblings."""
+        assert whole_or_absent(kit_environment, (SupportsRequeue,)) == []
+
+    def test_what_announces_the_end_of_a_job_can_be_caught(self, kit_environment: ClusterEnvironment) -> None:
+        """A fit installs a handler for it. On failure look at ``requeue_signal``: a member of ``signal.Signals``.
+
+        Whether ``requeue`` reaches the scheduler is yours to test: the kit queues no job.
+        """
+        if not offers(kit_environment, SupportsRequeue):
+            pytest.skip("it queues no job again")
+        number = kit_environment.requeue_signal  # type: ignore[attr-defined]  # offers has looked
+
+        assert type(kit_environment.auto_requeue) is bool  # type: ignore[attr-defined]
+        if number is not None:
+            assert isinstance(number, signal.Signals)
+            assert number.name not in ("SIGKILL", "SIGSTOP", "SIGINT"), "no process can catch it, or Ctrl+C sends it"
 
     def test_it_is_detected_where_its_scheduler_runs(self, kit_environment: ClusterEnvironment) -> None:
         """``"auto"`` asks. On failure look at which variables ``detect()`` requires."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
@@ -142,6 +143,34 @@ class RefusesRight(Good):
             raise ValueError(f"devices={num_devices}, but ACME started {self.world_size()}")
 
 
+class QueuesAgain(Good):
+    auto_requeue = True
+    requeue_signal: object = signal.SIGUSR1
+
+    def requeue(self) -> None:
+        raise RuntimeError("ACME is not installed here")
+
+
+class TestQueuesAgain(TestGood):
+    backend = QueuesAgain
+
+
+class CannotBeAsked(Good):
+    auto_requeue = True
+    requeue_signal = signal.SIGUSR1
+
+
+class AnnouncesByNumber(QueuesAgain):
+    requeue_signal = 10
+
+
+class AnnouncesByKilling(QueuesAgain):
+    requeue_signal = signal.SIGKILL
+
+
+TestCannotBeAsked = broken(CannotBeAsked, "test_each_ability_is_whole_or_absent")
+TestAnnouncesByNumber = broken(AnnouncesByNumber, "test_what_announces_the_end_of_a_job_can_be_caught")
+TestAnnouncesByKilling = broken(AnnouncesByKilling, "test_what_announces_the_end_of_a_job_can_be_caught")
 TestAlwaysDetected = broken(AlwaysDetected, "test_it_is_not_detected_elsewhere")
 TestNeverDetected = broken(NeverDetected, "test_it_is_detected_where_its_scheduler_runs")
 TestSwappedRanks = broken(SwappedRanks, "test_it_reads_this_process_s_place")

@@ -159,8 +159,8 @@ def find_accelerator(asked: object, notes: Notes) -> Accelerator | None:
         return _first_available(asked, notes)
     else:
         accelerator = notes.load(ACCELERATORS, asked)
-        if asked == "cpu":
-            _warn_of_idle_gpu()
+    if accelerator is not None and accelerator.name() == "cpu":
+        _warn_of_idle_gpu()
     if accelerator is not None and not accelerator.is_available():
         usable = ", ".join(_usable_accelerators()) or "none"
         notes.conflicts.add(

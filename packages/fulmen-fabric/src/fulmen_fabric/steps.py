@@ -338,7 +338,7 @@ def forward_only_step(
 def _visible(output: object, loss: Tensor | None) -> object:
     """What ``on_train_batch_end`` is given for the ``output`` of a training step."""
     if loss is None:
-        return None
+        return {}
     loss = loss.detach()
     if not isinstance(output, Mapping):
         return {"loss": loss}

@@ -36,14 +36,23 @@ class StopSignal:
         self,
         signals: Sequence[signal.Signals] = (signal.SIGTERM,),
         *,
+        bypassed: Sequence[signal.Signals] = (),
         max_time: timedelta | None = None,
         on_stop: Callable[[str], object] | None = None,
     ) -> None:
-        """``on_stop`` is called with the reason from inside the handler, so it may only set flags."""
+        """Watch nothing yet.
+
+        Args:
+            signals: each is a reason to stop.
+            bypassed: these are no reason to stop, and do not end the process either, which their default action would.
+            max_time: counts from ``install`` on.
+            on_stop: called with the reason from inside the handler, so it may only set flags.
+        """
         self._on_stop = on_stop
         self.reason: str | None = None
         """Why to stop; None while nothing asks for it. Settable: the first reason is the one that counts."""
-        self._signals = tuple(signals)
+        self._signals = (*signals, *bypassed)
+        self._bypassed = frozenset(bypassed)
         self._max_time = max_time
         self._deadline: float | None = None
         self._previous: dict[signal.Signals, Handler] = {}
@@ -88,7 +97,7 @@ class StopSignal:
         return self.reason
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.reason is None:
+        if self.reason is None and number not in self._bypassed:
             self.reason = f"received {signal.Signals(number).name}"
             if self._on_stop is not None:
                 self._on_stop(self.reason)

@@ -8,7 +8,7 @@ from fulmen_protocols.checkpoint_io import (
     SupportsVerification,
     WrapsCheckpointIO,
 )
-from fulmen_protocols.cluster_environment import ClusterEnvironment
+from fulmen_protocols.cluster_environment import ClusterEnvironment, SupportsRequeue
 from fulmen_protocols.collectives import Collectives, ReduceOp, SupportsPatientBarrier
 from fulmen_protocols.command import Command
 from fulmen_protocols.discovery import available, check, load, load_factory, missing_members
@@ -20,6 +20,7 @@ from fulmen_protocols.errors import (
     CheckpointError,
     CheckpointNotFound,
     CheckpointUnsafe,
+    ExportError,
     FulmenError,
     MisconfigurationException,
     MisconfigurationRuntimeError,
@@ -104,6 +105,7 @@ __all__ = [
     "ClusterEnvironment",
     "Collectives",
     "Command",
+    "ExportError",
     "Exporter",
     "FulmenError",
     "Launcher",
@@ -151,6 +153,7 @@ __all__ = [
     "SupportsPatientBarrier",
     "SupportsPrecisionPlan",
     "SupportsReplicaCheck",
+    "SupportsRequeue",
     "SupportsShardedState",
     "SupportsVerification",
     "Topology",

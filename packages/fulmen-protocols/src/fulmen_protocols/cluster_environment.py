@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-__all__ = ["ClusterEnvironment"]
+if TYPE_CHECKING:
+    from signal import Signals
+
+__all__ = ["ClusterEnvironment", "SupportsRequeue"]
 
 
 @runtime_checkable
@@ -52,5 +55,36 @@ class ClusterEnvironment(Protocol):
 
         Raises:
             ValueError: they contradict each other; the message has both values.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsRequeue(Protocol):
+    """Ability of a cluster environment: its scheduler announces the end of a job, and can start the job again later.
+
+    A fit in such an environment stops at the announcement, on all ranks at the same step, saves what it needs to go on,
+    and asks for its job to be queued again; in the job's next life it goes on from there. Member names of the first two
+    are Lightning's.
+    """
+
+    @property
+    def auto_requeue(self) -> bool:
+        """Whether a fit shall do so; False leaves the signal alone."""
+        ...
+
+    @property
+    def requeue_signal(self) -> Signals | None:
+        """What the scheduler sends before it ends the job. None: it sends nothing, so there is nothing to watch."""
+        ...
+
+    def requeue(self) -> None:
+        """Ask the scheduler to run this job again. Rank 0 calls it, once, after everything is saved.
+
+        It may return after the scheduler has begun to end the job.
+
+        Raises:
+            RuntimeError: the scheduler cannot be asked or refuses; the message says what was asked, how it answered,
+                and how to do it by hand.
         """
         ...

@@ -13,6 +13,7 @@
     │   ├── CheckpointNotFound(FileNotFoundError)
     │   ├── CheckpointCorrupt(ValueError)         the bytes are not those that were written
     │   └── CheckpointUnsafe(ValueError)          it holds objects that only code from the file could rebuild
+    ├── ExportError(RuntimeError)                 a module cannot be exported, or its artifact computes something else
     └── RankFailure(RuntimeError)                 another process of the run failed first
 
 A message says what was asked, what was found and what to do, in that order.
@@ -33,6 +34,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFound",
     "CheckpointUnsafe",
+    "ExportError",
     "FulmenError",
     "MisconfigurationException",
     "MisconfigurationRuntimeError",
@@ -98,6 +100,10 @@ class CheckpointCorrupt(CheckpointError, ValueError):
 
 class CheckpointUnsafe(CheckpointError, ValueError):
     """The checkpoint holds objects that could be rebuilt only by running code from the file."""
+
+
+class ExportError(FulmenError, RuntimeError):
+    """A module cannot be exported to a format, or the artifact does not compute what the module does."""
 
 
 class RankFailure(FulmenError, RuntimeError):

@@ -3,6 +3,7 @@
 from fulmen_strategies.collectives import TorchCollectives
 from fulmen_strategies.ddp import DDPStrategy
 from fulmen_strategies.environments.local import LightningEnvironment
+from fulmen_strategies.environments.slurm import SLURMEnvironment
 from fulmen_strategies.environments.torchrun import TorchElasticEnvironment
 from fulmen_strategies.launchers.local import LocalLauncher
 from fulmen_strategies.single import SingleDeviceStrategy
@@ -11,6 +12,7 @@ __all__ = [
     "DDPStrategy",
     "LightningEnvironment",
     "LocalLauncher",
+    "SLURMEnvironment",
     "SingleDeviceStrategy",
     "TorchCollectives",
     "TorchElasticEnvironment",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,35 @@ _OF_THE_RUN = (
     "_metric_stores_of_run",
     "_target_device",
     "_requires_grad_before",
+    "_log_token",
+    "log",  # the ones that compiled code calls
+    "log_dict",
 )
 
 
 class AttachedModule(nn.Module):
     """Base of ``LightningModule``: what it can ask about the run it belongs to."""
+
+    # Which properties TorchScript leaves alone: they speak of the run.
+    __jit_unused_properties__: ClassVar[list[str]] = [
+        "trainer",
+        "fabric",
+        "current_epoch",
+        "global_step",
+        "global_rank",
+        "local_rank",
+        "loggers",
+        "logger",
+        "device_mesh",
+        "strict_loading",
+        "device",
+        "dtype",
+        "on_gpu",
+        "hparams",
+        "hparams_initial",
+    ]
+    # Set while a module is exported to TorchScript, which reads every property: then ``trainer`` may be None.
+    _jit_is_scripting: ClassVar[bool] = False
 
     # Plain class attributes, so that they exist before nn.Module.__init__ has run.
     _trainer: Trainer | None = None
@@ -54,6 +78,8 @@ class AttachedModule(nn.Module):
             return trainer
         if self._fabric is not None:
             return cast("Trainer", _FabricAsTrainer(self._fabric))
+        if self._jit_is_scripting:
+            return cast("Trainer", None)
         raise RuntimeError(
             f"{type(self).__name__} is not attached to a Trainer. Give it to Trainer.fit or a sibling first."
         )

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from fulmen import _files
+from fulmen._requeue import may_have_been_requeued, saved_for_requeue
 from fulmen.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
 from fulmen.states import TrainerFn
 from fulmen_fabric import rank_zero_info, rank_zero_warn
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["find_hpc", "find_last", "resolve_path"]
 
-_HPC = re.compile(r"hpc_ckpt_(\d+)\.ckpt")
 _REGISTRY = re.compile(r"registry(:.*)?", re.IGNORECASE)
 
 
@@ -70,15 +70,7 @@ def resolve_path(trainer: Trainer, asked: str | os.PathLike[str] | None, *, mode
 def _unasked(trainer: Trainer, *, model_given: bool) -> str | None:
     fn = trainer.state.fn
     if fn is TrainerFn.FITTING:
-        if not any(isinstance(callback, OnExceptionCheckpoint) for callback in trainer.callbacks):
-            return None
-        last = find_last(trainer)
-        if last is not None:
-            rank_zero_info(
-                f"there is an OnExceptionCheckpoint, so trainer.fit() goes on from the last checkpoint, {last}. "
-                "Delete that file to begin anew."
-            )
-        return last
+        return _left_behind(trainer)
     if model_given:
         return None
     fix = "Pass the model to use its weights as they are."
@@ -88,6 +80,26 @@ def _unasked(trainer: Trainer, *, model_given: bool) -> str | None:
     best = _best(trainer, f"trainer.{fn}() without a model uses the best checkpoint", fix)
     rank_zero_warn(f"trainer.{fn}() without a model uses the best checkpoint, {best}. {fix}")
     return best
+
+
+def _left_behind(trainer: Trainer) -> str | None:
+    """What an earlier life of this fit has saved when it ended early: the newer one where there are two."""
+    hpc = find_hpc(trainer) if may_have_been_requeued(trainer) else None
+    last = None
+    if any(isinstance(callback, OnExceptionCheckpoint) for callback in trainer.callbacks):
+        last = find_last(trainer)
+    if hpc is not None and (last is None or _files.modified(hpc) >= _files.modified(last)):
+        rank_zero_info(
+            f"this job was saved when it was queued again, so trainer.fit() goes on from {hpc}. To begin anew, pass "
+            "another default_root_dir, or delete the hpc_ckpt_N.ckpt in this one."
+        )
+        return hpc
+    if last is not None:
+        rank_zero_info(
+            f"there is an OnExceptionCheckpoint, so trainer.fit() goes on from the last checkpoint, {last}. "
+            "Delete that file to begin anew."
+        )
+    return last
 
 
 def _ranking(trainer: Trainer) -> list[Any]:
@@ -117,8 +129,13 @@ def find_last(trainer: Trainer) -> str | None:
     for callback in trainer.checkpoint_callbacks:
         if hasattr(callback, "_find_last_checkpoints"):
             found |= callback._find_last_checkpoints(trainer)
+    return _first_whole(trainer, _newest_first(found))
+
+
+def _first_whole(trainer: Trainer, paths: list[str]) -> str | None:
+    """The first that is not damaged; says which were passed over."""
     io = trainer.strategy.checkpoint_io
-    for path in _newest_first(found):
+    for path in paths:
         if not supports(io, SupportsVerification):
             return path
         try:
@@ -141,7 +158,9 @@ def _newest_first(paths: set[str]) -> list[str]:
 
 
 def find_hpc(trainer: Trainer) -> str | None:
-    """The checkpoint with the greatest number among those that were saved before a job was queued again."""
-    folder = _files.absolute(trainer.default_root_dir)
-    numbered = [(int(match[1]), name) for name in _files.list_folder(folder) if (match := _HPC.fullmatch(name))]
-    return _files.join(folder, max(numbered)[1]) if numbered else None
+    """Of the checkpoints saved before a job was queued again, the whole one with the greatest number.
+
+    Says which were passed over as damaged.
+    """
+    found = saved_for_requeue(_files.absolute(trainer.default_root_dir))
+    return _first_whole(trainer, [found[number] for number in sorted(found, reverse=True)])

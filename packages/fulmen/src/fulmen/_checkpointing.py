@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any, cast
 
+from fulmen._canonical import as_named_here, canonical
 from fulmen._checkpoint_layout import LIGHTNING_VERSION, lightning_loops, progress_from_lightning
 from fulmen._checkpoint_path import resolve_path
 from fulmen.hparams import checkpoint_entries
@@ -64,7 +65,9 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
         "pytorch-lightning_version": LIGHTNING_VERSION,
-        "state_dict": module.state_dict() if sharded is None else dict(sharded.module_state(placed, full=True)),
+        "state_dict": canonical(
+            module.state_dict() if sharded is None else dict(sharded.module_state(placed, full=True))
+        ),
         "loops": lightning_loops(progress, trainer.accumulate_grad_batches),
     }
     if not weights_only:
@@ -141,7 +144,7 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
     module = session.module
     session.scoped("on_load_checkpoint", module.on_load_checkpoint)(checkpoint)
     strict = module.strict_loading
-    outcome = module.load_state_dict(checkpoint["state_dict"], strict=strict)
+    outcome = module.load_state_dict(as_named_here(checkpoint["state_dict"], module), strict=strict)
     missing = cast("list[str]", outcome.missing_keys)
     unexpected = cast("list[str]", outcome.unexpected_keys)
     if not strict and (missing or unexpected):

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["never_compiled"]
+__all__ = ["never_compiled", "never_compiled_alone"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -21,9 +21,16 @@ def never_compiled(function: F) -> F:
     marked = cast("Any", function)
     marked._torchdynamo_disable = True
     marked._torchdynamo_disable_msg = "fulmen keeps its bookkeeping outside of graphs"
-    # Without this a graph break would make dynamo compile the function's own frame, again for each metric name.
+    return never_compiled_alone(function)
+
+
+def never_compiled_alone(function: F) -> F:
+    """Let ``function`` be part of its caller's graph, but never the beginning of one.
+
+    After a graph break somewhere else dynamo would compile the function's own frame, again for each of its arguments.
+    """
     frames = cast("Any", getattr(getattr(cast("Any", torch)._C, "_dynamo", None), "eval_frame", None))
     if hasattr(frames, "set_code_exec_strategy") and hasattr(frames, "_FrameExecStrategy"):
         skip = frames._FrameAction.SKIP
-        frames.set_code_exec_strategy(marked.__code__, frames._FrameExecStrategy(skip, skip))
+        frames.set_code_exec_strategy(cast("Any", function).__code__, frames._FrameExecStrategy(skip, skip))
     return function

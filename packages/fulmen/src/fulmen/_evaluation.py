@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from fulmen._predictions import PredictionRecord
+from fulmen._raw_batches import RawLoader, fetches_itself, hook_of_raw
 from fulmen._reporting import print_results
 from fulmen._run_loaders import eval_loaders
-from fulmen._session import ModelModes
+from fulmen._session import ModelModes, unchanged
 from fulmen.callbacks.prediction_writer import BasePredictionWriter
 from fulmen.evaluate import EvalParts, evaluate
 from fulmen.predict import PredictParts
@@ -89,11 +90,11 @@ class Evaluation:
             return  # a run resumed inside an epoch has validated before
         self._state.stage = RunningStage.SANITY_CHECKING
         with isolate_rng():
-            for hook in self.binder.both("on_sanity_check_start"):
+            for hook in self.binder.of_callbacks("on_sanity_check_start"):
                 hook()
             store = self._metering.begin_eval("sanity_check")
             evaluate(*self._arguments("val", store, limit=limit, in_fit=True))
-            for hook in self.binder.both("on_sanity_check_end"):
+            for hook in self.binder.of_callbacks("on_sanity_check_end"):
                 hook()
         self._metering.end_eval_in_fit(sanity_check=True)
         self._state.stage = RunningStage.TRAINING
@@ -152,9 +153,10 @@ class Evaluation:
         modes = ModelModes(session.module)
         step = session.step_method("predict_step", several_loaders=loaders.several, bind=False)
         context = session.forward_context()
+        raw = fetches_itself(session.module.predict_step)
         parts = PredictParts(
             step=step if context is None else _inside(context, step),
-            transfer=session.transfer(),
+            transfer=unchanged if raw else session.transfer(),
             no_grad=session.no_grad(inference_mode=self._uses_inference_mode()),
             model_eval=measuring.hook(session.module, "on_predict_model_eval", modes.eval),
             model_train=modes.restore,
@@ -167,7 +169,10 @@ class Evaluation:
             on_batch_start=(record.begin_batch, *hooks.on_batch_start) if writers else hooks.on_batch_start,
             on_end=(record.release, *hooks.on_end),
         )
-        measured = measuring.loaders("[_PredictionLoop].predict_next", loaders.loaders, loaders.limits)
+        given = loaders.loaders
+        if raw:
+            hooks, given = _told_of_fetched(hooks), _raw(loaders, loaders.limits, None)
+        measured = measuring.loaders("[_PredictionLoop].predict_next", given, loaders.limits)
         return parts, hooks, measured, loaders.limits
 
     # ------------------------------------------------------------------ what they share
@@ -193,10 +198,11 @@ class Evaluation:
         if in_fit and bare:
             session.share_buffers()
         step = session.step_method(f"{name}_step", several_loaders=loaders.several, bind=in_fit and not bare)
+        raw = fetches_itself(getattr(session.module, f"{name}_step"))
         context = session.forward_context()
         parts = EvalParts(
             step=step if context is None else _inside(context, step),
-            transfer=_starting(store, session.transfer(), several=loaders.several),
+            transfer=unchanged if raw else _starting(store, session.transfer(), several=loaders.several),
             no_grad=session.no_grad(inference_mode=not in_fit and self._uses_inference_mode()),
             model_eval=session.measuring.hook(session.module, f"on_{name}_model_eval", modes.eval),
             model_train=modes.restore,
@@ -206,13 +212,39 @@ class Evaluation:
         )
         # Without a limit of its own the loaders' own list: a tuner may change it when the evaluation starts.
         limits = loaders.limits if limit == math.inf else [min(limit, each) for each in loaders.limits]
-        measured = session.measuring.loaders(f"[_EvaluationLoop].{stage}_next", loaders.loaders, limits)
+        given = loaders.loaders
+        if raw:
+            hooks, given = _told_of_fetched(hooks), _raw(loaders, limits, store)
+        measured = session.measuring.loaders(f"[_EvaluationLoop].{stage}_next", given, limits)
         return parts, hooks, measured, limits
 
     def _uses_inference_mode(self) -> bool:
         # gloo reduces tensors in place, which inference tensors refuse.
         world = self._session.world
         return self._settings().inference_mode and not (world.world_size > 1 and world.device.type == "cpu")
+
+
+def _told_of_fetched(hooks: EvalHooks) -> EvalHooks:
+    return replace(
+        hooks,
+        on_batch_start=tuple(hook_of_raw(hook, outputs_first=False) for hook in hooks.on_batch_start),
+        on_batch_end=tuple(hook_of_raw(hook, outputs_first=True) for hook in hooks.on_batch_end),
+    )
+
+
+def _raw(loaders: EvalLoaders, limits: list[float], store: MetricStore | None) -> list[Iterable[object]]:
+    """``loaders`` for a step that fetches its batches itself."""
+
+    def told(index: int) -> Callable[[object], object]:
+        def start(batch: object) -> object:
+            if store is None:
+                return batch
+            return store.start_batch(batch, 0, index if loaders.several else None)
+
+        return start
+
+    pairs = zip(loaders.loaders, limits, strict=True)
+    return [RawLoader(loader, limit, index, told(index)) for index, (loader, limit) in enumerate(pairs)]
 
 
 def _starting(

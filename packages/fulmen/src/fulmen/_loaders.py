@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, SequentialSampler
 
 from fulmen._predictions import tracked
+from fulmen._raw_batches import RawBatches
 from fulmen_data import (
+    CombinationMode,
     CombinedLoader,
     LoaderPosition,
-    add_worker_seeding,
-    distribute_loader,
     has_iterable_dataset,
     rebuild_loader,
     sized_len,
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from fulmen_data import IndexBatchSamplerWrapper
 
 __all__ = ["EvalLoaders", "LoaderSource", "TrainLoader", "limited"]
+
+Advise = Callable[[Sequence[object], Sequence[object], Sequence[float]], None]
+"""Called with loaders as the user gave them, as they were split over ranks, and their lengths on this rank."""
 
 _INF = math.inf
 
@@ -115,9 +120,24 @@ def _is_collection(loaders: object) -> TypeGuard[Sequence[object]]:
     if not isinstance(loaders, (list, tuple)):
         return False
     items = cast("Sequence[object]", loaders)
-    return bool(items) and all(
-        isinstance(item, (DataLoader, CombinedLoader, Mapping)) or _is_collection(item) for item in items
-    )
+    return bool(items) and all(_is_loader(item) or _holds_loaders(item) for item in items)
+
+
+def _holds_loaders(value: object) -> bool:
+    if isinstance(value, Mapping):
+        named = cast("Mapping[object, object]", value)
+        return bool(named) and all(_is_loader(item) or _holds_loaders(item) for item in named.values())
+    return _is_collection(value)
+
+
+def _is_loader(item: object) -> bool:
+    """Whether ``item``, found in a list, is a loader and not a batch: data is a tensor, an array or plain Python."""
+    if isinstance(item, (DataLoader, CombinedLoader, range)):
+        return True
+    if isinstance(item, (Tensor, str, bytes, list, tuple, set, Mapping)):
+        return False
+    # Batches of one's own class can be moved to a device.
+    return hasattr(item, "__iter__") and not hasattr(item, "__array__") and not hasattr(item, "to")
 
 
 def _is_single(loaders: object) -> bool:
@@ -153,58 +173,14 @@ def limited(name: str, length: float, limit: BatchLimit, stage: str) -> float:
 
 
 def _length(loader: object) -> float:
-    """Batches of one loader; ``inf`` where it does not know, or where its own word cannot be trusted."""
-    if has_iterable_dataset(loader):
-        return _INF
+    """Batches of one loader; ``inf`` where it does not know."""
     length = sized_len(loader)
     return _INF if length is None else length
 
 
-class Splitter:
-    """How loaders are split over ranks: what ``distribute_loader`` needs to know of a run."""
-
-    def __init__(
-        self, *, rank: int, world_size: int, seed: int, enabled: bool, overfit: bool, seeds_workers: bool
-    ) -> None:
-        self._rank, self._world_size, self._seed = rank, world_size, seed
-        self._seeds_workers = seeds_workers
-        self._enabled = enabled and world_size > 1
-        self._overfit = overfit
-
-    def train(self, loader: object) -> object:
-        """``loader`` for training: shuffled parts of equal length, padded like torch's DistributedSampler."""
-        return self._split(loader, training=True)
-
-    def evaluation(self, loader: object) -> object:
-        """``loader`` for evaluation: every sample on exactly one rank."""
-        return self._split(loader, training=False)
-
-    def prediction(self, loader: object) -> object:
-        """As for evaluation, and no sample is left out: ``drop_last`` does not apply."""
-        split: Any = self.evaluation(loader)
-        if not isinstance(cast("object", split), DataLoader):
-            return split
-        inner: object = getattr(split, "batch_sampler", None)
-        if type(inner) is not BatchSampler or not inner.drop_last:
-            return split
-        return rebuild_loader(split, batch_sampler=BatchSampler(inner.sampler, inner.batch_size, drop_last=False))
-
-    def _split(self, loader: object, *, training: bool) -> object:
-        if not _is_data_loader(loader):
-            return loader
-        if self._enabled:
-            # Training shuffles, as Lightning does, whatever the loader's own order; evaluation keeps the loader's.
-            loader = distribute_loader(
-                loader,
-                rank=self._rank,
-                world_size=self._world_size,
-                shuffle=not self._overfit if training else None,
-                training=training,
-                seed=self._seed,
-            )
-        if self._seeds_workers:
-            add_worker_seeding(loader, self._rank)
-        return loader
+def _may_end_early(loader: object) -> bool:
+    """Whether only reading tells which batch is the last: no length, or one that an iterable data set claims."""
+    return has_iterable_dataset(loader) or sized_len(loader) is None
 
 
 class TrainLoader:
@@ -220,11 +196,18 @@ class TrainLoader:
         process: Callable[[Iterable[object]], Iterable[object]] | None = None,
         reload_every_n_epochs: int = 0,
         overfit: bool = False,
+        advise: Advise | None = None,
+        raw: Callable[[object], object] | None = None,
     ) -> None:
         self._source, self._limit, self._limit_name = source, limit, limit_name
         self._split, self._process = split, process
         self._reload_every = reload_every_n_epochs
         self._overfit = overfit
+        self._advise = advise
+        self.raw = raw
+        """Where the step fetches its batches itself: told of each."""
+        self._raw_batches: RawBatches | None = None
+        self._looks_ahead = False
         self._loaded_in: int | None = None
         self._running: Iterator[tuple[object, bool]] | None = None
         self._epoch = -1
@@ -240,13 +223,19 @@ class TrainLoader:
         if self._loaded_in is not None and not (due and self._source.from_hook):
             return
         self.user_loader = loaders = self._source.load()
-        leaves = _leaves(loaders)
+        given = _leaves(loaders)
         if self._overfit:
-            loaders = _map(loaders, _without_shuffling)
+            loaders = _map(loaders, partial(_without_shuffling, self._source.hook))
         loaders = _map(loaders, self._split)
-        if len(leaves) == 1 and _is_single(loaders):
-            self.loader = loaders
-            length = _length(loaders)
+        split = _leaves(loaders)
+        lengths = [_length(loader) for loader in split]
+        if self._advise is not None:
+            self._advise(given, split, lengths)
+        limits = [limited(self._limit_name, length, self._limit, "training") for length in lengths]
+        self._looks_ahead = any(_may_end_early(loader) for loader in split)
+        if len(split) == 1 and _is_single(loaders):
+            self.loader, self._combined = loaders, False
+            self.batches = limits[0]
         else:
             combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
             if combined.mode == "sequential":
@@ -255,12 +244,14 @@ class TrainLoader:
                     "Use 'min_size', 'max_size' or 'max_size_cycle'."
                 )
             self.loader, self._combined = combined, True
-            length = _combined_length(combined)
+            self.batches = _combined_length(combined.mode, limits)
         self._position = LoaderPosition(self.loader)
-        self.batches = limited(self._limit_name, length, self._limit, "training")
         self._loaded_in = epoch
-        if length == 0:
-            rank_zero_warn("the training loader has no batch, so nothing will be trained.")
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the user has been asked for the loader."""
+        return self._loaded_in is not None
 
     def epoch_batches(self, epoch: int, start: int) -> Iterator[tuple[object, bool]]:
         """The batches of ``epoch`` from index ``start`` on, each with whether it is the last.
@@ -271,6 +262,7 @@ class TrainLoader:
             self.setup(epoch)
             if self._restored is not None:
                 self._position.load_state_dict(self._restored)
+                start = cast("int", self._restored["batches"])
                 self._restored = None
             else:
                 self._position.restart()
@@ -280,13 +272,19 @@ class TrainLoader:
                 iterator = _batches_of(iter(self._position))
             if self._process is not None:
                 iterator = iter(self._process(iterator))
-            self._running = _with_last(iterator, self.batches, start)
+            if self.raw is None:
+                self._running = _with_last(iterator, self.batches, start, looks_ahead=self._looks_ahead)
+            else:
+                self._raw_batches = RawBatches(
+                    iterator, length=self.batches, start=start, told=self.raw, looks_ahead=self._looks_ahead
+                )
+                self._running = self._raw_batches.rounds()
             self._epoch = epoch
         return self._running
 
     def end_epoch(self) -> None:
         """Forget the running iterator: the next epoch starts a new one."""
-        self._running = None
+        self._running = self._raw_batches = None
 
     def reload(self, epoch: int) -> None:
         """Ask for the loader again now, between two epochs: it would be another one."""
@@ -296,6 +294,8 @@ class TrainLoader:
 
     def state_dict(self, batch: int, *, within_epoch: bool) -> dict[str, object]:
         """Where the loader is after ``batch`` batches of the running epoch, or between two epochs."""
+        if self._raw_batches is not None:
+            batch = self._raw_batches.fetched  # a step may have fetched several
         position = self._position.state_dict(batch) if within_epoch else None
         return {"position": position, "generators": self._position.generator_states()}
 
@@ -313,11 +313,10 @@ class TrainLoader:
             self._position.restart()
 
 
-def _combined_length(combined: CombinedLoader) -> float:
-    lengths = [_length(leaf) for leaf in combined.flattened]
-    if combined.mode == "sequential":
+def _combined_length(mode: CombinationMode, lengths: Sequence[float]) -> float:
+    if mode == "sequential":
         return sum(lengths)
-    return min(lengths) if combined.mode == "min_size" else max(lengths)
+    return min(lengths) if mode == "min_size" else max(lengths)
 
 
 def _batches_of(combined: Iterable[tuple[object, int, int]]) -> Iterator[object]:
@@ -325,10 +324,12 @@ def _batches_of(combined: Iterable[tuple[object, int, int]]) -> Iterator[object]
         yield batch
 
 
-def _with_last(iterator: Iterator[object], length: float, start: int) -> Iterator[tuple[object, bool]]:
-    """Pair each batch with whether it is the epoch's last; looks one batch ahead only where the length is unknown."""
-    if length != _INF:
-        index = start
+def _with_last(
+    iterator: Iterator[object], length: float, start: int, *, looks_ahead: bool
+) -> Iterator[tuple[object, bool]]:
+    """Pair each batch with whether it is the epoch's last; looks one batch ahead only where a count does not tell."""
+    index = start
+    if not looks_ahead:
         while index < length:
             try:
                 batch = next(iterator)
@@ -337,11 +338,22 @@ def _with_last(iterator: Iterator[object], length: float, start: int) -> Iterato
             index += 1
             yield batch, index >= length
         return
+    if index >= length:
+        return
     for batch in iterator:
-        for following in iterator:
+        index += 1
+        while index < length:
+            following = next(iterator, _END)
+            if following is _END:
+                break
             yield batch, False
             batch = following  # the batch in hand is always one behind the iterator
+            index += 1
         yield batch, True
+        return
+
+
+_END = object()
 
 
 def _map(loaders: object, function: Callable[[object], object]) -> object:
@@ -356,12 +368,15 @@ def _map(loaders: object, function: Callable[[object], object]) -> object:
     return function(loaders)
 
 
-def _without_shuffling(loader: object) -> object:
-    if _is_data_loader(loader) and isinstance(loader.sampler, RandomSampler):
-        rank_zero_warn("overfit_batches trains on the same batches every epoch, so shuffling is turned off.")
-        dataset = cast("Sized", loader.dataset)  # a RandomSampler needs its length, too
-        return rebuild_loader(loader, sampler=SequentialSampler(dataset))
-    return loader
+def _without_shuffling(hook: str, loader: object) -> object:
+    if not _is_data_loader(loader) or has_iterable_dataset(loader) or isinstance(loader.sampler, SequentialSampler):
+        return loader
+    rank_zero_warn(
+        f"overfit_batches needs the same batches every epoch, so shuffling is turned off: {hook} loses its "
+        f"{type(cast('object', loader.sampler)).__name__}. Drop shuffle=True to silence this."
+    )
+    dataset = cast("Sized", loader.dataset)
+    return rebuild_loader(loader, sampler=SequentialSampler(dataset))
 
 
 class _Combined:
@@ -386,11 +401,14 @@ class EvalLoaders:
         split: Callable[[object], object],
         process: Callable[[Iterable[object]], Iterable[object]] | None = None,
         reload_every_n_epochs: int = 0,
+        overfit: bool = False,
+        advise: Advise | None = None,
         track_indices: bool = False,
     ) -> None:
         self._source, self._limit, self._limit_name = source, limit, limit_name
         self._split, self._process = split, process
         self._reload_every = reload_every_n_epochs
+        self._overfit, self._advise = overfit, advise
         self._track_indices = track_indices
         self._loaded_in: int | None = None
         self.user_loaders: object = None
@@ -405,20 +423,23 @@ class EvalLoaders:
         if self._loaded_in is not None and not (due and self._source.from_hook):
             return
         self.user_loaders = loaders = self._source.load()
-        split = _map(loaders, self._split)
-        if isinstance(split, CombinedLoader) and split.mode != "sequential":
-            self.loaders[:] = [_Combined(split)]  # in place: a running evaluation holds the lists
-            lengths: list[float] = [_combined_length(split)]
+        given = _leaves(loaders)
+        if self._overfit:
+            loaders = _map(loaders, partial(_without_shuffling, self._source.hook))
+        loaders = _map(loaders, self._split)
+        split = _leaves(loaders)
+        lengths = [_length(loader) for loader in split]
+        if self._advise is not None:
+            self._advise(given, split, lengths)
+        limits = [limited(self._limit_name, length, self._limit, self._source.hook) for length in lengths]
+        if isinstance(loaders, CombinedLoader) and loaders.mode != "sequential":
+            self.loaders[:] = [_Combined(loaders)]  # in place: a running evaluation holds the lists
+            self.limits[:] = [_combined_length(loaders.mode, limits)]
         else:
-            leaves = _leaves(split)
             if self._track_indices:
-                leaves, self.trackers[:] = tracked(leaves)
-            self.loaders[:] = leaves if self._process is None else [self._process(leaf) for leaf in leaves]
-            lengths = [_length(leaf) for leaf in leaves]
-        self.limits[:] = [limited(self._limit_name, length, self._limit, self._source.hook) for length in lengths]
-        for index, length in enumerate(lengths):
-            if length == 0:
-                rank_zero_warn(f"{self._source.hook}: loader {index} has no batch.")
+                split, self.trackers[:] = tracked(split)
+            self.loaders[:] = split if self._process is None else [self._process(loader) for loader in split]
+            self.limits[:] = limits
         self._loaded_in = epoch
 
     def reload(self, epoch: int) -> None:

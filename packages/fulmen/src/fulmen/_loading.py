@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fulmen import _instantiator
+from fulmen._canonical import as_named_here
 from fulmen.hparams import load_hparams_from_csv, load_hparams_from_yaml, restored
 from fulmen_protocols import CHECKPOINT_IOS, MisconfigurationException, MisconfigurationTypeError, load
 
@@ -71,7 +72,7 @@ def load_module(
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
     state = cast("Mapping[str, Any]", checkpoint["state_dict"])  # the hook may have replaced it
-    result = cast("Any", module.load_state_dict(state, strict=_strictness(module, strict)))
+    result = cast("Any", module.load_state_dict(as_named_here(state, module), strict=_strictness(module, strict)))
     for what, keys in (("lacks", result.missing_keys), ("has no place for", result.unexpected_keys)):
         if keys:
             subject = "the checkpoint" if what == "lacks" else cls.__name__

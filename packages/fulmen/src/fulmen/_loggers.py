@@ -11,7 +11,15 @@ from fulmen._silent import DummyLogger, MutedLogger
 from fulmen.hparams import hyperparameters_for_loggers
 from fulmen_fabric import rank_zero_info, rank_zero_warn
 from fulmen_fabric.abilities import supports
-from fulmen_protocols import LOGGERS, Logger, SupportsGraph, check, load
+from fulmen_protocols import (
+    LOGGERS,
+    Logger,
+    MisconfigurationTypeError,
+    NotConforming,
+    SupportsGraph,
+    check,
+    load,
+)
 
 if TYPE_CHECKING:
     from fulmen._session import Session
@@ -41,8 +49,18 @@ def complete(logger: Logger | Iterable[Logger] | bool | None, settings: Settings
             return [load(LOGGERS, name, save_dir=settings.default_root_dir)]
         return [load(LOGGERS, name, save_dir=settings.default_root_dir, version=_slurm_job())]
     if isinstance(logger, Iterable) and not hasattr(logger, "log_metrics"):
-        return [check(LOGGERS, one) for one in logger]
-    return [check(LOGGERS, logger)]
+        return [_checked(one) for one in logger]
+    return [_checked(logger)]
+
+
+def _checked(logger: object) -> Logger:
+    try:
+        return check(LOGGERS, logger)
+    except NotConforming as error:
+        raise MisconfigurationTypeError(
+            f"logger={logger!r} cannot be used: {error} Pass a logger such as CSVLogger('logs'), a list of them, True "
+            "or False."
+        ) from error
 
 
 def _slurm_job() -> str | None:

@@ -128,7 +128,7 @@ def prepare(profiler: Profiler, trainer: Trainer) -> None:
 def _expected_calls(trainer: Trainer, step: str) -> float:
     """How often a step function is called without another one in between."""
     if step == "training_step":
-        return min(trainer.num_training_batches, trainer.val_check_batch)
+        return min(trainer.num_training_batches, trainer.val_check_batch or float("inf"))
     loaders = {
         "validation_step": trainer.num_val_batches,
         "test_step": trainer.num_test_batches,

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import nn
 
 from fulmen.optimizer import parse_optimizers
 from fulmen.states import TrainerFn
+from fulmen_fabric import move_data_to_device
 from fulmen_fabric.abilities import supports
-from fulmen_protocols import SupportsInferencePlacement, SupportsPatientBarrier, SupportsPrecisionPlan
+from fulmen_protocols import (
+    SupportsInferencePlacement,
+    SupportsPatientBarrier,
+    SupportsPrecisionPlan,
+    SupportsShardedState,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from fulmen._session import Session
 
-__all__ = ["configure_model", "make_optimizers", "place", "prepare_data"]
+__all__ = ["configure_model", "give_back", "make_optimizers", "place", "prepare_data"]
 
 
 def prepare_data(session: Session) -> None:
@@ -44,16 +53,62 @@ def place(session: Session, *, sync_batchnorm: bool) -> None:
     """Convert the module to its precision and let the strategy place it: ``session.placed``."""
     strategy, module = session.assembly.strategy, session.module
     fits = session.fn is TrainerFn.FITTING
+    if sync_batchnorm and session.world.world_size > 1 and fits:
+        session.batch_norms = synchronise_batch_norms(module)
     if not supports(strategy, SupportsPrecisionPlan):
         session.assembly.precision.convert_module(module)
-    if sync_batchnorm and session.world.world_size > 1 and fits:
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
     if not fits and supports(strategy, SupportsInferencePlacement):
         session.placed = strategy.place_for_inference(module)
     else:
         session.placed = strategy.place(module)
     for each in session.logging_modules():
         each.__dict__["_target_device"] = None
+
+
+def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
+    """Every layer of batch norm in ``module``, by name; the class they share is torch's own business."""
+    base = cast("type[nn.Module]", nn.BatchNorm1d.__base__)
+    layers = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
+    return {name: layer for name, layer in layers if isinstance(layer, base)}
+
+
+def synchronise_batch_norms(module: nn.Module) -> dict[str, nn.Module]:
+    """Let batch norm use the statistics of all ranks, in place.
+
+    Returns:
+        The layers that were replaced, by name; the new ones have the same parameters.
+    """
+    replaced = {name: layer for name, layer in batch_norms(module).items() if not isinstance(layer, nn.SyncBatchNorm)}
+    nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+    return replaced
+
+
+def give_back_batch_norms(module: nn.Module, replaced: Mapping[str, nn.Module]) -> None:
+    """Undo ``synchronise_batch_norms``: the user's own layers, with what they have learned."""
+    for name, layer in replaced.items():
+        parent, _, attribute = name.rpartition(".")
+        owner = module.get_submodule(parent)
+        learned = getattr(owner, attribute)
+        for tensor, value in (*learned.named_parameters(), *learned.named_buffers()):
+            setattr(layer, tensor, value)
+        layer.training = learned.training
+        setattr(owner, attribute, layer)
+
+
+def give_back(session: Session) -> None:
+    """Undo what ``place`` did: the user's own layers, and the model and its optimizers' states off the device.
+
+    A sharded model stays where it is: no rank has room for all of it.
+    """
+    give_back_batch_norms(session.module, session.batch_norms)
+    session.batch_norms = {}
+    if session.world.device.type == "cpu" or supports(session.assembly.strategy, SupportsShardedState):
+        return
+    session.module.cpu()
+    cpu = torch.device("cpu")
+    for optimizer in session.optimizers:
+        for parameter, state in optimizer.state.items():
+            optimizer.state[parameter] = move_data_to_device(state, cpu)
 
 
 def make_optimizers(session: Session, *, steps_own_schedulers: bool) -> None:

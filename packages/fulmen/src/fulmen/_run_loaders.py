@@ -6,7 +6,10 @@ import os
 from typing import TYPE_CHECKING
 
 from fulmen import _verify
-from fulmen._loaders import EvalLoaders, Splitter, TrainLoader
+from fulmen._loader_advice import LoaderAdvice
+from fulmen._loaders import EvalLoaders, TrainLoader
+from fulmen._raw_batches import fetches_itself
+from fulmen._splitter import Splitter
 from fulmen.states import TrainerFn
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ __all__ = ["eval_loaders", "train_loader"]
 def train_loader(session: Session, settings: Settings) -> TrainLoader:
     """The training loader. The user is asked for it in its ``setup``, not here."""
     if session.train_loader is None:
+        step = session.module.training_step
         session.train_loader = TrainLoader(
             session.sources["train"],
             limit=settings.limit_train_batches,
@@ -27,6 +31,8 @@ def train_loader(session: Session, settings: Settings) -> TrainLoader:
             process=session.process_loader(),
             reload_every_n_epochs=settings.reload_dataloaders_every_n_epochs,
             overfit=bool(settings.overfit_batches),
+            advise=_advice(session, settings, "train"),
+            raw=session.told_of_raw_batch if fetches_itself(step) else None,
         )
     return session.train_loader
 
@@ -52,6 +58,8 @@ def eval_loaders(
         split=splitter.prediction if stage == "predict" else splitter.evaluation,
         process=session.process_loader(),
         reload_every_n_epochs=settings.reload_dataloaders_every_n_epochs if session.fn is TrainerFn.FITTING else 0,
+        overfit=bool(settings.overfit_batches) and stage == "val",
+        advise=_advice(session, settings, stage),
         track_indices=track_indices,
     )
     loaders.setup(epoch)
@@ -59,6 +67,20 @@ def eval_loaders(
         _verify.predicts_one_after_the_other(loaders.user_loaders)
     _verify.step_takes_dataloader_idx(session.module, stage, several=loaders.several)
     return loaders
+
+
+def _advice(session: Session, settings: Settings, stage: str) -> LoaderAdvice:
+    owners = (session.module, session.datamodule)
+    return LoaderAdvice(
+        f"{stage}_dataloader",
+        world=session.world,
+        evaluates=stage != "train",
+        allows_empty=any(
+            getattr(owner, "allow_zero_length_dataloader_with_multiple_devices", False) for owner in owners
+        ),
+        reloads=settings.reload_dataloaders_every_n_epochs > 0,
+        said=session.said,
+    )
 
 
 def _splitter(session: Session, settings: Settings) -> Splitter:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fulmen._compiled_log import let_log_in_graphs, recording
 from fulmen._measuring import Measuring
+from fulmen._raw_batches import fetches_itself, step_of_raw
 from fulmen.manual import ManualOptimization
 from fulmen.metrics import scope_for
 from fulmen.module import LightningModule
@@ -69,6 +71,10 @@ class Session:
     eval_loaders: dict[str, EvalLoaders] = field(default_factory=dict[str, "EvalLoaders"])
     manual: ManualOptimization | None = None
     gradients: Gradients | None = None
+    batch_norms: dict[str, nn.Module] = field(default_factory=dict[str, "nn.Module"])
+    """The user's layers that ``sync_batchnorm`` has replaced, by name."""
+    said: set[str] = field(default_factory=set[str])
+    """Advice that the Trainer has given already."""
     forward_only: bool = False
     """Whether training batches are run forward and nothing else."""
     measuring: Measuring = field(default_factory=Measuring)
@@ -139,9 +145,18 @@ class Session:
             method: Callable[..., Any] = strategy.bind_manual_method(self.placed, name)
         else:
             method = self.bound(name) if bind else getattr(self.module, name)
+        compiled = [each for each in self.logging_modules() if let_log_in_graphs(each)]
+        if compiled:
+            method = recording(method)
+        if fetches_itself(getattr(self.module, name)):
+            return step_of_raw(method)
         takes = _positional(getattr(self.module, name))
         given = 3 if several_loaders else 2
         return self.measuring.strategy(name, method if takes >= given else lambda *args: method(*args[:takes]))
+
+    def told_of_raw_batch(self, batch: object) -> object:
+        """What a step that fetches its batches itself has fetched: it weighs what is logged now."""
+        return batch if self.store is None else self.store.start_batch(batch)
 
     def transfer(self) -> Callable[[object, int], object]:
         """Put a batch on the device: precision's casts, then the transfer hooks of datamodule or module."""

@@ -47,6 +47,7 @@ class DummyLogger:
     save_dir: str | None = None
     log_dir: str | None = None
     experiment = DummyExperiment()
+    root_dir: str | None = None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Forget the row."""

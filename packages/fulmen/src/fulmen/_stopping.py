@@ -2,48 +2,87 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
+from fulmen import _requeue
 from fulmen.exceptions import SIGTERMException
 from fulmen_fabric import StopAgreement, StopSignal
+from fulmen_fabric.abilities import supports
 from fulmen_fabric.stopping import group_store
+from fulmen_protocols import SupportsRequeue
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fulmen.progress import Progress
+    from fulmen.trainer import Trainer
     from fulmen_fabric import World
+    from fulmen_protocols import ClusterEnvironment
 
 __all__ = ["Stopping"]
+
+_QUEUE_AGAIN = ", which announces the end of the job"
 
 
 class Stopping:
     """Turns a signal into a request to stop.
 
-    One process stops at the next batch. Several agree at the next declared point, so that none is left waiting.
+    One process stops at the next batch. Several agree at the next declared point, so that none is left waiting. The
+    loop is left between two batches, with the running epoch open, so that a resumed run goes on with the very next one.
+    Outside of a fit signals do what they did before.
     """
 
-    def __init__(self, progress: Progress, world: World) -> None:
+    def __init__(self, progress: Progress, world: World, environment: ClusterEnvironment) -> None:
         self._progress, self._world = progress, world
+        self._environment = environment if supports(environment, SupportsRequeue) else None
         self._agreement: StopAgreement | None = None
         self._calls = 0
-        self.signals = StopSignal()
+        self._has_said = False
+        self._suffix = ""
+        self.signals = StopSignal(())
         """A context that watches for them; a new one after each ``begin``."""
 
-    def begin(self) -> None:
+    def begin(self, *, fitting: bool) -> None:
         """Forget the call before this one. The processes have met; every rank must come here."""
         self._agreement = None
-        if self._world.world_size == 1:
-            self.signals = StopSignal(on_stop=lambda reason: self._progress.stop(reason, now=True))
-            return
-        self._calls += 1
-        self._agreement = StopAgreement(
-            group_store(), self._world.rank, self._world.world_size, name=f"fulmen/stop/{self._calls}"
-        )
-        self.signals = StopSignal()
+        watched, bypassed = self._choose() if fitting else ((), ())
+        alone = self._world.world_size == 1
+        # A handler may come anywhere: it only sets flags.
+        self.signals = StopSignal(watched, bypassed=bypassed, on_stop=self._stop if alone else None)
+        if not alone:
+            self._calls += 1
+            self._agreement = StopAgreement(
+                group_store(), self._world.rank, self._world.world_size, name=f"fulmen/stop/{self._calls}"
+            )
+
+    def _choose(self) -> tuple[Sequence[signal.Signals], Sequence[signal.Signals]]:
+        """Signals that stop a fit, and those that it outlives."""
+        self._suffix = ""
+        environment = self._environment
+        number = environment.requeue_signal if environment is not None and environment.auto_requeue else None
+        if number is None:
+            return (signal.SIGTERM,), ()
+        # None: there is a handler that was not installed from Python.
+        if signal.getsignal(number) is not signal.SIG_DFL:
+            if not self._has_said:
+                _requeue.say_that_the_user_handles(number)
+            self._has_said = True
+            return (signal.SIGTERM,), ()
+        self._suffix = _QUEUE_AGAIN
+        return (number,), () if number is signal.SIGTERM else (signal.SIGTERM,)
+
+    def _stop(self, reason: str) -> None:
+        self._progress.stop(reason, now=True)
+        self._progress.replan = True  # leaves the loop as it is, without ending the epoch
 
     def agree(self) -> None:
         """A declared point: all ranks stop here, or none."""
-        if self._agreement is not None and self._agreement.point(self.signals.poll()):
-            self._progress.stop(str(self._agreement.reason), now=True)
+        if self._agreement is None:
+            return
+        wish = self.signals.poll()
+        if self._agreement.point(None if wish is None else wish + self._suffix):  # all ranks learn what the one meant
+            self._stop(str(self._agreement.reason))
 
     @property
     def received_sigterm(self) -> bool:
@@ -51,11 +90,19 @@ class Stopping:
         reason = self.signals.reason or (self._agreement.reason if self._agreement is not None else None)
         return reason is not None and "SIGTERM" in reason
 
-    def raise_if_terminated(self) -> None:
-        """Leave a fit that a signal ended.
+    def leave(self, trainer: Trainer) -> None:
+        """Leave a fit that a signal ended, after saving it where the scheduler will run it again.
 
         Raises:
-            SIGTERMException: it did.
+            PreemptedException: the job was queued again.
+            SIGTERMException: SIGTERM ended the fit.
         """
-        if self._progress.stop_now and self.received_sigterm:
-            raise SIGTERMException(str(self._progress.stop_reason))
+        # Not progress.stop_reason: somebody else may have asked before, and waits for min_epochs.
+        reason = self.signals.reason if self._agreement is None else self._agreement.reason
+        if reason is None or not self._progress.stop_now:
+            return
+        if self._agreement is None:
+            reason += self._suffix
+        if self._environment is not None and reason.endswith(_QUEUE_AGAIN):
+            _requeue.save_and_requeue(trainer, self._environment, reason)
+        raise SIGTERMException(reason)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from fulmen._run_loaders import train_loader
+from fulmen._surface_loops import LoopSurface
 from fulmen._surface_settings import SettingsSurface
+from fulmen._verify import overrides
 from fulmen.callbacks.checkpoint import Checkpoint
 from fulmen.callbacks.early_stopping import EarlyStopping
 from fulmen.callbacks.progress import ProgressBar
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["TrainerSurface"]
 
 
-class TrainerSurface(SettingsSurface):
+class TrainerSurface(SettingsSurface, LoopSurface):
     """Properties over what a Trainer holds; no behaviour."""
 
     assembly: Assembly
@@ -51,6 +52,7 @@ class TrainerSurface(SettingsSurface):
     _reporter: Reporter
     _loggers: list[Logger]
     _ckpt_path: str | None
+    _loaders_before: dict[str, EvalLoaders]
     _users_ckpt_path: str | None = None
     _shared_log_dir: str | None = None
 
@@ -227,8 +229,10 @@ class TrainerSurface(SettingsSurface):
         return self._progress.epoch_is_whole
 
     @property
-    def val_check_batch(self) -> float:
-        """Batches between validations of the running fit; ``inf`` where only the epoch's end counts."""
+    def val_check_batch(self) -> float | None:
+        """Batches between validations of the running fit; ``inf`` without a known end, None before it is known."""
+        if not self._train_loader_is_known:
+            return None
         every = self._plan.validate_every_batches
         return self._plan.batches if every == math.inf else every
 
@@ -238,7 +242,7 @@ class TrainerSurface(SettingsSurface):
         session = self._session
         if session is None:
             return math.inf
-        if session.train_loader is None:
+        if not self._train_loader_is_known:
             train_loader(session, self.settings).setup(self._progress.epoch)
         return replace(
             self._plan,
@@ -252,14 +256,24 @@ class TrainerSurface(SettingsSurface):
     def num_training_batches(self) -> float:
         """Training batches of an epoch on this rank; ``inf`` when unknown."""
         session = self._session
-        if session is None or session.train_loader is None:
+        if session is None or session.train_loader is None or not session.train_loader.is_loaded:
             return math.inf
         return session.train_loader.batches
 
+    @property
+    def _train_loader_is_known(self) -> bool:
+        loader = None if self._session is None else self._session.train_loader
+        return loader is not None and loader.is_loaded
+
     def _limits(self, stage: str) -> list[float]:
-        session = self._session
-        loaders: EvalLoaders | None = None if session is None else session.eval_loaders.get(stage)
+        loaders = self._eval_loaders(stage)
         return [] if loaders is None else list(loaders.limits)
+
+    def _eval_loaders(self, stage: str) -> EvalLoaders | None:
+        """Those of the running call, else of the last one that had any."""
+        session = self._session
+        loaders = None if session is None else session.eval_loaders.get(stage)
+        return self._loaders_before.get(stage) if loaders is None else loaders
 
     @property
     def num_val_batches(self) -> list[float]:
@@ -288,8 +302,7 @@ class TrainerSurface(SettingsSurface):
         return None if session is None or session.train_loader is None else session.train_loader.loader
 
     def _loaders(self, stage: str) -> Any:
-        session = self._session
-        loaders = None if session is None else session.eval_loaders.get(stage)
+        loaders = self._eval_loaders(stage)
         if loaders is None:
             return None
         return loaders.loaders if loaders.several else loaders.loaders[0]
@@ -312,33 +325,13 @@ class TrainerSurface(SettingsSurface):
     @property
     def enable_validation(self) -> bool:
         """Whether the running fit validates."""
-        return self._plan.validates
-
-    @property
-    def fit_loop(self) -> Any:
-        """What outside code reads of Lightning's loops: counters, as plain values."""
-        progress = self._progress
-        batch = SimpleNamespace(ready=progress.batch, processed=progress.batch, completed=progress.batch)
-        total = SimpleNamespace(
-            ready=progress.total_batches, processed=progress.total_batches, completed=progress.total_batches
+        session = self._session
+        return (
+            session is not None
+            and session.sources["val"].is_defined
+            and overrides(session.module, "validation_step")
+            and self.limit_val_batches > 0
         )
-        return SimpleNamespace(
-            max_epochs=self.max_epochs,
-            min_epochs=self.min_epochs,
-            max_batches=self.num_training_batches,
-            epoch_loop=SimpleNamespace(
-                _batches_that_stepped=progress.log_step,
-                batch_progress=SimpleNamespace(current=batch, total=total, is_last_batch=progress.epoch_is_whole),
-                batch_idx=progress.batch - 1,
-                total_batch_idx=progress.total_batches - 1,
-                global_step=self.global_step,
-            ),
-        )
-
-    @property
-    def predict_loop(self) -> Any:
-        """What prediction writers read of a running prediction: predictions and the indices of their samples."""
-        return None if self._session is None else self._session.predictions
 
     # ------------------------------------------------------------------ stage
 

@@ -167,6 +167,11 @@ class SettingsSurface:
         return self.settings.barebones
 
     @property
+    def enable_autolog_hparams(self) -> bool:
+        """Whether loggers are told what ``save_hyperparameters`` recorded."""
+        return self.settings.enable_autolog_hparams
+
+    @property
     def default_root_dir(self) -> str:
         """Where logs and checkpoints go unless a logger says otherwise."""
         return self.settings.default_root_dir

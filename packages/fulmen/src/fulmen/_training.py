@@ -9,7 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fulmen import _checkpointing, _verify
+from fulmen._loader_advice import log_interval
 from fulmen._planning import make_plan
+from fulmen._raw_batches import hook_of_raw
 from fulmen._run_loaders import train_loader
 from fulmen._schedules import as_it_is, plain_schedule, watching_schedule
 from fulmen._session import unchanged
@@ -70,6 +72,9 @@ class Training:
         session, settings, progress, metering = self._session, self._settings(), self._progress, self._metering
         self._evaluation.binder = binder
         hooks = binder.fit(before_watching=(metering.reduce_train,))
+        raw = self._loader.raw is not None
+        if raw:
+            hooks = _told_of_fetched(hooks)
         own_schedule = next(iter(binder.of_module("lr_scheduler_step")), None)
         schedule = schedule_on_metric = None
         measured = as_it_is  # of_module measures the user's own
@@ -90,7 +95,7 @@ class Training:
                 clip_algorithm=settings.gradient_clip_algorithm,
                 keep_outputs=bool(hooks.on_train_batch_end),
             ),
-            transfer=_starting(metering.train, session.transfer()),
+            transfer=unchanged_batch if raw else _starting(metering.train, session.transfer()),
             schedule=schedule,
             schedule_on_metric=schedule_on_metric,
             log=self._log_step,
@@ -113,7 +118,10 @@ class Training:
         Raises:
             MisconfigurationException: validation would never run.
         """
-        self._plan = make_plan(self._settings(), batches=self._loader.batches, validates=self._evaluation.validates)
+        settings = self._settings()
+        self._plan = make_plan(settings, batches=self._loader.batches, validates=self._evaluation.validates)
+        if self._metering.reporter.loggers and not settings.fast_dev_run and self._loader.batches > 0:
+            log_interval(self._loader.batches, settings.log_every_n_steps, self._session.said)
         if self._session.forward_only:
             # The epoch's last batch counts as a step all the same: what it leaves is new, and gets its checkpoint.
             self._plan = replace(self._plan, accumulate=sys.maxsize)
@@ -180,6 +188,21 @@ class Training:
                 f"asked to stop ({progress.stop_reason}), but min_epochs={plan.min_epochs} or "
                 f"min_steps={plan.min_steps} is not reached: training goes on."
             )
+
+
+def _told_of_fetched(hooks: FitHooks) -> FitHooks:
+    start, module_start = hooks.on_train_batch_start, hooks.module_on_train_batch_start
+    return replace(
+        hooks,
+        on_train_batch_start=tuple(hook_of_raw(hook, outputs_first=False) for hook in start),
+        module_on_train_batch_start=tuple(hook_of_raw(hook, outputs_first=False) for hook in module_start),
+        on_train_batch_end=tuple(hook_of_raw(hook, outputs_first=True) for hook in hooks.on_train_batch_end),
+    )
+
+
+def unchanged_batch(batch: object) -> object:
+    """What transfer is where a step moves its batches itself."""
+    return batch
 
 
 def _starting(store: MetricStore, transfer: Callable[[object, int], object]) -> Callable[[object], object]:

@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import inspect
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from fulmen._preparation import batch_norms
+from fulmen._raw_batches import fetches_itself
 from fulmen.hooks import check_hook_names
 from fulmen.module import LightningModule
 from fulmen.states import TrainerFn
+from fulmen.utilities.compile import from_compiled, is_compiled
 from fulmen_data import CombinedLoader
 from fulmen_fabric import PossibleUserWarning, rank_zero_warn
-from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError
+from fulmen_fabric.abilities import supports
+from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError, OwnsOptimizerStep
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
 
+    from torch import nn
+
     from fulmen._loaders import LoaderSource
     from fulmen.settings import Settings
+    from fulmen_fabric import Assembly
 
 __all__ = [
     "collected",
+    "compiled_module",
     "lightning_module",
     "loaders_or_datamodule",
     "modules_in_eval_mode",
+    "overrides",
     "predicts_one_after_the_other",
     "raise_all",
     "run",
     "step_takes_dataloader_idx",
+    "sync_batchnorm",
+    "vendors_flags",
 ]
 
 
@@ -37,7 +48,10 @@ def lightning_module(fn: TrainerFn, model: object) -> LightningModule:
         raise MisconfigurationTypeError(
             f"trainer.{fn.value}() was called without a model, and this trainer has none yet. Pass the model."
         )
+    if is_compiled(model):
+        model = from_compiled(cast("nn.Module", model))
     if not isinstance(model, LightningModule):
+        _refuse_lightnings(model, "model", "LightningModule")
         raise MisconfigurationTypeError(
             f"model is of type {type(model).__name__}; the Trainer needs a LightningModule. "
             "Put the model inside one, or keep your own loop with fulmen.Fabric."
@@ -54,6 +68,9 @@ def loaders_or_datamodule(fn: TrainerFn, given: Mapping[str, object], datamodule
             f"trainer.{fn.value}() was given both {arguments} and datamodule={type(datamodule).__name__}. "
             "Pass one of them."
         )
+    for stage in passed:
+        _refuse_lightnings(given[stage], f"{stage}_dataloaders", "LightningDataModule")
+    _refuse_lightnings(datamodule, "datamodule", "LightningDataModule")
     if datamodule is not None and not hasattr(datamodule, "prepare_data"):
         raise MisconfigurationException(
             f"datamodule is of type {type(datamodule).__name__}, not a LightningDataModule. Pass loaders as "
@@ -61,7 +78,53 @@ def loaders_or_datamodule(fn: TrainerFn, given: Mapping[str, object], datamodule
         )
 
 
-def _overrides(module: LightningModule, name: str) -> bool:
+def _refuse_lightnings(value: object, argument: str, name: str) -> None:
+    """Say what to do about an object made for the other framework."""
+    for base in type(value).__mro__:
+        package = base.__module__.partition(".")[0]
+        if base.__name__ == name and package in ("lightning", "pytorch_lightning"):
+            raise MisconfigurationTypeError(
+                f"{argument} is a {type(value).__name__}, whose {name} is that of {package}. Import {name} from "
+                f"fulmen, as the Trainer is: `import fulmen`, not `import {base.__module__.rpartition('.core')[0]}`."
+            )
+
+
+def compiled_module(module: LightningModule, assembly: Assembly) -> None:
+    """Refuse a compiled module where somebody else than torch runs it."""
+    if module.compiled_from is None:
+        return
+    if supports(assembly.strategy, OwnsOptimizerStep) or assembly.devices[0].type == "xla":
+        raise MisconfigurationException(
+            f"model is a compiled {type(module).__name__}, but strategy={assembly.strategy_name!r} on "
+            f"{assembly.devices[0].type} runs the module in its own way, without torch.compile. Pass the module "
+            "itself, or use one device, DDP or FSDP."
+        )
+
+
+def sync_batchnorm(module: LightningModule, assembly: Assembly) -> None:
+    """Refuse what torch's synchronised layers cannot do."""
+    if assembly.world_size == 1 or assembly.devices[0].type != "cpu":
+        return
+    if batch_norms(module):
+        raise MisconfigurationException(
+            f"sync_batchnorm=True with {assembly.world_size} processes on the CPU: torch's SyncBatchNorm runs on GPUs "
+            "only. Leave it out here, or use accelerator='gpu'."
+        )
+
+
+def vendors_flags(model_registry: object, suggest_integrations: object) -> None:
+    """Flags of Lightning's that belong to a service: refused where it would be needed, else taken."""
+    if model_registry is not None:
+        raise MisconfigurationException(
+            f"model_registry={model_registry!r} names a model in Lightning's own registry, which needs its client "
+            "(litmodels) and an account. Save with ModelCheckpoint(dirpath='s3://...') or another storage URL instead."
+        )
+    if not isinstance(suggest_integrations, int):
+        raise MisconfigurationTypeError(f"suggest_integrations={suggest_integrations!r} must be True or False.")
+
+
+def overrides(module: LightningModule, name: str) -> bool:
+    """Whether ``module`` has its own ``name``."""
     method = getattr(module, name, None)
     return method is not None and getattr(method, "__func__", method) is not getattr(LightningModule, name, None)
 
@@ -84,17 +147,18 @@ def run(
             TrainerFn.TESTING: ("test", "test_step"),
             TrainerFn.PREDICTING: ("predict", "predict_step"),
         }[fn]
-        if step != "predict_step" and not _overrides(module, step):
+        if step != "predict_step" and not overrides(module, step):
             problems.append(f"{name} has no {step}, which trainer.{fn.value}() runs. Define it.")
-        if step == "predict_step" and not _overrides(module, step) and not _has_forward(module):
+        if step == "predict_step" and not overrides(module, step) and not _has_forward(module):
             problems.append(f"{name} has neither predict_step nor forward, one of which trainer.predict() runs.")
+        _raw_steps(module, (step,))
         if not sources[stage].is_defined:
             problems.append(
                 f"trainer.{fn.value}() has no loader: pass dataloaders=, or define {stage}_dataloader in the module or "
                 "a datamodule."
             )
     if callable(getattr(module, "configure_sharded_model", None)):
-        both = " It defines both; keep configure_model." if _overrides(module, "configure_model") else ""
+        both = " It defines both; keep configure_model." if overrides(module, "configure_model") else ""
         problems.append(
             f"{name} defines configure_sharded_model, which is no longer called. Rename it to configure_model, and let "
             f"it leave a model alone that it has already made.{both}"
@@ -113,7 +177,7 @@ def _fit(module: LightningModule, name: str, sources: Mapping[str, LoaderSource]
     problems = [
         f"{name} has no {needed}, which trainer.fit() runs. Define it."
         for needed in ("training_step", "configure_optimizers")
-        if not _overrides(module, needed)
+        if not overrides(module, needed)
     ]
     if not sources["train"].is_defined:
         problems.append(
@@ -131,15 +195,17 @@ def _fit(module: LightningModule, name: str, sources: Mapping[str, LoaderSource]
                 f"accumulate_grad_batches={settings.accumulate_grad_batches} cannot work with "
                 "automatic_optimization=False: step the optimizer every so many batches in training_step."
             )
-    if _overrides(module, "training_step") and "optimizer_idx" in inspect.signature(module.training_step).parameters:
+    if overrides(module, "training_step") and "optimizer_idx" in inspect.signature(module.training_step).parameters:
         problems.append(
             f"{name}.training_step takes optimizer_idx, which no longer exists. Set self.automatic_optimization = "
             "False and step the optimizers in training_step."
         )
+    if overrides(module, "training_step"):
+        _raw_steps(module, ("training_step", "validation_step"))
     for gone, instead in _GONE.items():
         if callable(getattr(module, gone, None)):
             problems.append(f"{name} defines {gone}, which is no longer called. Use {instead}.")
-    validates, has_loader = _overrides(module, "validation_step"), sources["val"].is_defined
+    validates, has_loader = overrides(module, "validation_step"), sources["val"].is_defined
     if has_loader and not validates:
         rank_zero_warn(f"there is a validation loader, but {name} has no validation_step: validation is left out.")
     if validates and not has_loader and settings.limit_val_batches != 0:
@@ -160,11 +226,23 @@ _GONE = {
 }
 
 
+def _raw_steps(module: LightningModule, steps: Sequence[str]) -> None:
+    """Say what does not happen for steps that fetch their batches themselves."""
+    fetching = [name for name in steps if fetches_itself(getattr(module, name))]
+    if fetching:
+        rank_zero_warn(
+            f"{type(module).__name__}.{' and '.join(fetching)} take{'s' * (len(fetching) == 1)} dataloader_iter, which "
+            "is experimental: such a step moves its batches to the device itself, the transfer hooks are not called, "
+            "batch hooks are told of the batch fetched last, and a step should fetch as many batches each time. Take "
+            "(batch, batch_idx) if you do not need it."
+        )
+
+
 def step_takes_dataloader_idx(module: LightningModule, stage: str, *, several: bool) -> None:
     """The step must take ``dataloader_idx`` exactly where there are several loaders."""
     name = {"val": "validation_step"}.get(stage, f"{stage}_step")
     parameters = inspect.signature(getattr(module, name)).parameters
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()) or "dataloader_iter" in parameters:
         return
     takes = parameters.get("dataloader_idx")
     if several and takes is None:

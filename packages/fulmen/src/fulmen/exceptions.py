@@ -6,7 +6,7 @@ import signal
 
 from fulmen_protocols import MisconfigurationException
 
-__all__ = ["MisconfigurationException", "SIGTERMException"]
+__all__ = ["MisconfigurationException", "PreemptedException", "SIGTERMException"]
 
 
 class _TunerExitException(Exception):  # pyright: ignore[reportUnusedClass]  # Lightning's name
@@ -22,3 +22,21 @@ class SIGTERMException(SystemExit):  # Lightning's name
 
     def __str__(self) -> str:
         return self.reason
+
+
+class PreemptedException(SystemExit):
+    """The scheduler announced the end of the job: the fit is saved, goes on in the job's next life, and ends here.
+
+    The process exits with 75, which ``sysexits.h`` calls EX_TEMPFAIL: try again later.
+    """
+
+    EXIT_CODE = 75
+
+    def __init__(self, reason: str, ckpt_path: str) -> None:
+        super().__init__(self.EXIT_CODE)
+        self.reason = reason
+        self.ckpt_path = ckpt_path
+        """Where the fit was saved."""
+
+    def __str__(self) -> str:
+        return f"{self.reason}; saved {self.ckpt_path}"

@@ -64,7 +64,7 @@ class ManualOptimization:
         if isinstance(output, Tensor):
             return {"loss": output.detach()}
         if output is None:
-            return None
+            return {}
         if isinstance(output, Mapping):
             return cast("Mapping[object, object]", output)
         raise MisconfigurationException(

@@ -6,7 +6,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from numbers import Number
-from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, cast
 
 import torch
 from torch import Tensor
@@ -43,6 +43,15 @@ class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, Hyperpar
     """One example of ``forward``'s input (a tensor, or a tuple or dict of arguments), for summaries and graphs."""
 
     _requires_grad_before: Mapping[Tensor, bool] | None = None
+    compiled_from: dict[str, Any] | None = None
+    """The methods that ``from_compiled`` replaced; None: the module is not compiled."""
+
+    # TorchScript would read the annotations above, which are texts here, as its own types.
+    __jit_ignored_attributes__: ClassVar[list[str]] = [
+        "automatic_optimization",
+        "example_input_array",
+        "_requires_grad_before",
+    ]
 
     # -- what users define ------------------------------------------------------------------------------------------
 
@@ -226,6 +235,12 @@ class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, Hyperpar
 
         return map_leaves(gather, data)
 
+    @property
+    def _current_fx_name(self) -> str | None:
+        """The hook that runs now, as ``self.log`` sees it, under the name that outside code reads."""
+        store = self.__dict__.get("_metric_store")
+        return None if store is None else str(store.scope.hook)
+
     # -- optimization -------------------------------------------------------------------------------------------------
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
@@ -272,6 +287,7 @@ class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, Hyperpar
         else:
             loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
+    @never_compiled
     def toggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
         """Let only the parameters of ``optimizer`` need gradients, until ``untoggle_optimizer``."""
         if self._requires_grad_before is not None:  # toggling from one to the next
@@ -286,6 +302,7 @@ class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, Hyperpar
             parameter.requires_grad = before.get(parameter, parameter.requires_grad)
         self.__dict__["_requires_grad_before"] = before
 
+    @never_compiled
     def untoggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
         """Give the parameters of all other optimizers back what ``toggle_optimizer`` took."""
         self._restore_requires_grad(keep=set(_parameters_of(optimizer)))

@@ -2,7 +2,7 @@
 
 from fulmen_checkpoint import AsyncCheckpointIO, TorchCheckpointIO
 from fulmen_precision import DoublePrecision, HalfPrecision, MixedPrecision
-from fulmen_strategies import LightningEnvironment, TorchElasticEnvironment
+from fulmen_strategies import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 __all__ = [
     "AsyncCheckpointIO",
@@ -10,6 +10,7 @@ __all__ = [
     "HalfPrecision",
     "LightningEnvironment",
     "MixedPrecision",
+    "SLURMEnvironment",
     "TorchCheckpointIO",
     "TorchElasticEnvironment",
 ]

@@ -145,6 +145,21 @@ class Settings:
             wrong.add(f"gradient_clip_algorithm={gradient_clip_algorithm!r} must be 'norm' or 'value'.")
         if deterministic not in (None, True, False, "warn"):
             wrong.add(f"deterministic={deterministic!r} must be True, False or 'warn'.")
+        for name, switch in (
+            ("enable_checkpointing", enable_checkpointing),
+            ("enable_progress_bar", enable_progress_bar),
+            ("enable_model_summary", enable_model_summary),
+            ("benchmark", benchmark),
+            ("inference_mode", inference_mode),
+            ("use_distributed_sampler", use_distributed_sampler),
+            ("detect_anomaly", detect_anomaly),
+            ("barebones", barebones),
+            ("sync_batchnorm", sync_batchnorm),
+            ("enable_autolog_hparams", enable_autolog_hparams),
+        ):
+            wrong.switch(name, switch)
+        if default_root_dir is not None and not _is_path(default_root_dir):
+            wrong.type(f"default_root_dir={default_root_dir!r} must be a path or a URL.")
         interval = _val_check_interval(val_check_interval, check_val_every_n_epoch, wrong)
         duration: timedelta | None = None
         if max_time is not None:
@@ -205,6 +220,10 @@ class Settings:
 
 def _or(value: int | None, default: int) -> int:
     return default if value is None else value
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, (str, os.PathLike))
 
 
 def _root_dir(path: str | os.PathLike[str] | None) -> str:
@@ -306,6 +325,10 @@ class _Problems:
         elif value < low:
             unlimited = "; -1 means no limit" if low == -1 and name.startswith("max") else ""
             self.add(f"{name}={value!r} must be at least {low}{unlimited}.")
+
+    def switch(self, name: str, value: object) -> None:
+        if value is not None and not isinstance(value, int):  # 0 and 1 are fine
+            self.type(f"{name}={value!r} must be True or False.")
 
     def limit(self, name: str, value: object) -> None:
         if value is None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from fulmen.optimizer import LightningOptimizer
     from fulmen_fabric import World
     from fulmen_fabric.steps import Gradients
     from fulmen_protocols import CheckpointIO, ReduceOp, Strategy
@@ -40,6 +41,13 @@ class StrategyFacade:
         self.model: nn.Module | None = None
         """The placed module: wrapped or sharded, as the strategy needs it."""
         self.gradients: Gradients | None = None
+        self.wrapped_optimizers: list[LightningOptimizer] = []
+        """Those of the running fit, as ``self.optimizers()`` gives them in manual optimization."""
+
+    @property
+    def _lightning_optimizers(self) -> list[LightningOptimizer]:
+        """``wrapped_optimizers`` under the name that outside code reads."""
+        return self.wrapped_optimizers
 
     @property
     def root_device(self) -> torch.device:

@@ -8,22 +8,27 @@ what belongs to one call, ``Training`` and ``Evaluation`` compose its loops. The
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fulmen import _callbacks, _checkpointing, _loggers, _measuring, _preparation, _switches, _verify
+from fulmen._actions import TrainerActions
+from fulmen._environment import defaults_from_environment
 from fulmen._evaluation import Evaluation
-from fulmen._explain import explain_run
-from fulmen._loaders import LoaderSource
+from fulmen._first_line import first_line
+from fulmen._loaders import EvalLoaders, LoaderSource
 from fulmen._metering import Metering
 from fulmen._reporting import Reporter
 from fulmen._session import Session
 from fulmen._stopping import Stopping
-from fulmen._surface import TrainerSurface
 from fulmen._training import Training
 from fulmen.datamodule import LightningDataModule
 from fulmen.evaluate import evaluate
-from fulmen.exceptions import _TunerExitException  # pyright: ignore[reportPrivateUsage]  # Lightning's name
+from fulmen.exceptions import (
+    PreemptedException,
+    _TunerExitException,  # pyright: ignore[reportPrivateUsage]  # Lightning's name
+)
 from fulmen.fit import FitParts, fit
 from fulmen.hooks import FitHooks, HookBinder
 from fulmen.hparams import drop_unpicklable
@@ -35,14 +40,14 @@ from fulmen.settings import BatchLimit, Interval, Settings
 from fulmen.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from fulmen.strategy_facade import StrategyFacade
 from fulmen_fabric import Assembly, World, assemble, rank_zero_info, rank_zero_warn
-from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable, Mapping, Sequence
     from datetime import timedelta
 
     from fulmen.module import LightningModule
-    from fulmen_protocols import Accelerator, Logger, Profiler, Strategy
+    from fulmen_protocols import Accelerator, Logger, MisconfigurationException, Profiler, Strategy
 
 __all__ = ["Trainer"]
 
@@ -55,12 +60,18 @@ _FIRST_STAGE = {
 }
 
 
-class Trainer(TrainerSurface):
+class Trainer(TrainerActions):
     """Trains, evaluates and predicts with a ``LightningModule``.
 
     Arguments are keyword-only and mean what they mean in Lightning; ``docs/differences.md`` lists where they do not.
+    One that is left out is taken from the environment, if ``FULMEN_TRAINER_<ARG>`` or ``PL_TRAINER_<ARG>`` is set.
+
+    With ``accumulate_grad_batches=n`` the loss of every batch is divided by n and the optimizer steps after every n-th
+    batch and after the last batch of an epoch. So each sample weighs the same in every update of the run, and the
+    update of a last, shorter window is smaller in proportion; no batch is dropped, none is carried into the next epoch.
     """
 
+    @defaults_from_environment
     def __init__(
         self,
         *,
@@ -104,6 +115,8 @@ class Trainer(TrainerSurface):
         reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: str | os.PathLike[str] | None = None,
         enable_autolog_hparams: bool = True,
+        model_registry: str | None = None,
+        suggest_integrations: bool = True,
     ) -> None:
         given = _callbacks.as_list(callbacks)
         wrong: list[MisconfigurationException] = []
@@ -154,6 +167,8 @@ class Trainer(TrainerSurface):
                 precision=precision,
                 plugins=plugins,
             )
+        with _verify.collected(wrong):
+            _verify.vendors_flags(model_registry, suggest_integrations)
         _verify.raise_all(wrong)
         settings = self.settings
         self.world = World(self.assembly)
@@ -162,18 +177,19 @@ class Trainer(TrainerSurface):
         self.state = TrainerState()
         self.strategy = StrategyFacade(self.assembly.strategy, self.world, self.assembly.checkpoint_io)
         self._progress = Progress()
-        self._stopping = Stopping(self._progress, self.world)
+        self._stopping = Stopping(self._progress, self.world, self.assembly.environment)
         self._session: Session | None = None
         self._plan = Plan()
         self._ckpt_path: str | None = None
+        self._said: set[str] = set()
+        self._loaders_before: dict[str, EvalLoaders] = {}
         self._reporter = Reporter(
             loggers=self.loggers,
             log_every_n_steps=settings.log_every_n_steps,
             is_global_zero=self.world.is_global_zero,
         )
         self.fast_dev_run = settings.fast_dev_run
-        if self.assembly.chosen:
-            rank_zero_info(" ".join(self.assembly.chosen))
+        rank_zero_info(first_line(self.assembly))
         if settings.max_epochs_is_default:
             rank_zero_warn("neither max_epochs nor max_steps was given: training ends after 1000 epochs.")
 
@@ -299,7 +315,7 @@ class Trainer(TrainerSurface):
         outputs: list[Any] = []
         try:
             self.world.launch(_nothing)
-            self._stopping.begin()
+            self._stopping.begin(fitting=fn is TrainerFn.FITTING)
             self._set_up(session, weights_only)
             with _switches.determinism(self.settings), self._stopping.signals:
                 shared = (self._metering, self._progress, self.state)
@@ -313,13 +329,14 @@ class Trainer(TrainerSurface):
                     training.begin(self._binder)
                     with _switches.anomaly_detection(self.settings):
                         while True:
+                            if self._progress.replan:  # on_train_start may have changed something already
+                                self._progress.replan = False
+                                self._plan = training.make_plan()
+                                parts, hooks = self._compose(session, training)
                             fit(parts, self._plan, hooks, self._progress, training.batches)
                             if not self._progress.replan:
                                 break
-                            self._progress.replan = False
-                            self._plan = training.make_plan()
-                            parts, hooks = self._compose(session, training)
-                    self._stopping.raise_if_terminated()
+                    self._stopping.leave(self)
                     training.end(hooks)
                 elif fn is TrainerFn.PREDICTING:
                     outputs = predict(*evaluation.prepare_predict(keep=keep))
@@ -345,8 +362,13 @@ class Trainer(TrainerSurface):
         module = _verify.lightning_module(fn, self.lightning_module if model is None else model)
         _verify.loaders_or_datamodule(fn, given, datamodule)
         previous = self._session
+        if previous is not None:
+            self._loaders_before.update(previous.eval_loaders)
         if datamodule is None and not any(value is not None for value in given.values()) and previous is not None:
             datamodule = previous.datamodule
+        _verify.compiled_module(module, self.assembly)
+        if fn is TrainerFn.FITTING and self.settings.sync_batchnorm:
+            _verify.sync_batchnorm(module, self.assembly)
         measuring = _measuring.Measuring(self.profiler, self.strategy.backend)
         sources = {stage: LoaderSource(stage, given.get(stage), datamodule, module) for stage in _STAGES}
         module.trainer = self
@@ -354,7 +376,7 @@ class Trainer(TrainerSurface):
         _callbacks.attach_to(self.callbacks, _callbacks.as_list(own_callbacks))
         _verify.run(fn, module, sources, self.callbacks, self.settings)
         self._session = session = Session(
-            fn, module, datamodule, self.assembly, self.world, sources, measuring=measuring
+            fn, module, datamodule, self.assembly, self.world, sources, said=self._said, measuring=measuring
         )
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
         self.state.stage = _FIRST_STAGE[fn]
@@ -429,6 +451,7 @@ class Trainer(TrainerSurface):
         if polls := self.strategy.saving.step_hooks():
             hooks = replace(hooks, on_train_batch_start=(*polls, *hooks.on_train_batch_start))
         self.strategy.gradients = session.gradients
+        self.strategy.wrapped_optimizers = session.wrapped
         return parts, hooks
 
     # ------------------------------------------------------------------ the end
@@ -438,8 +461,7 @@ class Trainer(TrainerSurface):
         session.close_loaders()
         self._metering.finish()
         self.strategy.saving.finish()
-        if self.world.device.type != "cpu":
-            module.cpu()
+        _preparation.give_back(session)
         if fn is TrainerFn.FITTING and has_run:
             for hook in binder.both("on_fit_end"):
                 hook()
@@ -461,67 +483,22 @@ class Trainer(TrainerSurface):
         self.state.status = TrainerStatus.INTERRUPTED
         where = f"rank {self.world.rank}, epoch {self._progress.epoch}, batch {self._progress.batch}"
         error.add_note(f"fulmen: in {session.fn.value}, {where}, optimizer step {self._progress.updates}")
-        session.close_loaders()
         if session.measuring.is_on:
             session.measuring.close()
             self.profiler.teardown(session.fn.value)
         for module in session.logging_modules():
             module.__dict__["_metric_store"] = None
+        with suppress(RuntimeError):  # a device that failed cannot be read; the run's own error is what matters
+            _preparation.give_back(session)
         _callbacks.tell_exception(self.callbacks, self, session.module, error)
+        session.close_loaders()  # not before: callbacks save the position in the data
         if session.datamodule is not None:
             session.datamodule.on_exception(error)
-        if self.world.is_global_zero:
+        if self.world.is_global_zero and not isinstance(error, PreemptedException):  # that run is finalized already
             for logger in self.loggers:
                 logger.finalize("failed")
         self.strategy.saving.close_after(error)
         self.state.stage = None
-
-    # ------------------------------------------------------------------ for users
-
-    @property
-    def received_sigterm(self) -> bool:
-        """Whether this run was asked to end by SIGTERM, here or on another rank."""
-        return self._stopping.received_sigterm
-
-    def save_checkpoint(
-        self,
-        filepath: str | os.PathLike[str],
-        weights_only: bool | None = None,
-        storage_options: Mapping[str, object] | None = None,
-    ) -> None:
-        """Write a checkpoint. Every rank must call it; rank 0 writes.
-
-        Args:
-            filepath: a path or any fsspec URL.
-            weights_only: leave out optimizers, schedulers and callbacks.
-            storage_options: for the storage behind the URL.
-
-        Raises:
-            MisconfigurationException: no model is attached yet.
-        """
-        if self._session is None:
-            raise MisconfigurationException(
-                "save_checkpoint() needs a model, and this trainer has none yet. "
-                "Call fit, validate, test or predict first."
-            )
-        save = self._session.measuring.action("save_checkpoint", _checkpointing.save)
-        save(self, self._session, os.fspath(filepath), bool(weights_only), storage_options)
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print on local rank 0, without breaking the progress bar."""
-        if self.world.local_rank != 0:
-            return
-        bar = self.progress_bar_callback
-        if bar is not None and hasattr(bar, "print"):
-            bar.print(*args, **kwargs)
-        else:
-            print(*args, **kwargs)
-
-    def explain(self, model: LightningModule | None = None) -> str:
-        """Print, and return, what a fit does in order, and which distribution supplies each part."""
-        text = explain_run(self, model)
-        print(text)
-        return text
 
 
 def _nothing() -> None:

@@ -1,4 +1,4 @@
-"""Whether all ranks fail at the same step, so that a checkpoint, which every rank helps to write, can be saved."""
+"""Whether a failing fit is saved: who saves, and whether all ranks fail at the same step, as each helps to write."""
 
 from __future__ import annotations
 
@@ -7,15 +7,32 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from fulmen.exceptions import PreemptedException, SIGTERMException
 from fulmen_fabric.stopping import group_store
 
 if TYPE_CHECKING:
+    from fulmen.callbacks.model_checkpoint import ModelCheckpoint
     from fulmen.trainer import Trainer
 
-__all__ = ["all_ranks_fail"]
+__all__ = ["all_ranks_fail", "saves_when"]
 
 _TIMEOUT = timedelta(seconds=5)
 _ALONE = "other ranks have not failed"
+
+
+def saves_when(exception: BaseException, callback: ModelCheckpoint, trainer: Trainer) -> bool:
+    """Whether ``callback`` saves a fit that ends with ``exception``.
+
+    What SIGTERM ends is saved by somebody: by the first checkpoint callback where none saves on exceptions.
+    """
+    if isinstance(exception, PreemptedException):  # saved already
+        return False
+    if callback.save_on_exception or not isinstance(exception, SIGTERMException):
+        return callback.save_on_exception
+    others = trainer.checkpoint_callbacks
+    if others[0] is not callback or any(getattr(other, "save_on_exception", False) for other in others):
+        return False
+    return callback.save_top_k != 0 or bool(callback.save_last)
 
 
 def all_ranks_fail(trainer: Trainer, name: str, exception: BaseException) -> bool:

@@ -91,7 +91,7 @@ class DeviceStatsMonitor(Callback):
         stats = {name: value for source in self._sources for name, value in source().items()}
         if self._filter_keys is not None:
             stats = {name: value for name, value in stats.items() if name in self._filter_keys}
-        x = trainer.fit_loop.epoch_loop._batches_that_stepped
+        x = trainer.fit_loop.epoch_loop.log_step
         for logger in trainer.loggers:
             separator = getattr(logger, "group_separator", "/")
             prefix = f"{type(self).__qualname__}.{hook}{separator}"

@@ -14,7 +14,7 @@ from fulmen.callbacks._checkpoint_arguments import check_arguments
 from fulmen.callbacks._checkpoint_name import default_dirpath, fill_in, name_fields, pattern_of
 from fulmen.callbacks._checkpoint_plan import describe_plan, epochs_end_with_validation
 from fulmen.callbacks._checkpoint_report import tell_loggers, write_scores
-from fulmen.callbacks._failing_together import all_ranks_fail
+from fulmen.callbacks._failing_together import all_ranks_fail, saves_when
 from fulmen.callbacks._monitor import Moment, MonitoredValue
 from fulmen.callbacks._shared_clock import SharedClock
 from fulmen.callbacks.checkpoint import Checkpoint
@@ -55,7 +55,8 @@ class ModelCheckpoint(Checkpoint):
         save_last: True also keeps a copy named ``last``; ``"link"`` a symbolic link to the newest file.
         save_top_k: how many of the best to keep: -1 all, 0 none; without ``monitor`` only -1, 0 and 1.
         save_on_exception: whether to save when a fit fails. On several ranks that takes all of them failing at the same
-            step; the exception's notes say so where one failed alone.
+            step; the exception's notes say so where one failed alone. A fit that SIGTERM ends is saved without it, too,
+            by the first checkpoint callback, unless that keeps no file or another one saves on exceptions.
         save_weights_only: whether to leave out what only resuming needs.
         mode: ``"min"`` or ``"max"``: which values of ``monitor`` are better. NaN is worst.
         auto_insert_metric_name: whether a field becomes ``name=value``, or the value alone.
@@ -217,8 +218,10 @@ class ModelCheckpoint(Checkpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save what there is, if that was asked for."""
-        if not self.save_on_exception or self.dirpath is None or self._should_skip_saving_checkpoint(trainer):
+        """Save what there is, if that was asked for, or if SIGTERM ends a fit that nobody else saves."""
+        if not saves_when(exception, self, trainer) or self.dirpath is None:
+            return
+        if self._should_skip_saving_checkpoint(trainer):
             return
         self._failures += 1
         if all_ranks_fail(trainer, f"{self.state_key} #{self._failures}", exception):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from fulmen import _files
 from fulmen.callbacks._failing_together import all_ranks_fail
 from fulmen.callbacks.checkpoint import Checkpoint
+from fulmen.exceptions import PreemptedException
 from fulmen_fabric import rank_zero_info
 from fulmen_protocols import MisconfigurationException
 
@@ -38,6 +39,7 @@ class OnExceptionCheckpoint(Checkpoint):
     """
 
     FILE_EXTENSION = ".ckpt"
+    save_on_exception = True
 
     def __init__(self, dirpath: str | PathLike[str], filename: str = "on_exception") -> None:
         if not filename:
@@ -56,6 +58,8 @@ class OnExceptionCheckpoint(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save, unless nothing has been trained that would be lost."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:
+            return
+        if isinstance(exception, PreemptedException):  # saved already
             return
         self._failures += 1
         if not all_ranks_fail(trainer, f"OnExceptionCheckpoint({self.filename!r}) #{self._failures}", exception):

@@ -118,6 +118,8 @@ def _loss_of(outputs: object) -> Tensor | None:
             "with 'loss'."
         )
     found = cast("Mapping[str, object]", outputs)
+    if not found:  # the step returned None
+        return None
     loss = found.get("loss")
     if not isinstance(loss, Tensor):
         raise MisconfigurationException(

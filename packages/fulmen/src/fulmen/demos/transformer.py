@@ -91,7 +91,8 @@ class PositionalEncoding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``(batch, words, dim)``, unchanged."""
-        return self.dropout(x + self.pe[: x.size(1)])  # type: ignore[no-any-return]  # nn.Module's call is Any
+        out: Tensor = self.dropout(x + self.pe[: x.size(1)])
+        return out
 
 
 class LightningTransformer(LightningModule):
@@ -103,7 +104,8 @@ class LightningTransformer(LightningModule):
 
     def forward(self, inputs: Tensor, target: Tensor) -> Tensor:
         """See ``Transformer.forward``."""
-        return self.model(inputs, target)  # type: ignore[no-any-return]  # nn.Module's call is Any
+        out: Tensor = self.model(inputs, target)
+        return out
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
         """Negative log-likelihood of the next words."""

@@ -1,0 +1,148 @@
+"""What is said about loaders: advice, each piece once for a Trainer, and the refusal of a rank without data."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
+
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
+
+from fulmen_data import has_iterable_dataset, sized_len
+from fulmen_fabric import PossibleUserWarning, rank_zero_warn
+from fulmen_protocols import MisconfigurationException
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence, Sized
+    from multiprocessing.context import BaseContext
+
+    from fulmen_fabric import World
+
+__all__ = ["LoaderAdvice", "log_interval"]
+
+
+class LoaderAdvice:
+    """Looks at the loaders of one stage.
+
+    Args:
+        hook: what the user calls them, for example ``val_dataloader``.
+        world: the ranks, which must all come here.
+        evaluates: whether the stage evaluates or predicts.
+        allows_empty: whether a rank may have no data while others have.
+        reloads: whether loaders are made anew during the run.
+        said: what was said before; added to.
+    """
+
+    def __init__(
+        self, hook: str, *, world: World, evaluates: bool, allows_empty: bool, reloads: bool, said: set[str]
+    ) -> None:
+        self._hook, self._world, self._evaluates = hook, world, evaluates
+        self._allows_empty, self._reloads, self._said = allows_empty, reloads, said
+
+    def __call__(self, given: Sequence[object], split: Sequence[object], lengths: Sequence[float]) -> None:
+        """Say what there is to say of the loaders as ``given``, as ``split`` over ranks, and their ``lengths`` here.
+
+        Raises:
+            MisconfigurationException: on every rank, if a loader is empty on some ranks only.
+        """
+        self._emptiness(lengths)
+        for loader in given:
+            if _is_data_loader(loader):
+                self._sampling(loader)
+        for loader in split:
+            if _is_data_loader(loader):
+                self._workers(loader)
+
+    def _say(self, text: str, category: type[Warning] = PossibleUserWarning) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            rank_zero_warn(text, category)
+
+    def _emptiness(self, lengths: Sequence[float]) -> None:
+        world = self._world
+        everywhere: list[list[float]] = [list(lengths)]
+        if world.world_size > 1:
+            everywhere = world.collectives.all_gather_object(list(lengths))
+        for index, of_ranks in enumerate(zip(*everywhere, strict=True)):
+            which = self._hook if self._evaluates else f"{self._hook}: the training loader"
+            which += "" if len(lengths) == 1 else f" {index}"
+            empty = [rank for rank, length in enumerate(of_ranks) if length == 0]
+            if len(empty) == len(of_ranks):
+                does = "evaluated on it" if self._evaluates else "trained"
+                self._say(f"{which} has no batch, so nothing will be {does}. Check its data set.", UserWarning)
+            elif empty:
+                text = (
+                    f"{which} has no batch on rank(s) {', '.join(map(str, empty))}, but the other ranks have some, and "
+                    "would wait for them in the first collective."
+                )
+                if not self._allows_empty:
+                    raise MisconfigurationException(
+                        f"{text} Give every rank data, or set allow_zero_length_dataloader_with_multiple_devices = "
+                        "True in the module or datamodule if your steps have no collective."
+                    )
+                self._say(f"{text} allow_zero_length_dataloader_with_multiple_devices=True lets that pass.")
+
+    def _sampling(self, loader: DataLoader[Any]) -> None:
+        if has_iterable_dataset(loader):
+            if sized_len(loader.dataset) is not None and loader.num_workers > 1:
+                self._say(
+                    f"{self._hook}: the IterableDataset has a __len__, which is wrong if its num_workers="
+                    f"{loader.num_workers} workers each give all of it. Let each worker give its part "
+                    "(torch.utils.data.get_worker_info), or leave __len__ out."
+                )
+            return
+        if not self._evaluates:
+            return
+        sampler = cast("object", loader.sampler)
+        if isinstance(sampler, RandomSampler):
+            self._say(f"{self._hook} is shuffled. Evaluate in a fixed order: DataLoader(..., shuffle=False).")
+        elif isinstance(sampler, DistributedSampler) and not sampler.drop_last:
+            samples = len(cast("Sized", sampler.dataset))
+            surplus = -samples % sampler.num_replicas
+            if surplus:
+                self._say(
+                    f"{self._hook} has a DistributedSampler, which gives {surplus} of {samples} samples twice so that "
+                    f"its {sampler.num_replicas} parts are equal. Leave the sampler out: the Trainer splits the loader "
+                    "so that each sample counts once."
+                )
+
+    def _workers(self, loader: DataLoader[Any]) -> None:
+        context = cast("BaseContext | None", loader.multiprocessing_context)
+        method = multiprocessing.get_start_method() if context is None else context.get_start_method()
+        cores = _cores_per_process(self._world)
+        if loader.num_workers > 0 and method == "spawn" and not loader.persistent_workers:
+            self._say(
+                f"{self._hook} starts its num_workers={loader.num_workers} workers anew each epoch, which is slow with "
+                "the start method 'spawn'. Set persistent_workers=True in the DataLoader.",
+                UserWarning,
+            )
+        elif loader.num_workers < 2 <= cores:
+            self._say(
+                f"{self._hook} has num_workers={loader.num_workers}, so the model may have to wait for batches. Set "
+                f"num_workers={cores} in the DataLoader if making them takes long."
+            )
+        if loader.persistent_workers and loader.pin_memory and self._reloads:
+            self._say(
+                f"{self._hook} has persistent_workers=True and pin_memory=True, with which torch may not free what "
+                "reload_dataloaders_every_n_epochs replaces (pytorch/pytorch#91252). Set pin_memory=False."
+            )
+
+
+def log_interval(batches: float, log_every_n_steps: int, said: set[str]) -> None:
+    """Say that a whole epoch gets no row of step values."""
+    text = (
+        f"log_every_n_steps={log_every_n_steps}, but an epoch has {batches:g} batches, so that step values of an epoch "
+        "may never reach the loggers. Give a smaller log_every_n_steps."
+    )
+    if batches < log_every_n_steps and text not in said:
+        said.add(text)
+        rank_zero_warn(text, PossibleUserWarning)
+
+
+def _is_data_loader(loader: object) -> TypeGuard[DataLoader[Any]]:
+    return isinstance(loader, DataLoader)
+
+
+def _cores_per_process(world: World) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // len(world.topology.devices))
