@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fulmen
 from fulmen.callbacks import ModelCheckpoint
+from fulmen_protocols import CheckpointUnsafe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -217,3 +218,49 @@ def test_the_last_whole_checkpoint_is_found_when_the_newest_is_damaged(tmp_path:
 
     assert again.ckpt_path == str(older)
     assert again.current_epoch == 2
+
+
+class RunsCode:
+    """What a safe load refuses."""
+
+    def __reduce__(self) -> Any:
+        return (print, ("code from a file has run",))
+
+
+@pytest.mark.proves("5.8")
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_every_strategy_loads_weights_before_it_places_the_model_and_keeps_weights_only(
+    strategy: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    order: list[str] = []
+
+    class Noting(Model):
+        def on_load_checkpoint(self, checkpoint: Any) -> None:
+            order.append("load")
+
+        def on_fit_start(self) -> None:
+            order.append("fit start")
+
+        def configure_optimizers(self) -> Any:
+            order.append("optimizers")
+            return super().configure_optimizers()
+
+    def fit(resume: Any = None, epochs: int = 1) -> Any:
+        trainer = fulmen.Trainer(
+            accelerator="cpu", devices=1, strategy=strategy, max_epochs=epochs, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        loader = DataLoader(dataset(8), batch_size=4)
+        trainer.fit(Noting(), loader, loader, ckpt_path=resume)
+        return trainer
+
+    fit().save_checkpoint(tmp_path / "safe.ckpt")
+    order.clear()
+    fit(tmp_path / "safe.ckpt", epochs=2)
+    assert order == ["load", "optimizers", "fit start"]
+
+    content = torch.load(tmp_path / "safe.ckpt", weights_only=True)
+    torch.save({**content, "extra": RunsCode()}, tmp_path / "unsafe.ckpt")
+    with pytest.raises(CheckpointUnsafe):
+        fit(tmp_path / "unsafe.ckpt", epochs=2)
+    assert "code from a file has run" not in capfd.readouterr().out

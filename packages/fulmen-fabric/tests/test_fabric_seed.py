@@ -138,3 +138,12 @@ def test_the_cuda_generator_is_part_of_the_state(tmp_path):
     assert torch.equal(torch.rand(3, device="cuda"), expected)
     with isolate_rng():
         torch.rand(5, device="cuda")
+
+
+def test_workers_may_be_seeded_by_sample_and_nothing_else_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    seed_everything(3, workers="samples", verbose=False)
+    assert os.environ["PL_SEED_WORKERS"] == "samples"
+    reset_seed()
+    assert os.environ["PL_SEED_WORKERS"] == "samples", "every rank keeps what was asked for"
+    with pytest.raises(ValueError, match=r"workers='sample'. Use True, False or 'samples'"):
+        seed_everything(3, workers="sample", verbose=False)  # type: ignore[arg-type]

@@ -149,7 +149,7 @@ def _begin(loader: DataLoader[T], replayed: _Replayed, start: EpochStart | None)
         start.restore(loader)
     begun = replayed.begin()
     if start is not None and not start.workers_kept:
-        torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+        torch.empty((), dtype=torch.int64).random_(generator=cast("torch.Generator | None", loader.generator))
         if loader.num_workers:  # here torch calls iter() once more
             begun = replayed.begin()
     return begun

@@ -8,7 +8,7 @@ from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torch.utils.data._utils.pin_memory import pin_memory  # pyright: ignore[reportMissingTypeStubs]
+from torch.utils.data._utils.pin_memory import pin_memory  # pyright: ignore[reportUnknownVariableType]
 
 from fulmen_data._random_state import RandomState
 from fulmen_data._start import EpochStart
@@ -65,7 +65,7 @@ class IterablePosition(Generic[T]):
             clone._iterator = None  # pyright: ignore[reportPrivateUsage]
             object.__setattr__(clone, "dataset", self._data)
             if loader.num_workers:
-                clone.collate_fn = _Sending(loader.collate_fn)
+                clone.collate_fn = _Sending(cast("Callable[[Any], Any]", loader.collate_fn))
         now = RandomState.take()
         if resume is None:
             self._start, self._workers, self._next_worker = EpochStart.take(clone), {}, 0
@@ -155,7 +155,8 @@ class _Sent(Generic[T]):
 
     def pin_memory(self, device: str | None = None) -> _Sent[T]:
         """What torch calls with ``pin_memory=True``."""
-        return _Sent(cast("T", pin_memory(self.batch, device)), self.worker, self.state)
+        pinned: object = pin_memory(self.batch, device)  # type: ignore[no-untyped-call]  # torch's
+        return _Sent(cast("T", pinned), self.worker, self.state)
 
 
 class _Sending:

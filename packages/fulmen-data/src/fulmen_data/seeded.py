@@ -53,7 +53,7 @@ class SeededDataset(Dataset[T]):
         self.dataset = dataset
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         # In memory that workers share: those that are kept from epoch to epoch hear of the next one, too.
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._epoch: torch.Tensor = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # torch's
 
     @property
     def epoch(self) -> int:
@@ -102,9 +102,10 @@ def _seed_generators(key: int) -> None:
 
 def seed_samples(loader: T, seed: int | None = None) -> T:
     """A loader like ``loader`` whose data set is a ``SeededDataset``; ``loader`` itself where it has no indices."""
-    if not isinstance(loader, DataLoader) or has_iterable_dataset(cast("object", loader)):
+    given: object = loader
+    if not isinstance(given, DataLoader) or has_iterable_dataset(cast("object", given)):
         return loader
-    source = cast("DataLoader[object]", loader)
+    source = cast("DataLoader[object]", given)
     if any(True for _ in seeded_datasets(source)):
         return loader
     clone = copy.copy(source)
@@ -123,8 +124,8 @@ def seeded_datasets(loader: object) -> Iterator[SeededDataset[object]]:
         if dataset is None or id(dataset) in seen:
             continue
         seen.add(id(dataset))
-        if isinstance(dataset, SeededDataset):
-            yield cast("SeededDataset[object]", dataset)
         inner: object = getattr(dataset, "dataset", None)
         several: object = getattr(dataset, "datasets", ())
+        if isinstance(dataset, SeededDataset):
+            yield cast("SeededDataset[object]", dataset)
         waiting += [inner, *(cast("list[object]", several) if isinstance(several, (list, tuple)) else ())]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -25,7 +25,7 @@ class WorkerDraws:
     """Watches the workers of one loader; a look costs some 20 microseconds and comes after batches 1, 2, 4, 8, ..."""
 
     def __init__(self) -> None:
-        self._flag = torch.zeros(1, dtype=torch.bool).share_memory_()
+        self._flag: torch.Tensor = torch.zeros(1, dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]  # torch's
 
     @property
     def seen(self) -> bool:
@@ -34,7 +34,7 @@ class WorkerDraws:
 
     def iterate(self, loader: DataLoader[T]) -> Iterator[T]:
         """``iter(loader)``, whose workers are watched. The loader's attributes are what they were afterwards."""
-        collate, init = loader.collate_fn, loader.worker_init_fn
+        collate, init = cast("Callable[[Any], Any]", loader.collate_fn), loader.worker_init_fn
         loader.collate_fn, loader.worker_init_fn = _Collate(collate, self._flag), _Init(init)
         try:
             return iter(loader)

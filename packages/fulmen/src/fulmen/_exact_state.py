@@ -44,7 +44,7 @@ def exact_state(trainer: Trainer, session: Session) -> dict[str, Any]:
     within_epoch = progress.epoch_started and not progress.epoch_ended
     if loader is not None and within_epoch and progress.batch and not progress.epoch_is_whole:
         loader.warn_of_what_is_lost()
-    mine = {
+    mine: dict[str, Any] = {
         "rng": session.rng_before_validation or collect_rng_state(trainer.world.device),
         "loader": None if loader is None else loader.state_dict(progress.batch, within_epoch=within_epoch),
         "metrics": None if store is None or progress.epoch_ended else store.state_dict(),
@@ -109,7 +109,7 @@ def restore_gradients(session: Session, progress: Progress) -> None:
         CheckpointError: another number of ranks had them.
     """
     assert session.resumed is not None
-    ranks = session.resumed.get("ranks", [])
+    ranks: list[Any] = session.resumed.get("ranks", [])
     if not any(rank["gradients"] for rank in ranks):
         return
     if len(ranks) != session.world.world_size:
@@ -165,6 +165,6 @@ def restore_rng(session: Session) -> None:
     """
     exact, rank = session.resumed, session.world.rank
     session.resumed = None
-    ranks = [] if exact is None else exact.get("ranks", [])
+    ranks: list[Any] = [] if exact is None else exact.get("ranks", [])
     if rank < len(ranks):
         restore_rng_state(ranks[rank]["rng"], session.world.device)

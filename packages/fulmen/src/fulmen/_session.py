@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from fulmen.optimizer import LRSchedulerConfig
     from fulmen.progress import Progress
     from fulmen.states import TrainerFn
-    from fulmen_fabric import Assembly, RNGState, World
+    from fulmen_fabric import Assembly, World
+    from fulmen_fabric.seed import RNGState
 
 __all__ = ["ModelModes", "Session", "unchanged"]
 
