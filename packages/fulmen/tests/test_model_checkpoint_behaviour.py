@@ -14,6 +14,7 @@ import torch
 
 from fulmen._saving import Saving
 from fulmen.callbacks import ModelCheckpoint
+from fulmen.progress import Progress
 from fulmen_protocols import MisconfigurationException
 
 
@@ -63,6 +64,7 @@ class StandIn:
     def __post_init__(self) -> None:
         self.strategy = Strategy()
         self.state = SimpleNamespace(fn="fit")
+        self._progress = Progress()
         self.callback_metrics: dict[str, torch.Tensor] = {}
         self.saved: list[tuple[str, int]] = []
         self.printed: list[str] = []
