@@ -112,6 +112,7 @@ def main() -> None:
     gan = DigitGAN()
     trainer = L.Trainer(
         accelerator=args.accelerator,
+        devices=1,
         max_epochs=args.max_epochs,
         logger=CSVLogger(args.out, name="csv"),
         default_root_dir=args.out,

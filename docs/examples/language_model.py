@@ -116,6 +116,7 @@ def main() -> None:
     best = ModelCheckpoint(dirpath=args.out, filename="best-{step}", monitor="val_loss", enable_version_counter=False)
     trainer = L.Trainer(
         accelerator=args.accelerator,
+        devices=1,
         max_steps=args.max_steps,
         val_check_interval=90,
         check_val_every_n_epoch=None,
