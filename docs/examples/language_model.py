@@ -118,7 +118,7 @@ def main() -> None:
         accelerator=args.accelerator,
         devices=1,
         max_steps=args.max_steps,
-        val_check_interval=90,
+        val_check_interval=min(90, args.max_steps),
         check_val_every_n_epoch=None,
         gradient_clip_val=1.0,
         log_every_n_steps=10,

@@ -20,7 +20,7 @@ import torch
 from fulmen_conformance import CheckpointIOConformance
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from fulmen_protocols import CheckpointIO
 
@@ -107,6 +107,25 @@ class Asynchronous(Good):
         pending, self.pending = self.pending, []
         for future in pending:
             future.result()
+
+    def poll(self) -> None:
+        done = [future for future in self.pending if future.done()]
+        self.pending = [future for future in self.pending if future not in done]
+        for future in done:
+            future.result()
+
+    def after_saves(self, action: Callable[[], None]) -> None:
+        before = list(self.pending)
+
+        def run() -> None:
+            for future in before:
+                future.result()
+            action()
+
+        self.pending.append(self.pool.submit(run))
+
+    def will_exist(self, path: str | os.PathLike[str]) -> bool | None:
+        return None
 
     def teardown(self) -> None:
         self.wait()

@@ -9,14 +9,14 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import nn
-
 from fulmen_protocols import CHECKPOINT_IOS, EXPORTERS, available, load
 from fulmen_protocols.errors import FulmenError, MisconfigurationException, did_you_mean
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the command line's help need not import torch
     from collections.abc import Mapping, Sequence
+
+    import torch
+    from torch import nn
 
 __all__ = ["main"]
 
@@ -84,6 +84,8 @@ def _export(asked: argparse.Namespace) -> None:
 
 
 def _class_of(name: str) -> type[nn.Module]:
+    from torch import nn
+
     module_name, _, class_name = name.partition(":")
     if not module_name or not class_name:
         raise MisconfigurationException(f"--module is {name!r}. Write it as package.module:Class.")
@@ -138,6 +140,8 @@ def _pairs(flag: str, texts: Sequence[str]) -> dict[str, object]:
 
 
 def _shape(text: str) -> tuple[tuple[int, ...], torch.dtype | None]:
+    import torch
+
     sizes, _, kind = text.partition(":")
     dtype = getattr(torch, kind, None) if kind else None
     try:
@@ -155,6 +159,8 @@ def _shape(text: str) -> tuple[tuple[int, ...], torch.dtype | None]:
 def _sample(
     module: nn.Module, shapes: Sequence[tuple[tuple[int, ...], torch.dtype | None]], name: str
 ) -> tuple[tuple[object, ...] | None, Mapping[str, object] | None]:
+    import torch
+
     if shapes:
         own = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
         return tuple(_values(shape, dtype or own) for shape, dtype in shapes), None
@@ -170,6 +176,8 @@ def _sample(
 
 
 def _values(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     if dtype.is_floating_point or dtype.is_complex:
         return torch.randn(shape, generator=generator, dtype=dtype)

@@ -51,6 +51,7 @@ class AttachedModule(nn.Module):
         "on_gpu",
         "hparams",
         "hparams_initial",
+        "_current_fx_name",
     ]
     # Set while a module is exported to TorchScript, which reads every property: then ``trainer`` may be None.
     _jit_is_scripting: ClassVar[bool] = False

@@ -45,7 +45,7 @@ class LoaderAdvice:
         Raises:
             MisconfigurationException: on every rank, if a loader is empty on some ranks only.
         """
-        self._emptiness(lengths)
+        self._emptiness(lengths, [mine is not own for mine, own in zip(split, given, strict=True)])
         for loader in given:
             if _is_data_loader(loader):
                 self._sampling(loader)
@@ -58,7 +58,7 @@ class LoaderAdvice:
             self._said.add(text)
             rank_zero_warn(text, category)
 
-    def _emptiness(self, lengths: Sequence[float]) -> None:
+    def _emptiness(self, lengths: Sequence[float], is_split: Sequence[bool]) -> None:
         world = self._world
         everywhere: list[list[float]] = [list(lengths)]
         if world.world_size > 1:
@@ -70,7 +70,9 @@ class LoaderAdvice:
             if len(empty) == len(of_ranks):
                 does = "evaluated on it" if self._evaluates else "trained"
                 self._say(f"{which} has no batch, so nothing will be {does}. Check its data set.", UserWarning)
-            elif empty:
+            elif empty and not (
+                self._evaluates and is_split[index]
+            ):  # split without repeating: fewer samples than ranks
                 text = (
                     f"{which} has no batch on rank(s) {', '.join(map(str, empty))}, but the other ranks have some, and "
                     "would wait for them in the first collective."
