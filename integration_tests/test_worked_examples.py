@@ -36,7 +36,7 @@ def numbers(output: str, line: str) -> list[float]:
     [
         ("finetuning", ("--max-epochs", "2")),
         ("gan", ("--max-epochs", "2")),
-        ("language_model", ("--max-steps", "4")),
+        ("language_model", ("--max-steps", "12")),
     ],
 )
 def test_an_example_runs_and_leaves_its_curves(tmp_path: Path, name: str, arguments: tuple[str, str]) -> None:
