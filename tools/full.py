@@ -11,7 +11,21 @@ from tools.workspace import ROOT
 
 PY = sys.executable
 STEPS: dict[str, list[list[str]]] = {
-    "tests": [[PY, "-m", "pytest", "-n", "2", "--dist", "loadfile", "packages", "integration_tests", "tools"]],
+    "tests": [
+        [
+            PY,
+            "-m",
+            "pytest",
+            "-n",
+            "2",
+            "--dist",
+            "loadfile",
+            "--durations=80",
+            "packages",
+            "integration_tests",
+            "tools",
+        ]
+    ],
     "types": [[PY, "-m", "tools.check_types"]],
     "lint": [[PY, "-m", "ruff", "check", "."], [PY, "-m", "ruff", "format", "--check", "."]],
     "layers": [[PY, "-m", "tools.check_layers"]],

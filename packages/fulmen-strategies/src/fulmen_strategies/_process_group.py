@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import os
 import sys
@@ -76,28 +77,33 @@ class ProcessGroupMembership:
             raise
         self._made = dist.group.WORLD
         self._hook_before, self._hook_of_torch = hook_before, sys.excepthook
+        _let_threads_finish_at_exit()
         # A process that ends with a living group may abort in a destructor ("terminate called without an active
         # exception", exit status 134).
-        atexit.register(self._leave_at_exit)
-
-    def _leave_at_exit(self) -> None:
-        self.leave()
-        # A thread of gloo drops the tensors of its last piece of work after that work is done, and needs the GIL for
-        # it. If the interpreter is finalised meanwhile, the thread is ended in the middle of C++ code and the process
-        # aborts (seen in about 1 of 16 runs). Sleeping gives the GIL away; there is nothing that could be waited for.
-        time.sleep(0.1)
+        atexit.register(self.leave)
 
     def leave(self) -> None:
         """Destroy the group if this object has made it. May be called twice."""
         made, self._made = self._made, None
         if made is None:
             return
-        atexit.unregister(self._leave_at_exit)
+        atexit.unregister(self.leave)
         if dist.is_initialized() and dist.group.WORLD is made:
             dist.destroy_process_group()
         # init_process_group has wrapped sys.excepthook for good: each new group would add one more "[rank0]:".
         if sys.excepthook is self._hook_of_torch and self._hook_before is not None:
             sys.excepthook = self._hook_before
+
+
+@functools.cache
+def _let_threads_finish_at_exit() -> None:
+    """Give the GIL away for a moment when the process ends, also after a group that was left long before.
+
+    A thread of gloo drops the tensors of its last piece of work after that work is done, and needs the GIL for it. If
+    the interpreter is finalised meanwhile, the thread is ended in the middle of C++ code and the process aborts (seen in
+    about 1 of 16 runs). A wrapper that outlives its group keeps the group's threads. There is nothing to wait for.
+    """
+    atexit.register(time.sleep, 0.1)  # runs after every leave(), which is registered later
 
 
 def _compare(topology: Topology) -> None:
