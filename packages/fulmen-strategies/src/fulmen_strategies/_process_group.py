@@ -100,8 +100,8 @@ def _let_threads_finish_at_exit() -> None:
     """Give the GIL away for a moment when the process ends, also after a group that was left long before.
 
     A thread of gloo drops the tensors of its last piece of work after that work is done, and needs the GIL for it. If
-    the interpreter is finalised meanwhile, the thread is ended in the middle of C++ code and the process aborts (seen in
-    about 1 of 16 runs). A wrapper that outlives its group keeps the group's threads. There is nothing to wait for.
+    the interpreter is finalised meanwhile, the thread is ended in the middle of C++ code and the process aborts (seen
+    in about 1 of 16 runs). A wrapper that outlives its group keeps the group's threads. There is nothing to wait for.
     """
     atexit.register(time.sleep, 0.1)  # runs after every leave(), which is registered later
 
