@@ -5,11 +5,13 @@ from fulmen_strategies.ddp import DDPStrategy
 from fulmen_strategies.environments.local import LightningEnvironment
 from fulmen_strategies.environments.slurm import SLURMEnvironment
 from fulmen_strategies.environments.torchrun import TorchElasticEnvironment
+from fulmen_strategies.fsdp import FSDPStrategy
 from fulmen_strategies.launchers.local import LocalLauncher
 from fulmen_strategies.single import SingleDeviceStrategy
 
 __all__ = [
     "DDPStrategy",
+    "FSDPStrategy",
     "LightningEnvironment",
     "LocalLauncher",
     "SLURMEnvironment",
