@@ -119,7 +119,7 @@ class Composer:
             placed,
             original,
             self._around(),
-            self._bind(original) if supports(strategy, SupportsBoundMethods) and placed is not original else None,
+            self._bind(original) if supports(strategy, SupportsBoundMethods) else None,
             module_state if sharded is not None else None,
             load_state if sharded is not None else None,
         )
