@@ -131,7 +131,7 @@ class Session:
     def bound(self, name: str) -> Callable[..., Any]:
         """The module's method ``name``, entered through the strategy's wrapper where it has one."""
         strategy = self.assembly.strategy
-        if self.placed is not None and self.placed is not self.module and supports(strategy, SupportsBoundMethods):
+        if self.placed is not None and supports(strategy, SupportsBoundMethods):
             return strategy.bind_method(self.placed, name)
         return getattr(self.module, name)  # type: ignore[no-any-return]
 
