@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import warnings
 import weakref
@@ -279,8 +280,8 @@ class FSDPStrategy:
         if any(isinstance(one, FSDPModule) for one in module.modules()):
             if self._policy is not None:
                 warnings.warn(
-                    f"auto_wrap_policy is not applied: {type(module).__name__} has modules that fully_shard was applied "
-                    "to already.",
+                    f"auto_wrap_policy is not applied: {type(module).__name__} has modules that fully_shard was "
+                    "applied to already.",
                     stacklevel=2,
                 )
             return []
@@ -427,7 +428,7 @@ class FSDPStrategy:
         return states.module_state(entry.module, full=full, rank=self.collectives.rank)
 
     def load_module_state(self, module: nn.Module, state: Mapping[str, object], *, strict: bool) -> object:
-        """Load what ``module_state`` gave, of either kind, from any number of ranks. Returns names that did not meet."""
+        """Load what ``module_state`` gave, of either kind, from any number of ranks; returns names that did not meet."""
         entry = _entry(module)
         entry.reshard_all()
         return states.load_module_state(entry.module, state, self.collectives, strict=strict)
@@ -479,7 +480,7 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 
 def _prefetch_in_order(sharded: list[FSDPModule]) -> None:
-    for unit, following in zip(sharded, sharded[1:], strict=False):
+    for unit, following in itertools.pairwise(sharded):
         unit.set_modules_to_forward_prefetch([following])
 
 

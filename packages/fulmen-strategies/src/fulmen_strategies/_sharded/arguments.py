@@ -1,4 +1,4 @@
-"""The arguments of FSDPStrategy: what people write for torch's first FSDP becomes what ``fully_shard`` takes, or an error."""
+"""The arguments of FSDPStrategy: what torch's first FSDP took becomes what ``fully_shard`` takes, or an error."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def sharding(strategy: object, mesh: object, *, has_policy: bool) -> Sharding:
     if mesh is None:
         if name in _HYBRID and not has_policy:
             raise MisconfigurationException(
-                f"FSDPStrategy got sharding_strategy={name!r} without auto_wrap_policy or device_mesh: nothing says how "
-                "to spread the model. Give device_mesh=(replicas, shards), or an auto_wrap_policy to shard within each "
+                f"FSDPStrategy got sharding_strategy={name!r} without auto_wrap_policy or device_mesh: nothing says "
+                "how to spread the model. Give device_mesh=(replicas, shards), or an auto_wrap_policy to shard within each "
                 "machine and replicate over machines."
             )
         return Sharding(name, None)
@@ -133,8 +133,8 @@ def _dims(mesh: object) -> int:
         if len(sizes) == 2 and all(type(size) is int and size >= 1 for size in sizes):
             return 2
     raise MisconfigurationException(
-        f"FSDPStrategy got device_mesh={mesh!r}. Give a tuple of two numbers, (replicas, shards), or a DeviceMesh of one "
-        "or two dimensions."
+        f"FSDPStrategy got device_mesh={mesh!r}. Give a tuple of two numbers, (replicas, shards), or a DeviceMesh of "
+        "one or two dimensions."
     )
 
 

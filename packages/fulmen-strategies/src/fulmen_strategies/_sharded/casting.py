@@ -64,7 +64,7 @@ class Casting:
             return self._policy
         plan = self.plan
         if self.is_mixed and device.type != "cpu":
-            # A step is given whole batches, targets among them, whose digits are not to be lost: the root casts nothing.
+            # A step is given whole batches, targets among them, whose digits must not be lost: the root casts none.
             return MixedPrecisionPolicy(plan["compute"], plan["reduction"], cast_forward_inputs=not is_root)
         reduction = None if plan["reduction"] == plan["parameter"] else plan["reduction"]
         return MixedPrecisionPolicy(None, reduction, cast_forward_inputs=False)

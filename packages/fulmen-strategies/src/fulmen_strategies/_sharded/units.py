@@ -1,4 +1,4 @@
-"""Which modules are sharded, gathered and freed as one, and which are recomputed in backward: from policy to modules."""
+"""From policies to modules: which are sharded, gathered and freed as one, and which are recomputed in backward."""
 
 from __future__ import annotations
 
