@@ -537,7 +537,7 @@ def test_auto_sizes_follow_from_nodes_and_devices(
 )
 def test_a_product_that_is_not_the_number_of_processes_is_refused(sizes: dict[str, Any], shown: str) -> None:
     with pytest.raises(MisconfigurationException) as caught:
-        ModelParallelStrategy(**sizes).check_world(4, 1)
+        ModelParallelStrategy(**sizes).check_world([torch.device("cpu")] * 4, 1)
     for part in (shown, "4 processes (devices=4, num_nodes=1)", "give sizes whose product is that number"):
         assert part in str(caught.value)
 

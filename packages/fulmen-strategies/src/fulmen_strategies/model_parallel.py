@@ -166,13 +166,13 @@ class ModelParallelStrategy:
         """Number of parts into which the data are split."""
         return self.device_mesh["data_parallel"].size()
 
-    def check_world(self, num_devices: int, num_nodes: int) -> None:
+    def check_world(self, devices: Sequence[torch.device], num_nodes: int) -> None:
         """Refuse a number of processes that is not the product of the sizes.
 
         Raises:
             MisconfigurationException: it is not.
         """
-        self._sizes.shape(num_devices, num_nodes)
+        self._sizes.shape(len(devices), num_nodes)
 
     def setup_environment(self, topology: Topology) -> None:
         """Join the process group and make the mesh. Calling it again changes nothing.
@@ -184,13 +184,12 @@ class ModelParallelStrategy:
         """
         if self._mesh is not None:
             return
-        num_devices = len(topology.devices)
-        self.check_world(num_devices, topology.num_nodes)
+        self.check_world(topology.devices, topology.num_nodes)
         become_rank()  # a run may leave the launcher out where the processes exist already
         self._membership.join(topology, self._backend, self._timeout)
         self._device = topology.device
         self._collectives = TorchCollectives(topology.device)
-        self._mesh = self._sizes.make(topology.device, num_devices, topology.num_nodes)
+        self._mesh = self._sizes.make(topology.device, len(topology.devices), topology.num_nodes)
 
     def teardown(self) -> None:
         """Leave the process group if this strategy has made it. May be called twice."""
