@@ -201,6 +201,7 @@ class Runs:
     def kinds(self) -> None:
         """Everything that must not change the numbers."""
         ranks = self.ranks
+        halves = (ranks // 2, 2) if ranks > 1 else (1, 1)
         for name, strategy, model in (
             ("one unit", "fsdp", Model()),
             ("by function", FSDPStrategy(auto_wrap_policy=lambda module: isinstance(module, Block)), Model()),
@@ -210,7 +211,7 @@ class Runs:
             ("HYBRID_SHARD", blocks(sharding_strategy="HYBRID_SHARD"), Model()),
             (
                 "mesh",
-                blocks(sharding_strategy="HYBRID_SHARD", device_mesh=(ranks // 2 or 1, 2 if ranks > 1 else 1)),
+                blocks(sharding_strategy="HYBRID_SHARD", device_mesh=halves),
                 Model(),
             ),
             ("each", blocks(reduce_accumulated="each"), Model()),
@@ -308,10 +309,7 @@ class Runs:
             path = self.folder / f"exact {kind} {self.ranks}"
             first["trainer"].save_checkpoint(path)
             resumed = self.fit(blocks(state_dict_type=kind), Adam(), ckpt_path=path)
-            states = [
-                each["trainer"].strategy.backend.optimizer_state(each["trainer"].model, each["trainer"].optimizers[0], full=True)
-                for each in (straight, resumed)
-            ]  # fmt: skip
+            states = [optimizer_state(each["trainer"]) for each in (straight, resumed)]
             self.found[f"exact {kind}"] = {
                 "weights": [straight["state"], resumed["state"]], "optimizers": states,
             }  # fmt: skip
@@ -325,10 +323,11 @@ class Runs:
                 fabric, model, optimizer = self.fabric_model(other, seed=5)
                 state = {"model": model, "optimizer": optimizer, "step": 0}
                 fabric.load(path, state)
+                pair = (saved, (fabric, model))
                 self.found[f"fabric {kind} to {other}"] = {
                     "step": state["step"],
                     "is folder": path.is_dir(),
-                    "weights": [one[0].strategy.module_state(one[1].placed, full=True) for one in (saved, (fabric, model))],
+                    "weights": [one[0].strategy.module_state(one[1].placed, full=True) for one in pair],
                     "optimizers": [
                         one[0].strategy.optimizer_state(one[1].placed, one[2].optimizer, full=True)
                         for one in (saved, (fabric, model, optimizer))
@@ -359,6 +358,10 @@ def whole(trainer: fulmen.Trainer) -> dict[str, torch.Tensor]:
         return dict(backend.module_state(placed, full=True))
     assert trainer.lightning_module is not None
     return {name: value.detach().cpu().clone() for name, value in trainer.lightning_module.state_dict().items()}
+
+
+def optimizer_state(trainer: fulmen.Trainer) -> dict[str, Any]:
+    return dict(trainer.strategy.backend.optimizer_state(trainer.model, trainer.optimizers[0], full=True))
 
 
 def main(folder: Path, ranks: int, accelerator: str, cases: list[str]) -> None:

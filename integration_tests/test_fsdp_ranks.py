@@ -18,8 +18,8 @@ CASES = "matrix,kinds,half,evaluation,checkpoints,exact,fabric_checkpoints"
 TOLERANCES = {"32-true": 2e-6, "bf16-mixed": 4e-3, "bf16-true": 4e-2}
 """Largest difference of a weight from one process's after 4 updates; weights are below 1.
 
-In float32 sums are taken in another order. In bfloat16 each rank rounds the gradient of its part of the batch to 8 bits,
-one process that of the whole batch; with true precision weights are rounded as well, by up to 2**-9 an update.
+In float32 sums are taken in another order. In bfloat16 each rank rounds the gradient of its part of the batch to 8
+bits, one process that of the whole batch; with true precision weights are rounded as well, by up to 2**-9 an update.
 """
 FOUR = pytest.param(4, marks=pytest.mark.slow)
 RANKS = [1, 2, FOUR]

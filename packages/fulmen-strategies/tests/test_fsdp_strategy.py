@@ -100,7 +100,7 @@ def units(strategies: list[FSDPStrategy], model: nn.Module | None = None, **opti
         ),
         ({"cpu_offload": "yes"}, ["cpu_offload='yes'", "CPUOffloadPolicy"]),
         ({"mixed_precision": "bf16"}, ["mixed_precision='bf16'", "precision="]),
-        ({"mixed_precision": MixedPrecision(buffer_dtype=torch.half)}, ["buffer_dtype=torch.float16", "cast the buffers"]),
+        ({"mixed_precision": MixedPrecision(buffer_dtype=torch.half)}, ["buffer_dtype=torch.float16", "cast"]),
         ({"mixed_precision": MixedPrecision(keep_low_precision_grads=True)}, ["keep_low_precision_grads=True"]),
         ({"use_orig_params": False}, ["use_orig_params=False", "self.parameters()"]),
         ({"limit_all_gathers": False}, ["limit_all_gathers=False", "Leave it out"]),
@@ -272,11 +272,11 @@ def test_units_that_share_a_parameter_are_put_together_and_named(strategies: lis
     model = Net()
     model.head.weight = model.embed.weight
 
+    def policy(module: nn.Module) -> bool:
+        return isinstance(module, Layer) or module in (model.embed, model.head)
+
     with pytest.warns(UserWarning, match="embed, head share parameters"):
-        assert units(strategies, model, auto_wrap_policy={nn.Embedding, nn.Linear}) == [
-            "layers.0.inner",
-            "layers.1.inner",
-        ]
+        assert units(strategies, model, auto_wrap_policy=policy) == ["layers.0", "layers.1"]
     assert model.head.weight is model.embed.weight
 
 
@@ -422,7 +422,7 @@ def test_a_module_that_was_not_placed_is_an_error(strategies: list[FSDPStrategy]
         strategies[0].module_state(nn.Linear(1, 1), full=True)
 
 
-def test_batch_norm_keeps_float32_weights_where_others_are_gathered_in_half(strategies: list[FSDPStrategy]) -> None:
+def test_weights_are_gathered_in_the_users_dtype_and_kept_in_their_own(strategies: list[FSDPStrategy]) -> None:
     strategies.append(joined(FSDPStrategy(mixed_precision=MixedPrecisionPolicy(param_dtype=torch.bfloat16))))
     seen: list[torch.dtype] = []
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
