@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from fulmen_checkpoint import ShardedCheckpointIO, TorchCheckpointIO
+from fulmen_protocols import CheckpointError
+
 SCRIPT = Path(__file__).with_name("fsdp_ranks_script.py")
 CASES = "matrix,kinds,half,evaluation,checkpoints,exact,fabric_checkpoints"
 TOLERANCES = {"32-true": 2e-6, "bf16-mixed": 4e-3, "bf16-true": 4e-2}
@@ -169,7 +172,7 @@ def test_a_module_stays_sharded_and_can_be_called_between_runs(ranks: int) -> No
     assert facts["sharded after"]
 
 
-@pytest.mark.proves("4.21", "2.20")
+@pytest.mark.proves("4.21")
 @pytest.mark.parametrize("ranks", RANKS)
 def test_checkpoints_cross_strategies_kinds_and_numbers_of_ranks(ranks: int) -> None:
     straight = found(1)["adam"]["state"]
@@ -183,6 +186,24 @@ def test_checkpoints_cross_strategies_kinds_and_numbers_of_ranks(ranks: int) -> 
         assert equal(result["loaded"], origin), key
         assert furthest(result["state"], straight) <= 5e-6, key
     assert seen == {1: 9, 2: 18, 4: 27}[ranks]
+
+
+@pytest.mark.proves("4.22")
+def test_what_lies_in_the_way_of_a_checkpoint_is_named_and_kept(tmp_path: Path) -> None:
+    full, sharded = TorchCheckpointIO(), ShardedCheckpointIO()
+    file, folder, plain = tmp_path / "file", tmp_path / "folder", tmp_path / "plain"
+    full.save_checkpoint({"x": torch.ones(2)}, file)
+    sharded.save_checkpoint({"x": torch.ones(2)}, folder)
+    plain.mkdir()
+
+    for path in (folder, plain):
+        with pytest.raises(IsADirectoryError, match=f"remove it first.*{path.name}"):
+            full.save_checkpoint({"x": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match=r"'.*file'.*Remove it"):
+        sharded.save_checkpoint({"x": torch.zeros(2)}, file)
+
+    for path in (file, folder):
+        assert equal(full.load_checkpoint(path), {"x": torch.ones(2)})
 
 
 @pytest.mark.proves("4.21")

@@ -1,5 +1,6 @@
-"""What the Trainer adds to a step on an accelerator: tiny MLP, ResNet-18 on 32x32 pictures, GPT-2 124M, in bf16-mixed;
-with ``--workloads 1b`` a transformer of 1B parameters under FSDP2 (``gpu_sharded.py``), with tokens a second and MFU.
+"""What the Trainer adds to a step on an accelerator: tiny MLP, ResNet-18 on 32x32 pictures, GPT-2 124M, in bf16-mixed.
+
+``--workloads 1b`` is a transformer of 1B parameters under FSDP2 (``gpu_sharded.py``), with tokens a second and MFU.
 
 ``--devices N`` runs every contestant on N devices by torchrun with DDP; the raw loop is DDP too. Contestants take
 turns, a fresh launch each, ``--rounds`` times; the table has medians. A step is timed between two device
@@ -72,9 +73,8 @@ def raw(workload: str, accelerator: str, devices: int, timer: Timer, steps: int)
         torch.cuda.set_device(device)
     is_sharded = workload in SHARDED
     if (devices > 1 or is_sharded) and not torch.distributed.is_initialized():
-        group: dict[str, Any] = (
-            {} if devices > 1 else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
-        )
+        alone: dict[str, Any] = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        group: dict[str, Any] = {} if devices > 1 else alone
         torch.distributed.init_process_group("nccl" if accelerator == "cuda" else "gloo", **group)
     network: torch.nn.Module = gpu_sharded.sharded(workload, device) if is_sharded else model(workload).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, fused=True)
