@@ -75,6 +75,9 @@ def test_it_trains_as_one_process_does_in_every_precision(ranks: int, kind: str,
     }
     relative = 1e-5 if precision == "32-true" else 2e-2
     assert got["norms"] == pytest.approx(expected["norms"], rel=relative)
+    if kind == "fabric":  # norms of another order; some ranks hold nothing of a small parameter
+        largest = found(1)[f"fabric {precision}"]["facts"]["largest"]
+        assert got["facts"]["largest"] == pytest.approx(largest, rel=relative)
     if kind == "fsdp":
         assert got["loss"] == pytest.approx(expected["loss"], rel=relative)
         assert got["facts"]["output"] == ("torch.float32" if precision == "32-true" else "torch.bfloat16")
