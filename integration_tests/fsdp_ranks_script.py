@@ -89,7 +89,8 @@ class Model(fulmen.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.facts["inference"] = torch.is_inference_mode_enabled()
         self.facts["grad"] = torch.is_grad_enabled()
-        self.log("val", F.cross_entropy((self.net.head(self(batch[0])) * self.net.scale).float(), batch[1]))
+        logits = self.net.head(self(batch[0])) * self.net.scale
+        self.log("val", F.cross_entropy(logits.float(), batch[1]), sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         return self.net.head(self(batch[0])) * self.net.scale
