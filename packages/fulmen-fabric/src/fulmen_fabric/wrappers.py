@@ -196,7 +196,12 @@ class FabricModule(nn.Module):
         original = cast("nn.Module", self.__dict__["_fabric_original"])
         value = getattr(original, name)
         wrapped = self.__dict__["_fabric_placed"] is not original
-        if wrapped and self.__dict__["_fabric_bind"] is not None and inspect.ismethod(value) and value.__self__ is original:
+        if (
+            wrapped
+            and self.__dict__["_fabric_bind"] is not None
+            and inspect.ismethod(value)
+            and value.__self__ is original
+        ):
             return _refuse_submodules(value, original)
         return value
 
