@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
@@ -17,6 +18,7 @@ from fulmen_conformance import (
 )
 from fulmen_strategies import (
     DDPStrategy,
+    FSDPStrategy,
     LightningEnvironment,
     ModelParallelStrategy,
     SingleDeviceStrategy,
@@ -108,6 +110,30 @@ class TestModelParallelStrategyWithFullyShard(StrategyConformance):
     @pytest.fixture
     def num_processes(self) -> int:
         return 4
+
+
+class TestFSDPStrategy(StrategyConformance):
+    @pytest.fixture
+    def strategy(self) -> Strategy:
+        return FSDPStrategy()
+
+    @pytest.fixture
+    def factory(self) -> str:
+        return "fulmen_strategies.fsdp:FSDPStrategy"
+
+
+def by_layer() -> FSDPStrategy:
+    return FSDPStrategy(auto_wrap_policy={torch.nn.Linear}, state_dict_type="sharded", reduce_accumulated="each")
+
+
+class TestFSDPStrategyOfSeveralUnits(StrategyConformance):
+    @pytest.fixture
+    def strategy(self) -> Strategy:
+        return by_layer()
+
+    @pytest.fixture
+    def factory(self) -> str:
+        return f"{__file__}:by_layer"
 
 
 class TestTorchCollectives(CollectivesConformance):

@@ -79,6 +79,7 @@ from fulmen_protocols.strategy import (
     SupportsPrecisionPlan,
     SupportsReplicaCheck,
     SupportsShardedState,
+    SupportsStateKindChoice,
     SupportsWorldCheck,
 )
 from fulmen_protocols.topology import Topology
@@ -162,6 +163,7 @@ __all__ = [
     "SupportsRequeue",
     "SupportsShardedSave",
     "SupportsShardedState",
+    "SupportsStateKindChoice",
     "SupportsVerification",
     "SupportsWorldCheck",
     "Topology",
