@@ -107,12 +107,18 @@ def restore_gradients(session: Session, progress: Progress) -> None:
     """Give every rank the gradients that it had.
 
     Raises:
-        CheckpointError: another number of ranks had them.
+        CheckpointError: another number of ranks had them, or whole ones are to go into sharded parameters.
     """
     assert session.resumed is not None
     ranks: list[Any] = session.resumed.get("ranks", [])
     if not any(rank["gradients"] for rank in ranks):
         return
+    if supports(session.assembly.strategy, SupportsShardedState):
+        raise CheckpointError(
+            f"this checkpoint was saved inside an accumulation window by {len(ranks)} processes, each with gradients of "
+            f"the whole model, which strategy {session.assembly.strategy_name!r} cannot spread. Resume with the strategy "
+            "that saved it, or from a checkpoint that was saved at the end of a window."
+        )
     if len(ranks) != session.world.world_size:
         raise CheckpointError(
             f"this checkpoint was saved inside an accumulation window by {len(ranks)} processes, which each hold their "
