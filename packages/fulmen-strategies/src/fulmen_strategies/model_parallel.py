@@ -224,6 +224,8 @@ class ModelParallelStrategy:
         self._collectives = self._of_stage = self._stages = None
         self._device = None
         self._mesh = None
+        self._placed.clear()
+        self._replaced.clear()
 
     # -- modules ------------------------------------------------------------------------------------------------------
 
@@ -253,7 +255,7 @@ class ModelParallelStrategy:
             MisconfigurationTypeError: ``parallelize_fn`` returned no module, or FSDP1 wrappers are in it.
         """
         if module in self._placed:
-            return cast("nn.Module", self._placed[module]())
+            return cast("nn.Module | None", self._placed[module]()) or module
         _refuse_fsdp1(module)
         before = dict(module.named_parameters())
         placed = module

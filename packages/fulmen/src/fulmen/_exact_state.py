@@ -170,15 +170,17 @@ def restore_position(session: Session, metering: Metering, progress: Progress) -
 def restore_rng(session: Session) -> None:
     """Random states, last of all: nothing may draw between this and the first batch.
 
-    On more ranks than saved them the added ones keep what they have, as in a run that starts. Ranks that read the same
-    data (tensor parallel) go on with one state: dropout must agree on them.
+    On more ranks than saved them the added ones keep what they have, as in a run that starts. On another mesh, ranks
+    that read the same data (tensor parallel) go on with one state: dropout must agree on them.
     """
     exact, world = session.resumed, session.world
     session.resumed = None
     if exact is None or "ranks" not in exact:
         return
-    parts = _by_data_part(exact)
-    if world.data_parallel_rank < len(parts):
+    ranks, parts = exact["ranks"], _by_data_part(exact)
+    if (len(ranks), len(parts)) == (world.world_size, world.data_parallel_size):
+        restore_rng_state(ranks[world.rank]["rng"], world.device)
+    elif world.data_parallel_rank < len(parts):
         restore_rng_state(parts[world.data_parallel_rank]["rng"], world.device)
 
 
