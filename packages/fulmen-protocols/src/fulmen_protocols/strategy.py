@@ -329,7 +329,7 @@ class SupportsShardedState(Protocol):
 
 @runtime_checkable
 class SupportsStateKindChoice(Protocol):
-    """A strategy with ``SupportsShardedState`` that saves either kind, and lets the run choose where the user has not."""
+    """A strategy with ``SupportsShardedState`` that saves either kind: the run chooses where the user has not."""
 
     def default_state_kind(self, kind: Literal["full", "sharded"]) -> None:
         """Let ``state_kind`` be ``kind`` unless the user has said otherwise. Called when a run is assembled."""

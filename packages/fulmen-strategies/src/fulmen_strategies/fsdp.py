@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import sys
 import warnings
-import weakref
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -28,8 +27,8 @@ from fulmen_strategies._process_group import ProcessGroupMembership
 from fulmen_strategies._sharded import arguments, gradients, states, units
 from fulmen_strategies._sharded.casting import Casting
 from fulmen_strategies._sharded.entry import ShardedEntry, sharded_entry
-from fulmen_strategies._sharded.layout import laid_out_like, map_tensors
 from fulmen_strategies._sharded.materialise import is_on_meta, materialise
+from fulmen_strategies._sharded.replaced import Replaced
 from fulmen_strategies.collectives import TorchCollectives
 from fulmen_strategies.launchers._rank import become_rank
 
@@ -124,8 +123,7 @@ class FSDPStrategy:
         self._device: torch.device | None = None
         self._mesh: DeviceMesh | None = None
         self._collectives: TorchCollectives | None = None
-        # Of each module placed, the parameters that it had before: an optimizer may hold them.
-        self._replaced: list[tuple[weakref.ref[Tensor], weakref.ref[nn.Module], str]] = []
+        self._replaced = Replaced()
 
     # -- before anything starts ---------------------------------------------------------------------------------------
 
@@ -220,7 +218,7 @@ class FSDPStrategy:
         self._membership.leave()
         self._collectives = None
         self._device = None
-        self._replaced.clear()
+        self._replaced.forget()
 
     # -- modules ------------------------------------------------------------------------------------------------------
 
@@ -252,7 +250,7 @@ class FSDPStrategy:
         ignored = self._options.ignored_parameters()
         if self._options.sync_module_states:
             self._share_values(module)
-        before = {name: weakref.ref(parameter) for name, parameter in module.named_parameters()}
+        self._replaced.remember(module)
         chosen = self._units_of(module)
         if self._recomputed is not None:
             units.recompute(self._recomputed, module)
@@ -270,8 +268,6 @@ class FSDPStrategy:
         if self._options.forward_prefetch:
             _prefetch_in_order([unit for unit in entry.modules() if isinstance(unit, FSDPModule)])
         self._fill(module, ignored)
-        module_ref = weakref.ref(module)
-        self._replaced += [(old, module_ref, name) for name, old in before.items()]
         return entry
 
     def _units_of(self, module: nn.Module) -> list[nn.Module]:
@@ -374,32 +370,9 @@ class FSDPStrategy:
         """Return ``optimizers``; one that was made before ``place`` gets the sharded parameters, and its state, too."""
         entry = _entry(module)
         for optimizer in optimizers:
-            self._hand_over(optimizer)
+            self._replaced.hand_over(optimizer)
             _notify(entry, optimizer)
         return optimizers
-
-    def _hand_over(self, optimizer: Optimizer) -> None:
-        current: dict[int, tuple[Tensor, nn.Parameter]] = {}
-        for old_ref, module_ref, name in self._replaced:
-            old, owner = old_ref(), module_ref()
-            if old is not None and owner is not None:
-                current[id(old)] = (old, owner.get_parameter(name))
-        for group in optimizer.param_groups:
-            for index, parameter in enumerate(cast("list[Tensor]", group["params"])):
-                if id(parameter) not in current:
-                    continue
-                new = current[id(parameter)][1]
-                if new is parameter:
-                    continue
-                group["params"][index] = new
-                if parameter in optimizer.state:
-                    shape = parameter.shape
-                    optimizer.state[new] = map_tensors(
-                        lambda value, new=new, shape=shape: (  # type: ignore[misc]
-                            laid_out_like(value, new) if value.shape == shape and value.dim() else value
-                        ),
-                        optimizer.state.pop(parameter),
-                    )
 
     def clip_grad_norm(
         self,
@@ -428,7 +401,7 @@ class FSDPStrategy:
         return states.module_state(entry.module, full=full, rank=self.collectives.rank)
 
     def load_module_state(self, module: nn.Module, state: Mapping[str, object], *, strict: bool) -> object:
-        """Load what ``module_state`` gave, of either kind, from any number of ranks; returns names that did not meet."""
+        """Load what ``module_state`` gave, of either kind, from any number of ranks; returns what did not meet."""
         entry = _entry(module)
         entry.reshard_all()
         return states.load_module_state(entry.module, state, self.collectives, strict=strict)

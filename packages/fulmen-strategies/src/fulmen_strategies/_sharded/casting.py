@@ -57,6 +57,9 @@ class Casting:
                     "'-mixed' or '-true' precision of those."
                 )
         self.is_mixed = plan["parameter"] != plan["compute"]
+        self._input_dtype = None if plan["parameter"] == torch.float32 else plan["parameter"]
+        if policy is not None and policy.cast_forward_inputs and policy.param_dtype is not None:
+            self._input_dtype = policy.param_dtype
 
     def policy(self, device: torch.device, *, is_root: bool) -> MixedPrecisionPolicy:
         """What ``fully_shard`` is told, for the whole model or for a unit inside."""
@@ -80,9 +83,9 @@ class Casting:
         return module if dtype == torch.float32 else module.to(dtype)
 
     def inputs(self, values: Any) -> Any:
-        """Arguments of a forward pass: true precision casts them."""
-        dtype = self.plan["parameter"]
-        return values if dtype == torch.float32 else map_tensors(lambda tensor: _cast(tensor, dtype), values)
+        """Arguments of a forward pass: true precision casts them, and so does a policy of the user's that says so."""
+        dtype = self._input_dtype
+        return values if dtype is None else map_tensors(lambda tensor: _cast(tensor, dtype), values)
 
     def output(self, value: object) -> Any:
         """What a plain ``forward`` hands back: floating-point tensors in the plan's output dtype."""

@@ -51,9 +51,9 @@ def total_norm(gradients: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
 
 def _norm_of_layout(mesh: DeviceMesh | None, axes: tuple[int, ...], parts: list[Tensor], norm_type: float) -> Tensor:
     dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-    norms = torch._foreach_norm(parts, norm_type, dtype)  # pyright: ignore[reportPrivateUsage]
-    device = norms[0].device
-    norm = torch.linalg.vector_norm(torch.stack([each.to(device) for each in norms]), norm_type)
+    norms = _norms(parts, norm_type, dtype)
+    device = norms.device
+    norm = torch.linalg.vector_norm(norms, norm_type)
     if mesh is None or not axes:
         return norm
     on_mesh = norm.to(mesh.device_type)
@@ -69,6 +69,16 @@ def _norm_of_layout(mesh: DeviceMesh | None, axes: tuple[int, ...], parts: list[
             dist.all_reduce(power, dist.ReduceOp.SUM, mesh.get_group(axis))
         on_mesh = power ** (1.0 / norm_type)
     return on_mesh.to(device)
+
+
+def _norms(parts: list[Tensor], norm_type: float, dtype: torch.dtype) -> Tensor:
+    """The norm of each part, on one device; of an empty one, which a small parameter leaves on some ranks, 0."""
+    device = parts[0].device
+    full = [part for part in parts if part.numel()]
+    if not full:
+        return torch.zeros(1, dtype=dtype, device=device)
+    norms = torch._foreach_norm(full, norm_type, dtype)  # pyright: ignore[reportPrivateUsage]
+    return torch.stack([each.to(device) for each in norms])
 
 
 @torch.no_grad()
@@ -117,8 +127,7 @@ def all_finite(gradients: Iterable[Tensor]) -> Tensor:
     """Whether every element on every rank of the meshes is finite: bool, shape ``()``, agreed among those ranks."""
     verdicts: dict[DeviceMesh | None, Tensor] = {}
     for (mesh, _), parts in _by_layout(gradients).items():
-        norms = torch._foreach_norm(parts, math.inf, torch.float32)  # pyright: ignore[reportPrivateUsage]
-        finite = torch.stack([each.to(norms[0].device) for each in norms]).isfinite().all()
+        finite = _norms(parts, math.inf, torch.float32).isfinite().all()
         verdicts[mesh] = finite & verdicts[mesh].to(finite.device) if mesh in verdicts else finite
     agreed = torch.tensor(True)
     for mesh, finite in verdicts.items():
