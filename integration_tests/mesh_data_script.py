@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,8 @@ def fit(folder: Path, data: int, *callbacks: Any, workers: int = 0, **options: A
     model = Model()
     torch.manual_seed(100 + int(os.environ.get("LOCAL_RANK", "0")))  # the ranks have drawn different things so far
     loader = DataLoader(Indices(), batch_size=BATCH, shuffle=True, num_workers=workers)
-    try:
+    with suppress(KeyboardInterrupt):
         trainer.fit(model, loader, **options)
-    except KeyboardInterrupt:
-        pass
     return {
         "read": model.read,
         "drawn": model.drawn,

@@ -1,7 +1,8 @@
 """Trains one model by every strategy in every precision, with the Trainer and with Fabric; rank 0 writes the weights.
 
-``python strategy_matrix.py FOLDER RANKS TASK...``. With one rank it is what the others are compared with. Tasks: ``train``
-does that, ``save`` trains half of the epochs and saves, ``resume`` goes on from every checkpoint in the folder.
+``python strategy_matrix.py FOLDER RANKS TASK...``. With one rank it is what the others are compared with. Tasks:
+``train`` does that, ``save`` trains half of the epochs and saves, ``resume`` goes on from every checkpoint in the folder,
+``fabric`` saves and loads without a Trainer.
 """
 
 from __future__ import annotations
@@ -9,9 +10,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fulmen
 from fulmen.strategies import FSDPStrategy, ModelParallelStrategy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SAMPLES, WINDOW, EPOCHS = 16, 2, 6
 PRECISIONS = ["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
@@ -210,6 +213,55 @@ def resume(folder: Path, ranks: int) -> None:
                 torch.save(state, target)
 
 
+def fabric(folder: Path, ranks: int) -> None:
+    """What Fabric saves and loads: a folder or a file of model and optimizer, and the bare weights; compiled or not."""
+    told: dict[str, Any] = {}
+    for name, case in strategies(ranks).items():
+        if case.parallelize is None:
+            continue
+        for kind in ("folder", "file"):
+
+            def compiled(module: nn.Module, mesh: Any, parallelize: Any = case.parallelize) -> nn.Module:
+                parallelize(module, mesh)
+                module.first = torch.compile(module.first, backend="eager")
+                return module
+
+            strategy = case.make(parallelize_fn=compiled, save_distributed_checkpoint=kind == "folder")
+            fabric = fulmen.Fabric(accelerator="cpu", devices=ranks, strategy=strategy)
+            fabric.launch()
+            model, optimizer, x = *_set_up(fabric, 0), torch.ones(4, 6)
+            fabric.backward(model(x).square().mean())
+            optimizer.step()
+            path, bare = folder / f"fabric {ranks} {name} {kind}", folder / f"bare {ranks} {name} {kind}.pt"
+            fabric.save(path, {"model": model, "optimizer": optimizer, "step": 1})
+            want = strategy.module_state(model.placed, full=True)
+            if fabric.global_rank == 0:
+                torch.save(dict(want), bare)
+            fabric.barrier()
+            other, its_optimizer = _set_up(fabric, 1)
+            state = {"model": other, "optimizer": its_optimizer, "step": 0}
+            fabric.load(path, state)
+            loaded, momenta = strategy.module_state(other.placed, full=True), its_optimizer.state_dict()["state"]
+            raw, _ = _set_up(fabric, 2)
+            fabric.load_raw(bare, raw)
+            read = strategy.module_state(raw.placed, full=True)
+            told[f"{name} {kind}"] = {
+                "is a folder": path.is_dir(),
+                "names": list(want),
+                "equal": all(torch.equal(loaded[key], want[key]) and torch.equal(read[key], want[key]) for key in want),
+                "step": state["step"],
+                "momenta": len(momenta),
+            }
+    if rank() == 0:
+        (folder / f"fabric {ranks}.json").write_text(json.dumps(told))
+
+
+def _set_up(fabric: fulmen.Fabric, seed: int) -> Any:
+    torch.manual_seed(seed)
+    body = Body()
+    return fabric.setup(body, torch.optim.SGD(body.parameters(), lr=0.2, momentum=0.9))
+
+
 def rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
@@ -218,4 +270,4 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for task in sys.argv[3:]:
-        {"train": train, "save": save, "resume": resume}[task](Path(sys.argv[1]), int(sys.argv[2]))
+        {"train": train, "save": save, "resume": resume, "fabric": fabric}[task](Path(sys.argv[1]), int(sys.argv[2]))

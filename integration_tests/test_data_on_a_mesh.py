@@ -1,4 +1,4 @@
-"""Four gloo ranks on a mesh: data are split along data_parallel alone, and the ranks of one model read and draw alike."""
+"""Four gloo ranks on a mesh: data are split along data_parallel alone; the ranks of one model read and draw alike."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """DDP, FSDP2, tensor parallel and FSDP2 x tensor parallel, on real gloo ranks, against one process.
 
-Every strategy in every precision, with the Trainer and with Fabric, with accumulation and clipping; and checkpoints that
-go from each of them, from files and folders, to each other and to other numbers of ranks. The distance from one
+Every strategy in every precision, with the Trainer and with Fabric, with accumulation and clipping; and checkpoints
+that go from each of them, from files and folders, to each other and to other numbers of ranks. The distance from one
 process is measured in units of the way that training has gone, so that no tolerance can hide a missing update.
 """
 
@@ -73,7 +73,7 @@ def distance(got: dict[str, Any], want: dict[str, Any]) -> float:
 @pytest.mark.parametrize("name", NAMES)
 def test_training_equals_that_of_one_process(name: str, precision: str, ranks: int) -> None:
     run(1, "train", "save")
-    run(ranks, "train", "save", "resume")
+    run(ranks, "train", "save", "resume", "fabric")
     told = json.loads((folder() / f"{ranks}.json").read_text())
     alone = json.loads((folder() / "1.json").read_text())
     for kind in ("trainer", "fabric"):
@@ -93,9 +93,23 @@ def test_training_equals_that_of_one_process(name: str, precision: str, ranks: i
 @pytest.mark.parametrize("ranks", RANKS)
 def test_a_sum_over_ranks_counts_every_sample_once(ranks: int) -> None:
     run(1, "train", "save")
-    run(ranks, "train", "save", "resume")
+    run(ranks, "train", "save", "resume", "fabric")
     told = json.loads((folder() / f"{ranks}.json").read_text())
     assert {told[f"{name} 32-true trainer"]["seen"] for name in NAMES} == {16.0}
+
+
+@pytest.mark.proves("4.27")
+@pytest.mark.parametrize("ranks", RANKS)
+def test_fabric_gives_back_what_it_saved_and_loads_bare_weights_under_the_plain_names(ranks: int) -> None:
+    run(1, "train", "save")
+    run(ranks, "train", "save", "resume", "fabric")
+    told = json.loads((folder() / f"fabric {ranks}.json").read_text())
+    assert set(told) == {f"{name} {kind}" for name in ("tp", "fsdp2 x tp") for kind in ("folder", "file")}
+    for name, found in told.items():
+        assert found["is a folder"] is ("folder" in name)
+        assert found["names"] == list(Body().state_dict())  # although a layer was compiled
+        assert found["equal"]
+        assert (found["step"], found["momenta"]) == (1, len(found["names"]))
 
 
 def checkpoints(ranks: int) -> list[str]:
@@ -119,9 +133,9 @@ def checkpoints(ranks: int) -> list[str]:
 )
 def test_checkpoints_cross_between_strategies_and_numbers_of_ranks(saved: int, loaded: int) -> None:
     run(1, "train", "save")
-    run(2, "train", "save", "resume")
+    run(2, "train", "save", "resume", "fabric")
     if 4 in (saved, loaded):
-        run(4, "train", "save", "resume")
+        run(4, "train", "save", "resume", "fabric")
     if saved > loaded:
         run(loaded, "resume", after=saved)
     want = read("1 one 32-true trainer.pt")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -18,6 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fulmen_precision import ScaledMixedPrecision
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def on_a_rank(rank: int, meeting: str) -> None:

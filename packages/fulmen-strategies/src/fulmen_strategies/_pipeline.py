@@ -143,8 +143,8 @@ class Stages:
         norm = torch.linalg.vector_norm(each, norm_type)
         if error_if_nonfinite and not bool(norm.isfinite()):  # one synchronisation, which the caller has asked for
             raise RuntimeError(
-                f"the norm of order {norm_type} of the pipeline's gradients is {norm.item()}, so they cannot be clipped "
-                f"to {max_norm}. Look for what made them non-finite, or pass error_if_nonfinite=False."
+                f"the norm of order {norm_type} of the pipeline's gradients is {norm.item()}, so they cannot be "
+                f"clipped to {max_norm}. Look for what made them non-finite, or pass error_if_nonfinite=False."
             )
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         for gradient in gradients:

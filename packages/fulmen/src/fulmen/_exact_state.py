@@ -115,9 +115,9 @@ def restore_gradients(session: Session, progress: Progress) -> None:
         return
     if supports(session.assembly.strategy, SupportsShardedState):
         raise CheckpointError(
-            f"this checkpoint was saved inside an accumulation window by {len(ranks)} processes, each with gradients of "
-            f"the whole model, which strategy {session.assembly.strategy_name!r} cannot spread. Resume with the strategy "
-            "that saved it, or from a checkpoint that was saved at the end of a window."
+            f"this checkpoint was saved inside an accumulation window by {len(ranks)} processes, each with gradients "
+            f"of the whole model, which strategy {session.assembly.strategy_name!r} cannot spread. Resume with the "
+            "strategy that saved it, or from a checkpoint that was saved at the end of a window."
         )
     if len(ranks) != session.world.world_size:
         raise CheckpointError(
