@@ -32,7 +32,6 @@ from fulmen_protocols import (
     SupportsDataParallel,
     SupportsDeviceMesh,
     SupportsGradClipping,
-    SupportsInferencePlacement,
     SupportsLaunch,
     SupportsModuleCheck,
     SupportsNoSync,
@@ -311,14 +310,27 @@ def check_meta_parameters_get_the_values_of_one_process(me: Rank) -> None:
 
 
 @pytest.mark.proves("4.24")
-def check_what_lies_on_no_mesh_starts_with_the_values_of_rank_0(me: Rank) -> None:
-    strategy = me.joined(by_layers, 1, 4)
-    placed = strategy.place(Net(seed=me.rank))
-    for name, tensor in (*placed.named_parameters(), *placed.named_buffers()):
-        if not isinstance(tensor, DTensor):
-            assert torch.equal(tensor, dict(Net().state_dict())[name]), name
-    # And so does what torch has split: it takes the first rank's.
-    close(me.whole(strategy, placed), Net().state_dict(), rtol=0, atol=0)
+def check_every_rank_starts_with_the_values_of_rank_0(me: Rank) -> None:
+    for fn, shape in ((by_layers, (1, 4)), (by_both, (2, 2)), (by_both, (4, 1))):
+        strategy = me.joined(fn, *shape)
+        placed = strategy.place(Net(seed=me.rank))
+        close(me.whole(strategy, placed), Net().state_dict(), rtol=0, atol=0)
+        for name, tensor in (*placed.named_parameters(), *placed.named_buffers()):
+            if not isinstance(tensor, DTensor):
+                assert torch.equal(tensor, Net().state_dict()[name]), name
+
+
+@pytest.mark.proves("4.24")
+def check_a_module_that_placed_itself_is_equal_where_it_must_be(me: Rank) -> None:
+    """Built before the ranks could agree on anything: tensor-parallel peers still hold the same whole layers."""
+    strategy = me.joined(None)
+    module = by_both(Net(seed=me.rank), strategy.device_mesh)
+    placed = strategy.place(module)
+    peer = torch.stack([placed.last.weight.to_local().sum(), placed.norm.weight.to_local().sum()])
+    sums = me.first.collectives.all_gather(peer.detach())
+    assert torch.equal(sums[0], sums[1])
+    assert torch.equal(sums[2], sums[3])
+    assert not torch.equal(sums[0], sums[2])  # those are parts of their own
 
 
 @pytest.mark.proves("4.25")
@@ -330,7 +342,7 @@ def check_a_module_is_parallelized_once(me: Rank) -> None:
         return by_both(module, mesh)
 
     strategy, module = me.joined(counted), Net()
-    assert strategy.place(module) is strategy.place(module) is strategy.place_for_inference(module)
+    assert strategy.place(module) is strategy.place(module)
     assert calls == [module]
 
 
@@ -349,13 +361,22 @@ def check_an_optimizer_that_was_made_before_trains_the_placed_parameters(me: Ran
     plain.step()
     close(me.whole(strategy, placed), one.state_dict())
 
-    stepped, used = Net(), me.joined(by_both)
-    late = adam(stepped)
-    stepped(torch.ones(2, 6)).sum().backward()
+    # One that has taken steps keeps what it knows.
+    for step in range(2):
+        x, y = joint(2, 2)[step]
+        plain.zero_grad()
+        mse_loss(one(x), y).backward()
+        plain.step()
+        if step == 0:
+            used, half_trained = me.joined(by_both), copy.deepcopy(one)
+            late = adam(half_trained)
+            late.load_state_dict(copy.deepcopy(plain.state_dict()))
+            again = used.place(half_trained)
+            used.prepare_optimizers(again, [late])
+    x, y = batches(used.data_parallel_rank, 2)[1]
+    mse_loss(again(x), y).backward()
     late.step()
-    used.place(stepped)
-    with pytest.raises(MisconfigurationException, match=r"Adam has taken steps before.*after the module is set up"):
-        used.prepare_optimizers(stepped, [late])
+    close(me.whole(used, again), one.state_dict())
 
 
 @pytest.mark.proves("4.27")
@@ -377,11 +398,11 @@ def check_a_compiled_module_has_canonical_names_and_trains_alike(me: Rank) -> No
 
 def check_a_parameter_that_would_not_be_averaged_is_refused(me: Rank) -> None:
     strategy = me.joined(by_layers)
+    placed = strategy.place(Net())  # as for an evaluation, in which nobody takes gradients
     with pytest.raises(MisconfigurationException) as caught:
-        strategy.place(Net())
-    for part in ("'first.weight'", "data_parallel_size", "2 data-parallel ranks", "fully_shard(module, mesh="):
+        strategy.prepare_optimizers(placed, [adam(placed)])
+    for part in ("'first.weight' of Net", "data_parallel_size=2", "fully_shard(module, mesh=", "tensor parallel alone"):
         assert part in str(caught.value)
-    me.joined(by_layers).place_for_inference(Net())  # nobody will take gradients
 
     def forgets_one(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         by_layers(module, mesh)
@@ -389,11 +410,12 @@ def check_a_parameter_that_would_not_be_averaged_is_refused(me: Rank) -> None:
             fully_shard(layer, mesh=mesh["data_parallel"])
         return module
 
+    strategy = me.joined(forgets_one)
+    placed = strategy.place(Net())
     with pytest.raises(MisconfigurationException, match=r"'norm\.weight'"):
-        me.joined(forgets_one).place(Net())
-    frozen = Net()
-    frozen.norm.requires_grad_(False)
-    me.joined(forgets_one).place(frozen)
+        strategy.prepare_optimizers(placed, [adam(placed)])
+    placed.norm.requires_grad_(False)
+    strategy.prepare_optimizers(placed, [adam(placed)])
 
 
 @pytest.mark.proves("4.24", "4.25")
@@ -497,9 +519,16 @@ def test_the_four_ranks_end_well(folder: Path) -> None:
 def test_it_offers_what_model_parallel_can_do() -> None:
     strategy = ModelParallelStrategy()
     for ability in (
-        SupportsBoundMethods, SupportsDataParallel, SupportsDeviceMesh, SupportsGradClipping, SupportsInferencePlacement, SupportsLaunch,
-        SupportsModuleCheck, SupportsNoSync, SupportsShardedState, SupportsWorldCheck,
-    ):  # fmt: skip
+        SupportsBoundMethods,
+        SupportsDataParallel,
+        SupportsDeviceMesh,
+        SupportsGradClipping,
+        SupportsLaunch,
+        SupportsModuleCheck,
+        SupportsNoSync,
+        SupportsShardedState,
+        SupportsWorldCheck,
+    ):
         assert missing_members(ability, strategy) == []
     assert strategy.launcher == "local"
     assert strategy.state_kind == "sharded"
@@ -560,6 +589,13 @@ def test_wrong_sizes_are_refused_before_anything_starts(options: dict[str, Any],
         else pytest.raises(MisconfigurationTypeError, match=message)
     ):
         ModelParallelStrategy(**options)
+
+
+def test_a_scaler_and_a_pipeline_are_refused_together() -> None:
+    plan: Any = {"scaler": "dynamic"}
+    ModelParallelStrategy().check_precision(plan)
+    with pytest.raises(MisconfigurationException, match=r"pipeline_parallel_size.*scales losses.*'bf16-mixed'"):
+        ModelParallelStrategy(pipeline_parallel_size=2).check_precision(plan)
 
 
 @pytest.mark.parametrize("name", ["root_device", "collectives", "device_mesh", "data_parallel_rank"])

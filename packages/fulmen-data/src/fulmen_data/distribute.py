@@ -27,11 +27,18 @@ T = TypeVar("T")
 
 
 def distribute_loader(
-    loader: T, *, rank: int, world_size: int, shuffle: bool | None = None, training: bool, seed: int = 0
+    loader: T,
+    *,
+    rank: int,
+    world_size: int,
+    shuffle: bool | None = None,
+    training: bool,
+    seed: int = 0,
+    shared: bool = False,
 ) -> T:
     """Return a loader like ``loader`` that reads this rank's part; ``loader`` itself where nothing is to be split.
 
-    Not split: one rank, anything but a ``DataLoader``, an iterable dataset (it must split itself), and a loader that
+    Not split: one part, anything but a ``DataLoader``, an iterable dataset (it must split itself), and a loader that
     has a distributed sampler already. A sampler or batch sampler of the user's is wrapped and never dropped. Training
     repeats the first samples so that ranks are equal, just as ``DistributedSampler(shuffle, seed)`` does; evaluation
     gives every sample exactly once over ranks, which may then be unequal, or empty.
@@ -43,11 +50,13 @@ def distribute_loader(
         shuffle: whether to shuffle, where the user has no sampler of their own; None does what the loader does.
         training: whether ranks are made equal by repetition.
         seed: of the order, the same on every rank.
+        shared: whether several ranks read each part (tensor parallel). Then the order never depends on a rank's own
+            random state, also where there is but one part.
 
     Raises:
         TypeError: the loader's class cannot be made again, or its sampler has no length.
     """
-    if world_size == 1 or not _is_loader(loader) or has_iterable_dataset(loader):
+    if (world_size == 1 and not shared) or not _is_loader(loader) or has_iterable_dataset(loader):
         return loader
     return cast("T", split_loader(loader, rank, world_size, shuffle=shuffle, training=training, seed=seed))
 

@@ -67,7 +67,8 @@ def prepare_loader(
     if split:
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         rank, parts = world.data_parallel_rank, world.data_parallel_size
-        loader = distribute_loader(loader, rank=rank, world_size=parts, training=True, seed=seed)
+        shared = world.data_parts is not None
+        loader = distribute_loader(loader, rank=rank, world_size=parts, training=True, seed=seed, shared=shared)
     seeding = os.environ.get("PL_SEED_WORKERS", "0")
     if seeding == "1":
         add_worker_seeding(loader, world.data_parallel_rank)  # ranks of one model read the same batches

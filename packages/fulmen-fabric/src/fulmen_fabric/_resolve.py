@@ -23,6 +23,7 @@ from fulmen_protocols import (
     NotConforming,
     SupportsCollectives,
     SupportsLaunch,
+    SupportsPrecisionCheck,
     SupportsPrecisionPlan,
     SupportsShardedState,
     SupportsStateKindChoice,
@@ -459,7 +460,9 @@ def _takes_device(factory: object) -> bool:
 
 
 def hand_over_precision(strategy: Strategy, name: str, precision: Precision, notes: Notes) -> None:
-    """Give the plan to a strategy that applies it itself."""
+    """Give the plan to a strategy that applies it itself, or wants to see it."""
+    if supports(strategy, SupportsPrecisionCheck):
+        notes.conflicts.attempt(lambda: strategy.check_precision(precision.plan()))
     if supports(strategy, SupportsPrecisionPlan):
         notes.conflicts.attempt(lambda: strategy.apply_precision_plan(precision.plan()), f"strategy {name!r}")
 

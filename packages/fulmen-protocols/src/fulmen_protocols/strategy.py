@@ -33,6 +33,7 @@ __all__ = [
     "SupportsManualBackward",
     "SupportsModuleCheck",
     "SupportsNoSync",
+    "SupportsPrecisionCheck",
     "SupportsPrecisionPlan",
     "SupportsReplicaCheck",
     "SupportsShardedState",
@@ -194,6 +195,19 @@ class SupportsGradClipping(Protocol):
 
     def clip_grad_value(self, module: nn.Module, optimizer: Optimizer, clip_value: float) -> None:
         """Clamp every gradient element to ``[-clip_value, clip_value]`` in place."""
+        ...
+
+
+@runtime_checkable
+class SupportsPrecisionCheck(Protocol):
+    """A strategy that leaves the precision to the run, and cannot work with every one."""
+
+    def check_precision(self, plan: PrecisionPlan) -> None:
+        """Refuse ``plan`` before anything is started.
+
+        Raises:
+            ValueError: training would go wrong; the message names what cannot work, and what does.
+        """
         ...
 
 

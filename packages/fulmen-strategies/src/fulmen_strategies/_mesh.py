@@ -43,6 +43,11 @@ class MeshSizes:
         self._owner = owner
         self._asked = asked
 
+    @property
+    def has_stages(self) -> bool:
+        """Whether the mesh has the dimension of a pipeline."""
+        return self._asked.get("pipeline_parallel", 1) != 1
+
     def shape(self, num_devices: int, num_nodes: int) -> dict[str, int]:
         """Processes along each dimension, outermost first; a dimension that nobody asked for is left out.
 

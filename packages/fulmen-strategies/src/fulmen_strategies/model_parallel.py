@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fulmen_protocols.errors import MisconfigurationException, MisconfigurationTypeError
 from fulmen_strategies._mesh import MeshSizes
 from fulmen_strategies._module_init import created_on
+from fulmen_strategies._pipeline import Stages, stage_group
 from fulmen_strategies._process_group import ProcessGroupMembership
 from fulmen_strategies._sharded.gradients import clip_by_norm, clip_by_value
+from fulmen_strategies._sharded.layout import laid_out_like, local
 from fulmen_strategies._sharded.materialise import is_on_meta, materialise
 from fulmen_strategies._sharded.states import (
     load_module_state,
@@ -29,13 +32,14 @@ from fulmen_strategies.collectives import TorchCollectives
 from fulmen_strategies.launchers._rank import become_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
+    from fulmen_protocols.precision import PrecisionPlan
     from fulmen_protocols.topology import Topology
 
     Parallelize = Callable[[nn.Module, DeviceMesh], nn.Module]
@@ -111,6 +115,9 @@ class ModelParallelStrategy:
         self._mesh: DeviceMesh | None = None
         self._membership = ProcessGroupMembership()
         self._collectives: TorchCollectives | None = None
+        # Of a pipeline: among the ranks that hold this rank's stage, and the state of all of them.
+        self._of_stage: TorchCollectives | None = None
+        self._stages: Stages | None = None
         # Modules that parallelize_fn has placed; a second fit must not place them again.
         self._placed = WeakIdKeyDictionary()
         # Parameters before they were placed, to those that took their place: for optimizers made earlier.
@@ -146,6 +153,10 @@ class ModelParallelStrategy:
         return self._collectives
 
     @property
+    def _own_stage(self) -> TorchCollectives:
+        return self.collectives if self._of_stage is None else self._of_stage
+
+    @property
     def device_mesh(self) -> DeviceMesh:
         """All processes, with the dimensions ``"data_parallel"`` and ``"tensor_parallel"`` (and those asked for).
 
@@ -174,6 +185,18 @@ class ModelParallelStrategy:
         """
         self._sizes.shape(len(devices), num_nodes)
 
+    def check_precision(self, plan: PrecisionPlan) -> None:
+        """Refuse scaled losses in a pipeline, whose schedule runs backward by itself.
+
+        Raises:
+            MisconfigurationException: ``plan`` needs a scaler, and there is a pipeline.
+        """
+        if plan["scaler"] != "none" and self._sizes.has_stages:
+            raise MisconfigurationException(
+                "ModelParallelStrategy got pipeline_parallel_size above 1 and a precision that scales losses: a "
+                "pipeline's schedule runs backward by itself, past the scaler. Use precision='bf16-mixed' or '32-true'."
+            )
+
     def setup_environment(self, topology: Topology) -> None:
         """Join the process group and make the mesh. Calling it again changes nothing.
 
@@ -190,13 +213,19 @@ class ModelParallelStrategy:
         self._device = topology.device
         self._collectives = TorchCollectives(topology.device)
         self._mesh = self._sizes.make(topology.device, len(topology.devices), topology.num_nodes)
+        self._of_stage = self._collectives
+        if _has_stages(self._mesh):
+            self._of_stage = TorchCollectives(topology.device, stage_group(self._mesh))
+            self._stages = Stages(self._mesh, self._collectives, self._of_stage, topology.device)
 
     def teardown(self) -> None:
         """Leave the process group if this strategy has made it. May be called twice."""
         self._membership.leave()
-        self._collectives = None
+        self._collectives = self._of_stage = self._stages = None
         self._device = None
         self._mesh = None
+        self._placed.clear()
+        self._replaced.clear()
 
     # -- modules ------------------------------------------------------------------------------------------------------
 
@@ -224,23 +253,19 @@ class ModelParallelStrategy:
 
         Raises:
             MisconfigurationTypeError: ``parallelize_fn`` returned no module, or FSDP1 wrappers are in it.
-            MisconfigurationException: a parameter to train would differ between data-parallel ranks.
         """
-        placed = self.place_for_inference(module)
-        self._refuse_unreduced(placed)
-        return placed
-
-    def place_for_inference(self, module: nn.Module) -> nn.Module:
-        """As ``place``, for a module whose gradients nobody will take."""
         if module in self._placed:
-            return cast("nn.Module", self._placed[module]())
+            return cast("nn.Module | None", self._placed[module]()) or module
         _refuse_fsdp1(module)
         before = dict(module.named_parameters())
-        placed = module if self._parallelize is None else self._parallelized(module, self._parallelize)
+        placed = module
+        if self._parallelize is not None:
+            self._share_values(module)  # each rank is about to keep a part of its own
+            placed = self._parallelized(module, self._parallelize)
         if is_on_meta(placed):
-            materialise(placed, self.root_device, self.collectives)
+            materialise(placed, self.root_device, self._own_stage)
         placed.to(self.root_device)
-        self._share_plain_tensors(placed)
+        self._share_values(placed)
         self._remember(module, placed, before)
         return placed
 
@@ -254,13 +279,29 @@ class ModelParallelStrategy:
         _refuse_fsdp1(placed)
         return placed
 
-    def _share_plain_tensors(self, module: nn.Module) -> None:
-        """Give what lies on no mesh rank 0's values: it is taken for equal on all ranks."""
-        if "pipeline_parallel" in _dimensions(self.device_mesh):  # ranks hold different modules; each stage its own
-            return
+    def _share_values(self, module: nn.Module) -> None:
+        """Make equal what is taken for equal: along dimensions on which a tensor is whole, the first rank's counts.
+
+        A plan leaves layers out, and a user's random state may differ between ranks.
+        """
         for tensor in (*module.parameters(), *module.buffers()):
-            if not isinstance(tensor, DTensor):
-                self.collectives.broadcast(tensor)
+            if not tensor.is_meta:
+                for collectives in self._replicas_of(tensor):
+                    collectives.broadcast(local(tensor.detach()))
+
+    def _replicas_of(self, tensor: Tensor) -> Iterator[TorchCollectives]:
+        """The groups of ranks that hold the same part of ``tensor``."""
+        own = tensor.device_mesh if isinstance(tensor, DTensor) else None
+        spread = set[int]() if own is None else _ranks(own)
+        for name in _dimensions(self.device_mesh):
+            ranks = self.device_mesh[name]
+            # A stage of a pipeline is a module of its own.
+            if name != "pipeline_parallel" and ranks.size() > 1 and not spread >= _ranks(ranks):
+                yield TorchCollectives(self.root_device, ranks.get_group())
+        if isinstance(tensor, DTensor):
+            for axis, placement in enumerate(tensor.placements):
+                if isinstance(placement, Replicate) and tensor.device_mesh.size(axis) > 1:
+                    yield TorchCollectives(self.root_device, tensor.device_mesh.get_group(axis))
 
     def _remember(self, module: nn.Module, placed: nn.Module, before: dict[str, nn.Parameter]) -> None:
         if self._parallelize is not None:
@@ -270,25 +311,6 @@ class ModelParallelStrategy:
             now = after.get(_canonical(name))
             if now is not None and now is not parameter:
                 self._replaced[parameter] = now
-
-    def _refuse_unreduced(self, module: nn.Module) -> None:
-        """Each parameter to train must lie on a mesh that holds all ranks which read other data."""
-        peers: set[int] = set()
-        for name in ("data_parallel", "context_parallel"):
-            if name in _dimensions(self.device_mesh):
-                peers |= _ranks(self.device_mesh[name])
-        if len(peers) == 1:
-            return
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad and not (
-                isinstance(parameter, DTensor) and peers <= _ranks(parameter.device_mesh)
-            ):
-                raise MisconfigurationException(
-                    f"the gradient of {name!r} of {type(module).__name__} would be each rank's own: it is not spread "
-                    f"over the {self.data_parallel_size} data-parallel ranks of data_parallel_size. After tensor "
-                    "parallel plans call fully_shard(module, mesh=device_mesh['data_parallel']) on the layers and on "
-                    "the module that holds them, or use data_parallel_size=1."
-                )
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -319,19 +341,44 @@ class ModelParallelStrategy:
     def prepare_optimizers(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
         """Return ``optimizers``; those made before the module was placed get the parameters that it has now.
 
+        What they know of them, where they have taken steps, is laid out in the same way.
+
         Raises:
-            MisconfigurationException: such an optimizer has taken steps already.
+            MisconfigurationException: a parameter to train would differ between data-parallel ranks.
         """
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                before = cast("list[Tensor]", group["params"])
-                if any(parameter in optimizer.state for parameter in before if parameter in self._replaced):
-                    raise MisconfigurationException(
-                        f"{type(optimizer).__name__} has taken steps before its module was parallelized, and its state "
-                        "belongs to parameters that are gone: make the optimizer after the module is set up."
-                    )
-                group["params"] = [self._replaced.get(parameter, parameter) for parameter in before]
+                for index, before in enumerate(cast("list[Tensor]", group["params"])):
+                    if before in self._replaced:
+                        group["params"][index] = now = cast("Tensor", self._replaced[before])
+                        if before in optimizer.state:
+                            optimizer.state[now] = _state_laid_out_like(now, optimizer.state.pop(before))
+        self._refuse_unreduced(module, optimizers)
         return optimizers
+
+    def _refuse_unreduced(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Each parameter to train must lie on a mesh that holds all ranks which read other data."""
+        peers = set[int]()
+        for name in ("data_parallel", "context_parallel"):
+            if name in _dimensions(self.device_mesh):
+                peers |= _ranks(self.device_mesh[name])
+        if len(peers) == 1:
+            return
+        names = {id(parameter): _canonical(name) for name, parameter in module.named_parameters()}
+        for parameter in itertools.chain(*map(_parameters, optimizers)):
+            reduced = isinstance(parameter, DTensor) and peers <= _ranks(parameter.device_mesh)
+            if parameter.requires_grad and not reduced:
+                kinds = " and ".join(
+                    f"{name}_size={self.device_mesh[name].size()}"
+                    for name in ("data_parallel", "context_parallel")
+                    if name in _dimensions(self.device_mesh) and self.device_mesh[name].size() > 1
+                )
+                raise MisconfigurationException(
+                    f"with {kinds} the gradient of {names.get(id(parameter), 'a parameter')!r} of "
+                    f"{type(module).__name__} would be each rank's own, because nothing spreads it over those "
+                    "ranks: after tensor parallel plans call fully_shard(module, mesh=device_mesh['data_parallel']) on "
+                    "the layers and on the module that holds them, or use tensor parallel alone."
+                )
 
     def clip_grad_norm(
         self,
@@ -346,9 +393,8 @@ class ModelParallelStrategy:
 
         Source: Pascanu et al. 2013, algorithm 1.
         """
-        return clip_by_norm(
-            _parameters(optimizer), max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite
-        )
+        clip = clip_by_norm if self._stages is None else self._stages.clip_by_norm
+        return clip(_parameters(optimizer), max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
 
     def clip_grad_value(self, module: nn.Module, optimizer: Optimizer, clip_value: float) -> None:
         """Clamp every gradient element to ``[-clip_value, clip_value]`` in place."""
@@ -358,32 +404,57 @@ class ModelParallelStrategy:
 
     @property
     def state_kind(self) -> Literal["full", "sharded"]:
-        """As ``save_distributed_checkpoint`` says."""
-        return "sharded" if self._saves_shards else "full"
+        """As ``save_distributed_checkpoint`` says; of a pipeline, whose ranks hold different modules, ``"full"``."""
+        return "sharded" if self._saves_shards and not self._sizes.has_stages else "full"
 
     def module_state(self, module: nn.Module, *, full: bool) -> Mapping[str, object]:
         """State by canonical name. ``full``: whole CPU tensors on rank 0, empty elsewhere; otherwise DTensors."""
-        state = module_state(module, full=full, rank=self.collectives.rank)
-        return {_canonical(name): value for name, value in state.items()}
+        _reshard(module)
+        state = module_state(module, full=full, rank=self._own_stage.rank)
+        named = {_canonical(name): value for name, value in state.items()}
+        return named if self._stages is None or not full else self._stages.join_states(named)
 
     def load_module_state(self, module: nn.Module, state: Mapping[str, object], *, strict: bool) -> object:
         """Load what ``module_state`` gave, of either kind, saved by any strategy on any number of ranks."""
+        _reshard(module)
         here = {_canonical(name): name for name in module.state_dict()}
-        named = {here.get(_canonical(name), name): value for name, value in state.items()}
-        return load_module_state(module, named, self.collectives, strict=strict)
+        named = {_canonical(name): value for name, value in state.items()}
+        if self._stages is not None:
+            named = self._stages.own_part(named, set(here))
+        named = {here.get(name, name): value for name, value in named.items()}
+        return load_module_state(module, named, self._own_stage, strict=strict)
 
     def optimizer_state(self, module: nn.Module, optimizer: Optimizer, *, full: bool) -> Mapping[str, object]:
         """Optimizer state in torch's layout; ``full`` as in ``module_state``."""
-        return optimizer_state(optimizer, full=full, rank=self.collectives.rank)
+        state = optimizer_state(optimizer, full=full, rank=self._own_stage.rank)
+        return state if self._stages is None or not full else self._stages.join_optimizers(state)
 
     def load_optimizer_state(self, module: nn.Module, optimizer: Optimizer, state: Mapping[str, object]) -> None:
         """Load what ``optimizer_state`` gave, of either kind, saved by any strategy on any number of ranks."""
-        load_optimizer_state(optimizer, state, self.collectives)
+        if self._stages is not None:
+            state = self._stages.own_optimizer(state, [len(group["params"]) for group in optimizer.param_groups])
+        load_optimizer_state(optimizer, state, self._own_stage)
+
+
+def _state_laid_out_like(parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: laid_out_like(value, parameter).to(value.dtype)
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape == parameter.shape
+        else value
+        for name, value in state.items()
+    }
 
 
 def _canonical(name: str) -> str:
     """Without what ``torch.compile`` puts before the names inside a compiled module."""
     return name.replace("_orig_mod.", "")
+
+
+def _reshard(module: nn.Module) -> None:
+    """Register shards as the module's parameters again, where an evaluation has left them gathered."""
+    for one in module.modules():
+        if isinstance(one, FSDPModule):
+            one.reshard()
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -392,6 +463,10 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 def _dimensions(mesh: DeviceMesh) -> tuple[str, ...]:
     return mesh.mesh_dim_names or ()
+
+
+def _has_stages(mesh: DeviceMesh) -> bool:
+    return "pipeline_parallel" in _dimensions(mesh)
 
 
 def _ranks(mesh: DeviceMesh) -> set[int]:

@@ -107,12 +107,18 @@ def restore_gradients(session: Session, progress: Progress) -> None:
     """Give every rank the gradients that it had.
 
     Raises:
-        CheckpointError: another number of ranks had them.
+        CheckpointError: another number of ranks had them, or whole ones are to go into sharded parameters.
     """
     assert session.resumed is not None
     ranks: list[Any] = session.resumed.get("ranks", [])
     if not any(rank["gradients"] for rank in ranks):
         return
+    if supports(session.assembly.strategy, SupportsShardedState):
+        raise CheckpointError(
+            f"this checkpoint was saved inside an accumulation window by {len(ranks)} processes, each with gradients "
+            f"of the whole model, which strategy {session.assembly.strategy_name!r} cannot spread. Resume with the "
+            "strategy that saved it, or from a checkpoint that was saved at the end of a window."
+        )
     if len(ranks) != session.world.world_size:
         raise CheckpointError(
             f"this checkpoint was saved inside an accumulation window by {len(ranks)} processes, which each hold their "
@@ -164,15 +170,17 @@ def restore_position(session: Session, metering: Metering, progress: Progress) -
 def restore_rng(session: Session) -> None:
     """Random states, last of all: nothing may draw between this and the first batch.
 
-    On more ranks than saved them the added ones keep what they have, as in a run that starts. Ranks that read the same
-    data (tensor parallel) go on with one state: dropout must agree on them.
+    On more ranks than saved them the added ones keep what they have, as in a run that starts. On another mesh, ranks
+    that read the same data (tensor parallel) go on with one state: dropout must agree on them.
     """
     exact, world = session.resumed, session.world
     session.resumed = None
     if exact is None or "ranks" not in exact:
         return
-    parts = _by_data_part(exact)
-    if world.data_parallel_rank < len(parts):
+    ranks, parts = exact["ranks"], _by_data_part(exact)
+    if (len(ranks), len(parts)) == (world.world_size, world.data_parallel_size):
+        restore_rng_state(ranks[world.rank]["rng"], world.device)
+    elif world.data_parallel_rank < len(parts):
         restore_rng_state(parts[world.data_parallel_rank]["rng"], world.device)
 
 

@@ -91,5 +91,6 @@ def _splitter(session: Session, settings: Settings) -> Splitter:
         seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
         enabled=settings.use_distributed_sampler,
         seeding=os.environ.get("PL_SEED_WORKERS", "0"),
+        shared=session.world.data_parts is not None,
         overfit=bool(settings.overfit_batches),
     )

@@ -23,12 +23,21 @@ class Splitter:
     """How loaders are split over ranks: what ``distribute_loader`` needs to know of a run."""
 
     def __init__(
-        self, *, rank: int, world_size: int, seed: int, enabled: bool, overfit: bool, seeding: str = "0"
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        seed: int,
+        enabled: bool,
+        overfit: bool,
+        seeding: str = "0",
+        shared: bool = False,
     ) -> None:
         self.world_size = world_size
         self._rank, self._seed, self._seeding = rank, seed, seeding
         self._may_split = enabled
-        self._enabled = enabled and world_size > 1
+        self._enabled = enabled and (world_size > 1 or shared)
+        self._shared = shared
         self._overfit = overfit
 
     def train(self, loader: object) -> object:
@@ -61,6 +70,7 @@ class Splitter:
                 shuffle=not self._overfit if training else None,
                 training=training,
                 seed=self._seed,
+                shared=self._shared,
             )
         return self._seeded(loader)
 
