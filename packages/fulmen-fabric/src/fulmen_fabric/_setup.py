@@ -28,6 +28,7 @@ from fulmen_protocols import (
     SupportsInputConversion,
     SupportsManualBackward,
     SupportsNoSync,
+    SupportsOptimizerPreparation,
     SupportsOutputConversion,
     SupportsPrecisionPlan,
     SupportsShardedState,
@@ -245,6 +246,9 @@ class Composer:
         prepared = list(optimizers)
         if placed is not None:
             prepared = list(strategy.prepare_optimizers(placed, optimizers))
+        if supports(self._precision, SupportsOptimizerPreparation):
+            for one in prepared:
+                self._precision.prepare_optimizer(one)
         sharded = strategy if supports(strategy, SupportsShardedState) and placed is not None else None
 
         def state(optimizer: Optimizer) -> Mapping[str, object]:

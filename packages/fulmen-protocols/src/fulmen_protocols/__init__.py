@@ -40,6 +40,7 @@ from fulmen_protocols.precision import (
     SupportsForwardContext,
     SupportsGradScaling,
     SupportsInputConversion,
+    SupportsOptimizerPreparation,
     SupportsOutputConversion,
 )
 from fulmen_protocols.profiler import Profiler, SupportsModuleRecording
@@ -150,6 +151,7 @@ __all__ = [
     "SupportsManualBackward",
     "SupportsModuleRecording",
     "SupportsNoSync",
+    "SupportsOptimizerPreparation",
     "SupportsOutputConversion",
     "SupportsPatientBarrier",
     "SupportsPrecisionPlan",
