@@ -188,3 +188,27 @@ def test_the_first_line_says_what_is_kept_and_computed_in_which_dtype(
         trainer(tmp_path, precision=precision)
 
     assert re.search(said, caplog.text)
+
+
+@has_torchao
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_float8_composes_with_fsdp(tmp_path: Path, weights: torch.dtype) -> None:
+    """One rank: what matters is that the layers compute in float8 while FSDP keeps and casts their shards."""
+
+    def run(strategy: str) -> tuple[Regression, Float8Precision]:
+        plugin = Float8Precision(weights, device="cpu", emulate=True, min_features=32)
+        return fitted(tmp_path / strategy, plugins=plugin, strategy=strategy, devices=1, max_epochs=5)[1], plugin
+
+    sharded, plugin = run("fsdp")
+    single, _ = run("single_device")
+
+    assert plugin.converted == ("body.0", "body.2")
+    assert sharded.losses[-1] < sharded.losses[0]
+    assert sharded.losses == pytest.approx(single.losses, rel=0.1)
+
+
+@has_bitsandbytes
+def test_packed_weights_are_not_sharded(tmp_path: Path) -> None:
+    plugin = BitsandbytesPrecision("nf4", dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match=r"mode='nf4'.*neither sharded nor cast.*strategy='ddp'"):
+        fitted(tmp_path, plugins=plugin, strategy="fsdp", devices=1)

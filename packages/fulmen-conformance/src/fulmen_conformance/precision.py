@@ -19,6 +19,7 @@ from fulmen_protocols import (
     SupportsForwardContext,
     SupportsGradScaling,
     SupportsInputConversion,
+    SupportsLayerReplacement,
     SupportsOptimizerPreparation,
     SupportsOutputConversion,
     missing_members,
@@ -35,6 +36,7 @@ _ABILITIES = (
     SupportsForwardContext,
     SupportsInputConversion,
     SupportsOutputConversion,
+    SupportsLayerReplacement,
     SupportsOptimizerPreparation,
     SupportsGradScaling,
 )

@@ -26,6 +26,7 @@ from fulmen_protocols import (
     SupportsGradClipping,
     SupportsGradScaling,
     SupportsInputConversion,
+    SupportsLayerReplacement,
     SupportsManualBackward,
     SupportsModuleCheck,
     SupportsNoSync,
@@ -88,6 +89,8 @@ class Composer:
             self._strategy.check_module(module)
         if not self._plan_is_applied:
             module = self._precision.convert_module(module)
+        elif supports(self._precision, SupportsLayerReplacement):
+            module = self._precision.replace_layers(module)
         placed = self._strategy.place(module) if move else self._place_in_position(module, kinds, device)
         called = placed
         if compiled is not module and recompile and hasattr(compiled, "dynamo_ctx"):

@@ -114,6 +114,17 @@ class BitsandbytesPrecision:
                 tensor.data = tensor.data.to(self.dtype)
         return replace(module, chosen, self._quantized)
 
+    def replace_layers(self, module: nn.Module) -> nn.Module:
+        """Refuse: called where a strategy shards the parameters, which packed weights do not allow.
+
+        Raises:
+            ValueError: always.
+        """
+        raise MisconfigurationException(
+            f"BitsandbytesPrecision(mode={self.mode!r}): the strategy shards or casts parameters by itself, and packed "
+            "weights are neither sharded nor cast. Use strategy='ddp' or one device, or another precision."
+        )
+
     def init_context(self) -> AbstractContextManager[object]:
         """Within the block, ``torch.nn.Linear`` makes quantized layers and new tensors have the dtype.
 

@@ -115,7 +115,17 @@ class Float8Precision:
         )
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Let large linear layers of ``module`` compute in float8, in place; cast the rest if weights are bfloat16.
+        """``replace_layers``, and parameters in bfloat16 if the weights are to be.
+
+        Raises:
+            BackendUnavailable: this GPU has no float8.
+            ValueError: no layer is fit for float8.
+        """
+        module = self.replace_layers(module)
+        return module.to(torch.bfloat16) if self.weights is torch.bfloat16 else module
+
+    def replace_layers(self, module: nn.Module) -> nn.Module:
+        """Let large linear layers of ``module`` compute in float8, in place, with the parameters they have.
 
         Raises:
             BackendUnavailable: this GPU has no float8.
@@ -136,8 +146,6 @@ class Float8Precision:
                 f"casts cost more than the product saves. Use {self._instead!r}, or "
                 f"Float8Precision(min_features={_TILE}) to insist."
             )
-        if self.weights is torch.bfloat16:
-            module = module.to(torch.bfloat16)
 
         def fits(_layer: nn.Module, name: str) -> bool:
             return name in chosen

@@ -71,7 +71,7 @@ class TransformerEnginePrecision:
             )
         self.weights_dtype = weights_dtype
         self.recipe = _recipe(recipe)
-        self.replace_layers = replace_layers
+        self._replaces = replace_layers
         self.fallback_compute_dtype = fallback_compute_dtype or weights_dtype
 
     def plan(self) -> PrecisionPlan:
@@ -85,13 +85,16 @@ class TransformerEnginePrecision:
         )
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Cast ``module`` and put Transformer Engine's layers in the place of torch's, with the same weights."""
+        """``replace_layers``, with parameters in the weights' dtype."""
+        return self.replace_layers(module.to(self.weights_dtype))
+
+    def replace_layers(self, module: nn.Module) -> nn.Module:
+        """Put Transformer Engine's layers in the place of torch's, with the same parameters."""
         layers = _layers()
         has_own = any(type(layer).__module__.startswith("transformer_engine.") for layer in module.modules())
-        module = module.to(self.weights_dtype)
-        if has_own and self.replace_layers:
+        if has_own and self._replaces:
             _log.warning("replace_layers=True, but the model has layers of Transformer Engine: nothing is replaced.")
-        if has_own or self.replace_layers is False:
+        if has_own or self._replaces is False:
             return module
         fitting = [(name, layer) for name, layer in linears(module) if _fits(layer)]
         for name, layer in linears(module):

@@ -40,6 +40,7 @@ from fulmen_protocols.precision import (
     SupportsForwardContext,
     SupportsGradScaling,
     SupportsInputConversion,
+    SupportsLayerReplacement,
     SupportsOptimizerPreparation,
     SupportsOutputConversion,
 )
@@ -151,6 +152,7 @@ __all__ = [
     "SupportsInferencePlacement",
     "SupportsInputConversion",
     "SupportsLaunch",
+    "SupportsLayerReplacement",
     "SupportsLoaderProcessing",
     "SupportsLogDir",
     "SupportsManualBackward",

@@ -18,6 +18,7 @@ __all__ = [
     "SupportsForwardContext",
     "SupportsGradScaling",
     "SupportsInputConversion",
+    "SupportsLayerReplacement",
     "SupportsOptimizerPreparation",
     "SupportsOutputConversion",
 ]
@@ -94,6 +95,18 @@ class SupportsOptimizerPreparation(Protocol):
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
         """Prepare ``optimizer`` in place, once, before its first step and before its state is loaded."""
+        ...
+
+
+@runtime_checkable
+class SupportsLayerReplacement(Protocol):
+    """A precision that puts layers of its own in the place of a module's (float8, quantized weights).
+
+    Called instead of ``convert_module`` where the strategy applies the plan and casts by itself.
+    """
+
+    def replace_layers(self, module: nn.Module) -> nn.Module:
+        """Return ``module`` with the layers replaced, in place where possible; no dtype of a parameter changes."""
         ...
 
 

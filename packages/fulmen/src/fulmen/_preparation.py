@@ -13,6 +13,7 @@ from fulmen_fabric import move_data_to_device
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
     SupportsInferencePlacement,
+    SupportsLayerReplacement,
     SupportsOptimizerPreparation,
     SupportsPatientBarrier,
     SupportsPrecisionPlan,
@@ -52,8 +53,11 @@ def configure_model(session: Session) -> None:
 
 def convert(session: Session) -> None:
     """Convert the module to its precision, before weights are loaded: a checkpoint may hold them packed."""
+    precision = session.assembly.precision
     if not supports(session.assembly.strategy, SupportsPrecisionPlan):
-        session.assembly.precision.convert_module(session.module)
+        precision.convert_module(session.module)
+    elif supports(precision, SupportsLayerReplacement):
+        precision.replace_layers(session.module)
 
 
 def place(session: Session, *, sync_batchnorm: bool) -> None:
