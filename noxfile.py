@@ -67,6 +67,14 @@ def export(session: nox.Session) -> None:
 
 
 @nox.session
+def quantized(session: nox.Session) -> None:
+    """Install torchao and bitsandbytes and test float8 and quantized precision on them, on the CPU."""
+    python = environment(session, "test", "quantized", at=".nox/quantized")
+    where = session.posargs or ["packages/fulmen-precision", "integration_tests/test_quantized_training.py"]
+    session.run(python, "-m", "pytest", "-m", "slow or not slow", *where, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
 def types(session: nox.Session) -> None:
     """Check the packages with mypy and pyright, both strict."""
     python = environment(session, "test", "types")

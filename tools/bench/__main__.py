@@ -14,6 +14,7 @@ NAMES = (
     "memory",
     "instructions",
     "gpu_overhead",
+    "float8",
     "async_save",
     "checkpoint",
 )

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fulmen_conformance import PrecisionConformance
-from fulmen_precision import DoublePrecision, FullPrecision, HalfPrecision, MixedPrecision
+from fulmen_precision import DoublePrecision, FullPrecision, HalfPrecision, MixedPrecision, StochasticHalfPrecision
 from fulmen_protocols import Precision
 
 
@@ -67,3 +67,9 @@ class TestScaledMixedPrecisionOnCuda(PrecisionConformance):
     @pytest.fixture
     def device(self) -> torch.device:
         return torch.device("cuda", 0)
+
+
+class TestStochasticHalfPrecision(PrecisionConformance):
+    @pytest.fixture
+    def precision(self) -> Precision:
+        return StochasticHalfPrecision()

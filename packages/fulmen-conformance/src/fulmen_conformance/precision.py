@@ -19,16 +19,27 @@ from fulmen_protocols import (
     SupportsForwardContext,
     SupportsGradScaling,
     SupportsInputConversion,
+    SupportsLayerReplacement,
+    SupportsOptimizerPreparation,
     SupportsOutputConversion,
     missing_members,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fulmen_protocols import PrecisionPlan
 
 __all__ = ["PrecisionConformance"]
 
-_ABILITIES = (SupportsForwardContext, SupportsInputConversion, SupportsOutputConversion, SupportsGradScaling)
+_ABILITIES = (
+    SupportsForwardContext,
+    SupportsInputConversion,
+    SupportsOutputConversion,
+    SupportsLayerReplacement,
+    SupportsOptimizerPreparation,
+    SupportsGradScaling,
+)
 
 
 class _Pair(NamedTuple):
@@ -66,7 +77,7 @@ class PrecisionConformance(Kit):
         """A plain dict of five entries. On failure look at ``plan()``: keys, strings in the place of dtypes."""
         plan = precision.plan()
 
-        assert set(plan) == {"parameter", "compute", "reduction", "output", "scaler"}
+        assert set(plan) - {"optimizer_state"} == {"parameter", "compute", "reduction", "output", "scaler"}
         for dtype in (plan["parameter"], plan["compute"], plan["reduction"], plan["output"]):
             assert isinstance(dtype, torch.dtype)
             assert dtype.is_floating_point
@@ -156,6 +167,30 @@ class PrecisionConformance(Kit):
 
         assert {p.grad.dtype for p in module.parameters() if p.grad is not None} == {precision.plan()["parameter"]}
         assert all(parameter.grad is not None for parameter in module.parameters())
+
+    def test_a_prepared_optimizer_keeps_its_state_in_the_plan_s_dtype(
+        self, precision: Precision, device: torch.device
+    ) -> None:
+        """Also after its state was saved and loaded. On failure look at ``prepare_optimizer`` and ``plan()``."""
+        need(precision, SupportsOptimizerPreparation)
+        assert isinstance(precision, SupportsOptimizerPreparation)
+        plan = precision.plan()
+        dtype = plan.get("optimizer_state", plan["parameter"])
+        states: list[Mapping[Tensor, Any]] = []
+        saved: dict[str, Any] = {}
+        for _ in range(2):
+            module = precision.convert_module(tiny_net(device=device))
+            optimizer = torch.optim.Adam(module.parameters())
+            precision.prepare_optimizer(optimizer)
+            if saved:
+                optimizer.load_state_dict(saved)
+            for parameter in module.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            saved = optimizer.state_dict()
+            states.append(optimizer.state)
+
+        assert {one["exp_avg"].dtype for state in states for one in state.values()} == {dtype}
 
     def test_only_floating_tensors_of_a_batch_are_cast(self, precision: Precision, device: torch.device) -> None:
         """Nested lists, tuples, dicts, named tuples. On failure look at ``convert_input``: leaves, container types."""

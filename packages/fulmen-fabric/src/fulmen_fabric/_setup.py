@@ -26,9 +26,11 @@ from fulmen_protocols import (
     SupportsGradClipping,
     SupportsGradScaling,
     SupportsInputConversion,
+    SupportsLayerReplacement,
     SupportsManualBackward,
     SupportsModuleCheck,
     SupportsNoSync,
+    SupportsOptimizerPreparation,
     SupportsOutputConversion,
     SupportsPrecisionPlan,
     SupportsShardedSave,
@@ -87,6 +89,8 @@ class Composer:
             self._strategy.check_module(module)
         if not self._plan_is_applied:
             module = self._precision.convert_module(module)
+        elif supports(self._precision, SupportsLayerReplacement):
+            module = self._precision.replace_layers(module)
         placed = self._strategy.place(module) if move else self._place_in_position(module, kinds, device)
         called = placed
         if compiled is not module and recompile and hasattr(compiled, "dynamo_ctx"):
@@ -253,6 +257,9 @@ class Composer:
         prepared = list(optimizers)
         if placed is not None:
             prepared = list(strategy.prepare_optimizers(placed, optimizers))
+        if supports(self._precision, SupportsOptimizerPreparation):
+            for one in prepared:
+                self._precision.prepare_optimizer(one)
         sharded = strategy if supports(strategy, SupportsShardedState) and placed is not None else None
 
         def state(optimizer: Optimizer) -> Mapping[str, object]:

@@ -40,6 +40,8 @@ from fulmen_protocols.precision import (
     SupportsForwardContext,
     SupportsGradScaling,
     SupportsInputConversion,
+    SupportsLayerReplacement,
+    SupportsOptimizerPreparation,
     SupportsOutputConversion,
 )
 from fulmen_protocols.profiler import Profiler, SupportsModuleRecording
@@ -151,12 +153,14 @@ __all__ = [
     "SupportsInferencePlacement",
     "SupportsInputConversion",
     "SupportsLaunch",
+    "SupportsLayerReplacement",
     "SupportsLoaderProcessing",
     "SupportsLogDir",
     "SupportsManualBackward",
     "SupportsModuleCheck",
     "SupportsModuleRecording",
     "SupportsNoSync",
+    "SupportsOptimizerPreparation",
     "SupportsOutputConversion",
     "SupportsPatientBarrier",
     "SupportsPrecisionCheck",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NotRequired, Protocol, TypedDict, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,6 +18,8 @@ __all__ = [
     "SupportsForwardContext",
     "SupportsGradScaling",
     "SupportsInputConversion",
+    "SupportsLayerReplacement",
+    "SupportsOptimizerPreparation",
     "SupportsOutputConversion",
 ]
 
@@ -26,7 +28,7 @@ class PrecisionPlan(TypedDict):
     """The value type at which strategy and precision meet: a plain dict, so that vendors need no import of ours."""
 
     parameter: torch.dtype
-    """dtype in which parameters (and so optimizer state) are stored."""
+    """dtype in which parameters are stored; optimizer state too, unless ``optimizer_state`` says otherwise."""
     compute: torch.dtype
     """dtype in which matrix products run."""
     reduction: torch.dtype
@@ -35,6 +37,8 @@ class PrecisionPlan(TypedDict):
     """dtype of what ``forward`` hands back."""
     scaler: Literal["none", "dynamic"]
     """Whether losses must be scaled because gradients could underflow in ``compute``."""
+    optimizer_state: NotRequired[torch.dtype]
+    """dtype of the optimizers' state where it is not that of the parameters."""
 
 
 @runtime_checkable
@@ -82,6 +86,27 @@ class SupportsOutputConversion(Protocol):
 
     def convert_output(self, data: object) -> object:
         """``data`` with floating tensors cast to the plan's output dtype."""
+        ...
+
+
+@runtime_checkable
+class SupportsOptimizerPreparation(Protocol):
+    """A precision with a part in every optimizer's step (rounding, wider state)."""
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> None:
+        """Prepare ``optimizer`` in place, once, before its first step and before its state is loaded."""
+        ...
+
+
+@runtime_checkable
+class SupportsLayerReplacement(Protocol):
+    """A precision that puts layers of its own in the place of a module's (float8, quantized weights).
+
+    Called instead of ``convert_module`` where the strategy applies the plan and casts by itself.
+    """
+
+    def replace_layers(self, module: nn.Module) -> nn.Module:
+        """Return ``module`` with the layers replaced, in place where possible; no dtype of a parameter changes."""
         ...
 
 

@@ -8,6 +8,7 @@ from fulmen_protocols import ACCELERATORS, FulmenError, available, load
 
 if TYPE_CHECKING:
     from fulmen_fabric import Assembly
+    from fulmen_protocols import PrecisionPlan
 
 __all__ = ["first_line"]
 
@@ -18,8 +19,26 @@ def first_line(assembly: Assembly) -> str:
     return " ".join(
         (
             f"running on {len(assembly.devices)} x {assembly.accelerator_name} with {assembly.strategy_name}, "
-            f"{assembly.precision_name}; usable beside the CPU: {', '.join(others) or 'nothing'}.",
+            f"{assembly.precision_name} ({_dtypes(assembly.precision.plan())}); usable beside the CPU: "
+            f"{', '.join(others) or 'nothing'}.",
             *assembly.chosen,
+        )
+    )
+
+
+def _dtypes(plan: PrecisionPlan) -> str:
+    """What is kept, computed and summed in which dtype, in words."""
+    name = {key: str(value).removeprefix("torch.") for key, value in plan.items()}
+    state = name.get("optimizer_state", name["parameter"])
+    if {state, name["compute"], name["reduction"]} == {name["parameter"]}:
+        return f"{state} throughout"
+    return ", ".join(
+        (
+            f"parameters {name['parameter']}",
+            f"optimizer state {state}",
+            f"products {name['compute']}",
+            f"gradients summed in {name['reduction']}",
+            *(["losses scaled"] if plan["scaler"] == "dynamic" else []),
         )
     )
 

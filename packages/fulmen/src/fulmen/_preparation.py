@@ -13,6 +13,8 @@ from fulmen_fabric import move_data_to_device
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
     SupportsInferencePlacement,
+    SupportsLayerReplacement,
+    SupportsOptimizerPreparation,
     SupportsPatientBarrier,
     SupportsPrecisionPlan,
     SupportsShardedState,
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from fulmen._session import Session
 
-__all__ = ["configure_model", "give_back", "make_optimizers", "place", "prepare_data"]
+__all__ = ["configure_model", "convert", "give_back", "make_optimizers", "place", "prepare_data"]
 
 
 def prepare_data(session: Session) -> None:
@@ -49,14 +51,21 @@ def configure_model(session: Session) -> None:
         session.scoped("configure_model", session.module.configure_model)()
 
 
+def convert(session: Session) -> None:
+    """Convert the module to its precision, before weights are loaded: a checkpoint may hold them packed."""
+    precision = session.assembly.precision
+    if not supports(session.assembly.strategy, SupportsPrecisionPlan):
+        precision.convert_module(session.module)
+    elif supports(precision, SupportsLayerReplacement):
+        precision.replace_layers(session.module)
+
+
 def place(session: Session, *, sync_batchnorm: bool) -> None:
-    """Convert the module to its precision and let the strategy place it: ``session.placed``."""
+    """Let the strategy place the module: ``session.placed``."""
     strategy, module = session.assembly.strategy, session.module
     fits = session.fn is TrainerFn.FITTING
     if sync_batchnorm and session.world.world_size > 1 and fits:
         session.batch_norms = synchronise_batch_norms(module)
-    if not supports(strategy, SupportsPrecisionPlan):
-        session.assembly.precision.convert_module(module)
     if not fits and supports(strategy, SupportsInferencePlacement):
         session.placed = strategy.place_for_inference(module)
     else:
@@ -127,3 +136,7 @@ def make_optimizers(session: Session, *, steps_own_schedulers: bool) -> None:
     )
     assert session.placed is not None
     session.optimizers = list(session.assembly.strategy.prepare_optimizers(session.placed, optimizers))
+    precision = session.assembly.precision
+    if supports(precision, SupportsOptimizerPreparation):
+        for optimizer in session.optimizers:
+            precision.prepare_optimizer(optimizer)

@@ -6,18 +6,30 @@ from fulmen_checkpoint import (
     ShardedCheckpointIO,
     TorchCheckpointIO,
 )
-from fulmen_precision import DoublePrecision, HalfPrecision, MixedPrecision
+from fulmen_precision import (
+    BitsandbytesPrecision,
+    DoublePrecision,
+    Float8Precision,
+    HalfPrecision,
+    MixedPrecision,
+    StochasticHalfPrecision,
+    TransformerEnginePrecision,
+)
 from fulmen_strategies import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 __all__ = [
     "AsyncCheckpointIO",
+    "BitsandbytesPrecision",
     "DoublePrecision",
+    "Float8Precision",
     "HalfPrecision",
     "LightningEnvironment",
     "MixedPrecision",
     "SLURMEnvironment",
     "SafetensorsCheckpointIO",
     "ShardedCheckpointIO",
+    "StochasticHalfPrecision",
     "TorchCheckpointIO",
     "TorchElasticEnvironment",
+    "TransformerEnginePrecision",
 ]

@@ -418,6 +418,7 @@ class Trainer(TrainerActions):
         self.strategy.barrier("setup")
 
         _preparation.configure_model(session)
+        _preparation.convert(session)
         _callbacks.tell_configured(self.callbacks, self, module)
         checkpoint = None
         if self.world.world_size > 1:  # each rank has looked for "last" by itself
