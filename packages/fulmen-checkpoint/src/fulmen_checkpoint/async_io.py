@@ -241,17 +241,9 @@ def _name(target: str) -> str:
 def _write_by_process(process: WriterProcess, snapshot: Snapshot, request: Request) -> None:
     snapshot.wait()
     assert snapshot.buffer.handle is not None
-    outcome = process.write(request, snapshot.buffer.handle)
-    if outcome.is_storage:
-        raise CheckpointError(
-            f"the checkpoint {request.target!r} cannot be written: {outcome.error}. "
-            "What the path held before is untouched; check free space, permissions and the connection."
-        )
-    if outcome.error:
-        raise CheckpointError(
-            f"the checkpoint {request.target!r} was not written: {outcome.error}. "
-            "What the path held before is untouched."
-        )
+    error = process.write(request, snapshot.buffer.handle).error
+    if error is not None:
+        raise error
 
 
 def _write_by_thread(
