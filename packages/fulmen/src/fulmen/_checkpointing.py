@@ -77,7 +77,12 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
         "state_dict": canonical(
             module.state_dict() if sharded is None else dict(sharded.module_state(placed, full=full))
         ),
-        "loops": lightning_loops(progress, loader_states(session, progress)),
+        "loops": lightning_loops(
+            progress,
+            loader_states(session, progress),
+            automatic=module.automatic_optimization,
+            validating=trainer.validating,
+        ),
     }
     if not weights_only:
         checkpoint["callbacks"] = callbacks = {}
