@@ -42,7 +42,8 @@ class Training:
 
     def __init__(self, configuration: str, folder: Path) -> None:
         self.folder = folder
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         self.output = open(folder / "output.txt", "ab")  # noqa: SIM115  # closed in wait() or kill()
         self.began_before = self._began()
         self.process = subprocess.Popen(
