@@ -143,4 +143,4 @@ def _operations(kind: str, path: str, options: dict[str, Any]) -> int:
     return (1 << 40) - storage.countdown
 
 
-FAULTS = Drill(_faults, lambda count: evenly(list(SETTINGS), count), piece=8, short=36, full=200)
+FAULTS = Drill(_faults, lambda count: evenly(list(SETTINGS), count), piece=8, short=27, full=200)

@@ -207,7 +207,7 @@ def _save_asynchronously(path: str, options: dict[str, Any], number: int) -> NoR
         _say("done", number)
 
 
-KILLS = Drill(_kills, _shares, piece=25, short=16, full=500)
+KILLS = Drill(_kills, _shares, piece=25, short=8, full=500)
 
 if __name__ == "__main__":
     _serve(sys.argv[1], int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]))

@@ -200,7 +200,7 @@ def _warm_up(source: Path, target: Path) -> None:
 
 
 FLIPS = Drill(_flips, lambda count: dict.fromkeys(FORMATS, count), piece=250, short=100, full=1_000)
-MUTATED = Drill(_mutated, lambda count: evenly([*FORMATS, *FOREIGN], count), piece=500, short=300, full=10_000)
+MUTATED = Drill(_mutated, lambda count: evenly([*FORMATS, *FOREIGN], count), piece=500, short=120, full=10_000)
 
 if __name__ == "__main__":
     _child(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
