@@ -13,7 +13,7 @@ import fulmen
 from fulmen.callbacks import Callback
 from fulmen.plugins import MixedPrecision
 from fulmen.profilers import SimpleProfiler
-from fulmen_protocols import CheckpointError
+from fulmen_protocols import CheckpointError, CheckpointUnsafe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -220,3 +220,43 @@ def test_a_save_is_profiled_under_its_name(tmp_path: Path) -> None:
     run.fit(model(), datamodule=data())
     run.save_checkpoint(tmp_path / "a.ckpt")
     assert len(profiler.recorded_durations["save_checkpoint"]) == 1
+
+
+class Thing:
+    """A class that a checkpoint may hold only if its loader says so."""
+
+
+@pytest.mark.proves("5.15")
+@pytest.mark.parametrize("call", ["fit", "validate", "test", "predict", "load_from_checkpoint", "load", "load_raw"])
+def test_every_way_to_load_takes_weights_only_and_runs_no_code_without_it(call: str, tmp_path: Path) -> None:
+    model, data, keeps = OURS
+
+    class Whole(model):  # type: ignore[misc, valid-type]
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            return None
+
+        test_step = predict_step = validation_step
+
+    first = trainer(fulmen, keeps(), 1)
+    first.fit(Whole(), data().train_dataloader())
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    torch.save({**content, "thing": Thing(), "model": nn.Linear(2, 2).state_dict()}, tmp_path / "thing.ckpt")
+    torch.save({"weight": nn.Parameter(torch.ones(2, 2)), "bias": torch.ones(2), "x": Thing()}, tmp_path / "raw.ckpt")
+
+    def run(**options: Any) -> object:
+        if call == "load_from_checkpoint":
+            return Whole.load_from_checkpoint(tmp_path / "thing.ckpt", **options)
+        if call in ("load", "load_raw"):
+            fabric = fulmen.Fabric(accelerator="cpu", devices=1)
+            linear = nn.Linear(2, 2)
+            if call == "load":
+                return fabric.load(tmp_path / "thing.ckpt", {"model": linear}, **options)
+            return fabric.load_raw(tmp_path / "raw.ckpt", linear, strict=False, **options)
+        again = trainer(fulmen, keeps(), 2)
+        return getattr(again, call)(Whole(), data().train_dataloader(), ckpt_path=tmp_path / "thing.ckpt", **options)
+
+    for options in ({}, {"weights_only": None}, {"weights_only": True}):
+        with pytest.raises(CheckpointUnsafe, match=r"Thing.*pass weights_only=False"):
+            run(**options)
+    run(weights_only=False)
