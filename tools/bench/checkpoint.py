@@ -2,10 +2,10 @@
 
 Contestants take turns in one process, in a new order each round. Two ratios are printed: of the fastest rounds, which a
 neighbour's burst on the disk does not move, and of the medians of ``--rounds``. Beside the disk a folder in memory is
-measured, where that is to be had: there an fsync costs nothing, and the code's own cost is seen. Every save ends with
-an fsync. Every load ends with the values in a model: they are copied into tensors that are there already, so that a
-mapped file is really read. Peak memory is measured for each contestant in a process of its own, over what the process
-held before.
+measured, where that is to be had: there an fsync costs nothing, and the code's own cost is seen. "Processor" is the
+least time on all cores together, which hardly depends on what else the machine does. Every save ends with an fsync.
+Every load ends with the values in a model: they are copied into tensors that are there already, so that a mapped file
+is really read. Peak memory is measured for each contestant in a process of its own, over what the process held before.
 """
 
 from __future__ import annotations
@@ -102,15 +102,15 @@ def folders() -> list[Path]:
     return [Path(tempfile.gettempdir()), *([memory] if memory.is_dir() and os.access(memory, os.W_OK) else [])]
 
 
-def timed(act: Callable[[], object]) -> float:
-    """Seconds of wall time."""
-    started = time.perf_counter()
+def timed(act: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of wall time, and of this process on all cores."""
+    started = time.perf_counter(), time.process_time()
     act()
-    return time.perf_counter() - started
+    return time.perf_counter() - started[0], time.process_time() - started[1]
 
 
-def measure(folder: Path, megabytes: int, rounds: int, only: str) -> dict[str, list[float]]:
-    """Seconds of each contestant, by round."""
+def measure(folder: Path, megabytes: int, rounds: int, only: str) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of each contestant, by round: of wall time and of the processor."""
     state = model(megabytes)
     into = {name: torch.empty_like(tensor) for name, tensor in state.items()}
     torch_file = folder / "load.ckpt"
@@ -131,7 +131,7 @@ def measure(folder: Path, megabytes: int, rounds: int, only: str) -> dict[str, l
     acts = {name: act for name, act in acts.items() if name in BASELINES or re.search(only, name)}
     for act in acts.values():
         act()
-    taken: dict[str, list[float]] = {name: [] for name in acts}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in acts}
     rng = random.Random(0)
     for _ in range(rounds):
         order = list(acts)
@@ -187,16 +187,17 @@ def main() -> int:
         with tempfile.TemporaryDirectory(dir=place) as folder:
             taken = measure(Path(folder), arguments.megabytes, arguments.rounds, arguments.only)
         for name, values in taken.items():
-            base = taken[BASELINES["load" in name]]
-            best, middle = min(values) / min(base), median(values) / median(base)
-            shown = [f"{best:.2f}", f"{middle:.2f}"]
+            wall, cpu = zip(*values, strict=True)
+            base_wall, base_cpu = zip(*taken[BASELINES["load" in name]], strict=True)
+            best = min(wall) / min(base_wall)
+            shown = [f"{best:.2f}", f"{median(wall) / median(base_wall):.2f}", f"{min(cpu) / min(base_cpu):.2f}"]
             if name in BASELINES:
-                shown = [f"{min(values) * 1e3:.0f} ms", f"{median(values) * 1e3:.0f} ms"]
+                shown = [f"{seconds * 1e3:.0f} ms" for seconds in (min(wall), median(wall), min(cpu))]
             goal = GOALS.get(name)
             rows.append([str(place), name, *shown, "" if goal is None else f"{goal}"])
             if goal is not None and best > goal:
                 missed.append(f"{name}, in {place}: {best:.2f} instead of {goal}")
-    print_table(["folder", "contestant", "fastest", "median", "goal"], rows, markdown=arguments.markdown)
+    print_table(["folder", "contestant", "fastest", "median", "processor", "goal"], rows, markdown=arguments.markdown)
     if os.access("/proc/self/clear_refs", os.W_OK) and not arguments.no_memory:
         names = [name for name in savers() if name in BASELINES or re.search(arguments.only, name)]
         peaks = [[name, f"{peak_of(name, arguments.megabytes):+.0f}"] for name in names]
