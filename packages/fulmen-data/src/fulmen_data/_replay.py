@@ -132,7 +132,7 @@ def resumed_iterator(
     elif skip and type(sampler) is BatchSampler:
         # A million batches one by one take a second; their samples at once do not.
         shorter = copy.copy(sampler)
-        shorter.sampler = _Skipping(sampler.sampler, skip * sampler.batch_size)
+        shorter.sampler = cast("Iterable[int]", _Skipping(sampler.sampler, skip * sampler.batch_size))
         sampler, skip = shorter, 0
     replayed = _Replayed(sampler)
     object.__setattr__(clone, name, replayed)
