@@ -83,7 +83,7 @@ class _Skipping(Sampler[object]):
 
 def _rest_of_permutations(sampler: RandomSampler, count: int) -> Iterator[int]:
     """What ``RandomSampler`` gives after its first ``count`` indices, with the draws that it makes for them."""
-    generator = sampler.generator
+    generator = cast("torch.Generator | None", sampler.generator)
     if generator is None:
         generator = torch.Generator()
         generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))

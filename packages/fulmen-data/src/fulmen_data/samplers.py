@@ -282,8 +282,8 @@ class IndexBatchSamplerWrapper(Sampler[list[int]]):
 
 def indices_of(order: torch.Tensor) -> Iterator[int]:
     """The numbers of a one-dimensional tensor, of which few at a time become Python objects of 32 bytes."""
-    for piece in order.split(_PIECE):
-        yield from cast("list[int]", piece.tolist())
+    for start in range(0, len(order), _PIECE):
+        yield from cast("list[int]", order[start : start + _PIECE].tolist())
 
 
 def _ranks(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
