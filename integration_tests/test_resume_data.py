@@ -374,3 +374,26 @@ def test_a_checkpoint_of_lightning_inside_an_epoch_says_that_the_data_begin_agai
     with pytest.warns(PossibleUserWarning, match=r"goes on at batch 3 with data read from their beginning"):
         resumed = fit(DataLoader(Samples(), 4), resume=tmp_path / "foreign.ckpt", epochs=1)
     assert len(resumed.seen) == 3, "the epoch is shorter, as Lightning's is"
+
+
+@pytest.mark.proves("5.38")
+@pytest.mark.parametrize("foreign", [False, True], ids=["ours", "lightning's"])
+def test_another_number_of_loaders_with_a_state_is_a_runtime_error_with_both_numbers(
+    foreign: bool, tmp_path: Path
+) -> None:
+    def loaders(names: str) -> dict[str, Any]:
+        return {name: OwnState(6, 100 * place) for place, name in enumerate(names)}
+
+    saves = Saves(tmp_path)
+    fit(loaders("ab"), [saves], epochs=1)
+    found = torch.load(saves.saved[2], weights_only=True)
+    if foreign:
+        del found["fulmen"]
+    torch.save(found, tmp_path / "two.ckpt")
+    told = (
+        r"the states of 2 training loaders, and 3 of those now have load_state_dict\. Pass the loaders that were saved"
+        if foreign
+        else r"a CombinedLoader of 2 loaders with mode='max_size_cycle'; this one has 3 .*Combine the same loaders"
+    )
+    with pytest.raises(RuntimeError, match=told):
+        fit(loaders("abc"), resume=tmp_path / "two.ckpt", epochs=1)

@@ -14,10 +14,11 @@ from typing import IO, Any
 from fulmen_checkpoint import FsspecStorage, TorchCheckpointIO
 from fulmen_protocols import CheckpointError
 from tools.drills.checkpoints import FORMATS, checkpoint
+from tools.drills.drill import Attempts, Drill, evenly
 from tools.drills.s3 import new_bucket, server
 from tools.drills.table import Row
 
-FAULTS = [
+ERRORS = [
     OSError(errno.ENOSPC, "No space left on device"),
     OSError(errno.EIO, "Input/output error"),
     PermissionError(errno.EACCES, "Permission denied"),
@@ -74,22 +75,27 @@ class _Stream:
         return self._stream.write(data)
 
 
-def faults(count: int) -> list[Row]:
-    """``count`` faults, shared out among formats and places."""
-    rows = []
-    rng = random.Random(0)
+PLACES = ("local", "memory", "S3")
+SETTINGS = {f"{kind}, {place}": (kind, place) for place in PLACES for kind in FORMATS}
+
+
+@contextmanager
+def _faults() -> Iterator[Attempts]:
+    """Saves over a good checkpoint, of every format at every place, each with one fault."""
     with server() as s3, tempfile.TemporaryDirectory() as temporary:
         places: dict[str, tuple[str, dict[str, Any]]] = {
             "local": (temporary, {}),
             "memory": (f"memory://{uuid.uuid4().hex}", {}),
             "S3": (new_bucket(s3), s3),
         }
-        settings = [(kind, place) for place in places for kind in FORMATS]
-        for index, (kind, place) in enumerate(settings):
-            share = count // len(settings) + (index < count % len(settings))
+
+        def attempts(setting: str, first: int, count: int) -> Row:
+            kind, place = SETTINGS[setting]
             folder, options = places[place]
-            rows.append(_break(f"{kind}, {place}", kind, f"{folder}/{index}.ckpt", options, share, rng))
-    return rows
+            path = f"{folder}/{list(FORMATS).index(kind)}.ckpt"
+            return _break(setting, kind, path, options, count, random.Random(f"{setting} {first}"))
+
+        yield attempts
 
 
 def _break(setting: str, kind: str, path: str, options: dict[str, Any], count: int, rng: random.Random) -> Row:
@@ -99,7 +105,7 @@ def _break(setting: str, kind: str, path: str, options: dict[str, Any], count: i
     wrong = tried = 0
     operations = _operations(kind, path, options)
     while tried < count:
-        storage = Faulty(options, rng.choice(FAULTS), rng.randrange(1, operations + 1))
+        storage = Faulty(options, rng.choice(ERRORS), rng.randrange(1, operations + 1))
         problem, error = "", None
         try:
             FORMATS[kind](storage).save_checkpoint(checkpoint(2), path)
@@ -135,3 +141,6 @@ def _operations(kind: str, path: str, options: dict[str, Any]) -> int:
     storage = Faulty(options, RuntimeError(), 1 << 40)
     FORMATS[kind](storage).save_checkpoint(checkpoint(1), path)
     return (1 << 40) - storage.countdown
+
+
+FAULTS = Drill(_faults, lambda count: evenly(list(SETTINGS), count), piece=8, short=27, full=200)

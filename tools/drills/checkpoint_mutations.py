@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,26 @@ import torch
 from fulmen_checkpoint import TorchCheckpointIO
 from fulmen_protocols import CheckpointError
 from tools.drills.checkpoints import FORMATS, checkpoint, copied, files_of, same
+from tools.drills.drill import Attempts, Drill, evenly
 from tools.drills.table import Row
 
 WATCHED = ("pickle.find_class", "exec", "compile", "import", "os.system", "os.exec", "os.posix_spawn", "os.fork",
            "os.remove", "os.rename", "subprocess.Popen", "socket.connect", "ctypes.dlopen")  # fmt: skip
 
 
-def flips(count: int) -> list[Row]:
+@contextmanager
+def _flips() -> Iterator[Attempts]:
     """Change one byte, at a random place of a random file of the checkpoint, and verify."""
-    rows = []
-    rng = random.Random(0)
     with tempfile.TemporaryDirectory() as temporary:
-        for name, make in FORMATS.items():
-            whole = Path(temporary, name.replace(" ", "-"))
-            make().save_checkpoint(checkpoint(), whole)
+
+        def attempts(setting: str, first: int, count: int) -> Row:
+            whole = Path(temporary, setting.replace(" ", "-"))
+            if not whole.exists():
+                FORMATS[setting]().save_checkpoint(checkpoint(), whole)
             files = [(file, file.read_bytes()) for file in files_of(whole)]
             missed = 0
-            for _ in range(count):
+            for index in range(first, first + count):
+                rng = random.Random(f"{setting} {index}")
                 file, data = rng.choices(files, weights=[len(data) for _, data in files])[0]
                 place = rng.randrange(len(data))
                 file.write_bytes(data[:place] + bytes([data[place] ^ rng.randrange(1, 256)]) + data[place + 1 :])
@@ -50,19 +54,21 @@ def flips(count: int) -> list[Row]:
                     pass
                 file.write_bytes(data)
             TorchCheckpointIO().verify_checkpoint(whole)
-            rows.append(Row("flips", name, count, missed, {"found": count - missed}))
-    return rows
+            return Row("flips", setting, count, missed, {"found": count - missed})
+
+        yield attempts
 
 
-def mutated(count: int) -> list[Row]:
-    """``count`` mutations in all, shared out among the formats and files of others."""
-    rows = []
+@contextmanager
+def _mutated() -> Iterator[Attempts]:
+    """Mutations of files of every format, of ours and of others."""
     with tempfile.TemporaryDirectory() as temporary:
         sources = _sources(Path(temporary))
-        for index, (name, source) in enumerate(sources.items()):
-            share = count // len(sources) + (index < count % len(sources))
-            rows.append(_mutate_in_children(name, source, share, seed=index))
-    return rows
+        yield lambda setting, first, count: _mutate_in_children(setting, sources[setting], first, count)
+
+
+# Files that we read but did not write carry no digest, or one of their records only.
+FOREIGN = ["file without a digest", "file of torch's old format", "folder of torch.distributed.checkpoint"]
 
 
 def _sources(folder: Path) -> dict[str, Path]:
@@ -70,27 +76,26 @@ def _sources(folder: Path) -> dict[str, Path]:
     for name, make in FORMATS.items():
         made[name] = folder / name.replace(" ", "-")
         make().save_checkpoint(checkpoint(), made[name])
-    made["file without a digest"] = folder / "plain"
-    torch.save(checkpoint(), made["file without a digest"])
-    made["file of torch's old format"] = folder / "legacy"
-    torch.save(checkpoint(), made["file of torch's old format"], _use_new_zipfile_serialization=False)
-    made["folder of torch.distributed.checkpoint"] = folder / "dcp"
+    plain, legacy, distributed = (made.setdefault(name, folder / f"foreign-{i}") for i, name in enumerate(FOREIGN))
+    torch.save(checkpoint(), plain)
+    torch.save(checkpoint(), legacy, _use_new_zipfile_serialization=False)
     import torch.distributed.checkpoint as dcp
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group
-        dcp.save({"model": checkpoint()["state_dict"]}, checkpoint_id=folder / "dcp")
+        dcp.save({"model": checkpoint()["state_dict"]}, checkpoint_id=distributed)
     return made
 
 
-def _mutate_in_children(name: str, source: Path, count: int, seed: int) -> Row:
+def _mutate_in_children(name: str, source: Path, first: int, count: int) -> Row:
     """Children load one mutation after another; one that dies has met a wrong one, and another goes on behind it."""
+    done, end = first, first + count
     notes = {"refused": 0, "loaded as saved": 0, "loaded otherwise, with a warning that nothing is checked": 0}
-    crashed = other = events = done = 0
-    while done < count:
+    crashed = other = events = 0
+    while done < end:
         child = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", "tools.drills.checkpoint_mutations", str(source), str(done),
-             str(count), str(seed)],
+             str(end), name],
             capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
@@ -104,7 +109,7 @@ def _mutate_in_children(name: str, source: Path, count: int, seed: int) -> Row:
             if line["outcome"] not in ("refused", "same", "warned") or line["events"]:
                 print(f"{name}: {line}", file=sys.stderr)
         done += len(lines)
-        if done < count:
+        if done < end:
             print(
                 f"{name}: mutation {done} ended the interpreter ({child.returncode}): {child.stderr[-500:]}",
                 file=sys.stderr,
@@ -144,8 +149,8 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
     return bytes(byte ^ (1 << rng.randrange(8)) if rng.random() < 0.002 else byte for byte in data)
 
 
-def _child(source: Path, first: int, count: int, seed: int) -> None:
-    """Load mutations ``first`` to ``count`` and print what each did."""
+def _child(source: Path, first: int, end: int, seed: str) -> None:
+    """Load the mutations from ``first`` on, up to ``end``, and print what each did."""
     expected = TorchCheckpointIO().load_checkpoint(source)
     seen: list[str] = []
     watching = False
@@ -159,7 +164,7 @@ def _child(source: Path, first: int, count: int, seed: int) -> None:
         target = Path(temporary, "checkpoint")
         _warm_up(source, target)
         sys.addaudithook(hook)
-        for index in range(first, count):
+        for index in range(first, end):
             rng = random.Random(f"{seed} {index}")
             copy = copied(source, target)
             file = rng.choice(files_of(copy))
@@ -194,5 +199,8 @@ def _warm_up(source: Path, target: Path) -> None:
             TorchCheckpointIO().load_checkpoint(copy)
 
 
+FLIPS = Drill(_flips, lambda count: dict.fromkeys(FORMATS, count), piece=250, short=100, full=1_000)
+MUTATED = Drill(_mutated, lambda count: evenly([*FORMATS, *FOREIGN], count), piece=500, short=120, full=10_000)
+
 if __name__ == "__main__":
-    _child(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    _child(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -11,15 +11,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
-from tools.drills.table import Row, table
+from tools.drills.drill import Attempts, Drill, evenly
+from tools.drills.table import Row
 from tools.drills.train_run import CONFIGURATIONS
 from tools.workspace import ROOT
-
-__all__ = ["main", "rows"]
 
 MOST_KILLS = 3
 TIMEOUT_S = 300.0
@@ -41,7 +42,8 @@ class Training:
 
     def __init__(self, configuration: str, folder: Path) -> None:
         self.folder = folder
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         self.output = open(folder / "output.txt", "ab")  # noqa: SIM115  # closed in wait() or kill()
         self.began_before = self._began()
         self.process = subprocess.Popen(
@@ -103,58 +105,64 @@ def trained(configuration: str, folder: Path, chance: random.Random, span_s: flo
     return Outcome(json.loads((folder / "done.json").read_text())["digest"], done, early)
 
 
-def rows(count: int) -> list[Row]:
-    """Spread ``count`` trainings over the configurations; a row of each."""
-    seed = int(os.environ.get("DRILL_SEED", str(time.time_ns() % 2**32)))
-    print(f"DRILL_SEED={seed}", file=sys.stderr, flush=True)
+class _Trainings:
+    """Unbroken trainings, one a configuration, and broken ones to compare with them."""
+
+    def __init__(self, home: Path) -> None:
+        self.seed = int(os.environ.get("DRILL_SEED", str(time.time_ns() % 2**32)))
+        print(f"DRILL_SEED={self.seed}", file=sys.stderr, flush=True)
+        self.home = home
+        self.wrong = False
+        self._expected: dict[str, tuple[str, float]] = {}
+        self._alone = {name: Lock() for name in CONFIGURATIONS}
+
+    def attempts(self, name: str, first: int, count: int) -> Row:
+        """Break ``count`` trainings of a configuration."""
+        expected, span_s = self._unbroken(name)
+        notes = {"equal": 0, "kills": 0, "kills before the first batch": 0}
+        for index in range(first, first + count):
+            chance = random.Random(f"{self.seed} {name} {index}")
+            folder = self._folder(name, f"{index}")
+            outcome = trained(name, folder, chance, span_s, chance.randint(1, MOST_KILLS))
+            if outcome.digest == expected:
+                shutil.rmtree(folder)
+            else:
+                self.wrong = True
+                print(f"{name}: run {index} differs, see {folder}\n{outcome.error}", file=sys.stderr, flush=True)
+            notes["equal"] += outcome.digest == expected
+            notes["kills"] += outcome.kills
+            notes["kills before the first batch"] += outcome.before_batches
+        return Row("train", name, count, count - notes["equal"], notes)
+
+    def _folder(self, name: str, run: str) -> Path:
+        folder = self.home / f"{list(CONFIGURATIONS).index(name)}-{run}"
+        folder.mkdir()
+        return folder
+
+    def _unbroken(self, name: str) -> tuple[str, float]:
+        """Digest at the end, and seconds of batches."""
+        with self._alone[name]:
+            if name not in self._expected:
+                folder = self._folder(name, "unbroken")
+                training = Training(name, folder)
+                training.wait_for_batches()
+                began = time.monotonic()
+                training.wait(TIMEOUT_S)
+                span_s = time.monotonic() - began
+                outcome = trained(name, folder, random.Random(0), 0.0, 0)
+                if outcome.error or not outcome.digest:
+                    raise SystemExit(f"{name}: the unbroken training failed\n{outcome.error}")
+                self._expected[name] = outcome.digest, span_s
+            return self._expected[name]
+
+
+@contextmanager
+def _trainings() -> Iterator[Attempts]:
     home = Path(tempfile.mkdtemp(prefix="drill-train-"))
-    names = list(CONFIGURATIONS)
-
-    def unbroken(name: str) -> tuple[Outcome, float]:
-        folder = home / f"unbroken-{names.index(name)}"
-        folder.mkdir()
-        training = Training(name, folder)
-        training.wait_for_batches()
-        began = time.monotonic()
-        training.wait(TIMEOUT_S)
-        return trained(name, folder, random.Random(0), 0.0, 0), time.monotonic() - began
-
-    def broken(index: int) -> tuple[str, Outcome]:
-        name = names[index % len(names)]
-        chance = random.Random(f"{seed} {index}")
-        folder = home / f"run-{index}"
-        folder.mkdir()
-        outcome = trained(name, folder, chance, expected[name][1], chance.randint(1, MOST_KILLS))
-        if outcome.digest == expected[name][0].digest:
-            shutil.rmtree(folder)
-        else:
-            print(f"{name}: run {index} differs, see {folder}\n{outcome.error}", file=sys.stderr, flush=True)
-        return name, outcome
-
-    used = names[:count]
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        expected = dict(zip(used, pool.map(unbroken, used), strict=True))
-        for name, (outcome, _) in expected.items():
-            if outcome.error or not outcome.digest:
-                raise SystemExit(f"{name}: the unbroken training failed\n{outcome.error}")
-        outcomes = list(pool.map(broken, range(count)))
-    found: list[Row] = []
-    for name in used:
-        mine = [outcome for which, outcome in outcomes if which == name]
-        equal = sum(outcome.digest == expected[name][0].digest for outcome in mine)
-        notes = {
-            "equal": equal,
-            "kills": sum(outcome.kills for outcome in mine),
-            "kills before the first batch": sum(outcome.before_batches for outcome in mine),
-        }
-        found.append(Row("train", name, len(mine), len(mine) - equal, notes))
-    if not any(row.wrong for row in found):
+    trainings = _Trainings(home)
+    yield trainings.attempts
+    if not trainings.wrong:
         shutil.rmtree(home)
-    return found
 
 
-def main(count: int) -> int:
-    """Run the drill and print its table; 1 if a training ended otherwise than the unbroken one."""
-    found = rows(count)
-    print(table(found))
-    return int(any(row.wrong for row in found))
+TRAIN = Drill(_trainings, lambda count: evenly(list(CONFIGURATIONS), count), piece=1, short=8, full=200, parallel=True)

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from fulmen_checkpoint import AsyncCheckpointIO, TorchCheckpointIO
+from fulmen_checkpoint import AsyncCheckpointIO, FsspecStorage, TorchCheckpointIO
 from fulmen_checkpoint.names import is_staging
 from fulmen_protocols import CheckpointError, CheckpointUnsafe, MisconfigurationException
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 pytestmark = pytest.mark.proves("5.13")
 
@@ -208,6 +208,39 @@ def test_an_error_is_raised_at_the_next_save_and_only_once(io: AsyncCheckpointIO
     io.save_checkpoint({"a": 2}, tmp_path / "good.ckpt")
     io.teardown()
     assert io.load_checkpoint(tmp_path / "good.ckpt") == {"a": 2}
+
+
+def _error(action: Callable[[], object]) -> tuple[type[Exception], str]:
+    with pytest.raises(CheckpointError) as raised:
+        action()
+    return type(raised.value), str(raised.value)
+
+
+def _save_and_wait(io: AsyncCheckpointIO, path: str) -> None:
+    io.save_checkpoint({"a": 1}, path)
+    io.wait()
+
+
+@pytest.mark.parametrize(
+    "trouble", ["a file in the way", "a folder in its place", "no bucket", "a folder nobody may make"]
+)
+def test_an_error_of_the_writing_process_is_word_for_word_that_of_the_synchronous_save(
+    tmp_path: Path, s3_options: dict[str, object], trouble: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    path, options = {
+        "a file in the way": (str(tmp_path / "file" / "a.ckpt"), {}),
+        "a folder in its place": (str(tmp_path / "folder"), {}),
+        "no bucket": ("s3://there-is-none/a.ckpt", s3_options),
+        "a folder nobody may make": ("/proc/fulmen/a.ckpt", {}),
+    }[trouble]
+    plain = TorchCheckpointIO(FsspecStorage(options))
+    io = AsyncCheckpointIO(plain)
+    said = _error(lambda: _save_and_wait(io, path))
+    assert said == _error(lambda: plain.save_checkpoint({"a": 1}, path))
+    assert path in said[1]
+    io.teardown()
 
 
 @pytest.mark.parametrize("listen", ["poll", "wait", "teardown"])

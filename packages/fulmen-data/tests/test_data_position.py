@@ -1,6 +1,9 @@
 import io
 import itertools
 import random
+import sys
+import tracemalloc
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -482,3 +485,72 @@ def test_sequential_order_of_plain_samplers_is_untouched_by_a_position() -> None
     data = Numbers()
     loader = DataLoader(data, 4, sampler=SequentialSampler(data))
     assert [b.tolist() for b in LoaderPosition(loader)] == [b.tolist() for b in loader]
+
+
+class Million(Numbers):
+    """Eight million samples that take no memory; those that are read are counted."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __len__(self) -> int:
+        return 8_000_080
+
+    def __getitem__(self, index: int) -> int:
+        self.read += 1
+        return index
+
+
+@pytest.mark.proves("5.38")
+@pytest.mark.parametrize(
+    ("kind", "batch"),
+    [
+        (lambda data: {"shuffle": True}, 8),
+        (lambda data: {"shuffle": False}, 8),
+        (lambda data: {"sampler": RandomSampler(data, generator=seeded(3))}, 8),
+        (lambda data: {"sampler": SeekableSampler(data)}, 8),
+        (lambda data: {"sampler": SeekableSampler(data, 2, 1, shuffle=False)}, 4),
+        (lambda data: {"shuffle": True}, None),
+    ],
+    ids=["shuffled", "in order", "own generator", "seekable", "second of two ranks", "no batches"],
+)
+def test_going_on_at_batch_one_million_costs_as_many_calls_and_objects_as_at_batch_one(kind, batch) -> None:
+    def first_batch_after(skipped: int):
+        data = Million()
+        torch.manual_seed(5)
+        position = LoaderPosition(DataLoader(data, batch, **kind(data)))
+        iter(position)
+        state = position.state_dict(skipped)
+        data.read, calls = 0, 0
+
+        def count(frame, event, argument) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        position = LoaderPosition(DataLoader(data, batch, **kind(data)))
+        position.load_state_dict(state)
+        tracemalloc.start()
+        sys.setprofile(count)
+        try:
+            found = next(iter(position))
+        finally:
+            sys.setprofile(None)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        return found, data.read, calls, peak
+
+    at = 8_000_000 if batch is None else 1_000_000
+    _, _, few_calls, _ = first_batch_after(1)
+    found, read, calls, peak = first_batch_after(at)
+    assert read == (batch or 1), "a skipped sample is read"
+    assert calls <= few_calls + 5, "something is called for each skipped sample"
+    assert peak < 3_000_000, "each skipped index becomes an object of 32 bytes"
+
+    torch.manual_seed(5)
+    data = Million()
+    sampler = iter(DataLoader(data, batch, **kind(data)).sampler)
+    torch.manual_seed(5)
+    torch.empty((), dtype=torch.int64).random_()  # the workers' seed, which torch draws before a sampler's first index
+    size = batch or 1
+    expected = list(islice(sampler, at * size, (at + 1) * size))
+    assert found.tolist() == expected if batch else found == expected[0]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fulmen_checkpoint.retention import Journal as Journal
     from fulmen_checkpoint.retention import Retention as Retention
     from fulmen_checkpoint.safetensors import SafetensorsCheckpointIO as SafetensorsCheckpointIO
+    from fulmen_checkpoint.serializers import PackedObject as PackedObject
+    from fulmen_checkpoint.serializers import register_serializer as register_serializer
     from fulmen_checkpoint.sharded import ShardedCheckpointIO as ShardedCheckpointIO
     from fulmen_checkpoint.storage import FsspecStorage as FsspecStorage
     from fulmen_checkpoint.torch_io import TorchCheckpointIO as TorchCheckpointIO
@@ -29,6 +31,7 @@ __all__ = [
     "Found",
     "FsspecStorage",
     "Journal",
+    "PackedObject",
     "Retention",
     "SafetensorsCheckpointIO",
     "ShardedCheckpointIO",
@@ -39,6 +42,7 @@ __all__ = [
     "list_checkpoints",
     "migrate",
     "newest_whole",
+    "register_serializer",
     "upgrade",
 ]
 
@@ -47,6 +51,7 @@ _HOME = {
     "Found": "find",
     "FsspecStorage": "storage",
     "Journal": "retention",
+    "PackedObject": "serializers",
     "Retention": "retention",
     "SafetensorsCheckpointIO": "safetensors",
     "ShardedCheckpointIO": "sharded",
@@ -57,6 +62,7 @@ _HOME = {
     "list_checkpoints": "find",
     "migrate": "migration",
     "newest_whole": "find",
+    "register_serializer": "serializers",
     "upgrade": "upgrading",
 }
 

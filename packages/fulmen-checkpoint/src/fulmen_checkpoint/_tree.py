@@ -147,8 +147,8 @@ class _Encoder:
     def _refused(self, path: Path, what: str) -> CheckpointUnsafe:
         return CheckpointUnsafe(
             f"the checkpoint {self.target!r} was not written: it holds {place_of(path)}: {what}, and this format keeps "
-            "tensors and plain data only. Store plain data instead (x.item(), str(path), asdict(config)), or use the "
-            "single torch file (TorchCheckpointIO)."
+            "tensors and plain data only. Store plain data instead (x.item(), str(path), asdict(config)), or register "
+            "the class with fulmen_checkpoint.register_serializer(...)."
         )
 
 

@@ -14,6 +14,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from fulmen_checkpoint import _archive, _digest, _local
+from fulmen_checkpoint._fetch import storage_errors
+from fulmen_protocols.errors import FulmenError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,11 +45,10 @@ class Request(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a request: ``error`` is empty when the checkpoint is visible."""
+    """What became of a request."""
 
-    error: str
-    is_storage: bool
-    """Whether it was the storage that failed."""
+    error: FulmenError | None
+    """As ``TorchCheckpointIO`` would raise it; None when the checkpoint is visible."""
 
 
 def send(connection: socket.socket, message: tuple[object, ...], handle: int | None = None) -> None:
@@ -118,15 +119,14 @@ def main(handle: int, parent: int) -> None:
 
 def _answer(request: Request, buffer: int) -> Outcome:
     try:
-        try:
-            _write(request, buffer)
-        finally:
-            os.close(buffer)
-    except OSError as error:
-        return Outcome(f"{type(error).__name__}: {error}", is_storage=True)
-    except Exception as error:  # noqa: BLE001 - told to the trainer, which raises it
-        return Outcome(f"{type(error).__name__}: {error}", is_storage=False)
-    return Outcome("", is_storage=False)
+        with storage_errors(request.target, "written"):
+            try:
+                _write(request, buffer)
+            finally:
+                os.close(buffer)
+    except FulmenError as error:
+        return Outcome(error)
+    return Outcome(None)
 
 
 def _write(request: Request, buffer: int) -> None:

@@ -14,6 +14,7 @@ from fulmen_checkpoint import _snapshot
 from fulmen_checkpoint._courier import Courier, Save
 from fulmen_checkpoint._writer_main import Request
 from fulmen_checkpoint._writer_process import WriterProcess, is_possible
+from fulmen_checkpoint.serializers import pack
 from fulmen_checkpoint.storage import FsspecStorage, is_object_store, local_path
 from fulmen_checkpoint.torch_io import TorchCheckpointIO, require_plain
 from fulmen_protocols import MisconfigurationException, SupportsVerification
@@ -107,6 +108,7 @@ class AsyncCheckpointIO:
         """
         self._courier.poll()
         target, inner = os.fspath(path), self._wrapped()
+        checkpoint = pack(checkpoint)
         own = _writes_torch_files(inner)
         if own and not cast("TorchCheckpointIO", inner).allow_unsafe:
             require_plain(checkpoint, target)
@@ -241,17 +243,9 @@ def _name(target: str) -> str:
 def _write_by_process(process: WriterProcess, snapshot: Snapshot, request: Request) -> None:
     snapshot.wait()
     assert snapshot.buffer.handle is not None
-    outcome = process.write(request, snapshot.buffer.handle)
-    if outcome.is_storage:
-        raise CheckpointError(
-            f"the checkpoint {request.target!r} cannot be written: {outcome.error}. "
-            "What the path held before is untouched; check free space, permissions and the connection."
-        )
-    if outcome.error:
-        raise CheckpointError(
-            f"the checkpoint {request.target!r} was not written: {outcome.error}. "
-            "What the path held before is untouched."
-        )
+    error = process.write(request, snapshot.buffer.handle).error
+    if error is not None:
+        raise error
 
 
 def _write_by_thread(

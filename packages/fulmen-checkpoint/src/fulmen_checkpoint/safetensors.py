@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fulmen_checkpoint import _safetensors
 from fulmen_checkpoint._fetch import storage_errors
 from fulmen_checkpoint._tree import flatten
+from fulmen_checkpoint.serializers import pack
 from fulmen_checkpoint.storage import FsspecStorage
 from fulmen_checkpoint.torch_io import TorchCheckpointIO
 
@@ -51,7 +52,7 @@ class SafetensorsCheckpointIO:
             CheckpointError: the storage failed; ``path`` keeps what it held.
         """
         target = os.fspath(path)
-        tree, tensors, _ = flatten(checkpoint, target)
+        tree, tensors, _ = flatten(pack(checkpoint), target)
         storage = self.storage if storage_options is None else FsspecStorage(storage_options)
         with storage_errors(target, "written"), storage.write_atomic(target) as sink:
             _safetensors.write(sink, tensors, {"fulmen.tree": tree})

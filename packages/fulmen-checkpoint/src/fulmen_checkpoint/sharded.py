@@ -30,6 +30,7 @@ from fulmen_checkpoint._fetch import storage_errors
 from fulmen_checkpoint._ranks import Ranks
 from fulmen_checkpoint._tree import flatten, place_of
 from fulmen_checkpoint.names import MANIFEST
+from fulmen_checkpoint.serializers import pack, unpack
 from fulmen_checkpoint.storage import FsspecStorage, local_path
 from fulmen_checkpoint.torch_io import TorchCheckpointIO
 from fulmen_protocols.errors import CheckpointError
@@ -126,7 +127,7 @@ class ShardedCheckpointIO:
         folder = os.fspath(path)
         manifest = _directory.read_manifest(self.storage, folder)
         tree, tensors = _directory.read_state(self.storage, folder, manifest, digest=self.verify)
-        _, targets, paths = flatten(into, folder)
+        _, targets, paths = flatten(pack(into), folder)
         for name, target in targets.items():
             shape = manifest.tensors[name].shape if name in manifest.tensors else None
             if shape is None and name in tensors:
@@ -143,7 +144,7 @@ class ShardedCheckpointIO:
                 targets[name].copy_(tensors[name])
         others = [name for name in manifest.tensors if name not in targets]
         whole = _directory.assemble(self.storage, folder, manifest, others, digest=self.verify)
-        return _directory.rebuilt(folder, tree, {**tensors, **whole, **targets}, None)
+        return unpack(_directory.rebuilt(folder, tree, {**tensors, **whole, **targets}, None), folder)
 
     def verify_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Return if every byte is as it was written; see ``TorchCheckpointIO.verify_checkpoint``."""
@@ -166,7 +167,7 @@ class ShardedCheckpointIO:
         storage = self.storage if storage_options is None else FsspecStorage(storage_options)
         save = _Save(storage, folder, ranks)
         try:
-            save.run(checkpoint)
+            save.run(pack(checkpoint))
         except BaseException:
             save.undo()
             raise

@@ -16,6 +16,7 @@ from fulmen_checkpoint._fetch import corrupt, fetched, storage_errors
 from fulmen_checkpoint._plain import find_unsafe
 from fulmen_checkpoint.migration import migrate
 from fulmen_checkpoint.names import MANIFEST
+from fulmen_checkpoint.serializers import pack, unpack
 from fulmen_checkpoint.storage import FsspecStorage
 from fulmen_protocols.errors import CheckpointError, CheckpointNotFound, CheckpointUnsafe
 
@@ -78,6 +79,7 @@ class TorchCheckpointIO:
             CheckpointError: the storage failed; ``path`` keeps what it held.
         """
         target = os.fspath(path)
+        checkpoint = pack(checkpoint)
         if not self.allow_unsafe:
             require_plain(checkpoint, target)
         storage = self.storage if storage_options is None else FsspecStorage(storage_options)
@@ -128,7 +130,7 @@ class TorchCheckpointIO:
         checkpoint = cast("dict[str, object]", loaded)
         if self.migrate:
             migrate(checkpoint, target)
-        return checkpoint
+        return unpack(checkpoint, target)
 
     def verify_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Return if the checkpoint is whole.
@@ -312,8 +314,8 @@ def require_plain(checkpoint: Mapping[str, object], path: str) -> None:
     raise CheckpointUnsafe(
         f"the checkpoint {path!r} was not written: it holds {shown}{more}, which could be loaded only by running code "
         "from the file. Store plain data instead (tensors, numbers, strings, lists, dicts: str(path), x.item(), "
-        "asdict(config)), register the class with torch.serialization.add_safe_globals([...]), or use "
-        "TorchCheckpointIO(allow_unsafe=True)."
+        "asdict(config)), register the class with fulmen_checkpoint.register_serializer(...) or "
+        "torch.serialization.add_safe_globals([...]), or use TorchCheckpointIO(allow_unsafe=True)."
     )
 
 

@@ -7,11 +7,11 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 
 from fulmen_data._random_state import RandomState
 from fulmen_data._start import EpochStart
-from fulmen_data.samplers import DistributedBatchSampler, SeekableSampler
+from fulmen_data.samplers import DistributedBatchSampler, SeekableSampler, indices_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -60,19 +60,39 @@ class _Replayed(Sampler[object]):
         return getattr(self.inner, name)
 
 
-class _Skipping(Sampler[int]):
-    """``sampler`` without its first ``count`` indices, once; they are dropped without going through Python."""
+class _Skipping(Sampler[object]):
+    """``sampler`` without its first ``count`` items, once; what torch's own samplers skip is never made."""
 
-    def __init__(self, sampler: Iterable[int], count: int) -> None:
+    def __init__(self, sampler: Iterable[object], count: int) -> None:
         self.inner, self.count = sampler, count
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[object]:
         # The count is used up by the first item, not by iter(): torch's loaders call that twice.
         count, self.count = self.count, 0
-        iterator = iter(self.inner)
-        if count:
+        if not count:
+            yield from self.inner
+        elif type(self.inner) is SequentialSampler:
+            yield from range(count, len(self.inner))
+        elif type(self.inner) is RandomSampler and not self.inner.replacement:
+            yield from _rest_of_permutations(self.inner, count)
+        else:
+            iterator = iter(self.inner)
             next(islice(iterator, count - 1, count), None)
-        yield from iterator
+            yield from iterator
+
+
+def _rest_of_permutations(sampler: RandomSampler, count: int) -> Iterator[int]:
+    """What ``RandomSampler`` gives after its first ``count`` indices, with the draws that it makes for them."""
+    generator = cast("torch.Generator | None", sampler.generator)
+    if generator is None:
+        generator = torch.Generator()
+        generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+    size = len(sampler.data_source)
+    passes, last = divmod(sampler.num_samples, size)
+    for length in (*[size] * passes, last):
+        order = torch.randperm(size, generator=generator)[:length]
+        yield from indices_of(order[count:])
+        count = max(0, count - length)
 
 
 def resumed_iterator(
@@ -107,10 +127,12 @@ def resumed_iterator(
         seekable.seek(samples)
         skip = 0
     draws_early = begun or bool(skip or loader.num_workers)  # the sampler drew its order before it was saved
-    if skip and type(sampler) is BatchSampler:
+    if skip and name == "sampler":
+        sampler, skip = _Skipping(sampler, skip), 0
+    elif skip and type(sampler) is BatchSampler:
         # A million batches one by one take a second; their samples at once do not.
         shorter = copy.copy(sampler)
-        shorter.sampler = _Skipping(sampler.sampler, skip * sampler.batch_size)
+        shorter.sampler = cast("Iterable[int]", _Skipping(sampler.sampler, skip * sampler.batch_size))
         sampler, skip = shorter, 0
     replayed = _Replayed(sampler)
     object.__setattr__(clone, name, replayed)

@@ -26,6 +26,8 @@ __all__ = [
 
 T = TypeVar("T")
 
+_PIECE = 1 << 12
+
 
 class SeekableSampler(DistributedSampler[int]):
     """``torch.utils.data.DistributedSampler``'s order, from any position, on any number of ranks.
@@ -83,7 +85,7 @@ class SeekableSampler(DistributedSampler[int]):
         else:  # the first samples pad the end, over and over if there are few
             missing = -len(rest) % self.num_replicas
             rest = torch.cat([rest, order.repeat(-(-missing // max(size, 1)))[:missing]])
-        return iter(cast("list[int]", rest[self.rank :: self.num_replicas].tolist()))
+        return indices_of(rest[self.rank :: self.num_replicas])
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration; another epoch starts at position 0."""
@@ -276,6 +278,12 @@ class IndexBatchSamplerWrapper(Sampler[list[int]]):
         if name.startswith("_") or name == "batch_sampler":
             raise AttributeError(name)
         return getattr(self.batch_sampler, name)
+
+
+def indices_of(order: torch.Tensor) -> Iterator[int]:
+    """The numbers of a one-dimensional tensor, of which few at a time become Python objects of 32 bytes."""
+    for start in range(0, len(order), _PIECE):
+        yield from cast("list[int]", order[start : start + _PIECE].tolist())
 
 
 def _ranks(num_replicas: int | None, rank: int | None) -> tuple[int, int]:

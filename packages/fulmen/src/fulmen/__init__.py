@@ -11,17 +11,19 @@ if TYPE_CHECKING:
     from fulmen.callbacks.callback import Callback as Callback
     from fulmen.datamodule import LightningDataModule as LightningDataModule
     from fulmen.module import LightningModule as LightningModule
+    from fulmen.resume import Resume as Resume
     from fulmen.trainer import Trainer as Trainer
     from fulmen_fabric import Fabric as Fabric
     from fulmen_fabric import seed_everything as seed_everything
 
-__all__ = ["Callback", "Fabric", "LightningDataModule", "LightningModule", "Trainer", "seed_everything"]
+__all__ = ["Callback", "Fabric", "LightningDataModule", "LightningModule", "Resume", "Trainer", "seed_everything"]
 
 _HOME = {
     "Callback": "fulmen.callbacks.callback",
     "Fabric": "fulmen_fabric",
     "LightningDataModule": "fulmen.datamodule",
     "LightningModule": "fulmen.module",
+    "Resume": "fulmen.resume",
     "Trainer": "fulmen.trainer",
     "seed_everything": "fulmen_fabric",
 }

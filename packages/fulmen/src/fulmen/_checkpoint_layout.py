@@ -19,11 +19,22 @@ LIGHTNING_VERSION = "2.6.0"
 """The version whose layout is written, so that Lightning can read the file."""
 
 
-def lightning_loops(progress: Progress, loaders: list[Any]) -> dict[str, Any]:
-    """The ``loops`` entry as Lightning writes it; ``loaders`` are the states of the loaders that have one."""
-    steps = {"ready": progress.updates, "completed": progress.updates}
-    batches = _tracker(progress.total_batches)
-    in_epoch = _tracker(progress.batch)
+def lightning_loops(progress: Progress, loaders: list[Any], *, automatic: bool, validating: bool) -> dict[str, Any]:
+    """The ``loops`` entry as Lightning writes it, in all that Lightning reads again.
+
+    Args:
+        progress: the counters.
+        loaders: states of the loaders that have one.
+        automatic: whether the loop steps the optimizers, or the module does.
+        validating: whether a validation runs; then the batch before it is done.
+    """
+    updates = progress.updates if automatic else 0
+    steps = {"ready": updates, "completed": updates}
+    manual_steps = {"ready": progress.updates - updates, "completed": progress.updates - updates}
+    # A batch is completed when its hooks have run; Lightning sees from this where a save was made.
+    is_open = int(progress.batch_is_open and not validating and not progress.epoch_ended)
+    batches = _tracker(progress.total_batches, is_open)
+    in_epoch = _tracker(progress.batch, is_open)
     empty = {"total": _tracker(0), "current": _tracker(0), "is_last_batch": False}
     epochs = progress.epoch + int(progress.epoch_started)
     ended = progress.epoch + int(progress.epoch_ended)
@@ -46,15 +57,15 @@ def lightning_loops(progress: Progress, loaders: list[Any]) -> dict[str, Any]:
                 "optimizer": {
                     "step": {"total": dict(steps), "current": dict(steps)},
                     "zero_grad": {
-                        "total": {**steps, "started": progress.updates},
-                        "current": {**steps, "started": progress.updates},
+                        "total": {**steps, "started": updates},
+                        "current": {**steps, "started": updates},
                     },
                 }
             },
             "epoch_loop.manual_optimization.state_dict": {},
             "epoch_loop.manual_optimization.optim_step_progress": {
-                "total": {"ready": 0, "completed": 0},
-                "current": {"ready": 0, "completed": 0},
+                "total": manual_steps,
+                "current": dict(manual_steps),
             },
             "epoch_loop.val_loop.state_dict": {},
             "epoch_loop.val_loop.batch_progress": empty,
@@ -66,8 +77,8 @@ def lightning_loops(progress: Progress, loaders: list[Any]) -> dict[str, Any]:
     }
 
 
-def _tracker(count: int) -> dict[str, int]:
-    return {"ready": count, "completed": count, "started": count, "processed": count}
+def _tracker(count: int, is_open: int = 0) -> dict[str, int]:
+    return {"ready": count, "completed": count - is_open, "started": count, "processed": count}
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

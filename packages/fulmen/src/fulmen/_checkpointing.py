@@ -16,6 +16,7 @@ from fulmen._exact_state import (
     restore_gradients,
 )
 from fulmen.hparams import checkpoint_entries
+from fulmen.resume import EVERYTHING, options, tell
 from fulmen.states import TrainerStatus
 from fulmen_fabric import rank_zero_info, rank_zero_warn
 from fulmen_fabric.abilities import supports
@@ -78,7 +79,12 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
         "state_dict": canonical(
             module.state_dict() if sharded is None else dict(sharded.module_state(placed, full=full))
         ),
-        "loops": lightning_loops(progress, loader_states(session, progress)),
+        "loops": lightning_loops(
+            progress,
+            loader_states(session, progress),
+            automatic=module.automatic_optimization,
+            validating=trainer.validating,
+        ),
     }
     if not weights_only:
         checkpoint["callbacks"] = callbacks = {}
@@ -139,6 +145,18 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
     """
     module = session.module
     session.scoped("on_load_checkpoint", module.on_load_checkpoint)(checkpoint)
+    if session.resume.takes("weights"):
+        _restore_weights(trainer, session, checkpoint)
+    if session.datamodule is not None and session.resume.takes("data"):
+        state = checkpoint.get(type(session.datamodule).__qualname__)
+        if state:
+            session.scoped("load_state_dict", session.datamodule.load_state_dict, session.datamodule)(state)
+    if session.resume.takes("callbacks"):
+        _restore_callbacks(trainer, session, checkpoint)
+
+
+def _restore_weights(trainer: Trainer, session: Session, checkpoint: dict[str, Any]) -> None:
+    module = session.module
     strict = module.strict_loading
     try:
         outcome = _load_weights(session, as_named_here(checkpoint["state_dict"], module), strict=strict)
@@ -153,14 +171,13 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
             f"loaded with strict_loading=False: {len(missing)} keys are missing from the checkpoint ({missing[:5]}), "
             f"{len(unexpected)} are not in the module ({unexpected[:5]})."
         )
-    if session.datamodule is not None:
-        state = checkpoint.get(type(session.datamodule).__qualname__)
-        if state:
-            session.scoped("load_state_dict", session.datamodule.load_state_dict, session.datamodule)(state)
+
+
+def _restore_callbacks(trainer: Trainer, session: Session, checkpoint: dict[str, Any]) -> None:
     for callback in trainer.callbacks:
         hook = getattr(callback, "on_load_checkpoint", None)
         if hook is not None:
-            session.scoped("on_load_checkpoint", hook, callback)(trainer, module, checkpoint)
+            session.scoped("on_load_checkpoint", hook, callback)(trainer, session.module, checkpoint)
     states: dict[object, Any] = checkpoint.get("callbacks") or {}
     # Before Lightning 1.5 the key was the class itself: it comes back as its name, or from a file that may run code.
     keys: list[tuple[Any, tuple[object, ...]]] = [
@@ -196,17 +213,30 @@ def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, A
         CheckpointError: it holds weights only.
         MisconfigurationException: it has already run longer than this Trainer would.
     """
-    precision = trainer.assembly.precision
+    resume, precision = session.resume, trainer.assembly.precision
     scaler_state = checkpoint.get("MixedPrecision", checkpoint.get("native_amp_scaling_state"))
-    if scaler_state and supports(precision, SupportsGradScaling):
+    if scaler_state and resume.takes("precision") and supports(precision, SupportsGradScaling):
         precision.load_state_dict(scaler_state)
     if not trainer._fitting:  # pyright: ignore[reportPrivateUsage]
         return
-    if "optimizer_states" not in checkpoint:
-        raise CheckpointError(
-            f"{trainer.ckpt_path} holds weights only (it was saved with save_weights_only=True), so training cannot "
-            "resume from it. Load the weights with load_from_checkpoint and start anew."
-        )
+    code = options(session.optimizers)
+    if resume.takes("progress"):
+        _restore_progress(trainer, session, checkpoint)
+    if resume.takes("optimizers"):
+        _restore_optimizers(trainer, session, checkpoint)
+    states = checkpoint.get("lr_schedulers", ()) if resume.takes("schedulers") else ()
+    for config, state in zip(session.schedulers, states, strict=False):
+        config.scheduler.load_state_dict(state)
+    if resume.takes("progress"):
+        restore_gradients(session, trainer._progress)  # pyright: ignore[reportPrivateUsage]
+    if resume is not EVERYTHING:
+        file = options(session.optimizers)
+        resume.change(session.optimizers, scheduled=bool(states and session.schedulers))
+        tell(resume, trainer.ckpt_path, code, file, options(session.optimizers))
+
+
+def _restore_progress(trainer: Trainer, session: Session, checkpoint: dict[str, Any]) -> None:
+    _require_training_state(trainer, checkpoint)
     exact = checkpoint.get("fulmen")
     progress = trainer._progress  # pyright: ignore[reportPrivateUsage]
     if exact is None:
@@ -219,6 +249,19 @@ def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, A
             f"max_epochs={trainer.max_epochs}, but {trainer.ckpt_path} has already trained {progress.epoch} epochs. "
             "Give a larger max_epochs."
         )
+    session.resumed = foreign_state(checkpoint) if exact is None else exact
+
+
+def _require_training_state(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    if "optimizer_states" not in checkpoint:
+        raise CheckpointError(
+            f"{trainer.ckpt_path} holds weights only (it was saved with save_weights_only=True), so training cannot "
+            "resume from it. Load the weights with load_from_checkpoint and start anew."
+        )
+
+
+def _restore_optimizers(trainer: Trainer, session: Session, checkpoint: dict[str, Any]) -> None:
+    _require_training_state(trainer, checkpoint)
     strategy = trainer.assembly.strategy
     states = checkpoint["optimizer_states"]
     if len(states) != len(session.optimizers):
@@ -232,7 +275,3 @@ def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, A
             strategy.load_optimizer_state(session.placed, optimizer, state)
         else:
             optimizer.load_state_dict(state)
-    for config, state in zip(session.schedulers, checkpoint.get("lr_schedulers", ()), strict=False):
-        config.scheduler.load_state_dict(state)
-    session.resumed = foreign_state(checkpoint) if exact is None else exact
-    restore_gradients(session, progress)

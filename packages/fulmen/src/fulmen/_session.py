@@ -16,6 +16,7 @@ from fulmen.manual import ManualOptimization
 from fulmen.metrics import scope_for
 from fulmen.module import LightningModule
 from fulmen.optimizer import LightningOptimizer
+from fulmen.resume import EVERYTHING
 from fulmen_fabric import move_data_to_device, rank_zero_warn
 from fulmen_fabric.abilities import supports
 from fulmen_fabric.steps import Gradients, StepHooks, automatic_step, forward_only_step
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from fulmen.metrics import MetricStore
     from fulmen.optimizer import LRSchedulerConfig
     from fulmen.progress import Progress
+    from fulmen.resume import Resume
     from fulmen.states import TrainerFn
     from fulmen_fabric import Assembly, World
     from fulmen_fabric.seed import RNGState
@@ -86,6 +88,8 @@ class Session:
     """What the running prediction has found so far."""
     resumed: dict[str, Any] | None = None
     """What the checkpoint holds for an exact resume, until the loop has begun."""
+    resume: Resume = EVERYTHING
+    """What the call takes of its checkpoint."""
     rng_before_validation: RNGState | None = None
     """The random state in which the validation that is running within a fit began."""
     has_open_gradients: bool = False

@@ -36,6 +36,7 @@ from fulmen.plan import Plan
 from fulmen.predict import predict
 from fulmen.profilers._choice import choose as choose_profiler
 from fulmen.progress import Progress
+from fulmen.resume import Resume
 from fulmen.settings import BatchLimit, Interval, Settings
 from fulmen.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from fulmen.strategy_facade import StrategyFacade
@@ -211,7 +212,7 @@ class Trainer(TrainerActions):
             train_dataloaders: any iterable of batches, a collection of them, or a datamodule.
             val_dataloaders: the same for validation; several run one after the other.
             datamodule: supplies loaders instead.
-            ckpt_path: go on from this checkpoint: a path or URL, ``"last"`` or ``"best"``.
+            ckpt_path: go on from this checkpoint: a path or URL, ``"last"``, ``"best"``, or a ``Resume`` of a part.
             weights_only: False lets code from the checkpoint run; None and True do not.
 
         Raises:
@@ -308,6 +309,8 @@ class Trainer(TrainerActions):
         The loops are called from here, so that stacks stay short.
         """
         session = self._connect(fn, model, given, datamodule)
+        if isinstance(ckpt_path, Resume):
+            session.resume = ckpt_path
         self._ckpt_path = _checkpointing.resolve_path(self, ckpt_path, model_given=model is not None)
         for owner in (session.module, session.datamodule):
             if owner is not None and owner.hparams:
