@@ -59,6 +59,7 @@ class Composer:
         self._in_manual_step: nn.Module | None = None
         # Of the modules set up, those whose wrapper is still in use.
         self._wrappers: WeakSet[FabricModule] = WeakSet()
+        self._optimizers: WeakSet[Optimizer] = WeakSet()
 
     @property
     def is_sharded(self) -> bool:
@@ -178,6 +179,14 @@ class Composer:
         held = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
         return next((one for one in distinct if any(id(param) in held for param in one.parameters())), None)
 
+    def modules_in_use(self) -> list[nn.Module]:
+        """The user's modules whose wrappers somebody holds."""
+        return [wrapper.module for wrapper in self._wrappers]
+
+    def optimizers_in_use(self) -> list[Optimizer]:
+        """The optimizers that were set up and that somebody holds, as the strategy prepared them."""
+        return list(self._optimizers)
+
     # -- the step -----------------------------------------------------------------------------------------------------
 
     def backward(self) -> Callable[..., None]:
@@ -259,6 +268,7 @@ class Composer:
             return None
 
         step = self._step(placed)
+        self._optimizers.update(prepared)
         return [
             wrap_optimizer(
                 one,
