@@ -225,7 +225,7 @@ def _signature(data: object, device: torch.device) -> object:
         if data.device != device:
             raise MisconfigurationException(
                 f"a captured step got a tensor of shape {tuple(data.shape)} on {data.device}, and this process "
-                f"computes on {device}. Move it there first, with fabric.to_device() or a loader of setup_dataloaders()."
+                f"computes on {device}. Move it there first: fabric.to_device(), or a loader of setup_dataloaders()."
             )
         return (data.shape, data.dtype, data.requires_grad)
     if isinstance(data, Mapping):
