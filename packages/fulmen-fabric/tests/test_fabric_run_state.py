@@ -190,7 +190,7 @@ def test_a_state_of_a_later_version_and_a_loader_of_another_kind_are_refused():
 
     other = Fabric(accelerator="cpu", devices=1)
     kept = other.setup_dataloaders(Own([1, 2]))
-    with pytest.raises(MisconfigurationException, match="Own has one. Resume with the same kind of loader"):
+    with pytest.raises(MisconfigurationException, match=r"Own has one\. Resume with the same kind of loader"):
         other.run_state.load_state_dict(state)
     assert len(kept) == 2
 
