@@ -193,5 +193,6 @@ class LoaderMaker:
         """``loader`` as ``seed_everything(workers=...)`` asked for."""
         seeding = os.environ.get("PL_SEED_WORKERS", "0")
         if seeding == "1":
-            add_worker_seeding(loader, self._world.rank)
+            # Ranks of one model read the same batches.
+            add_worker_seeding(loader, self._world.data_parallel_rank)
         return seed_samples(loader) if seeding == "samples" else loader

@@ -27,9 +27,11 @@ from fulmen_protocols import (
     SupportsGradScaling,
     SupportsInputConversion,
     SupportsManualBackward,
+    SupportsModuleCheck,
     SupportsNoSync,
     SupportsOutputConversion,
     SupportsPrecisionPlan,
+    SupportsShardedSave,
     SupportsShardedState,
 )
 
@@ -63,9 +65,13 @@ class Composer:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether a checkpoint of this run is written by every rank."""
+        """Whether a checkpoint of this run is written by every rank: shards, and a format for them."""
         strategy = self._strategy
-        return supports(strategy, SupportsShardedState) and strategy.state_kind == "sharded"
+        return (
+            supports(strategy, SupportsShardedState)
+            and strategy.state_kind == "sharded"
+            and supports(self._assembly.checkpoint_io, SupportsShardedSave)
+        )
 
     # -- modules ------------------------------------------------------------------------------------------------------
 
@@ -78,6 +84,8 @@ class Composer:
                 f"{type(module).__name__} has parameters on {', '.join(sorted(kinds))}; setup moves all of them to "
                 f"{device}. Pass move_to_device=False to keep them where they are."
             )
+        if supports(self._strategy, SupportsModuleCheck):
+            self._strategy.check_module(module)
         if not self._plan_is_applied:
             module = self._precision.convert_module(module)
         placed = self._strategy.place(module) if move else self._place_in_position(module, kinds, device)
@@ -105,7 +113,7 @@ class Composer:
 
         def module_state(one: nn.Module) -> Mapping[str, object]:
             assert sharded is not None
-            return sharded.module_state(one, full=sharded.state_kind == "full")
+            return sharded.module_state(one, full=not self.is_sharded)
 
         def load_state(one: nn.Module, state: Mapping[str, object], strict: bool) -> object:
             assert sharded is not None
@@ -117,7 +125,7 @@ class Composer:
             placed,
             original,
             self._around(),
-            self._bind(original) if supports(strategy, SupportsBoundMethods) and placed is not original else None,
+            self._bind(original) if supports(strategy, SupportsBoundMethods) else None,
             module_state if sharded is not None else None,
             load_state if sharded is not None else None,
         )
@@ -259,7 +267,7 @@ class Composer:
         def state(optimizer: Optimizer) -> Mapping[str, object]:
             assert sharded is not None
             assert placed is not None
-            return sharded.optimizer_state(placed, optimizer, full=sharded.state_kind == "full")
+            return sharded.optimizer_state(placed, optimizer, full=not self.is_sharded)
 
         def load_state(optimizer: Optimizer, saved: Mapping[str, object]) -> object:
             assert sharded is not None

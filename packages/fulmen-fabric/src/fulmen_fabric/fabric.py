@@ -81,6 +81,7 @@ class Fabric(Checkpoints):
                 num_nodes=int(_arguments.overridden("num_nodes", num_nodes, 1)),
                 precision=_arguments.overridden("precision", precision, None),
                 plugins=plugins,
+                state_kind="sharded",  # a raw loop saves often, and what it saves is its own business
             )
         )
         self._callbacks: list[object] = [*_arguments.as_list(callbacks), *installed_callbacks()]

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor, nn
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
     from fulmen_protocols.collectives import Collectives
@@ -24,15 +25,19 @@ __all__ = [
     "SupportsBoundMethods",
     "SupportsCollectives",
     "SupportsDataParallel",
+    "SupportsDeviceMesh",
     "SupportsGradClipping",
     "SupportsInferencePlacement",
     "SupportsLaunch",
     "SupportsLoaderProcessing",
     "SupportsManualBackward",
+    "SupportsModuleCheck",
     "SupportsNoSync",
     "SupportsPrecisionPlan",
     "SupportsReplicaCheck",
     "SupportsShardedState",
+    "SupportsStateKindChoice",
+    "SupportsWorldCheck",
 ]
 
 
@@ -194,7 +199,11 @@ class SupportsGradClipping(Protocol):
 
 @runtime_checkable
 class SupportsPrecisionPlan(Protocol):
-    """A strategy that applies a precision itself (FSDP2's mixed precision policy, an engine's own casting)."""
+    """A strategy that applies a precision itself (FSDP2's mixed precision policy, an engine's own casting).
+
+    The run then leaves modules, inputs and outputs as they are and enters no context around forward; only losses are
+    still scaled where the plan wants that.
+    """
 
     def apply_precision_plan(self, plan: PrecisionPlan) -> None:
         """Take over parameter, compute, reduction and output dtypes. Called before ``place``.
@@ -217,6 +226,46 @@ class SupportsDataParallel(Protocol):
     @property
     def data_parallel_size(self) -> int:
         """Number of parts into which the data is split."""
+        ...
+
+
+@runtime_checkable
+class SupportsDeviceMesh(Protocol):
+    """A strategy that arranges its processes along named dimensions, for users to place their modules by."""
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """All processes of the run; valid after ``setup_environment``.
+
+        Where the strategy also offers ``SupportsDataParallel``, the ranks among which the data are split are those of
+        the dimension ``"data_parallel"``.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsWorldCheck(Protocol):
+    """A strategy that cannot run in every number of processes, or on every device."""
+
+    def check_world(self, devices: Sequence[torch.device], num_nodes: int) -> None:
+        """Refuse a run of one process for each of ``devices`` on each of ``num_nodes`` nodes, before any is started.
+
+        Raises:
+            ValueError: the strategy cannot run there; the message names its options and what was found.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsModuleCheck(Protocol):
+    """A strategy that cannot place every module."""
+
+    def check_module(self, module: nn.Module) -> None:
+        """Refuse ``module``, which may not be built yet, before anything is started.
+
+        Raises:
+            ValueError: ``place`` would fail; the message says what the module needs.
+        """
         ...
 
 
@@ -261,4 +310,13 @@ class SupportsShardedState(Protocol):
 
     def load_optimizer_state(self, module: nn.Module, optimizer: Optimizer, state: Mapping[str, object]) -> None:
         """Load what ``optimizer_state`` gave, of either kind."""
+        ...
+
+
+@runtime_checkable
+class SupportsStateKindChoice(Protocol):
+    """A strategy with ``SupportsShardedState`` that saves either kind, and lets the run choose where the user has not."""
+
+    def default_state_kind(self, kind: Literal["full", "sharded"]) -> None:
+        """Let ``state_kind`` be ``kind`` unless the user has said otherwise. Called when a run is assembled."""
         ...
