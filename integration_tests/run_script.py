@@ -94,6 +94,15 @@ def main() -> None:
         fabric(folder)
     elif task == "exit":
         sys.exit(7 if os.environ["RANK"] == "1" else 0)
+    elif task == "hang":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        (folder / f"hangs-{os.environ['RANK']}").write_text(str(os.getpid()))
+        while os.environ["RANK"] == "0":
+            time.sleep(1)
+        while not (folder / "hangs-0").exists():
+            time.sleep(0.05)
+        (folder / "failed-at").write_text(str(time.time()))
+        raise LookupError("sample 7 is missing")
     elif task == "wait":
         (folder / f"waits-{os.environ['RANK']}").write_text(str(os.getpid()))
         fulmen.Fabric().launch()

@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from fulmen_fabric._agent import plan
+from fulmen_fabric.run import command, parse
+from fulmen_protocols import MisconfigurationException
 from fulmen_protocols.cli import main
 
 SCRIPT = Path(__file__).with_name("run_script.py")
@@ -48,7 +51,12 @@ def test_a_fabric_finds_what_was_asked_for_and_the_script_its_own_arguments(tmp_
     found = results(tmp_path, "fabric")
     assert [one["rank"] for one in found] == [0, 1]
     for one in found:
-        assert (one["world_size"], one["total"], one["strategy"], one["precision"]) == (2, 3, "DDPStrategy", "bf16-mixed")
+        assert (one["world_size"], one["total"], one["strategy"], one["precision"]) == (
+            2,
+            3,
+            "DDPStrategy",
+            "bf16-mixed",
+        )
         assert one["argv"] == ["fabric", str(tmp_path), "--lr", "0.1", "--devices", "9"]
         env = one["env"]
         assert env["LT_CLI_USED"] == "1"
@@ -89,6 +97,15 @@ def test_the_last_words_are_the_traceback_of_the_rank_that_failed_first(tmp_path
     assert "[rank1]: LookupError: sample 7 is missing in life 1" in lines
     assert lines[-1] == "[rank1]: fulmen: in fit, rank 1, epoch 0, batch 3, optimizer step 3"
     assert not results(tmp_path, "trained")
+
+
+@pytest.mark.proves("4.34")
+def test_a_rank_that_hangs_while_another_fails_is_ended_within_seconds(tmp_path: Path) -> None:
+    done = run("--devices", 2, SCRIPT, "hang", tmp_path)
+    assert time.time() - float((tmp_path / "failed-at").read_text()) < 25, "and not the agent's 30 s"
+    assert done.returncode == 1
+    assert "rank 1 of 2" in done.stderr
+    assert not Path(f"/proc/{(tmp_path / 'hangs-0').read_text()}").exists()
 
 
 def check_lives(folder: Path, deaths: int, world_size: int = 2, epochs: int = 3) -> list[Any]:
@@ -184,6 +201,28 @@ def test_its_processes_end_with_it(number: signal.Signals, tmp_path: Path) -> No
         assert errors.splitlines()[-1] == "fulmen run got SIGTERM; its processes got it too."
     else:
         assert f"fulmen run (process {process.pid}) has ended; its processes end with it." in errors
+
+
+@pytest.mark.proves("8.21")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--strategy=ddp_spawn"], "--strategy='ddp_spawn' starts its processes by itself.*use its counterpart"),
+        (["--strategy=dpp"], "--strategy='dpp' is not installed.*Did you mean 'ddp'"),
+        (["--accelerator=tpu"], "--accelerator='tpu': torch's agent starts no TPU processes"),
+        (["--accelerator=cpuu"], "cpuu"),
+        (["--accelerator=cpu", "--devices=0"], "devices=0"),
+        (["--accelerator=cpu", "--precision=17"], "17"),
+        (["--accelerator=cpu", "--min-devices=3", "--max-restarts=1", "--devices=2"], "--min-devices=3 is more than the 2"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_started_is_refused_before_it_is(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(MisconfigurationException, match=said):
+        plan(parse([*words, str(SCRIPT)]))
+    assert command([*words, str(SCRIPT)]) == 2
+    assert capsys.readouterr().err.startswith("fulmen run: ")
 
 
 def test_the_script_of_fulmen_lists_it(capsys: pytest.CaptureFixture[str]) -> None:

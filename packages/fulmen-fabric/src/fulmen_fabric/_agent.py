@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shutil
 import signal
 import sys
 import tempfile
-import threading
-import time
 import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from fulmen_fabric._hanging import end_hanging_children
 from fulmen_fabric._resolve import Notes, find_accelerator, find_devices, find_precision
 from fulmen_fabric.run import refuse_strategy
 from fulmen_protocols import STRATEGIES, available
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["Processes", "plan", "supervise"]
 
 _DEFAULT_PORT = 29400
-_TERM_S = 5.0
 _AGENT = "FULMEN_LAUNCHED"
 """Tells the ranks who started them: they report their end to this process, and do not outlive it."""
 
@@ -150,6 +146,7 @@ def _launch(request: Request, processes: Processes, max_restarts: int) -> None:
     relay = _SaysWhoFailed(max_restarts)
     log.addHandler(relay)
     try:
+        end_hanging_children()
         elastic_launch(config, sys.executable)("-u", *request.script, *request.script_args)
     finally:
         log.removeHandler(relay)
@@ -171,7 +168,6 @@ class _SaysWhoFailed(logging.Handler):
             return
         exit_code, local_rank, pid = args[:3]
         self._restarts += 1
-        threading.Thread(target=_end, args=(_children(),), daemon=True).start()
         if self._restarts > self._max_restarts:
             return  # the final report follows
         killed = isinstance(exit_code, int) and exit_code < 0
@@ -181,21 +177,6 @@ class _SaysWhoFailed(logging.Handler):
             f"(restart {self._restarts} of {self._max_restarts})."
         )
         print(text, file=sys.stderr, flush=True)
-
-
-def _children() -> list[int]:
-    """The processes that this one has started, which are the ranks; none where the system does not say."""
-    return [int(pid) for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
-
-
-def _end(pids: list[int]) -> None:
-    """Kill those that the agent's SIGTERM does not end: it would wait 30 s for ranks that hang in a collective."""
-    time.sleep(_TERM_S)
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            # A rank leads a group of its own, with its data loading workers.
-            if os.getpgid(pid) == pid and pid in _children():
-                os.killpg(pid, signal.SIGKILL)
 
 
 def _comes_first(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, float, int]:

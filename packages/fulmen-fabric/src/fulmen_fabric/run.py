@@ -182,13 +182,13 @@ def parse(argv: Sequence[str]) -> Request:
 
 def refuse_strategy(name: str, known: Sequence[str]) -> str | None:
     """Why an agent cannot start the processes of this strategy; None if it can."""
-    if name != "auto" and name not in known:
-        return f"--strategy={name!r} is not installed.{did_you_mean(name, known)} There are {', '.join(known)}."
     if any(word in name for word in _NOT_BY_AN_AGENT):
         return (
             f"--strategy={name!r} starts its processes by itself, and fulmen run has started them already: "
             "use its counterpart such as 'ddp', or run the script with python."
         )
+    if name != "auto" and name not in known:
+        return f"--strategy={name!r} is not installed.{did_you_mean(name, known)} There are {', '.join(known)}."
     return None
 
 
