@@ -23,7 +23,6 @@ __all__ = [
     "is_under_cli",
     "nothing",
     "overridden",
-    "refuse_under_cli",
     "require_at_least_one",
     "require_callable",
     "require_loader",
@@ -40,14 +39,6 @@ T = TypeVar("T")
 def is_under_cli() -> bool:
     """Whether a command line (``fulmen run``) has started this script, in every process of the run."""
     return os.environ.get("LT_CLI_USED", "0") == "1"
-
-
-def refuse_under_cli(what: str, kind: type[MisconfigurationException] = MisconfigurationRuntimeError) -> None:
-    if is_under_cli():
-        raise kind(
-            f"{what} starts processes, but a command line has started this script in every process already "
-            "(LT_CLI_USED=1). Leave it out, or start the script with python."
-        )
 
 
 def overridden(name: str, value: T, default: T) -> T:

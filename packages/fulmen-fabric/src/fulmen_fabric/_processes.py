@@ -85,12 +85,11 @@ class Processes:
         """Start the other processes, if nobody has, and join them.
 
         Runs and returns ``function(fabric, *args, **kwargs)`` in every process; without it the script just goes on.
+        Where a command line or a cluster has started the script in every process, they join each other here, too.
 
         Raises:
             TypeError: ``function`` cannot be called, or takes no argument for the Fabric.
-            RuntimeError: a command line has started this script in every process already.
         """
-        _arguments.refuse_under_cli("launch()")
         if function is None:
             self._world.launch(_arguments.nothing)
             return None

@@ -89,7 +89,6 @@ class Fabric(Checkpoints):
         self._backward = self._composer.backward()
         # A subclass that overrides run gets it started in every process.
         if type(self).run is not Fabric.run:
-            _arguments.refuse_under_cli(f"{type(self).__name__}.run()", MisconfigurationTypeError)
             self.__dict__["run"] = partial(self._launch_run, self.run)
         for line in self._assembly.chosen:
             rank_zero_info(line)

@@ -17,7 +17,8 @@ __all__ = ["Request", "command", "parse"]
 
 _NOT_BY_AN_AGENT = ("spawn", "fork", "notebook", "xla")
 _EXAMPLES = """
-A Fabric takes what is given here instead of what its code says; a Trainer takes it where its code says nothing.
+A Fabric takes what is given here, and its code must not say something else; a Trainer takes it where its code says
+nothing.
 What is not known here, and everything after `--`, goes to the script.
 
 examples:
