@@ -14,7 +14,8 @@ from torch.distributions import Categorical
 
 from fulmen_fabric import Fabric
 
-CARTS, HORIZON, DISCOUNT, LONGEST = 16, 32, 0.99, 500
+CARTS, HORIZON, LONGEST = 16, 32, 500
+REWARD, DISCOUNT, BLEND = 0.05, 0.99, 0.95
 
 
 class CartPoles:
@@ -77,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--accelerator", default="cpu", help="cpu, cuda, mps or auto (default cpu)")
     parser.add_argument("--devices", type=int, default=1, help="processes (default 1)")
-    parser.add_argument("--max-updates", type=int, default=1500, help="updates of 32 steps of 16 carts (default 1500)")
+    parser.add_argument("--max-updates", type=int, default=800, help="updates of 32 steps of 16 carts (default 800)")
     args = parser.parse_args()
 
     fabric = Fabric(accelerator=args.accelerator, devices=args.devices)

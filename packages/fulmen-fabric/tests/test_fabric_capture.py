@@ -154,8 +154,11 @@ def test_what_cannot_be_captured_is_one_clear_error():
     captured(x)
     with pytest.raises(MisconfigurationRuntimeError, match=r"waits\(\) cannot be captured.*\.item\(\)"):
         captured(x)
-    torch.cuda.synchronize()
-    step(x)  # the device works on
+    _, _, plain = prepare(fabric)
+    expected = [plain(x)["loss"] for _ in range(3)]
+    _, _, step = prepare(fabric)
+    again = fabric.capture(step, warmup=1)
+    assert [again(x)["loss"].item() for _ in range(3)] == [loss.item() for loss in expected]  # the device works on
 
 
 @pytest.mark.cuda

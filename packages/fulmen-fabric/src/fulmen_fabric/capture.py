@@ -167,10 +167,14 @@ class CapturedStep(Generic[P, R]):
         inputs = map_leaves(_own, [args, dict(kwargs)])
         own_args, own_kwargs = cast("tuple[tuple[object, ...], dict[str, object]]", inputs)
         step = cast("Callable[..., object]", self._step)
+        # A recording that fails leaves the generator registered with it; a copy of its state takes its place.
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = generator.clone_state()
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 outputs = step(*own_args, **own_kwargs)
         except RuntimeError as error:
+            generator.graphsafe_set_state(before)
             raise MisconfigurationRuntimeError(
                 f"{_name(self._step)} cannot be captured: {str(error).splitlines()[0]} Within a captured step nothing "
                 "may wait for the device (.item(), print of a tensor, `if` on one, a copy to the CPU). Move that out, "
