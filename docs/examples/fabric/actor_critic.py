@@ -105,26 +105,29 @@ def main() -> None:
             lengths.extend(poles.steps[over].tolist())
             poles.restart(over)
 
-        with (
-            torch.no_grad()
-        ):  # what each step was worth: 1 while the pole stands, and what the critic expects at the end
+        states, ends = torch.stack(states), torch.stack(ends)
+        logits, values = model(states)
+        # What each action was worth beyond what the critic expected. Source: generalized advantage estimation, Schulman
+        # et al. 2015, equation 16; a pole that has fallen expects nothing more.
+        with torch.no_grad():
             expected = model(torch.stack(after))[1] * ~torch.stack(falls)
-            returns, following = torch.zeros_like(expected), expected[-1]
+            surprise = REWARD + DISCOUNT * expected - values
+            advantages, later = torch.zeros_like(surprise), torch.zeros_like(surprise[0])
             for step in reversed(range(HORIZON)):
-                following = 1 + DISCOUNT * torch.where(ends[step], expected[step], following)
-                returns[step] = following
+                later = surprise[step] + DISCOUNT * BLEND * later * ~ends[step]
+                advantages[step] = later
+            returns = advantages + values
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-6)
 
         optimizer.zero_grad()
-        logits, values = model(torch.stack(states))
-        choice, advantage = Categorical(logits=logits), returns - values.detach()
-        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-6)
-        policy = -(choice.log_prob(torch.stack(actions)) * advantage).mean()
-        value = nn.functional.smooth_l1_loss(values, returns)
-        fabric.backward(policy + 0.5 * value - 0.01 * choice.entropy().mean())
+        choice = Categorical(logits=logits)
+        policy = -(choice.log_prob(torch.stack(actions)) * advantages).mean()
+        value = nn.functional.mse_loss(values, returns)
+        fabric.backward(policy + 5 * value - 0.01 * choice.entropy().mean())
         fabric.clip_gradients(model, optimizer, max_norm=0.5)
         optimizer.step()
         schedule.step()
-        if update % 250 == 0:
+        if update % 100 == 0:
             recent = lengths[-100:]
             fabric.print(f"update {update}: the last 100 poles stood for {sum(recent) / max(len(recent), 1):.0f} steps")
 
