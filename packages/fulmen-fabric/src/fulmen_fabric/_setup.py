@@ -19,6 +19,7 @@ from fulmen_fabric.wrappers import (
 )
 from fulmen_protocols import (
     MisconfigurationException,
+    MisconfigurationRuntimeError,
     OwnsBackward,
     OwnsOptimizerStep,
     SupportsBoundMethods,
@@ -247,9 +248,21 @@ class Composer:
     def _all_placed(self) -> list[nn.Module]:
         return [wrapper.placed for wrapper in self._wrappers]
 
-    def _only_placed(self) -> nn.Module | None:
+    def _only_placed(self) -> nn.Module:
         distinct = self._all_placed()
-        return distinct[0] if len(distinct) == 1 else None
+        if len(distinct) == 1:
+            return distinct[0]
+        name = self._assembly.strategy_name
+        if not distinct:
+            raise MisconfigurationRuntimeError(
+                f"fabric.backward() was called under strategy {name!r}, whose engine runs it, but no module was set up. "
+                "Call fabric.setup() first."
+            )
+        kinds = ", ".join(type(wrapper.module).__name__ for wrapper in self._wrappers)
+        raise MisconfigurationException(
+            f"fabric.backward(loss) cannot tell which of {len(distinct)} modules ({kinds}) the loss came from, and strategy "
+            f"{name!r} has an engine for each. Say it: fabric.backward(loss, model=model)."
+        )
 
     def wrap_optimizers(
         self,
