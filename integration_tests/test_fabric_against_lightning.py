@@ -67,12 +67,15 @@ def compare(ours: Any, theirs: Any, where: str = "") -> None:
         assert ours == theirs, where
 
 
+@pytest.mark.proves("8.2", "8.3", "8.4", "8.6", "8.7", "8.8", "8.9", "8.10", "8.11", "8.13", "8.14", "8.15", "8.16")
+@pytest.mark.proves("8.17", "8.18", "8.19", "8.20")
 @pytest.mark.parametrize("scenario", NAMES["alone"])
 def test_a_loop_leaves_the_same_behind_as_under_lightnings_fabric(scenario: str) -> None:
     [ours], [theirs] = (results(library, 1) for library in LIBRARIES)
     compare(ours[scenario], theirs[scenario])
 
 
+@pytest.mark.proves("8.3", "8.8", "8.10", "8.11", "8.12", "8.14", "8.18", "8.20")
 @pytest.mark.parametrize("scenario", NAMES["together"])
 def test_two_ranks_leave_the_same_behind_as_under_lightnings_fabric(scenario: str) -> None:
     for mine, expected in zip(results("fulmen", 2), results("lightning", 2), strict=True):

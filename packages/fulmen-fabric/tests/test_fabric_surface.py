@@ -132,7 +132,8 @@ def test_with_several_engines_the_model_must_be_named():
     ):
         fabric.backward(loss)
     fabric.backward(loss, model=second)
-    assert engine.calls == [("backward", first.module), ("backward", second.module)]
+    ran = [module for what, module in engine.calls if what == "backward"]
+    assert ran == [first.module, second.module]
 
 
 @pytest.mark.proves("8.7")

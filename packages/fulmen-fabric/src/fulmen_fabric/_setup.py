@@ -255,13 +255,13 @@ class Composer:
         name = self._assembly.strategy_name
         if not distinct:
             raise MisconfigurationRuntimeError(
-                f"fabric.backward() was called under strategy {name!r}, whose engine runs it, but no module was set up. "
-                "Call fabric.setup() first."
+                f"fabric.backward() was called under strategy {name!r}, whose engine runs it, but no module was set "
+                "up. Call fabric.setup() first."
             )
         kinds = ", ".join(type(wrapper.module).__name__ for wrapper in self._wrappers)
         raise MisconfigurationException(
-            f"fabric.backward(loss) cannot tell which of {len(distinct)} modules ({kinds}) the loss came from, and strategy "
-            f"{name!r} has an engine for each. Say it: fabric.backward(loss, model=model)."
+            f"fabric.backward(loss) cannot tell which of {len(distinct)} modules ({kinds}) the loss came from, and "
+            f"strategy {name!r} has an engine for each. Say it: fabric.backward(loss, model=model)."
         )
 
     def wrap_optimizers(
