@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--strategy", default="auto", help="fsdp, ddp or auto (default auto)")
     parser.add_argument("--precision", default="32-true", help="for example bf16-mixed (default 32-true)")
-    parser.add_argument("--max-steps", type=int, default=500, help="updates to train (default 500)")
+    parser.add_argument("--max-steps", type=int, default=300, help="updates to train (default 300)")
     parser.add_argument("--out", type=Path, default=Path("demo_output/fabric"), help="where the checkpoint goes")
     args = parser.parse_args()
 
@@ -97,7 +97,7 @@ def main() -> None:
     with fabric.init_module():
         module = Writer(len(alphabet))
     model = fabric.setup_module(module)  # first the module: sharding makes its parameters new ones
-    optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=3e-3))
+    optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=6e-3))
 
     def rate(step: int) -> float:
         return min(step / 50, 1.0) * (0.55 + 0.45 * math.cos(math.pi * min(step / args.max_steps, 1.0)))
@@ -106,7 +106,7 @@ def main() -> None:
     while run.step < args.max_steps:
         for windows in loader:
             for group in optimizer.param_groups:
-                group["lr"] = 3e-3 * rate(run.step + 1)
+                group["lr"] = 6e-3 * rate(run.step + 1)
             optimizer.zero_grad()
             loss = model(windows)
             fabric.backward(loss)
