@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Generic, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ class CapturedStep(Generic[P, R]):
         self._calls: dict[object, int] = {}
         self._recordings: dict[object, _Recording] = {}
         self._stream: torch.cuda.Stream | None = None
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # Any: torch's name for the handle of a memory pool is private
         self._has_warned = False
 
     @property
@@ -136,7 +136,8 @@ class CapturedStep(Generic[P, R]):
 
     def _run_aside(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> R:
         if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)
+            # Any: torch does not annotate how a stream is made.
+            self._stream = cast("torch.cuda.Stream", cast("Any", torch.cuda).Stream(self._device))
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         step = cast("Callable[..., R]", self._step)
         hooks = [one.register_step_pre_hook(self._see_step) for one in self._optimizers()]

@@ -10,6 +10,8 @@ from fulmen_fabric.rank_zero import PossibleUserWarning, rank_zero_warn
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    import torch
+
 __all__ = ["LoaderPlace", "RestOfEpoch"]
 
 
@@ -91,7 +93,7 @@ class LoaderPlace:
         """
         position = cast("dict[str, object] | None", state["position"])
         if position is None:
-            self._whole.set_generator_states(cast("Mapping[str, object]", state["generators"]))  # type: ignore[arg-type]
+            self._whole.set_generator_states(cast("Mapping[str, torch.Tensor]", state["generators"]))
             self._whole.set_order(cast("Mapping[str, object] | None", state["order"]))
             return None
         loader: object = self.loader

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ class Prefetcher(Iterator[object]):
         self, batches: Iterator[object], move: Callable[[object], object], device: torch.device, depth: int
     ) -> None:
         self._batches, self._move, self._device, self._depth = batches, move, device, depth
-        self._stream = torch.cuda.Stream(device)
+        # Any: torch does not annotate how a stream is made.
+        self._stream = cast("torch.cuda.Stream", cast("Any", torch.cuda).Stream(device))
         self._ready: deque[tuple[object, torch.cuda.Event]] = deque()
         self._ended = False
         self.given = 0
@@ -72,6 +73,5 @@ class Prefetcher(Iterator[object]):
             return
         with torch.cuda.stream(self._stream):
             moved = self._move(batch)
-            copied = torch.cuda.Event()
-            copied.record(self._stream)
+            copied = cast("torch.cuda.Event", self._stream.record_event())
         self._ready.append((moved, copied))
