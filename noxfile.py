@@ -27,9 +27,10 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Train the worked examples: finetuning, adversarial training, a language model; each under two minutes."""
+    """Train the worked examples, those with a loop of their own too; each under two minutes. [-- NAME ...]."""
     python = environment(session, "demo")
-    for name in session.posargs or ["finetuning", "gan", "language_model"]:
+    fabric = ["image_classifier", "gan", "actor_critic", "kfold", "language_model"]
+    for name in session.posargs or ["finetuning", "gan", "language_model", *(f"fabric/{name}" for name in fabric)]:
         session.run(python, f"docs/examples/{name}.py")
 
 

@@ -12,6 +12,7 @@ not declare it cannot see it.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -29,6 +30,21 @@ from tools.workspace import CONSTRAINTS, ROOT, Package, closure, packages, requi
 HOME = ROOT / ".nox" / "alone"
 TEST_TOOLS = ["pytest", "pytest-timeout"]
 """What the workspace's pytest settings need; a package's own group names everything else."""
+
+AT_MOST_MB = {"fulmen-fabric": 5.0}
+"""What a package may take on disk together with all that it brings, torch and what torch itself needs aside (but for
+what both need). 1 MB is a million bytes."""
+
+INSTALLED = """
+import json, sys
+from importlib.metadata import distribution
+sizes = {}
+for name in sys.argv[1:]:
+    one = distribution(name)
+    files = [one.locate_file(file) for file in one.files or ()]
+    sizes[name] = sum(file.stat().st_size for file in files if file.exists())
+print(json.dumps(sizes))
+"""
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
@@ -104,6 +120,16 @@ class Failed(Exception):
     """A step of one package failed; what it printed is in the report."""
 
 
+def size_report(limit_mb: float, sizes: dict[str, int]) -> str:
+    """One line on what is installed. Raises ``Failed`` where it is more than ``limit_mb``."""
+    total = sum(sizes.values()) / 1e6
+    parts = ", ".join(f"{name} {size / 1e6:.2f}" for name, size in sorted(sizes.items(), key=lambda item: -item[1]))
+    line = f"installed without torch: {total:.2f} MB of {limit_mb:.0f} ({parts})"
+    if total > limit_mb:
+        raise Failed(f"size: {line}")
+    return line
+
+
 def check(package: Package, wheels: dict[str, Path], tools: Path, torch: Path) -> Report:
     """Take one package through all the steps."""
     report, started = Report(package.name), time.perf_counter()
@@ -123,6 +149,10 @@ def check(package: Package, wheels: dict[str, Path], tools: Path, torch: Path) -
     try:
         make(environment, [torch] if needs_torch(theirs) else [])
         step("install", *install_command(environment, [*[wheels[p.name] for p in ours], *theirs]))
+        if package.name in AT_MOST_MB:
+            names = [*(p.name for p in ours), *{requirement_name(one) for one in theirs} - {"torch"}]
+            step("size", python, "-c", INSTALLED, *names)
+            report.output[-1] = size_report(AT_MOST_MB[package.name], json.loads(report.output[-1]))
         visible = "with-torch" if needs_torch(theirs) else "without-torch"
         optional = [requirement_name(requirement) for requirement in package.optional_dependencies]
         step("import", python, "-c", IMPORT_ALL, package.module, visible, *optional)

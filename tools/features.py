@@ -18,7 +18,7 @@ from tools.workspace import ROOT
 
 PAGE = ROOT / "docs" / "features.md"
 DIFFERENCES = ROOT / "docs" / "differences.md"
-WHOLE_AREAS = ("6", "9", "10", "11", "12", "13")
+WHOLE_AREAS = ("6", "8", "9", "10", "11", "12", "13")
 """Areas in which every item is proved or explained."""
 ROW = re.compile(r"^\| (?P<item>(?:\d+|A)\.\d+) \| (?P<text>.*) \| (?P<status>[^|]*) \|$", re.MULTILINE)
 EXPLAINED = re.compile(r"\(items? (?P<items>(?:\d+|A)\.\d+(?:(?:, | and )(?:\d+|A)\.\d+)*)\)")

@@ -80,7 +80,7 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.proves("9.53")
+@pytest.mark.proves("9.53", "14.6")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_module_trains_like_the_module_itself_as_one_graph_that_logs(backend: str) -> None:
     eager, expected = Compiled(), trainer()

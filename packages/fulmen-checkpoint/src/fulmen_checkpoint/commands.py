@@ -16,7 +16,7 @@ from fulmen_protocols.errors import CheckpointError, FulmenError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-__all__ = ["main"]
+__all__ = ["consolidate", "main"]
 
 _EVERYWHERE = "Paths are local or fsspec URLs (s3://bucket/run). No code from a checkpoint is run."
 
@@ -39,6 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FulmenError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+
+
+def consolidate(argv: Sequence[str] | None = None) -> int:
+    """Make one torch file of a folder of shards; short for ``fulmen checkpoint consolidate``.
+
+    ``argv`` and what is returned are as for ``main``.
+    """
+    return main(["consolidate", *(sys.argv[1:] if argv is None else argv)])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,9 +149,9 @@ def _convert(asked: argparse.Namespace) -> int:
 
 
 def _consolidate(asked: argparse.Namespace) -> int:
-    from fulmen_checkpoint.conversion import consolidate
+    from fulmen_checkpoint import conversion
 
-    print(f"wrote {consolidate(asked.path, asked.output)}")
+    print(f"wrote {conversion.consolidate(asked.path, asked.output)}")
     return 0
 
 

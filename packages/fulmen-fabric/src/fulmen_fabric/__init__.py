@@ -2,8 +2,10 @@
 
 from fulmen_fabric.abilities import supports
 from fulmen_fabric.assemble import Assembly, assemble
+from fulmen_fabric.capture import CapturedStep
 from fulmen_fabric.fabric import Fabric
 from fulmen_fabric.flops import get_available_flops, measure_flops
+from fulmen_fabric.preemption import PreemptionWatch
 from fulmen_fabric.rank_zero import (
     LightningDeprecationWarning,
     PossibleUserWarning,
@@ -16,6 +18,7 @@ from fulmen_fabric.rank_zero import (
     rank_zero_only,
     rank_zero_warn,
 )
+from fulmen_fabric.run_state import RunState
 from fulmen_fabric.seed import (
     collect_rng_state,
     isolate_rng,
@@ -32,10 +35,13 @@ from fulmen_fabric.wrappers import is_wrapped
 
 __all__ = [
     "Assembly",
+    "CapturedStep",
     "Fabric",
     "LightningDeprecationWarning",
     "LocalCollectives",
     "PossibleUserWarning",
+    "PreemptionWatch",
+    "RunState",
     "SpikeDetection",
     "StopAgreement",
     "StopSignal",

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from fulmen_fabric._loaders import FabricDataLoader
 from fulmen_fabric.wrappers import FabricModule, FabricOptimizer
-from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError
+from fulmen_protocols import MisconfigurationException, MisconfigurationRuntimeError, MisconfigurationTypeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,24 +20,37 @@ if TYPE_CHECKING:
 
 __all__ = [
     "as_list",
+    "is_under_cli",
     "nothing",
     "overridden",
+    "require_at_least_one",
     "require_callable",
     "require_loader",
     "require_module",
     "require_no_group",
     "require_no_meta",
     "require_optimizer",
+    "require_prefetch",
 ]
 
 T = TypeVar("T")
 
 
-def overridden(name: str, value: T) -> T:
+def is_under_cli() -> bool:
+    """Whether a command line (``fulmen run``) has started this script, in every process of the run."""
+    return os.environ.get("LT_CLI_USED", "0") == "1"
+
+
+def overridden(name: str, value: T, default: T) -> T:
     variable = f"LT_{name.upper()}"
     found = os.environ.get(variable)
     if found is None:
         return value
+    if is_under_cli() and value != default and found != str(value):
+        raise MisconfigurationException(
+            f"Fabric({name}={value!r}) in the code contradicts {variable}={found!r}, which the command line set. "
+            f"Remove {name}= from the code, or --{name.replace('_', '-')} from the command line."
+        )
     if name == "num_nodes" and not found.isdigit():
         raise MisconfigurationException(f"{variable}={found!r} is not a whole number.")
     return cast("T", found)
@@ -101,7 +114,25 @@ def require_optimizer(optimizer: object) -> None:
 
 def require_no_meta(optimizer: Optimizer) -> None:
     if any(parameter.is_meta for group in optimizer.param_groups for parameter in group["params"]):
-        raise MisconfigurationException(
+        raise MisconfigurationRuntimeError(
             f"{type(optimizer).__name__} holds parameters on the meta device. "
             "Make it after setup_module(), from the parameters of the module that it returns."
+        )
+
+
+def require_at_least_one(what: str, **counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise MisconfigurationException(f"{what} got {name}={count!r}. Use a whole number of at least 1.")
+
+
+def require_prefetch(prefetch: int, move_to_device: bool) -> None:
+    if isinstance(prefetch, bool) or prefetch < 0:
+        raise MisconfigurationException(
+            f"setup_dataloaders got prefetch={prefetch!r}. Use a number of batches, or 0 to copy each when it is used."
+        )
+    if prefetch and not move_to_device:
+        raise MisconfigurationException(
+            f"setup_dataloaders got prefetch={prefetch!r} and move_to_device=False: batches that stay where they are "
+            "cannot be copied ahead. Drop one of the two."
         )

@@ -1,45 +1,68 @@
-"""Loaders for Fabric: batches on the device, epochs counted by themselves."""
+"""Loaders for Fabric: batches on the device, epochs counted by themselves, and a place that can be saved."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
 
-from fulmen_data import add_worker_seeding, distribute_loader, seed_samples, set_epoch
+from fulmen_data import add_worker_seeding, distribute_loader, elastic_loader, seed_samples
 from fulmen_fabric.abilities import supports
-from fulmen_protocols import SupportsLoaderProcessing
+from fulmen_fabric.place import LoaderPlace
+from fulmen_fabric.prefetch import Prefetcher, can_prefetch
+from fulmen_protocols import MisconfigurationException, SupportsLoaderProcessing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch.utils.data import DataLoader
 
     from fulmen_fabric.world import World
     from fulmen_protocols import Strategy
 
-__all__ = ["FabricDataLoader", "prepare_loader"]
+__all__ = ["FabricDataLoader", "LoaderMaker"]
 
 
 class FabricDataLoader:
     """Iterates over a ``DataLoader``: batches come on the device, and samplers learn the epoch by themselves.
 
-    Everything else (``batch_size``, ``dataset``, ...) is the loader's own.
+    Each ``iter`` begins an epoch, or goes on with the one that a loaded ``run_state`` was in. Everything else
+    (``batch_size``, ``dataset``, ...) is the loader's own.
     """
 
-    # Any: batches are objects, and DataLoader's element type says nothing here.
     def __init__(
-        self, loader: DataLoader[Any], batches: Iterable[object], move: Callable[[object], object] | None = None
+        self, place: LoaderPlace, number: int, feed: Callable[[Iterator[object]], Iterator[object]] | None = None
     ) -> None:
-        """``batches`` is ``loader``, or what a strategy feeds its device with in its place; None moves nothing."""
-        self._loader = loader
-        self._batches = batches
-        self._move = move
+        """``feed`` brings the batches of an iterator to the device; None leaves them where they are."""
+        self.number = number
+        self._place = place
+        self._feed = feed
+        self._loader = cast("DataLoader[Any]", place.loader)
         self._epoch = 0
+        self._is_running = False
+        self._given: Callable[[], int] | None = None
+        self._began_at: object = None
+        self.clock: Callable[[], object] = int
+        """Says which epoch of the run it is; one that was begun in another has ended, wherever its iterator stands."""
 
     def __iter__(self) -> Iterator[object]:
-        set_epoch(self._loader, self._epoch)
+        position = self._place.position
+        position.set_epoch(self._epoch)
         self._epoch += 1
-        return iter(self._batches) if self._move is None else map(self._move, self._batches)
+        before = position.batches
+        batches = iter(position)
+        self._is_running, self._began_at, self._given = True, self.clock(), None
+        if self._feed is not None:
+            batches = self._feed(batches)
+            if self._place.reads_ahead:
+                self._given = _counter(batches, before)
+        return chain(batches, self._end())
+
+    def _end(self) -> Iterator[object]:
+        self._is_running = False
+        self._place.end_epoch()
+        yield from ()
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -48,6 +71,40 @@ class FabricDataLoader:
         """The epoch of the next ``iter``, for a run that does not start at epoch 0."""
         self._epoch = epoch
 
+    @property
+    def batches_done(self) -> int:
+        """Batches of the running epoch that were handed out; 0 between epochs. A loaded state sets it."""
+        if not self._is_within_epoch:
+            return 0
+        return self._place.position.batches if self._given is None else self._given()
+
+    @property
+    def _is_within_epoch(self) -> bool:
+        return self._is_running and self._began_at == self.clock()
+
+    def state_dict(self) -> dict[str, object]:
+        """The place in the data, as numbers, lists and tensors; each rank has its own."""
+        within = self._is_within_epoch
+        if within:
+            self._place.warn_of_what_is_lost()
+        given = None if self._given is None else self._given()
+        return {"epoch": self._epoch, **self._place.state_dict(given, within_epoch=within)}
+
+    def load_state_dict(self, state: Mapping[str, object], saved_ranks: int | None = None) -> None:
+        """Go on there at the next ``iter``. ``saved_ranks`` is the number of parts that the data had; None: as now.
+
+        Raises:
+            MisconfigurationException: the place is that of another kind of loader, or nobody knows what is left.
+        """
+        self._place.restart()
+        self._epoch, self._given, self._is_running = cast("int", state["epoch"]), None, False
+        rest = self._place.load_state_dict(state, saved_ranks=saved_ranks or self._place.ranks)
+        if rest is not None:
+            position = self._place.position
+            position.reads_ahead = self._place.reads_ahead
+            position.load_state_dict(rest[1])
+            self._epoch, self._is_running, self._began_at = position.epoch, True, self.clock()
+
     def __getattr__(self, name: str) -> object:
         # Only reached for names that are not ours. Our own, missing, mean that __init__ has not run (copy, pickle).
         if name.startswith("_"):
@@ -55,25 +112,90 @@ class FabricDataLoader:
         return getattr(self._loader, name)
 
 
-def prepare_loader(
-    loader: DataLoader[Any],
-    world: World,
-    strategy: Strategy,
-    *,
-    split: bool,
-    move: Callable[[object], object] | None,
-) -> FabricDataLoader:
-    """This rank's part of ``loader``, unless not ``split``; ``move`` brings batches to the device."""
-    if split:
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+def _counter(batches: Iterator[object], before: int) -> Callable[[], int]:
+    ahead = cast("Prefetcher | _Counted", batches)
+    return lambda: before + ahead.given
+
+
+class _Counted:
+    """Counts what was taken from an iterator that reads ahead of that."""
+
+    def __init__(self, iterator: Iterator[object]) -> None:
+        self._next = iterator.__next__
+        self.given = 0
+
+    def __iter__(self) -> Iterator[object]:
+        return self
+
+    def __next__(self) -> object:
+        item = self._next()
+        self.given += 1
+        return item
+
+
+class LoaderMaker:
+    """Makes the loaders of a Fabric, and knows those still in use, in the order in which they were made."""
+
+    def __init__(self, world: World, strategy: Strategy) -> None:
+        self._world = world
+        self._process = strategy.process_loader if supports(strategy, SupportsLoaderProcessing) else None
+        self._made: WeakSet[FabricDataLoader] = WeakSet()
+        self._number = 0
+        self.on_made: Callable[[FabricDataLoader], object] | None = None
+        """Told of each new loader."""
+
+    def in_use(self) -> list[FabricDataLoader]:
+        """The loaders that somebody still holds."""
+        return sorted(self._made, key=lambda loader: loader.number)
+
+    def make(
+        self, given: DataLoader[Any], *, split: bool, move: Callable[[object], object] | None, prefetch: int
+    ) -> FabricDataLoader:
+        """This rank's part of ``given``, unless not ``split``; ``move`` brings batches to the device."""
+        world = self._world
         rank, parts = world.data_parallel_rank, world.data_parallel_size
-        shared = world.data_parts is not None
-        loader = distribute_loader(loader, rank=rank, world_size=parts, training=True, seed=seed, shared=shared)
-    seeding = os.environ.get("PL_SEED_WORKERS", "0")
-    if seeding == "1":
-        add_worker_seeding(loader, world.data_parallel_rank)  # ranks of one model read the same batches
-    elif seeding == "samples":
-        loader = seed_samples(loader)
-    if supports(strategy, SupportsLoaderProcessing):
-        return FabricDataLoader(loader, strategy.process_loader(loader))
-    return FabricDataLoader(loader, loader, move)
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        loader = given
+        if split:
+            shared = world.data_parts is not None
+            loader = distribute_loader(given, rank=rank, world_size=parts, training=True, seed=seed, shared=shared)
+
+        def rest_of_epoch(position: Mapping[str, object], saved_ranks: int) -> tuple[object, dict[str, object]]:
+            if not split and parts > 1:
+                raise MisconfigurationException(
+                    f"this place in the data was saved in the middle of an epoch by {saved_ranks} processes; to share "
+                    f"the rest among {parts}, Fabric must split the data, and use_distributed_sampler=False. Pass True "
+                    "to setup_dataloaders, or resume from a checkpoint of an epoch's end."
+                )
+            rest, state = elastic_loader(given, position, rank=rank, ranks=parts, saved_ranks=saved_ranks)
+            return self._seeded(rest), state
+
+        place = LoaderPlace(self._seeded(loader), parts, rest_of_epoch)
+        # A strategy's own loader is ahead of the batch in hand, too.
+        place.reads_ahead = self._process is not None or (prefetch > 0 and can_prefetch(world.device))
+        self._number += 1
+        made = FabricDataLoader(place, self._number, self._feed(move, prefetch))
+        self._made.add(made)
+        if self.on_made is not None:
+            self.on_made(made)
+        return made
+
+    def _feed(
+        self, move: Callable[[object], object] | None, prefetch: int
+    ) -> Callable[[Iterator[object]], Iterator[object]] | None:
+        process, device = self._process, self._world.device
+        if process is not None:
+            return lambda batches: _Counted(iter(process(batches)))
+        if move is None:
+            return None
+        if prefetch and can_prefetch(device):
+            return lambda batches: Prefetcher(batches, move, device, prefetch)
+        return lambda batches: map(move, batches)
+
+    def _seeded(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        """``loader`` as ``seed_everything(workers=...)`` asked for."""
+        seeding = os.environ.get("PL_SEED_WORKERS", "0")
+        if seeding == "1":
+            # Ranks of one model read the same batches.
+            add_worker_seeding(loader, self._world.data_parallel_rank)
+        return seed_samples(loader) if seeding == "samples" else loader

@@ -19,6 +19,7 @@ from fulmen_fabric.wrappers import (
 )
 from fulmen_protocols import (
     MisconfigurationException,
+    MisconfigurationRuntimeError,
     OwnsBackward,
     OwnsOptimizerStep,
     SupportsBoundMethods,
@@ -63,6 +64,7 @@ class Composer:
         self._in_manual_step: nn.Module | None = None
         # Of the modules set up, those whose wrapper is still in use.
         self._wrappers: WeakSet[FabricModule] = WeakSet()
+        self._optimizers: WeakSet[Optimizer] = WeakSet()
 
     @property
     def is_sharded(self) -> bool:
@@ -190,6 +192,14 @@ class Composer:
         held = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
         return next((one for one in distinct if any(id(param) in held for param in one.parameters())), None)
 
+    def modules_in_use(self) -> list[nn.Module]:
+        """The user's modules whose wrappers somebody holds."""
+        return [wrapper.module for wrapper in self._wrappers]
+
+    def optimizers_in_use(self) -> list[Optimizer]:
+        """The optimizers that were set up and that somebody holds, as the strategy prepared them."""
+        return list(self._optimizers)
+
     # -- the step -----------------------------------------------------------------------------------------------------
 
     def backward(self) -> Callable[..., None]:
@@ -242,9 +252,21 @@ class Composer:
     def _all_placed(self) -> list[nn.Module]:
         return [wrapper.placed for wrapper in self._wrappers]
 
-    def _only_placed(self) -> nn.Module | None:
+    def _only_placed(self) -> nn.Module:
         distinct = self._all_placed()
-        return distinct[0] if len(distinct) == 1 else None
+        if len(distinct) == 1:
+            return distinct[0]
+        name = self._assembly.strategy_name
+        if not distinct:
+            raise MisconfigurationRuntimeError(
+                f"fabric.backward() was called under strategy {name!r}, whose engine runs it, but no module was set "
+                "up. Call fabric.setup() first."
+            )
+        kinds = ", ".join(type(wrapper.module).__name__ for wrapper in self._wrappers)
+        raise MisconfigurationException(
+            f"fabric.backward(loss) cannot tell which of {len(distinct)} modules ({kinds}) the loss came from, and "
+            f"strategy {name!r} has an engine for each. Say it: fabric.backward(loss, model=model)."
+        )
 
     def wrap_optimizers(
         self,
@@ -274,6 +296,7 @@ class Composer:
             return None
 
         step = self._step(placed)
+        self._optimizers.update(prepared)
         return [
             wrap_optimizer(
                 one,

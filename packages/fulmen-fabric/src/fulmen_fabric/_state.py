@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fulmen_fabric.rank_zero import rank_zero_warn
-from fulmen_protocols import MisconfigurationException, Stateful
+from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError, Stateful
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +21,8 @@ def to_saved(state: Mapping[str, object], filters: Mapping[str, Callable[[str, A
     """``state`` with every module, optimizer and stateful object replaced by its state.
 
     Raises:
-        MisconfigurationException: a filter has no entry, is not callable, or its entry has no named parts.
+        MisconfigurationException: a filter has no entry; a ``TypeError`` too where it is not callable, or its entry has
+            no named parts.
     """
     unknown = sorted(filters.keys() - state.keys())
     if unknown:
@@ -35,7 +36,7 @@ def to_saved(state: Mapping[str, object], filters: Mapping[str, Callable[[str, A
         if name in filters:
             keep = filters[name]
             if not callable(cast("object", keep)) or not isinstance(entry, Mapping):
-                raise MisconfigurationException(
+                raise MisconfigurationTypeError(
                     f"save got the filter {keep!r} for {name!r}, a {type(value).__name__}. A filter is a function of "
                     "(key, value), for an entry with a state_dict or a mapping."
                 )

@@ -2,58 +2,50 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from fulmen_fabric import _arguments
 from fulmen_fabric._callbacks import adopt, call_each, installed_callbacks
-from fulmen_fabric._communication import all_gather, all_reduce, broadcast
-from fulmen_fabric._loaders import prepare_loader
-from fulmen_fabric._setup import Composer
-from fulmen_fabric._state import load_into, load_raw_into, to_saved
+from fulmen_fabric._checkpoints import Checkpoints
 from fulmen_fabric.abilities import supports
 from fulmen_fabric.assemble import assemble
-from fulmen_fabric.rank_zero import rank_zero_info
+from fulmen_fabric.capture import CapturedStep, why_not_captured
+from fulmen_fabric.rank_zero import rank_zero_deprecation, rank_zero_info
 from fulmen_fabric.seed import seed_everything
-from fulmen_fabric.transfer import convert_tensors_to_scalars, mover
-from fulmen_fabric.world import World
+from fulmen_fabric.transfer import convert_tensors_to_scalars
 from fulmen_fabric.wrappers import FabricModule, unwrap
 from fulmen_protocols import (
     LOGGERS,
     MisconfigurationException,
     MisconfigurationTypeError,
-    SupportsAsyncSave,
     SupportsForwardContext,
-    SupportsShardedSave,
     check,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
     from contextlib import AbstractContextManager
-    from os import PathLike
 
+    from torch import Tensor, nn
     from torch.optim import Optimizer
     from torch.utils.data import DataLoader
 
-    from fulmen_fabric.assemble import Assembly
-    from fulmen_protocols import Accelerator, Logger, Precision, Strategy
+    from fulmen_protocols import Accelerator, Logger, Strategy
 
 __all__ = ["Fabric"]
 
-T = TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-class Fabric:
+class Fabric(Checkpoints):
     """Runs a loop of your own on any device, in any precision, in one process or many.
 
     Arguments are Lightning's; the variables ``LT_ACCELERATOR``, ``LT_STRATEGY``, ``LT_DEVICES``, ``LT_NUM_NODES`` and
-    ``LT_PRECISION`` override them, so a launcher can choose without a change to the script.
+    ``LT_PRECISION`` override them, so a launcher can choose without a change to the script. Where a command line set
+    them (``LT_CLI_USED=1``), an argument in the code that says something else is an error.
 
     Args:
         accelerator: a name, ``"gpu"``, ``"auto"`` or an instance.
@@ -81,71 +73,25 @@ class Fabric:
         callbacks: object | Sequence[object] | None = None,
         loggers: Logger | Sequence[Logger] | None = None,
     ) -> None:
-        self._assembly: Assembly = assemble(
-            accelerator=_arguments.overridden("accelerator", accelerator),
-            strategy=_arguments.overridden("strategy", strategy),
-            devices=_arguments.overridden("devices", devices),
-            num_nodes=int(_arguments.overridden("num_nodes", num_nodes)),
-            precision=_arguments.overridden("precision", precision),
-            plugins=plugins,
-            state_kind="sharded",  # a raw loop saves often, and what it saves is its own business
+        super().__init__(
+            assemble(
+                accelerator=_arguments.overridden("accelerator", accelerator, "auto"),
+                strategy=_arguments.overridden("strategy", strategy, "auto"),
+                devices=_arguments.overridden("devices", devices, "auto"),
+                num_nodes=int(_arguments.overridden("num_nodes", num_nodes, 1)),
+                precision=_arguments.overridden("precision", precision, None),
+                plugins=plugins,
+                state_kind="sharded",  # a raw loop saves often, and what it saves is its own business
+            )
         )
         self._callbacks: list[object] = [*_arguments.as_list(callbacks), *installed_callbacks()]
         self._loggers: list[Logger] = [check(LOGGERS, one) for one in _arguments.as_list(loggers)]
-        self._world = World(self._assembly)
-        self._composer = Composer(self._assembly)
         self._backward = self._composer.backward()
-        self._move: Callable[[object], object] | None = None
         # A subclass that overrides run gets it started in every process.
         if type(self).run is not Fabric.run:
             self.__dict__["run"] = partial(self._launch_run, self.run)
         for line in self._assembly.chosen:
             rank_zero_info(line)
-
-    @property
-    def accelerator(self) -> Accelerator:
-        """The accelerator in use."""
-        return self._assembly.accelerator
-
-    @property
-    def strategy(self) -> Strategy:
-        """The strategy in use."""
-        return self._assembly.strategy
-
-    @property
-    def precision(self) -> Precision:
-        """The precision in use. One with a gradient scaler has a ``state_dict`` that belongs into your checkpoints."""
-        return self._assembly.precision
-
-    @property
-    def device(self) -> torch.device:
-        """The device of this process."""
-        return self._world.device
-
-    @property
-    def global_rank(self) -> int:
-        """Index of this process among all."""
-        return self._world.rank
-
-    @property
-    def local_rank(self) -> int:
-        """Index of this process on its node."""
-        return self._world.local_rank
-
-    @property
-    def node_rank(self) -> int:
-        """Index of this node."""
-        return self._world.node_rank
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return self._world.world_size
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this is rank 0."""
-        return self._world.is_global_zero
 
     @property
     def loggers(self) -> list[Logger]:
@@ -158,50 +104,6 @@ class Fabric:
         if not self._loggers:
             raise IndexError("this Fabric has no logger. Pass loggers= when you make it.")
         return self._loggers[0]
-
-    def launch(self, function: Callable[..., T] | None = None, *args: object, **kwargs: object) -> T | None:
-        """Start the other processes, if nobody has, and join them.
-
-        Runs and returns ``function(fabric, *args, **kwargs)`` in every process; without it the script just goes on.
-
-        Raises:
-            TypeError: ``function`` cannot be called, or takes no argument for the Fabric.
-        """
-        if function is None:
-            self._world.launch(_arguments.nothing)
-            return None
-        _arguments.require_callable(function)
-        return self._world.launch(partial(function, self, *args, **kwargs))
-
-    # Any: a subclass's run takes and returns what it likes.
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Override it in a subclass to hold your loop: calling it launches and then runs it in every process."""
-        raise NotImplementedError(f"{type(self).__name__} does not define run. Override it, or call launch(function).")
-
-    def _launch_run(self, run: Callable[..., object], *args: object, **kwargs: object) -> object:
-        return self._world.launch(partial(run, *args, **kwargs))
-
-    def close(self) -> None:
-        """Leave the process group, release the device and finish pending writes."""
-        self._world.close()
-        self._assembly.checkpoint_io.teardown()
-
-    def _finish_saves(self) -> None:
-        """What rank 0 is still writing may be what the others are about to read."""
-        checkpoint_io = self._assembly.checkpoint_io
-        if supports(checkpoint_io, SupportsAsyncSave):
-            checkpoint_io.wait()
-            self.barrier("saves")
-
-    def _started(self, what: str) -> None:
-        """One process needs no launch: it starts at the first call that needs its device."""
-        if not self._world.started:
-            if self.world_size > 1:
-                raise RuntimeError(
-                    f"fabric.{what}() was called, but the {self.world_size} processes of this run have not been "
-                    "launched. Call fabric.launch() first."
-                )
-            self._world.start()
 
     def setup(
         self,
@@ -274,27 +176,35 @@ class Fabric:
 
     # Any: one loader, or a list of them.
     def setup_dataloaders(
-        self, *dataloaders: DataLoader[Any], use_distributed_sampler: bool = True, move_to_device: bool = True
+        self,
+        *dataloaders: DataLoader[Any],
+        use_distributed_sampler: bool = True,
+        move_to_device: bool = True,
+        prefetch: int = 0,
     ) -> Any:
         """Give each rank its part of the data, on its device: one loader, or a list. Each ``iter`` is one epoch.
 
+        Args:
+            dataloaders: yours; their samplers are kept, and split over ranks where there are several.
+            use_distributed_sampler: False reads what the loader itself chooses, on every rank.
+            move_to_device: False leaves batches where they are.
+            prefetch: batches on their way to a CUDA device while it computes; overlaps where loaders pin their memory.
+                On a CPU there is nothing to copy, and it does nothing.
+
         Raises:
-            MisconfigurationException: none was given, one is no ``DataLoader``, was set up before or cannot be split.
+            MisconfigurationException: none was given, one is no ``DataLoader``, was set up before or cannot be split;
+                ``prefetch`` is negative, or asked for with ``move_to_device=False``.
         """
         self._started("setup_dataloaders")
         if not dataloaders:
             raise MisconfigurationException("setup_dataloaders() was given no loader. Pass at least one.")
         for loader in dataloaders:
             _arguments.require_loader(loader)
+        _arguments.require_prefetch(prefetch, move_to_device)
         move = self._mover() if move_to_device else None
         split = use_distributed_sampler
-        ready = [prepare_loader(one, self._world, self.strategy, split=split, move=move) for one in dataloaders]
+        ready = [self._loaders.make(one, split=split, move=move, prefetch=prefetch) for one in dataloaders]
         return ready[0] if len(ready) == 1 else ready
-
-    def _mover(self) -> Callable[[object], object]:
-        if self._move is None:
-            self._move = mover(self.device)
-        return self._move
 
     def backward(self, tensor: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """``tensor.backward(*args, **kwargs)``, scaled or run by an engine where precision or strategy ask for it.
@@ -351,6 +261,35 @@ class Fabric:
             raise MisconfigurationTypeError(f"no_backward_sync got {kind}. Pass the module that setup() returned.")
         return self._composer.no_sync(module) if enabled else nullcontext()
 
+    def capture(self, step: Callable[P, R], *, warmup: int = 3, max_graphs: int = 16) -> CapturedStep[P, R]:
+        """``step``, a function that does one whole update, replayed as a CUDA graph once its shapes are known.
+
+        Where that cannot be (no CUDA device, several processes, a gradient scaler, an engine of its own) the same
+        object just calls ``step``, says so in one line, and has the reason as ``reason``.
+
+        Args:
+            step: forward, ``zero_grad``, backward and optimizer step on tensors of this process's device.
+            warmup: calls of each shape that run as they are before the recording, at least 1.
+            max_graphs: recordings to keep.
+
+        Raises:
+            MisconfigurationException: ``warmup`` or ``max_graphs`` is less than 1.
+        """
+        self._started("capture")
+        _arguments.require_at_least_one("capture", warmup=warmup, max_graphs=max_graphs)
+        reason = why_not_captured(self._assembly, self.device)
+        if reason is not None:
+            rank_zero_info(f"fabric.capture() calls the step as it is: {reason}.")
+        return CapturedStep(
+            step,
+            device=self.device,
+            optimizers=self._composer.optimizers_in_use,
+            modules=self._composer.modules_in_use,
+            reason=reason,
+            warmup=warmup,
+            max_graphs=max_graphs,
+        )
+
     @contextmanager
     def init_tensor(self) -> Generator[None, None, None]:
         """Within the block new tensors are on this process's device, in the precision's dtype."""
@@ -368,128 +307,10 @@ class Fabric:
         with self.strategy.module_context(empty=bool(empty_init)), self.precision.init_context():
             yield
 
-    def to_device(self, obj: T) -> T:
-        """Move a module in place, or the tensors of nested collections, to this process's device."""
-        self._started("to_device")
-        if isinstance(obj, nn.Module):
-            return obj.to(self.device)
-        return cast("T", self._mover()(obj))
-
-    def print(self, *args: object, **kwargs: Any) -> None:
-        """``print`` on the first process of each node."""
-        if self.local_rank == 0:
-            print(*args, **kwargs)
-
-    def barrier(self, name: str | None = None) -> None:
-        """Wait for every process."""
-        self._started("barrier")
-        self._world.collectives.barrier(name or "")
-
-    def broadcast(self, obj: T, src: int = 0) -> T:
-        """Rank ``src``'s ``obj``, any picklable object. Device tensors arrive on the own device."""
-        self._started("broadcast")
-        return broadcast(self._world, self._mover(), obj, src)
-
-    # Any: nested collections of numbers and tensors.
-    def all_gather(self, data: Any, group: None = None, sync_grads: bool = False) -> Any:
-        """Every rank's tensors, stacked: shape ``(world_size, *shape)``. In one process the data as it is.
-
-        Shapes must be equal on every rank; ``group`` must be None. ``sync_grads``: gradients flow back to each input.
-        """
-        self._started("all_gather")
-        _arguments.require_no_group("all_gather", group)
-        return all_gather(self._world, data, sync_grads)
-
-    def all_reduce(self, data: Any, group: None = None, reduce_op: str = "mean") -> Any:
-        """Tensors combined over ranks by ``"mean"`` (``"avg"``), ``"sum"``, ``"min"`` or ``"max"``, as new tensors.
-
-        Shapes must be equal on every rank; ``group`` must be None.
-
-        Raises:
-            MisconfigurationException: an unknown ``reduce_op``.
-        """
-        self._started("all_reduce")
-        _arguments.require_no_group("all_reduce", group)
-        return all_reduce(self._world, data, reduce_op)
-
-    def rank_zero_first(self, local: bool = False) -> AbstractContextManager[None]:
-        """Run the block on rank 0 (``local``: the first rank of each node) before the others, however long it takes."""
-        self._started("rank_zero_first")
-        return self._world.rank_zero_first(local)
-
-    def save(
-        self,
-        path: str | PathLike[str],
-        state: Mapping[str, object],
-        filter: Mapping[str, Callable[[str, Any], bool]] | None = None,
-    ) -> None:
-        """Write modules, optimizers, what else has ``state_dict``, and plain data. Called by every rank.
-
-        Args:
-            path: rank 0's counts; a path or URL.
-            state: what to save, by name.
-            filter: name in ``state`` to a function of (key, value) that says whether that entry is kept.
-
-        Raises:
-            MisconfigurationException: ``filter`` names what is not in ``state``.
-        """
-        self._started("save")
-        target = self.broadcast(os.fspath(path))
-        saved = to_saved(state, filter or {})
-        checkpoint_io = self._assembly.checkpoint_io
-        if supports(checkpoint_io, SupportsShardedSave):
-            checkpoint_io.save_sharded(saved, target)
-        # A file only rank 0 writes; of a sharded checkpoint every rank writes its part.
-        elif self.is_global_zero or self._composer.is_sharded:
-            checkpoint_io.save_checkpoint(saved, target)
-        self.barrier("save")
-
-    # Any: the user's own objects.
-    def load(
-        self,
-        path: str | PathLike[str],
-        state: dict[str, Any] | None = None,
-        strict: bool = True,
-        *,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
-        """Read a checkpoint into ``state``. Called by every rank.
-
-        Whatever has ``load_state_dict`` takes its part; other entries of ``state`` are replaced in that very dict.
-
-        Args:
-            path: as ``save`` takes it.
-            state: what to restore, by name. None: everything is returned.
-            strict: whether every name in ``state``, and every weight, must be in the checkpoint.
-            weights_only: False runs code from the file; only for files you trust. None means True.
-
-        Returns:
-            The rest: what the checkpoint holds under names that ``state`` has not.
-
-        Raises:
-            KeyError: strict, and a name is missing.
-        """
-        self._started("load")
-        self._finish_saves()
-        self.barrier("load")
-        checkpoint = self._assembly.checkpoint_io.load_checkpoint(os.fspath(path), None, weights_only)
-        rest = checkpoint if state is None else load_into(state, checkpoint, strict, os.fspath(path))
-        self.barrier("load")
-        return rest
-
-    def load_raw(
-        self,
-        path: str | PathLike[str],
-        obj: nn.Module | Optimizer,
-        strict: bool = True,
-        *,
-        weights_only: bool | None = None,
-    ) -> None:
-        """Read a file that holds nothing but the ``state_dict`` of a module or an optimizer. Called by every rank."""
-        self._started("load_raw")
-        self._finish_saves()
-        checkpoint = self._assembly.checkpoint_io.load_checkpoint(os.fspath(path), None, weights_only)
-        load_raw_into(obj, checkpoint, strict)
+    def sharded_model(self) -> AbstractContextManager[None]:
+        """Deprecated: ``init_module``, which this is."""
+        rank_zero_deprecation("fabric.sharded_model() is deprecated. Use fabric.init_module().")
+        return self.init_module()
 
     def call(self, hook_name: str, *args: object, **kwargs: object) -> None:
         """Call the method ``hook_name`` of every callback that has it; what they return is dropped.

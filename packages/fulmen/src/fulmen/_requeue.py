@@ -12,11 +12,9 @@ from fulmen_fabric.abilities import supports
 from fulmen_protocols import SupportsRequeue
 
 if TYPE_CHECKING:
-    from signal import Signals
-
     from fulmen.trainer import Trainer
 
-__all__ = ["may_have_been_requeued", "save_and_requeue", "saved_for_requeue", "say_that_the_user_handles"]
+__all__ = ["may_have_been_requeued", "save_and_requeue", "saved_for_requeue"]
 
 _NAME = re.compile(r"hpc_ckpt_(\d+)\.ckpt")
 
@@ -31,14 +29,6 @@ def may_have_been_requeued(trainer: Trainer) -> bool:
     """Whether this process is part of a job that its scheduler can run more than once."""
     environment = trainer.assembly.environment
     return supports(environment, SupportsRequeue) and environment.detect()
-
-
-def say_that_the_user_handles(number: Signals) -> None:
-    """Why no job will be queued again."""
-    rank_zero_info(
-        f"{number.name} announces the end of this job, but the program has a handler for it already: that one stays, "
-        f"and the job is not queued again. Remove it, or choose another signal as requeue_signal."
-    )
 
 
 def save_and_requeue(trainer: Trainer, environment: SupportsRequeue, reason: str) -> NoReturn:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import signal
 from typing import TYPE_CHECKING
 
 from fulmen import _requeue
 from fulmen.exceptions import SIGTERMException
-from fulmen_fabric import StopAgreement, StopSignal
+from fulmen_fabric import StopAgreement, StopSignal, rank_zero_info
 from fulmen_fabric.abilities import supports
+from fulmen_fabric.preemption import say_that_the_program_handles, watched_signals
 from fulmen_fabric.stopping import group_store
 from fulmen_protocols import SupportsRequeue
 
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Sequence
 
     from fulmen.progress import Progress
@@ -58,19 +59,12 @@ class Stopping:
 
     def _choose(self) -> tuple[Sequence[signal.Signals], Sequence[signal.Signals]]:
         """Signals that stop a fit, and those that it outlives."""
-        self._suffix = ""
-        environment = self._environment
-        number = environment.requeue_signal if environment is not None and environment.auto_requeue else None
-        if number is None:
-            return (signal.SIGTERM,), ()
-        # None: there is a handler that was not installed from Python.
-        if signal.getsignal(number) is not signal.SIG_DFL:
-            if not self._has_said:
-                _requeue.say_that_the_user_handles(number)
+        watched = watched_signals(self._environment)
+        self._suffix = _QUEUE_AGAIN if watched.announces else ""
+        if watched.taken is not None and not self._has_said:
+            rank_zero_info(say_that_the_program_handles(watched.taken))
             self._has_said = True
-            return (signal.SIGTERM,), ()
-        self._suffix = _QUEUE_AGAIN
-        return (number,), () if number is signal.SIGTERM else (signal.SIGTERM,)
+        return watched.stopping, watched.bypassed
 
     def _stop(self, reason: str) -> None:
         self._progress.stop(reason, now=True)

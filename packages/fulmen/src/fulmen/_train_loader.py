@@ -17,8 +17,9 @@ from fulmen._loaders import (
     without_shuffling,
 )
 from fulmen._raw_batches import RawBatches
-from fulmen_data import CombinedLoader, LoaderPosition, batches_left, needs_elastic_loader
+from fulmen_data import CombinedLoader, batches_left
 from fulmen_fabric import PossibleUserWarning, rank_zero_warn
+from fulmen_fabric.place import LoaderPlace
 from fulmen_protocols import MisconfigurationException, MisconfigurationRuntimeError, Stateful
 
 if TYPE_CHECKING:
@@ -71,9 +72,7 @@ class TrainLoader:
         self._loaded_in: int | None = None
         self._running: Iterator[tuple[object, bool]] | None = None
         self._epoch = -1
-        self._rest: LoaderPosition[object] | None = None
         self._restored: Mapping[str, object] | None = None
-        self._warned: set[str] = set()
         self.user_loader: object = None
         self.loader: Any = ()
         self._combined = False
@@ -108,8 +107,8 @@ class TrainLoader:
                 )
             self.loader, self._combined = combined, True
             self.batches = combined_length(combined.mode, limits)
-        self._position = LoaderPosition(self.loader)
-        self._position.reads_ahead = self._looks_ahead or self.raw is not None or self._process is not None
+        self._place = LoaderPlace(self.loader, self._splitter.world_size, self._rest_of_epoch)
+        self._place.reads_ahead = self._looks_ahead or self.raw is not None or self._process is not None
         self._loaded_in = epoch
 
     @property
@@ -124,7 +123,7 @@ class TrainLoader:
         """
         if self._running is None or self._epoch != epoch:
             self.setup(epoch)
-            position = self._place
+            position = self._place.position
             if self._restored is not None:
                 position.load_state_dict(self._restored)
                 if self.raw is not None:
@@ -148,13 +147,11 @@ class TrainLoader:
             self._epoch = epoch
         return self._running
 
-    @property
-    def _place(self) -> LoaderPosition[object]:
-        return self._position if self._rest is None else self._rest
-
     def end_epoch(self) -> None:
         """Forget the running iterator: the next epoch starts a new one."""
-        self._running = self._rest = self._raw_batches = None
+        self._running = self._raw_batches = None
+        if self._loaded_in is not None:
+            self._place.end_epoch()
 
     def reload(self, epoch: int) -> None:
         """Ask for the loader again now, between two epochs: it would be another one."""
@@ -167,7 +164,6 @@ class TrainLoader:
         self._running = None
         if self._loaded_in is not None:
             self._place.restart()
-        self._rest = None
 
     # ------------------------------------------------------------------ in checkpoints
 
@@ -175,12 +171,7 @@ class TrainLoader:
         """Where the loader is after ``batch`` batches of the running epoch, or between two epochs."""
         if self._raw_batches is not None:
             batch = self._raw_batches.fetched  # a step may have fetched several
-        position = self._place.state_dict(batch) if within_epoch else None
-        return {
-            "position": position,
-            "generators": self._position.generator_states(),
-            "order": self._position.order,
-        }
+        return self._place.state_dict(batch, within_epoch=within_epoch)
 
     def load_state_dict(self, state: Mapping[str, Any], *, saved_ranks: int) -> int | None:
         """Go on from there when batches are next asked for.
@@ -195,29 +186,22 @@ class TrainLoader:
         Raises:
             MisconfigurationException: the loader is of another kind, or nobody knows what is left of the epoch.
         """
-        position, ranks = cast("dict[str, object] | None", state["position"]), self._splitter.world_size
-        if position is None:
-            self._position.set_generator_states(state["generators"])
-            self._position.set_order(state["order"])
+        rest = self._place.load_state_dict(state, saved_ranks=saved_ranks)
+        if rest is None:
             return None
-        loader: object = self.loader
-        elastic = needs_elastic_loader(loader, position, saved_ranks=saved_ranks, ranks=ranks)
-        if elastic and self._position.lost is None:
-            given = leaves(self.user_loader)
-            loader, position = self._splitter.rest_of_epoch(
-                self.loader if self._combined else given[0], position, saved_ranks
-            )
-            self._rest = LoaderPosition(
-                cast("Iterable[object]", loader), replayed=position if _is_replayed(position) else None
-            )
+        loader, position = rest
         self._restored = position
-        left = None if saved_ranks == ranks else batches_left(loader, position)
+        left = None if saved_ranks == self._splitter.world_size else batches_left(loader, position)
         if left is None:
             return None
         whole = self._whole
         if self.batches < whole:  # limited: the epoch ends after so many batches, whoever reads them
             return int(min(self.batches, cast("int", position["batches"])))
         return max(int(whole) - left, 0)
+
+    def _rest_of_epoch(self, position: Mapping[str, object], saved_ranks: int) -> tuple[object, dict[str, object]]:
+        given = self.loader if self._combined else leaves(self.user_loader)[0]
+        return self._splitter.rest_of_epoch(given, position, saved_ranks)
 
     def own_states(self) -> list[Any]:
         """The states of the loaders that have one, in order."""
@@ -250,34 +234,11 @@ class TrainLoader:
     @property
     def begins_again(self) -> bool:
         """Whether there are data that a resumed epoch reads from their beginning."""
-        return any(position.lost is not None for position in self._place.parts())
+        return self._place.begins_again
 
     def warn_of_what_is_lost(self) -> None:
         """Name, once each, the data whose place this checkpoint cannot hold."""
-        for position in self._place.parts():
-            lost, draws = position.lost, position.draws
-            if lost is not None and lost not in self._warned:
-                self._warned.add(lost)
-                rank_zero_warn(
-                    f"this checkpoint is saved in the middle of an epoch, and its place in {lost} is not in it: "
-                    f"resumed from it, the epoch goes on with {lost} read from its beginning. Give it state_dict and "
-                    "load_state_dict, or wrap the loader in fulmen_data.FastForward to have the batches before read "
-                    "again and dropped.",
-                    category=PossibleUserWarning,
-                )
-            if draws is not None and draws not in self._warned:
-                self._warned.add(draws)
-                rank_zero_warn(
-                    f"{draws} draws random numbers in loader workers, whose random state is not in checkpoints: "
-                    "resumed in the middle of an epoch, a run draws other ones. Use seed_everything(..., "
-                    f"workers='samples'), or fulmen_data.SeededDataset({draws}): then they depend on epoch and sample "
-                    "alone.",
-                    category=PossibleUserWarning,
-                )
-
-
-def _is_replayed(position: Mapping[str, object]) -> bool:
-    return "replayed" in cast("Mapping[str, object]", position["order"] or {})
+        self._place.warn_of_what_is_lost()
 
 
 def _with_last(

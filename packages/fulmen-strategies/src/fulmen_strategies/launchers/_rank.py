@@ -64,7 +64,10 @@ class _Rank:
 
     def _announce_and_exit(self) -> None:
         self._announcing.acquire()  # never released: one of the two threads that may come here ends the process
-        if os.environ.get("LOCAL_RANK") == "1":
+        if os.environ.get("FULMEN_AGENT") == "1":  # the starter is no rank
+            if os.environ.get("LOCAL_RANK") == "0":
+                os.write(2, f"fulmen run (process {self._starter}) has ended; its processes end with it.\n".encode())
+        elif os.environ.get("LOCAL_RANK") == "1":
             world_size = os.environ.get("WORLD_SIZE", "?")
             rank = int(os.environ.get("RANK", "1")) - 1
             report = (

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from fulmen import _files
 from fulmen_data import DistributedSamplerWrapper, UnrepeatedDistributedSampler, UnrepeatedDistributedSamplerWrapper
 from fulmen_data import IndexBatchSamplerWrapper as _IndexBatchSamplerWrapper
+from fulmen_fabric import Fabric
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -39,11 +40,13 @@ class _Ranks(Protocol):
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool: ...
 
 
-def is_shared_filesystem(strategy: _Ranks, path: str | PathLike[str] | None = None, timeout: float = 3) -> bool:
+def is_shared_filesystem(
+    strategy: _Ranks | Fabric, path: str | PathLike[str] | None = None, timeout: float = 3
+) -> bool:
     """Whether all processes see the same files below ``path``. Every process must call it; writes a small file.
 
     Args:
-        strategy: ``trainer.strategy``.
+        strategy: ``trainer.strategy``, or a Fabric.
         path: a folder, or a file in it, that exists; None: the working directory. A URL is shared.
         timeout: seconds that a process waits for what rank 0 has written.
 
@@ -53,9 +56,9 @@ def is_shared_filesystem(strategy: _Ranks, path: str | PathLike[str] | None = No
     if (path is not None and not _files.is_local(path)) or strategy.world_size == 1:
         return True
     place = Path(_files.absolute(os.getcwd() if path is None else path)).resolve()
-    if not strategy.reduce_boolean_decision(strategy.broadcast(place) == place):
+    if not _all_say(strategy, strategy.broadcast(place) == place):
         return False
-    if not strategy.reduce_boolean_decision(place.exists()):
+    if not _all_say(strategy, place.exists()):
         raise MisconfigurationException(
             f"is_shared_filesystem(path={str(path)!r}): it does not exist on every process. Give a folder that does."
         )
@@ -67,7 +70,13 @@ def is_shared_filesystem(strategy: _Ranks, path: str | PathLike[str] | None = No
     deadline = time.monotonic() + timeout
     while not mark.exists() and time.monotonic() < deadline:
         time.sleep(0.02)  # a network file system shows new files late
-    found = strategy.reduce_boolean_decision(mark.exists())
+    found = _all_say(strategy, mark.exists())
     with suppress(OSError):  # another process may be first
         mark.unlink(missing_ok=True)
     return found
+
+
+def _all_say(ranks: _Ranks | Fabric, decision: bool) -> bool:
+    if isinstance(ranks, Fabric):
+        return bool(ranks.all_reduce(int(decision), reduce_op="min"))
+    return ranks.reduce_boolean_decision(decision)

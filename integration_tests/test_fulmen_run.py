@@ -1,0 +1,230 @@
+"""``fulmen run`` and torchrun, really run: what the script finds, and what happens when a process is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fulmen_fabric._agent import plan
+from fulmen_fabric.run import command, parse
+from fulmen_protocols import MisconfigurationException
+from fulmen_protocols.cli import main
+
+SCRIPT = Path(__file__).with_name("run_script.py")
+STEPS = 3 * 96 // 12  # epochs x samples over two ranks' batches of 6
+FULMEN = [sys.executable, "-c", "import sys; from fulmen_protocols.cli import main; sys.exit(main())"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval", "0.1"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LT_", "FULMEN_", "TORCH"))}
+    kept.pop("OMP_NUM_THREADS", None)
+    return {**kept, **more}
+
+
+def run(*arguments: object, seconds: float = 200, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [*FULMEN, "run", "--accelerator", "cpu", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=seconds, check=False, env=environment(**more)
+    )
+
+
+def results(folder: Path, task: str) -> list[Any]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{task}-*.json"))]
+
+
+@pytest.mark.proves("8.21")
+def test_a_fabric_finds_what_was_asked_for_and_the_script_its_own_arguments(tmp_path: Path) -> None:
+    done = run(
+        "--devices", 2, SCRIPT, "fabric", tmp_path, "--lr", "0.1", "--strategy=ddp", "--precision", "bf16-mixed", "--",
+        "--devices", "9",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = results(tmp_path, "fabric")
+    assert [one["rank"] for one in found] == [0, 1]
+    for one in found:
+        assert (one["world_size"], one["total"], one["strategy"], one["precision"]) == (
+            2,
+            3,
+            "DDPStrategy",
+            "bf16-mixed",
+        )
+        assert one["argv"] == ["fabric", str(tmp_path), "--lr", "0.1", "--devices", "9"]
+        env = one["env"]
+        assert env["LT_CLI_USED"] == "1"
+        assert {name: env[f"LT_{name}"] for name in ("ACCELERATOR", "STRATEGY", "DEVICES", "NUM_NODES", "PRECISION")} == {
+            "ACCELERATOR": "cpu", "STRATEGY": "ddp", "DEVICES": "2", "NUM_NODES": "1", "PRECISION": "bf16-mixed",
+        }  # fmt: skip
+        assert env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+        assert env["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert found[0]["parent"] == found[1]["parent"]
+
+
+@pytest.mark.proves("8.21")
+def test_a_module_is_run_as_python_runs_it(tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "__init__.py").touch()
+    (tmp_path / "project" / "train.py").write_text(SCRIPT.read_text())
+    command = [*FULMEN, "run", "--accelerator=cpu", "--devices=2", "-m", "project.train", "fabric", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
+    assert [one["total"] for one in results(tmp_path, "fabric")] == [3, 3]
+    assert results(tmp_path, "fabric")[0]["file"] == str(tmp_path / "project" / "train.py")
+
+
+def test_the_exit_status_is_that_of_the_rank_that_failed_first(tmp_path: Path) -> None:
+    done = run("--devices", 2, SCRIPT, "exit", tmp_path)
+    assert done.returncode == 7, done.stderr
+    assert "rank 1 of 2" in done.stderr.splitlines()[-2]
+    assert "ended with exit code 7" in done.stderr.splitlines()[-2]
+
+
+def test_the_last_words_are_the_traceback_of_the_rank_that_failed_first(tmp_path: Path) -> None:
+    done = run("--devices", 2, SCRIPT, "raise", tmp_path, 2)
+    assert done.returncode == 1
+    lines = done.stderr.rstrip().splitlines()
+    assert any(line.startswith("rank 1 of 2 (process ") and "failed first; the run was ended" in line for line in lines)
+    assert "[rank1]: LookupError: sample 7 is missing in life 1" in lines
+    assert lines[-1] == "[rank1]: fulmen: in fit, rank 1, epoch 0, batch 3, optimizer step 3"
+    assert not results(tmp_path, "trained")
+
+
+@pytest.mark.proves("4.34")
+def test_a_rank_that_hangs_while_another_fails_is_ended_within_seconds(tmp_path: Path) -> None:
+    done = run("--devices", 2, SCRIPT, "hang", tmp_path)
+    assert time.time() - float((tmp_path / "failed-at").read_text()) < 25, "and not the agent's 30 s"
+    assert done.returncode == 1
+    assert "rank 1 of 2" in done.stderr
+    assert not Path(f"/proc/{(tmp_path / 'hangs-0').read_text()}").exists()
+
+
+def check_lives(folder: Path, deaths: int, world_size: int = 2, epochs: int = 3) -> list[Any]:
+    """Each life but the last was cut short; the last one went on where the newest checkpoint was, to the end."""
+    found = results(folder, "trained")
+    assert [one["world_size"] for one in found] == [world_size] * world_size
+    assert len(list(folder.glob("life-*-1"))) == deaths + (1 if world_size > 1 else 0)
+    for one in found:
+        assert one["epoch"] == epochs
+        assert one["weight"] == found[0]["weight"]
+    first = found[0]["steps"][0]
+    assert 3 * deaths <= first <= 3 * deaths + 1, "not from the start, and not beyond what was saved"
+    return found
+
+
+@pytest.mark.parametrize("kind", ["kill", "raise"])
+def test_training_goes_on_from_the_last_checkpoint_when_a_process_is_lost(kind: str, tmp_path: Path) -> None:
+    done = run("--devices", 2, "--max-restarts", 3, SCRIPT, kind, tmp_path, 3)
+    assert done.returncode == 0, done.stderr
+    found = check_lives(tmp_path, deaths=2)
+    assert found[0]["life"] == 3
+    assert found[0]["steps"][-1] == STEPS
+    how = "was killed by signal 9" if kind == "kill" else "ended with exit code 1"
+    assert f"{how}; all processes start again (restart 1 of 3)." in done.stderr
+    assert f"{how}; all processes start again (restart 2 of 3)." in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", range(10))
+def test_every_kill_is_recovered_from(attempt: int, tmp_path: Path) -> None:
+    done = run("--devices", 2, "--max-restarts", 3, SCRIPT, "kill", tmp_path, 2)
+    assert done.returncode == 0, done.stderr
+    check_lives(tmp_path, deaths=1)
+
+
+@pytest.mark.slow
+def test_one_run_survives_ten_kills(tmp_path: Path) -> None:
+    done = run("--devices", 2, "--max-restarts", 10, SCRIPT, "kill", tmp_path, 11, seconds=280)
+    assert done.returncode == 0, done.stderr
+    check_lives(tmp_path, deaths=10, epochs=6)
+
+
+def test_it_ends_when_no_restart_is_left(tmp_path: Path) -> None:
+    done = run("--devices", 2, "--max-restarts", 1, SCRIPT, "kill", tmp_path, 9)
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "rank 1 of 2" in done.stderr
+    assert "was killed by SIGKILL" in done.stderr.splitlines()[-1]
+    assert not results(tmp_path, "trained")
+
+
+def test_with_min_devices_it_goes_on_without_the_process_that_failed(tmp_path: Path) -> None:
+    done = run("--devices", 3, "--min-devices", 1, "--max-restarts", 2, SCRIPT, "kill", tmp_path, 3)
+    assert done.returncode == 0, done.stderr
+    found = check_lives(tmp_path, deaths=2, world_size=1)
+    assert found[0]["life"] == 3
+    assert "2 processes go on without it (1 restarts are left)" in done.stderr
+    assert "1 processes go on without it (0 restarts are left)" in done.stderr
+
+
+def test_fewer_than_min_devices_are_an_end(tmp_path: Path) -> None:
+    done = run("--devices", 2, "--min-devices", 2, "--max-restarts", 2, SCRIPT, "kill", tmp_path, 3)
+    assert done.returncode == 128 + signal.SIGKILL
+    assert len(list(tmp_path.glob("life-*-1"))) == 1
+
+
+def test_torchrun_recovers_too(tmp_path: Path) -> None:
+    command = [*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "3", str(SCRIPT), "kill", str(tmp_path), "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert check_lives(tmp_path, deaths=2)[0]["steps"][-1] == STEPS
+
+
+def wait_for(condition: Any, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_its_processes_end_with_it(number: signal.Signals, tmp_path: Path) -> None:
+    command = [*FULMEN, "run", "--accelerator=cpu", "--devices=2", str(SCRIPT), "wait", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
+    files = [tmp_path / "waits-0", tmp_path / "waits-1"]
+    wait_for(lambda: all(file.exists() and file.read_text() for file in files), 60)
+    time.sleep(4)  # until they have joined each other
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=40)
+    pids = [int(file.read_text()) for file in files]
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 10)
+    if number == signal.SIGTERM:
+        assert process.returncode == 128 + signal.SIGTERM
+        assert errors.splitlines()[-1] == "fulmen run got SIGTERM; its processes got it too."
+    else:
+        assert f"fulmen run (process {process.pid}) has ended; its processes end with it." in errors
+
+
+@pytest.mark.proves("8.21")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--strategy=ddp_spawn"], "--strategy='ddp_spawn' starts its processes by itself.*use its counterpart"),
+        (["--strategy=dpp"], "--strategy='dpp' is not installed.*Did you mean 'ddp'"),
+        (["--accelerator=tpu"], "--accelerator='tpu': torch's agent starts no TPU processes"),
+        (["--accelerator=cpuu"], "cpuu"),
+        (["--accelerator=cpu", "--devices=0"], "devices=0"),
+        (["--accelerator=cpu", "--precision=17"], "17"),
+        (["--accelerator=cpu", "--min-devices=3", "--max-restarts=1", "--devices=2"], "--min-devices=3 is more than the 2"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_started_is_refused_before_it_is(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(MisconfigurationException, match=said):
+        plan(parse([*words, str(SCRIPT)]))
+    assert command([*words, str(SCRIPT)]) == 2
+    assert capsys.readouterr().err.startswith("fulmen run: ")
+
+
+def test_the_script_of_fulmen_lists_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "run" in [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]

@@ -1,0 +1,215 @@
+"""The process of ``fulmen run``: it holds torch's elastic agent, and says at the end which rank failed first."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import uuid
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from fulmen_fabric._hanging import end_hanging_children
+from fulmen_fabric._resolve import Notes, find_accelerator, find_devices, find_precision
+from fulmen_fabric.run import refuse_strategy
+from fulmen_protocols import STRATEGIES, available
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    from fulmen_fabric.run import Request
+
+__all__ = ["Processes", "plan", "supervise"]
+
+_DEFAULT_PORT = 29400
+_AGENT = "FULMEN_LAUNCHED"
+"""Tells the ranks who started them: they report their end to this process, and do not outlive it."""
+
+
+class Processes(NamedTuple):
+    """The processes of this node."""
+
+    ids: tuple[int, ...]
+    """Of their devices, in the order of local ranks."""
+    has_ids: bool
+    """Whether the ids name devices; those of a CPU only count."""
+
+    def as_argument(self) -> str:
+        """As ``devices=`` of a Fabric or Trainer."""
+        if not self.has_ids or self.ids == tuple(range(len(self.ids))):
+            return str(len(self.ids))
+        return ",".join(map(str, self.ids)) + ("," if len(self.ids) == 1 else "")
+
+    def without(self, local_rank: int) -> Processes:
+        """The same without one of them."""
+        return self._replace(ids=self.ids[:local_rank] + self.ids[local_rank + 1 :])
+
+
+def plan(request: Request) -> Processes:
+    """Which devices of this node get a process.
+
+    Raises:
+        MisconfigurationException: with everything that contradicts itself or is not there.
+    """
+    notes = Notes()
+    if request.accelerator == "tpu":
+        notes.conflicts.add("--accelerator='tpu': torch's agent starts no TPU processes. Run the script with python.")
+        notes.conflicts.raise_if_any()
+    asked: object = int(request.devices) if request.devices.isdigit() else request.devices
+    accelerator = find_accelerator(request.accelerator or "auto", notes)
+    found = None
+    if accelerator is not None:
+        found = find_devices(asked, accelerator, accelerator.name(), None, request.num_nodes, notes)
+    if request.strategy is not None and (refusal := refuse_strategy(request.strategy, available(STRATEGIES))):
+        notes.conflicts.add(refusal)
+    if request.precision is not None:
+        find_precision(request.precision, None, found[1][0].type if found else None, notes)
+    count = len(found[0]) if found else 1
+    if request.min_devices is not None and request.min_devices > count:
+        notes.conflicts.add(f"--min-devices={request.min_devices} is more than the {count} of --devices={asked!r}.")
+    notes.conflicts.raise_if_any()
+    assert found is not None
+    ids = tuple(found[0][:1]) if request.strategy == "dp" else tuple(found[0])  # one process drives all devices
+    return Processes(ids, has_ids=found[1][0].type != "cpu")
+
+
+def supervise(request: Request, processes: Processes) -> int:
+    """Run the script until it ends well, or fails once more than it may; return the exit status."""
+    # torch's agent reports failures in a table of its own; ours ends with the traceback of the rank that failed first.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    # Else the agents' store still holds the dead ranks' addresses after a restart, and about half of the restarts fail
+    # or hang (pytorch/pytorch#135712).
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ[_AGENT] = str(os.getpid())
+    os.environ["FULMEN_AGENT"] = "1"
+    left = request.max_restarts
+    while True:
+        os.environ.update(request.variables(_devices_argument(request, processes)))
+        if "OMP_NUM_THREADS" not in os.environ:
+            os.environ["OMP_NUM_THREADS"] = str(max(1, _usable_cpus() // len(processes.ids)))
+        shrinks = request.min_devices is not None
+        try:
+            _launch(request, processes, max_restarts=0 if shrinks else left)
+        except ChildFailedError as error:
+            rank, failure = min(error.failures.items(), key=_comes_first)
+            world_size = len(processes.ids) * request.num_nodes
+            if not shrinks or left == 0 or len(processes.ids) <= (request.min_devices or 1):
+                print(_report(rank, world_size, failure, "the run was ended"), file=sys.stderr, flush=True)
+                return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+            left -= 1
+            processes = processes.without(failure.local_rank)
+            how = f"{len(processes.ids)} processes go on without it ({left} restarts are left)"
+            print(_report(rank, world_size, failure, how), file=sys.stderr, flush=True)
+        except SignalException as error:
+            print(f"fulmen run got {signal.Signals(error.sigval).name}; its processes got it too.", file=sys.stderr)
+            return 128 + int(error.sigval)
+        else:
+            return 0
+
+
+def _devices_argument(request: Request, processes: Processes) -> str:
+    return request.devices if request.strategy == "dp" else processes.as_argument()
+
+
+def _launch(request: Request, processes: Processes, max_restarts: int) -> None:
+    address = request.main_address or "127.0.0.1"
+    if request.num_nodes == 1 and request.main_port is None:
+        endpoint = f"{address}:0"
+    else:
+        endpoint = f"{address}:{request.main_port or _DEFAULT_PORT}"
+    configs: dict[str, object] = {"is_host": request.node_rank == 0}
+    backend = "c10d"
+    if request.num_nodes > 1 and max_restarts == 0:
+        backend, configs = "static", {"rank": request.node_rank}  # nodes keep the ranks that they were given
+    folder = tempfile.mkdtemp(prefix="fulmen-run-")
+    config = LaunchConfig(
+        min_nodes=request.num_nodes,
+        max_nodes=request.num_nodes,
+        nproc_per_node=len(processes.ids),
+        logs_specs=DefaultLogsSpecs(log_dir=folder),
+        run_id=uuid.uuid4().hex if request.num_nodes == 1 else "fulmen",
+        rdzv_backend=backend,
+        rdzv_endpoint=endpoint,
+        rdzv_configs=configs,
+        max_restarts=max_restarts,
+        # A host's own name cannot always be resolved.
+        local_addr=address if request.num_nodes == 1 else None,
+    )
+    log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    propagated, log.propagate = log.propagate, False
+    relay = _SaysWhoFailed(max_restarts)
+    log.addHandler(relay)
+    try:
+        end_hanging_children()
+        elastic_launch(config, sys.executable)("-u", *request.script, *request.script_args)
+    finally:
+        log.removeHandler(relay)
+        log.propagate = propagated
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _SaysWhoFailed(logging.Handler):
+    """Says why the processes start again: the agent tells its caller of the last failure only, and logs the others."""
+
+    def __init__(self, max_restarts: int) -> None:
+        super().__init__(logging.ERROR)
+        self._max_restarts = max_restarts
+        self._restarts = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        args = record.args
+        if not str(record.msg).startswith("failed (exitcode") or not isinstance(args, tuple) or len(args) < 3:
+            return
+        exit_code, local_rank, pid = args[:3]
+        self._restarts += 1
+        if self._restarts > self._max_restarts:
+            return  # the final report follows
+        killed = isinstance(exit_code, int) and exit_code < 0
+        how = f"was killed by signal {-exit_code}" if killed else f"ended with exit code {exit_code}"
+        text = (
+            f"the process of local rank {local_rank} (process {pid}) {how}; all processes start again "
+            f"(restart {self._restarts} of {self._max_restarts})."
+        )
+        print(text, file=sys.stderr, flush=True)
+
+
+def _comes_first(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, float, int]:
+    """The key of the first failure: no rank that the agent has ended, none that lost a connection, then the earliest."""
+    rank, failure = item
+    reply = failure.error_file_data
+    ended = failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM) and "time_s" not in reply
+    return ended, bool(reply.get("is_consequence", False)), float(reply.get("time_s", failure.timestamp)), rank
+
+
+def _report(rank: int, world_size: int, failure: ProcessFailure, then: str) -> str:
+    """What is known of the rank that failed first: its own traceback, its exit code or its signal."""
+    who = f"rank {rank} of {world_size} (process {failure.pid})"
+    trace = _trace(failure)
+    if failure.exitcode < 0:
+        how = f"was killed by {failure.signal_name()}"
+    elif trace:
+        how = "failed"
+    else:
+        how = f"ended with exit code {failure.exitcode}"
+    lines = trace.rstrip().splitlines()
+    if not lines:
+        why = " Nobody sent it? Then the kernel did, when memory ran out." if failure.exitcode == -9 else ""
+        lines = [f"{how} and left no Python traceback; if it printed one, it is further up.{why}"]
+    shown = "\n".join(f"[rank{rank}]: {line}" for line in lines)
+    return f"{who} {how} first; {then}. Its own report:\n{shown}"
+
+
+def _trace(failure: ProcessFailure) -> str:
+    """What the rank has written down, in the layout of torch's error files; "" if it has not."""
+    message = cast("dict[str, Any] | str", failure.error_file_data.get("message", ""))
+    return "" if isinstance(message, str) else str(message.get("extraInfo", {}).get("py_callstack", ""))
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
