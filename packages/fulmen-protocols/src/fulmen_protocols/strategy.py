@@ -29,6 +29,7 @@ __all__ = [
     "SupportsLaunch",
     "SupportsLoaderProcessing",
     "SupportsManualBackward",
+    "SupportsMemoryPlan",
     "SupportsNoSync",
     "SupportsPrecisionPlan",
     "SupportsReplicaCheck",
@@ -129,6 +130,21 @@ class SupportsManualBackward(Protocol):
         """Surrounds each ``loss.backward()`` in there: within the block its gradients are averaged over ranks.
 
         Inside ``no_sync`` it does nothing, and the gradients stay local.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsMemoryPlan(Protocol):
+    """A strategy whose ``place`` reads values, so that it cannot place a module of tensors without any.
+
+    Other strategies need not offer it: a plan of their memory calls ``place``.
+    """
+
+    def place_for_plan(self, module: nn.Module) -> tuple[nn.Module, Mapping[str, int]]:
+        """Return ``module`` with parameters as ``place`` leaves them, and what else ``place`` would allocate.
+
+        That is bytes on this rank by purpose, beyond parameters and their gradients.
         """
         ...
 

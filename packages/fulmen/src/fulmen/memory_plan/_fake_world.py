@@ -1,0 +1,158 @@
+"""A world in which one rank runs alone, with tensors that have no values."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fulmen_protocols import BackendUnavailable, MisconfigurationException
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+__all__ = ["OneRankOf", "fake_copy", "fake_mode", "fake_ranks", "replaceable_parameters"]
+
+
+class OneRankOf:
+    """The cluster environment of rank 0, whose other ranks do not exist.
+
+    Args:
+        world_size: ranks of the run, at least 1.
+    """
+
+    creates_processes_externally = True
+    main_address = "127.0.0.1"
+    main_port = 0
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+
+    @staticmethod
+    def detect() -> bool:
+        """Never: it is asked for."""
+        return False
+
+    def world_size(self) -> int:
+        """As given."""
+        return self._world_size
+
+    def global_rank(self) -> int:
+        """0."""
+        return 0
+
+    def local_rank(self) -> int:
+        """0."""
+        return 0
+
+    def node_rank(self) -> int:
+        """0."""
+        return 0
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """There is nothing to contradict."""
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode within which new tensors have no memory.
+
+    Raises:
+        BackendUnavailable: this torch has none.
+    """
+    try:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+    except ImportError as error:
+        raise _unavailable("torch._subclasses.fake_tensor.FakeTensorMode") from error
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextlib.contextmanager
+def fake_ranks(world_size: int) -> Generator[None]:
+    """Within the block this process is rank 0 of ``world_size``; collectives of the others are made up.
+
+    Raises:
+        MisconfigurationException: this process belongs to a real group already.
+        BackendUnavailable: this torch has no fake process group.
+    """
+    if world_size == 1:
+        yield
+        return
+    if dist.is_initialized():
+        raise MisconfigurationException(
+            f"a plan for {world_size} ranks needs a process of its own, but this one is rank {dist.get_rank()} of a "
+            f"process group of {dist.get_world_size()}. Plan before the run starts, or in another process."
+        )
+    try:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+    except ImportError as error:
+        raise _unavailable("torch.testing._internal.distributed.fake_pg") from error
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def fake_copy(mode: FakeTensorMode, module: nn.Module) -> nn.Module:
+    """A copy of ``module`` whose parameters and buffers are fake; no memory is copied."""
+    memo: dict[int, Any] = {}
+    with mode:
+        for parameter in module.parameters():
+            memo[id(parameter)] = nn.Parameter(_empty_like(parameter), requires_grad=parameter.requires_grad)
+        for buffer in module.buffers():
+            memo[id(buffer)] = _empty_like(buffer)
+        return copy.deepcopy(module, memo)
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    # Not empty_like: the tensor may be fake already, in a mode that has ended.
+    return torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
+@contextlib.contextmanager
+def replaceable_parameters() -> Iterator[None]:
+    """Within the block ``module.to(...)`` works on fake parameters.
+
+    Torch would swap the two tensors in place and cannot, since the fake mode itself refers to them. Here the new one
+    takes the old one's place in the module, and in every other that shares it.
+    """
+    original = nn.Module._apply  # pyright: ignore[reportPrivateUsage]
+    replaced: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        if recurse:
+            for child in module.children():
+                child._apply(function)  # pyright: ignore[reportPrivateUsage]
+        for tensors in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]
+            for name, old in cast("dict[str, Tensor | None]", tensors).items():
+                if old is None:
+                    continue
+                if id(old) not in replaced:
+                    with torch.no_grad():
+                        new = function(old)
+                    if new is old:
+                        continue
+                    if isinstance(old, nn.Parameter):
+                        new = nn.Parameter(new, requires_grad=old.requires_grad)
+                    replaced[id(old)] = (old, new)  # the old one stays alive, so that its id stays its own
+                tensors[name] = replaced[id(old)][1]
+        return module
+
+    nn.Module._apply = apply  # type: ignore[method-assign,assignment]  # put back below
+    try:
+        yield
+    finally:
+        nn.Module._apply = original  # type: ignore[method-assign]  # the method as it was
+
+
+def _unavailable(name: str) -> BackendUnavailable:
+    return BackendUnavailable(
+        f"a memory plan needs {name}, which torch {torch.__version__} does not have. It is there in torch 2.9 to 2.13: "
+        "plan with one of these."
+    )

@@ -1,0 +1,429 @@
+"""From a Trainer and a model to a MemoryPlan: one training step, taken by the run's own parts on fake tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+from fulmen import _preparation
+from fulmen._session import Session
+from fulmen.datamodule import LightningDataModule
+from fulmen.hooks import HookBinder
+from fulmen.memory_plan._allocations import AllocationRecorder, local_tensors, storage_bytes
+from fulmen.memory_plan._batch import described, fake_batch, parse_batch, resized
+from fulmen.memory_plan._cuda_rules import CudaRules
+from fulmen.memory_plan._fake_world import OneRankOf, fake_copy, fake_mode, fake_ranks, replaceable_parameters
+from fulmen.memory_plan.report import MemoryPlan, ParameterGroup
+from fulmen.module import LightningModule
+from fulmen.progress import Progress
+from fulmen.states import TrainerFn
+from fulmen_fabric import Assembly, World, assemble
+from fulmen_fabric.abilities import supports
+from fulmen_protocols import MisconfigurationException, SupportsForwardContext, SupportsMemoryPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from contextlib import AbstractContextManager
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.optim import Optimizer
+
+    from fulmen.trainer import Trainer
+    from fulmen_protocols import Precision
+
+__all__ = ["plan_memory"]
+
+_CUDA_GRANULARITY = 512
+"""Bytes to which torch's CUDA allocator rounds up every allocation."""
+
+_ORDER = ("parameters", "buffers", "optimizer state", "gradients", "batch", "activations", "communication")
+
+
+def plan_memory(
+    trainer: Trainer,
+    model: LightningModule | Callable[[], LightningModule],
+    *,
+    batch: object = None,
+    batch_size: int | None = None,
+    datamodule: LightningDataModule | None = None,
+    device: str = "cuda",
+) -> MemoryPlan:
+    """See ``Trainer.plan``."""
+    if device not in ("cuda", "cpu"):
+        raise MisconfigurationException(f"device={device!r}: a plan is for 'cuda' or for 'cpu'.")
+    if trainer.world.started and trainer.world.world_size > 1:
+        raise MisconfigurationException(
+            f"plan() was called on a Trainer whose {trainer.world.world_size} processes have met: plan before the run."
+        )
+    assembly = _one_rank(trainer.assembly)
+    mode = fake_mode()
+    notes: list[str] = []
+    with fake_ranks(assembly.world_size), replaceable_parameters():
+        world = World(assembly)
+        world.start()
+        try:
+            module = _fake_module(mode, model)
+            module.trainer = trainer
+            given, runs_forward = _batch(module, datamodule, batch, batch_size, notes)
+            session = Session(TrainerFn.FITTING, module, datamodule, assembly, world, {})
+            return _Planned(trainer, session, mode, device, notes).run(given, runs_forward)
+        finally:
+            world.close()
+
+
+def _one_rank(assembly: Assembly) -> Assembly:
+    """The same parts on the CPU, in a world that needs no other process."""
+    return assemble(
+        accelerator="cpu",
+        strategy=assembly.strategy,
+        devices=len(assembly.devices),
+        num_nodes=assembly.num_nodes,
+        precision=cast("Any", assembly.precision_name),
+        plugins=[OneRankOf(assembly.world_size)],
+    )
+
+
+def _fake_module(mode: FakeTensorMode, model: object) -> LightningModule:
+    if isinstance(model, LightningModule):
+        return cast("LightningModule", fake_copy(mode, model))
+    if not callable(model):
+        raise MisconfigurationException(
+            f"plan() got {model!r:.80} as its model: give a LightningModule, its class, or a function that makes one."
+        )
+    with mode:
+        made: object = model()
+    if not isinstance(made, LightningModule):
+        raise MisconfigurationException(f"{model!r:.80} made {made!r:.80}, which is no LightningModule.")
+    return made
+
+
+def _batch(
+    module: LightningModule,
+    datamodule: LightningDataModule | None,
+    batch: object,
+    batch_size: int | None,
+    notes: list[str],
+) -> tuple[Any, bool]:
+    """The batch, and whether ``forward`` takes it instead of ``training_step``."""
+    forward = False
+    if isinstance(batch, str):
+        batch = parse_batch(batch)
+    if batch is None:
+        batch = _first_batch(datamodule if datamodule is not None else module)
+    if batch is None:
+        batch, forward = module.example_input_array, True
+        if batch is not None:
+            notes.append("forward() ran on example_input_array, with a sum as the loss; give a batch for training_step")
+    if batch is None:
+        name = type(module).__name__
+        raise MisconfigurationException(
+            f"batch=None, and {name} has neither a train_dataloader nor an example_input_array. "
+            "Give the batch of one rank, for example batch='int64[16,1024]' (--batch int64[16,1024])."
+        )
+    return (batch if batch_size is None else resized(batch, batch_size)), forward
+
+
+def _first_batch(owner: LightningModule | LightningDataModule) -> Any:
+    """The first batch of the owner's training loader; None where it has none."""
+    base = LightningDataModule if isinstance(owner, LightningDataModule) else LightningModule
+    if type(owner).train_dataloader is getattr(base, "train_dataloader", None):
+        return None
+    if isinstance(owner, LightningDataModule):
+        owner.prepare_data()
+        owner.setup("fit")
+    loader: Any = owner.train_dataloader()
+    return next(iter(loader), None)
+
+
+class _Phases:
+    """The callback that tells the recorder where in the step it is."""
+
+    def __init__(self, recorder: AllocationRecorder, parameters: Sequence[nn.Parameter]) -> None:
+        self._recorder, self._parameters = recorder, parameters
+
+    def on_before_backward(self, trainer: object, pl_module: object, loss: Tensor) -> None:
+        self._recorder.enter_phase("backward")
+
+    def on_after_backward(self, trainer: object, pl_module: object) -> None:
+        self._recorder.assign((p.grad for p in self._parameters if p.grad is not None), "gradients")
+        self._recorder.enter_phase("forward")  # manual optimization may go on with another loss
+
+    def on_before_optimizer_step(self, trainer: object, pl_module: object, optimizer: Optimizer) -> None:
+        self._recorder.assign((p.grad for p in self._parameters if p.grad is not None), "gradients")
+        self._recorder.enter_phase("optimizer step")
+
+
+class _NoMetrics:
+    """Where ``self.log`` goes: a metric's few numbers are no matter."""
+
+    scope = None
+
+    def log(self, *args: object, **kwargs: object) -> None:
+        """Nothing."""
+
+
+class _Unscaled:
+    """A precision without its gradient scaler, which reads values."""
+
+    def __init__(self, precision: Precision) -> None:
+        self.plan, self.convert_module, self.init_context = (
+            precision.plan,
+            precision.convert_module,
+            precision.init_context,
+        )
+        self.forward_context: Callable[[], AbstractContextManager[object]] = (
+            precision.forward_context if supports(precision, SupportsForwardContext) else contextlib.nullcontext
+        )
+
+
+class _Planned:
+    """One session of a plan."""
+
+    def __init__(
+        self, trainer: Trainer, session: Session, mode: FakeTensorMode, device: str, notes: list[str]
+    ) -> None:
+        self.trainer, self.session, self.mode, self.device, self.notes = trainer, session, mode, device, notes
+        self.extra: dict[str, int] = {}
+
+    def run(self, batch: Any, runs_forward: bool) -> MemoryPlan:
+        """Place the model, make its optimizers, take a step, and read off what it took."""
+        session, module = self.session, self.session.module
+        for each in session.logging_modules():
+            each.__dict__["_metric_store"] = _NoMetrics()
+            each.__dict__["_target_device"] = session.world.device
+        with self.mode:
+            session.scoped("setup", module.setup)("fit")
+            _preparation.configure_model(session)
+            self._place()
+            _preparation.make_optimizers(session, steps_own_schedulers=True)
+        parameters = _unique(module.parameters())
+        if runs_forward:
+            module.__dict__["training_step"] = _forward_and_sum(module)
+        recorder = AllocationRecorder(_CUDA_GRANULARITY if self.device == "cuda" else 1)
+        with self.mode, recorder, contextlib.ExitStack() as stack:
+            if self.device == "cuda":
+                stack.enter_context(CudaRules())
+                self._choose_foreach()
+            recorder.assign(parameters, "parameters")
+            recorder.assign(module.buffers(), "buffers")
+            module.train()
+            self._make_states(recorder, parameters)
+            fake = fake_batch(self.mode, batch)
+            recorder.assign(_tensors_of(fake), "batch")
+            fake = session.transfer()(fake, 0)
+            recorder.assign(_tensors_of(fake), "batch")
+            extra = self._extra_tensors()
+            recorder.assign(extra, "communication")
+            step = self._step(recorder, parameters)
+            start = recorder.position()
+            recorder.enter_phase("forward")
+            try:
+                step(fake, 0)
+            except Exception as error:
+                raise _explained(error, module, described(batch)) from error
+            gradients = storage_bytes(p.grad for p in parameters if p.grad is not None)
+            recorder.assign((p.grad for p in parameters if p.grad is not None), "gradients")
+            return self._report(recorder, start, parameters, gradients, described(batch))
+
+    def _place(self) -> None:
+        session = self.session
+        strategy = session.assembly.strategy
+        if not supports(strategy, SupportsMemoryPlan):
+            try:
+                _preparation.place(session, sync_batchnorm=False)
+            except Exception as error:
+                raise _explained_place(error, strategy) from error
+            return
+        session.assembly.precision.convert_module(session.module)
+        session.placed, self.extra = strategy.place_for_plan(session.module)
+
+    def _extra_tensors(self) -> list[Tensor]:
+        return [torch.empty(size, dtype=torch.uint8) for size in self.extra.values() if size]
+
+    def _choose_foreach(self) -> None:
+        """On CUDA torch's optimizers update all parameters at once, unless told otherwise."""
+        for optimizer in self.session.optimizers:
+            for group in cast("list[dict[str, Any]]", optimizer.param_groups):
+                if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+                    group["foreach"] = True
+
+    def _make_states(self, recorder: AllocationRecorder, parameters: Sequence[nn.Parameter]) -> None:
+        """Step once with empty gradients: in the step that is planned the optimizers have their state."""
+        recorder.enter_phase("optimizer step")
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        for optimizer in self.session.optimizers:
+            try:
+                optimizer.step()
+            except Exception:  # LBFGS wants a closure: its state is then made in the step itself
+                self.notes.append(f"{type(optimizer).__name__} did not step before the planned step")
+            optimizer.zero_grad()
+        for parameter in parameters:
+            parameter.grad = None
+        recorder.assign(_state_tensors(self.session.optimizers), "optimizer state")
+
+    def _step(self, recorder: AllocationRecorder, parameters: Sequence[nn.Parameter]) -> Callable[[Any, int], object]:
+        session, settings = self.session, self.trainer.settings
+        scaler = session.assembly.precision.plan()["scaler"]
+        if scaler != "none":
+            session.assembly = replace(session.assembly, precision=_Unscaled(session.assembly.precision))
+        binder = HookBinder(self.trainer, session.module, [_Phases(recorder, parameters)], session.scoped)
+        parts = session.training_callables(
+            binder,
+            Progress(),
+            accumulate=1,
+            clip_val=settings.gradient_clip_val,
+            clip_algorithm=settings.gradient_clip_algorithm,
+            keep_outputs=False,
+        )
+        return cast("Callable[[Any, int], object]", parts["step"])
+
+    def _report(
+        self,
+        recorder: AllocationRecorder,
+        start: int,
+        parameters: Sequence[nn.Parameter],
+        gradients: int,
+        batch: str,
+    ) -> MemoryPlan:
+        session, module = self.session, self.session.module
+        assembly = session.assembly
+        peak, phase, content, most = recorder.peak(since=start)
+        states = list(_state_tensors(session.optimizers))
+        persistent = [v for v in module.state_dict().values() if isinstance(v, Tensor)]
+        saved = _unique([*persistent, *states])
+        return MemoryPlan(
+            model=type(module).__name__,
+            strategy=self.trainer.assembly.strategy_name,
+            precision=self.trainer.assembly.precision_name,
+            device=self.device,
+            world_size=assembly.world_size,
+            mesh=_mesh(parameters),
+            batch=batch,
+            parameter_count=sum(p.numel() for p in parameters),
+            trainable_count=sum(p.numel() for p in parameters if p.requires_grad),
+            parameters=storage_bytes(parameters),
+            buffers=storage_bytes(module.buffers()),
+            gradients=gradients,
+            optimizer=storage_bytes(states),
+            activations=recorder.at_first("backward", since=start).get("activations", 0),
+            communication=most.get("communication", 0),
+            peak=peak,
+            peak_during=phase,
+            at_peak={name: content[name] for name in sorted(content, key=_place_in_order) if content[name]},
+            groups=_groups(module),
+            checkpoint=sum(each.numel() * each.element_size() for each in saved),
+            checkpoint_per_rank=storage_bytes(saved),
+            notes=tuple(self.notes),
+        )
+
+
+def _place_in_order(name: str) -> int:
+    return _ORDER.index(name) if name in _ORDER else len(_ORDER)
+
+
+def _forward_and_sum(module: LightningModule) -> Callable[..., Tensor]:
+    def training_step(batch: Any, batch_idx: int = 0) -> Tensor:
+        if isinstance(batch, dict):
+            output = module(**cast("dict[str, Any]", batch))
+        else:
+            output = module(*batch) if isinstance(batch, tuple) else module(batch)
+        total = [each.float().sum() for each in _tensors_of(output) if each.is_floating_point() and each.requires_grad]
+        if not total:
+            raise MisconfigurationException(
+                f"forward of {type(module).__name__} returned no floating tensor that needs a gradient: give a batch "
+                "for training_step, for example batch='int64[16,1024]'."
+            )
+        return cast("Tensor", sum(total[1:], total[0]))
+
+    return training_step
+
+
+def _tensors_of(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _unique(tensors: Iterable[Any]) -> list[Any]:
+    found: dict[int, Any] = {}
+    for tensor in tensors:
+        key = id(tensor) if isinstance(tensor, nn.Parameter) else id(local_tensors(tensor)[0])
+        found.setdefault(key, tensor)
+    return list(found.values())
+
+
+def _state_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    return [tensor for optimizer in optimizers for tensor in _tensors_of(list(optimizer.state.values()))]
+
+
+def _mesh(parameters: Iterable[nn.Parameter]) -> str:
+    """Dimensions and sizes of the meshes that parameters are spread over, each once."""
+    found: dict[str, None] = {}
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            mesh = parameter.device_mesh
+            names = mesh.mesh_dim_names or ["" for _ in mesh.shape]
+            found[" x ".join(f"{name} {size}".strip() for name, size in zip(names, mesh.shape, strict=True))] = None
+    return ", ".join(found)
+
+
+def _groups(module: nn.Module) -> tuple[ParameterGroup, ...]:
+    """Parameters that differ only in the numbers of their names, in the order of the model.
+
+    ``layers.0.weight`` and ``layers.1.weight`` are of one kind, ``w1.weight`` and ``w2.weight`` are not.
+    """
+    found: dict[tuple[Any, ...], list[Any]] = {}
+    for name, parameter in module.named_parameters():
+        placement = "whole"
+        if isinstance(parameter, DTensor):
+            placement = ", ".join(str(each).replace("dim=", "") for each in parameter.placements)
+        key = (
+            re.sub(r"(^|(?<=\.))\d+(?=\.)", "*", name),
+            tuple(parameter.shape),
+            str(parameter.dtype).removeprefix("torch."),
+            placement,
+            parameter.requires_grad,
+        )
+        found.setdefault(key, []).append((name, parameter))
+    return tuple(
+        ParameterGroup(
+            name=name if len(members) > 1 else members[0][0],
+            count=len(members),
+            shape=shape,
+            dtype=dtype,
+            placement=placement,
+            trainable=trainable,
+            local_bytes=storage_bytes(parameter for _, parameter in members),
+        )
+        for (name, shape, dtype, placement, trainable), members in found.items()
+    )
+
+
+def _explained(error: Exception, module: LightningModule, batch: str) -> Exception:
+    kind = type(error).__name__
+    if isinstance(error, MisconfigurationException):
+        return error
+    if "DataDependent" in kind or "DynamicOutputShape" in kind:
+        return MisconfigurationException(
+            f"the training step of {type(module).__name__} reads a tensor's value ({error}), and a plan has only shapes. "
+            "Keep `.item()`, `if tensor:` and boolean masks out of it, or plan with example_input_array and no batch."
+        )
+    error.add_note(f"fulmen: in the plan's training step of {type(module).__name__}, with the batch {batch}")
+    return error
+
+
+def _explained_place(error: Exception, strategy: object) -> Exception:
+    if isinstance(error, MisconfigurationException):
+        return error
+    return MisconfigurationException(
+        f"strategy={type(strategy).__name__} cannot be planned: its place() failed on tensors without values "
+        f"({type(error).__name__}: {error}). It can offer place_for_plan (SupportsMemoryPlan of fulmen_protocols)."
+    )
