@@ -100,12 +100,13 @@ def full_state(strategy: Strategy, module: nn.Module, placed: nn.Module) -> dict
 
 
 def gradients(module: nn.Module) -> list[Tensor]:
-    """A copy of every gradient, in the order of the parameters; an error names a parameter without one."""
+    """A whole copy of every gradient, in the order of the parameters; an error names a parameter without one."""
     found: list[Tensor] = []
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, f"{name} has no gradient"
         gradient: Any = parameter.grad.detach()
-        found.append(gradient.clone().cpu())
+        gather = getattr(gradient, "full_tensor", None)  # a DTensor's; a collective, which every rank comes to
+        found.append((gradient if gather is None else gather()).clone().cpu())
     return found
 
 

@@ -10,7 +10,16 @@ from torch.nn import functional as F
 
 from fulmen_conformance._kit import Kit, need, offers, whole_or_absent
 from fulmen_conformance._reference import adam, batches, equal_bits, free_port, plain_training, sgd, tiny_net
-from fulmen_conformance._strategy_steps import ABILITIES, backward, differences, full_state, prepare, step, train
+from fulmen_conformance._strategy_steps import (
+    ABILITIES,
+    backward,
+    differences,
+    full_state,
+    gradients,
+    prepare,
+    step,
+    train,
+)
 from fulmen_conformance._world import settle
 from fulmen_protocols import (
     OwnsAccumulation,
@@ -279,8 +288,7 @@ class StrategyConformance(Kit):
 
         torch.testing.assert_close(norm, expected)
         assert norm.shape == ()
-        for ours, theirs in zip(placed.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(ours.grad, theirs.grad)
+        torch.testing.assert_close(gradients(placed), gradients(plain))
 
     def test_a_norm_that_is_not_finite_is_an_error_when_asked(self, kit_ready: Strategy) -> None:
         """On failure look at ``error_if_nonfinite`` of ``clip_grad_norm``."""
@@ -304,8 +312,7 @@ class StrategyConformance(Kit):
 
         cast("SupportsGradClipping", kit_ready).clip_grad_value(placed, optimizer, 0.05)
 
-        for ours, theirs in zip(placed.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(ours.grad, theirs.grad)
+        torch.testing.assert_close(gradients(placed), gradients(plain))
 
     def test_placing_for_inference_keeps_what_is_computed(self, kit_ready: Strategy) -> None:
         """On failure look at ``place_for_inference``: weights, device, training mode."""
