@@ -16,13 +16,16 @@ from fulmen_protocols import (
     SupportsBoundMethods,
     SupportsCollectives,
     SupportsDataParallel,
+    SupportsDeviceMesh,
     SupportsGradClipping,
     SupportsInferencePlacement,
     SupportsLaunch,
     SupportsLoaderProcessing,
+    SupportsModuleCheck,
     SupportsNoSync,
     SupportsPrecisionPlan,
     SupportsShardedState,
+    SupportsWorldCheck,
 )
 
 if TYPE_CHECKING:
@@ -42,13 +45,16 @@ ABILITIES: tuple[type, ...] = (
     SupportsBoundMethods,
     SupportsCollectives,
     SupportsDataParallel,
+    SupportsDeviceMesh,
     SupportsGradClipping,
     SupportsInferencePlacement,
     SupportsLaunch,
     SupportsLoaderProcessing,
+    SupportsModuleCheck,
     SupportsNoSync,
     SupportsPrecisionPlan,
     SupportsShardedState,
+    SupportsWorldCheck,
 )
 
 

@@ -70,7 +70,7 @@ def prepare_loader(
         loader = distribute_loader(loader, rank=rank, world_size=parts, training=True, seed=seed)
     seeding = os.environ.get("PL_SEED_WORKERS", "0")
     if seeding == "1":
-        add_worker_seeding(loader, world.rank)
+        add_worker_seeding(loader, world.data_parallel_rank)  # ranks of one model read the same batches
     elif seeding == "samples":
         loader = seed_samples(loader)
     if supports(strategy, SupportsLoaderProcessing):

@@ -24,6 +24,7 @@ from fulmen_protocols import (
     SupportsCollectives,
     SupportsLaunch,
     SupportsPrecisionPlan,
+    SupportsWorldCheck,
     WrapsCheckpointIO,
     available,
     check,
@@ -344,6 +345,8 @@ def check_strategy(
             f"strategy {name!r} runs in one process, but {where} were asked for. "
             "Use devices=1 and num_nodes=1, or a parallel strategy such as 'ddp'."
         )
+    if supports(strategy, SupportsWorldCheck):
+        notes.conflicts.attempt(lambda: strategy.check_world(count, num_nodes))
     if devices[0].type == "mps" and supports(strategy, SupportsLaunch):
         notes.conflicts.add(f"strategy {name!r} cannot run on 'mps': torch has no collectives there. Use devices=1.")
     if environment is None:

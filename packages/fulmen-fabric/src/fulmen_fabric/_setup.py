@@ -27,6 +27,7 @@ from fulmen_protocols import (
     SupportsGradScaling,
     SupportsInputConversion,
     SupportsManualBackward,
+    SupportsModuleCheck,
     SupportsNoSync,
     SupportsOutputConversion,
     SupportsPrecisionPlan,
@@ -77,6 +78,8 @@ class Composer:
                 f"{type(module).__name__} has parameters on {', '.join(sorted(kinds))}; setup moves all of them to "
                 f"{device}. Pass move_to_device=False to keep them where they are."
             )
+        if supports(self._strategy, SupportsModuleCheck):
+            self._strategy.check_module(module)
         if not self._plan_is_applied:
             module = self._precision.convert_module(module)
         placed = self._strategy.place(module) if move else self._place_in_position(module, kinds, device)

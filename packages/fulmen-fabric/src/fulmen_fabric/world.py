@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from fulmen_fabric.abilities import supports
 from fulmen_fabric.rank_zero import rank_zero_only
-from fulmen_fabric.seed import reset_seed
+from fulmen_fabric.seed import collect_rng_state, reset_seed, restore_rng_state
 from fulmen_fabric.stopping import StopAgreement, group_store
-from fulmen_protocols import SupportsCollectives, SupportsDataParallel, SupportsLaunch, SupportsPatientBarrier, Topology
+from fulmen_protocols import (
+    SupportsCollectives,
+    SupportsDataParallel,
+    SupportsDeviceMesh,
+    SupportsLaunch,
+    SupportsPatientBarrier,
+    Topology,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Mapping
 
     import torch
     from torch import Tensor
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
     from fulmen_fabric.assemble import Assembly
     from fulmen_protocols import Collectives, ReduceOp
@@ -65,6 +74,7 @@ class World:
         self._collectives: Collectives | None = None
         self._started_in: int | None = None
         self._agreements = 0
+        self._data_parts: tuple[int, ...] | None = None
 
     def launch(self, function: Callable[[], T]) -> T:
         """Run ``function`` in every process of the run and return this process's (or rank 0's) value.
@@ -113,6 +123,7 @@ class World:
             if topology.world_size > 1 and supports(assembly.strategy, SupportsCollectives)
             else LocalCollectives()
         )
+        self._data_parts = self._find_data_parts()
         self._started_in = os.getpid()
 
     def close(self) -> None:
@@ -122,6 +133,7 @@ class World:
         self._started_in = None
         self._topology = None
         self._collectives = None
+        self._data_parts = None
         try:
             self._assembly.strategy.teardown()
         finally:
@@ -193,6 +205,35 @@ class World:
         """Number of parts into which the data is split."""
         strategy = self._assembly.strategy
         return strategy.data_parallel_size if supports(strategy, SupportsDataParallel) else self.world_size
+
+    @property
+    def data_parts(self) -> tuple[int, ...] | None:
+        """Index of each rank's part of the data, by rank; None where every rank reads a part of its own."""
+        return self._data_parts
+
+    @property
+    def device_mesh(self) -> DeviceMesh | None:
+        """All processes along named dimensions, where the strategy arranges them so; None before ``start``."""
+        strategy = self._assembly.strategy
+        return strategy.device_mesh if self.started and supports(strategy, SupportsDeviceMesh) else None
+
+    @property
+    def data_parallel_group(self) -> ProcessGroup | None:
+        """The ranks among which the data are split, where those are not all."""
+        mesh = self.device_mesh
+        return None if self._data_parts is None or mesh is None else mesh["data_parallel"].get_group()
+
+    def _find_data_parts(self) -> tuple[int, ...] | None:
+        """Of a run that has just started: who reads what. Ranks that read the same must also draw the same."""
+        strategy, collectives = self._assembly.strategy, self._collectives
+        if collectives is None or not supports(strategy, SupportsDataParallel):
+            return None
+        if strategy.data_parallel_size == collectives.world_size:
+            return None
+        # Dropout, shuffling and augmentation must agree on the ranks of one model. With a seed they do already.
+        state = cast("Mapping[str, object]", collect_rng_state(strategy.root_device))
+        restore_rng_state(collectives.broadcast_object(state), strategy.root_device)
+        return tuple(collectives.all_gather_object(strategy.data_parallel_rank))
 
     def stop_agreement(self) -> StopAgreement:
         """A new agreement on where to stop; every rank makes its own at the same place of the program.

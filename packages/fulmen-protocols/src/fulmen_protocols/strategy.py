@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor, nn
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
     from fulmen_protocols.collectives import Collectives
@@ -24,16 +25,19 @@ __all__ = [
     "SupportsBoundMethods",
     "SupportsCollectives",
     "SupportsDataParallel",
+    "SupportsDeviceMesh",
     "SupportsGradClipping",
     "SupportsInferencePlacement",
     "SupportsLaunch",
     "SupportsLoaderProcessing",
     "SupportsManualBackward",
     "SupportsMemoryPlan",
+    "SupportsModuleCheck",
     "SupportsNoSync",
     "SupportsPrecisionPlan",
     "SupportsReplicaCheck",
     "SupportsShardedState",
+    "SupportsWorldCheck",
 ]
 
 
@@ -233,6 +237,46 @@ class SupportsDataParallel(Protocol):
     @property
     def data_parallel_size(self) -> int:
         """Number of parts into which the data is split."""
+        ...
+
+
+@runtime_checkable
+class SupportsDeviceMesh(Protocol):
+    """A strategy that arranges its processes along named dimensions, for users to place their modules by."""
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """All processes of the run; valid after ``setup_environment``.
+
+        Where the strategy also offers ``SupportsDataParallel``, the ranks among which the data are split are those of
+        the dimension ``"data_parallel"``.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsWorldCheck(Protocol):
+    """A strategy that cannot run in every number of processes."""
+
+    def check_world(self, num_devices: int, num_nodes: int) -> None:
+        """Refuse a run of ``num_devices`` processes on each of ``num_nodes`` nodes, before any of them is started.
+
+        Raises:
+            ValueError: the strategy cannot run there; the message names its options and the number of processes.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsModuleCheck(Protocol):
+    """A strategy that cannot place every module."""
+
+    def check_module(self, module: nn.Module) -> None:
+        """Refuse ``module``, which may not be built yet, before anything is started.
+
+        Raises:
+            ValueError: ``place`` would fail; the message says what the module needs.
+        """
         ...
 
 

@@ -6,12 +6,14 @@ from fulmen_strategies.environments.local import LightningEnvironment
 from fulmen_strategies.environments.slurm import SLURMEnvironment
 from fulmen_strategies.environments.torchrun import TorchElasticEnvironment
 from fulmen_strategies.launchers.local import LocalLauncher
+from fulmen_strategies.model_parallel import ModelParallelStrategy
 from fulmen_strategies.single import SingleDeviceStrategy
 
 __all__ = [
     "DDPStrategy",
     "LightningEnvironment",
     "LocalLauncher",
+    "ModelParallelStrategy",
     "SLURMEnvironment",
     "SingleDeviceStrategy",
     "TorchCollectives",

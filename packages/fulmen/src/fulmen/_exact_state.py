@@ -45,6 +45,7 @@ def exact_state(trainer: Trainer, session: Session) -> dict[str, Any]:
     if loader is not None and within_epoch and progress.batch and not progress.epoch_is_whole:
         loader.warn_of_what_is_lost()
     mine: dict[str, Any] = {
+        "data_part": trainer.world.data_parallel_rank,
         "rng": session.rng_before_validation or collect_rng_state(trainer.world.device),
         "loader": None if loader is None else loader.state_dict(progress.batch, within_epoch=within_epoch),
         "metrics": None if store is None or progress.epoch_ended else store.state_dict(),
@@ -143,15 +144,17 @@ def restore_position(session: Session, metering: Metering, progress: Progress) -
         return
     metering.reporter.restore(exact["callback_metrics"], world.device)
     ranks, data_ranks = exact["ranks"], exact["data_parallel_size"]
-    same = len(ranks) == world.world_size
-    if not same:
+    if len(ranks) != world.world_size:
         rank_zero_info(f"this run was saved by {len(ranks)} processes and goes on with {world.world_size}")
-    position = ranks[world.rank if same else 0]["loader"]
+    parts = _by_data_part(exact)
+    same = data_ranks == world.data_parallel_size
+    position = parts[world.data_parallel_rank if same else 0]["loader"]
     if position is not None:
         batch = loader.load_state_dict(position, saved_ranks=data_ranks)
         if batch is not None:
             progress.batch = batch
-    states = [rank["metrics"] for rank in ([ranks[world.rank]] if same else ranks[world.rank :: world.world_size])]
+    part, step = world.data_parallel_rank, world.data_parallel_size
+    states = [rank["metrics"] for rank in ([parts[part]] if same else parts[part::step])]
     known = [state for state in states if state is not None]
     metrics = known[0] if same and known else merge_states(known)
     if metrics is not None:
@@ -161,10 +164,22 @@ def restore_position(session: Session, metering: Metering, progress: Progress) -
 def restore_rng(session: Session) -> None:
     """Random states, last of all: nothing may draw between this and the first batch.
 
-    On more ranks than saved them the added ones keep what they have, as in a run that starts.
+    On more ranks than saved them the added ones keep what they have, as in a run that starts. Ranks that read the same
+    data (tensor parallel) go on with one state: dropout must agree on them.
     """
-    exact, rank = session.resumed, session.world.rank
+    exact, world = session.resumed, session.world
     session.resumed = None
-    ranks: list[Any] = [] if exact is None else exact.get("ranks", [])
-    if rank < len(ranks):
-        restore_rng_state(ranks[rank]["rng"], session.world.device)
+    if exact is None or "ranks" not in exact:
+        return
+    parts = _by_data_part(exact)
+    if world.data_parallel_rank < len(parts):
+        restore_rng_state(parts[world.data_parallel_rank]["rng"], world.device)
+
+
+def _by_data_part(exact: Mapping[str, Any]) -> list[Any]:
+    """What the ranks saved, of each part of the data its first rank."""
+    ranks: list[Any] = exact["ranks"]
+    parts: dict[int, Any] = {}
+    for index, rank in enumerate(ranks):
+        parts.setdefault(rank.get("data_part", index), rank)
+    return [parts[part] for part in sorted(parts)]

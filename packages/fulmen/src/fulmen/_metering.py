@@ -52,6 +52,8 @@ class Metering:
                 device=self._world.device,
                 collectives=self._world.collectives,
                 stage="test" if stage == "predict" else stage,
+                data_parts=self._world.data_parts,
+                data_group=self._world.data_parallel_group,
             )
             self._stores[stage] = store
         store.scope = scope_for(_STEP[stage])

@@ -14,6 +14,8 @@ from fulmen_fabric.rank_zero import rank_zero_warn
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from torch.distributed import ProcessGroup
+
     from fulmen._metric_entry import MetricEntry, Row, Scalar
     from fulmen._metric_sync import Schema
 
@@ -37,22 +39,33 @@ def only_tensor(name: str, value: object) -> Tensor:
     return value
 
 
-def computed(entry: MetricEntry) -> Tensor:
+def computed(entry: MetricEntry, group: ProcessGroup | None = None) -> Tensor:
     """The epoch's value of ``entry``'s metric object, of any shape; it synchronises by itself if it is told to.
+
+    Args:
+        entry: has a metric object.
+        group: whom it synchronises with, unless the user has told it.
 
     Raises:
         ValueError: it is no tensor.
     """
     metric: Any = entry.metric
-    return only_tensor(entry.row.name, metric.compute())
+    if group is None or getattr(metric, "process_group", None) is not None:
+        return only_tensor(entry.row.name, metric.compute())
+    metric.process_group = group
+    try:
+        return only_tensor(entry.row.name, metric.compute())
+    finally:
+        metric.process_group = None  # modules are copied and pickled, groups cannot be
 
 
-def reduce_epoch_values(schema: Schema, entries: Entries, adopt: Adopt) -> None:
+def reduce_epoch_values(schema: Schema, entries: Entries, adopt: Adopt, data_group: ProcessGroup | None = None) -> None:
     """Compute the epoch's value of every metric that some rank wants over all ranks. Blocks; called by all ranks.
 
     A mean is the sum of all ranks' weighted sums over the sum of their weights, in float64 and in rank order, so it is
     the same on every rank. Metric objects synchronise by themselves, which only works if every rank takes part: where
-    one rank has not logged the object in this epoch, the others compute it from their own data.
+    one rank has not logged the object in this epoch, the others compute it from their own data. Ranks that read the
+    same data count once; ``data_group`` are those among which the data are split, None: all.
     """
     mine = {
         identity: entry
@@ -65,16 +78,21 @@ def reduce_epoch_values(schema: Schema, entries: Entries, adopt: Adopt) -> None:
         schema.exchange([entry.row for entry in mine.values()])
         messages = _gather(schema, mine)
     count = len(schema.rows)
+    spoken = schema.only_once(torch.tensor([message[1 : 1 + count] for message in messages])).tolist()
+    metric_ranks = range(len(messages)) if data_group is None else torch.distributed.get_process_group_ranks(data_group)
     for index, row in enumerate(schema.rows):
         entry = mine.get(row.identity) or adopt(row)
         weights = [message[1 + index] for message in messages]
         values = [message[1 + count + index] for message in messages]
         if row.options.metric_attribute is not None:
             if entry.metric is not None and entry.weight:
-                entry.epoch_value = _compute(entry, alone=not all(weights))
+                alone = not all(weights[rank] for rank in metric_ranks)
+                entry.epoch_value = _compute(entry, data_group, alone=alone)
             continue
-        ranks = range(len(messages)) if entry.group_ranks is None else entry.group_ranks
-        taking_part = [rank for rank in ranks if weights[rank]]
+        if entry.group_ranks is None:
+            taking_part = [rank for rank in range(len(messages)) if spoken[rank][index]]
+        else:
+            taking_part = [rank for rank in entry.group_ranks if weights[rank]]
         if not taking_part:
             continue
         value = combine_numbers([values[rank] for rank in taking_part], row.options.op)
@@ -99,10 +117,10 @@ def _gather(schema: Schema, mine: Entries) -> list[list[float]]:
     return cast("list[list[float]]", schema.gather(changed=changed, mine=contributions).tolist())
 
 
-def _compute(entry: MetricEntry, *, alone: bool) -> Any:
+def _compute(entry: MetricEntry, group: ProcessGroup | None, *, alone: bool) -> Any:
     metric: Any = entry.metric
     if not alone:
-        return computed(entry)
+        return computed(entry, group)
     rank_zero_warn(
         f"metric object {entry.row.name!r} was not logged on every rank in this epoch; its value is each rank's own."
     )
@@ -140,15 +158,18 @@ def reduce_step_values(schema: Schema, entries: Entries, adopt: Adopt, *, agree:
     if not count:
         return
     weights, values = gathered[:, 1 : 1 + count], gathered[:, 1 + count :]
+    spoken = schema.only_once(weights)
     reduced: dict[tuple[str, tuple[int, ...] | None], Tensor] = {}
     present: dict[tuple[int, ...] | None, Tensor] = {}
     for index, row in enumerate(schema.rows):
         entry = mine.get(row.identity) or adopt(row)
         group, op = entry.group_ranks, row.options.op
         if (op, group) not in reduced:
-            part = slice(None) if group is None else list(group)
-            reduced[op, group] = _reduce(values[part], weights[part], op)
-            present[group] = weights[part].any(0)
+            if group is None:
+                reduced[op, group] = _reduce(values, spoken, op)
+            else:
+                reduced[op, group] = _reduce(values[list(group)], weights[list(group)], op)
+            present[group] = (weights if group is None else weights[list(group)]).any(0)
         new = reduced[op, group][index]
         old = entry.last
         if old is not None and old is entry.synced_from:  # not logged here in this batch, perhaps nowhere

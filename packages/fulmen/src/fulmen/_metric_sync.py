@@ -26,10 +26,16 @@ class Schema:
     is the same on every rank, so no rank waits for a message that another does not send.
     """
 
-    __slots__ = ("_collectives", "_device", "_dtype", "_index", "rows")
+    __slots__ = ("_collectives", "_device", "_dtype", "_index", "_same_data", "rows")
 
-    def __init__(self, collectives: Collectives, device: torch.device) -> None:
+    def __init__(self, collectives: Collectives, device: torch.device, data_parts: Sequence[int] | None = None) -> None:
+        """``data_parts``: which part of the data each rank reads; None where every rank reads its own."""
         self._collectives = collectives
+        self._same_data: list[list[int]] | None = None
+        if data_parts is not None:
+            self._same_data = [
+                [rank for rank, part in enumerate(data_parts) if part == one] for one in sorted(set(data_parts))
+            ]
         self._device = device
         self._dtype = torch.float32 if device.type == "mps" else torch.float64
         self._index: dict[tuple[str, str, int], int] = {}
@@ -60,6 +66,19 @@ class Schema:
                     )
         self.rows = tuple(rows[identity] for identity in sorted(rows))
         self._index = {row.identity: index for index, row in enumerate(self.rows)}
+
+    def only_once(self, weights: Tensor) -> Tensor:
+        """``weights``, shape ``(world_size, n)``, with 0 where a lower rank tells of the same data. No host read.
+
+        Ranks of one model (tensor parallel) log the same values; where only some have one, the first of those counts.
+        """
+        if self._same_data is None:
+            return weights
+        there = torch.zeros_like(weights, dtype=torch.bool)
+        for ranks in self._same_data:
+            mine = weights[ranks] != 0
+            there[ranks] = mine & (mine.cumsum(0) == 1)
+        return weights.masked_fill(~there, 0.0)
 
     def gather(self, *, changed: bool, mine: Mapping[tuple[str, str, int], tuple[Scalar, float]]) -> Tensor:
         """One collective: every rank's message, shape ``(world_size, 1 + 2 * len(rows))``. No host read.

@@ -15,7 +15,12 @@ from fulmen.utilities.compile import from_compiled, is_compiled
 from fulmen_data import CombinedLoader
 from fulmen_fabric import PossibleUserWarning, rank_zero_warn
 from fulmen_fabric.abilities import supports
-from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError, OwnsOptimizerStep
+from fulmen_protocols import (
+    MisconfigurationException,
+    MisconfigurationTypeError,
+    OwnsOptimizerStep,
+    SupportsModuleCheck,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -33,6 +38,7 @@ __all__ = [
     "loaders_or_datamodule",
     "modules_in_eval_mode",
     "overrides",
+    "placeable_module",
     "predicts_one_after_the_other",
     "raise_all",
     "run",
@@ -99,6 +105,12 @@ def compiled_module(module: LightningModule, assembly: Assembly) -> None:
             f"{assembly.devices[0].type} runs the module in its own way, without torch.compile. Pass the module "
             "itself, or use one device, DDP or FSDP."
         )
+
+
+def placeable_module(module: LightningModule, assembly: Assembly) -> None:
+    """Let the strategy refuse what it could not place."""
+    if supports(assembly.strategy, SupportsModuleCheck):
+        assembly.strategy.check_module(module)
 
 
 def sync_batchnorm(module: LightningModule, assembly: Assembly) -> None:

@@ -22,6 +22,8 @@ from fulmen_protocols.errors import MisconfigurationException
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from torch.distributed import ProcessGroup
+
     from fulmen_protocols.collectives import Collectives
 
 _Key = tuple[
@@ -56,6 +58,9 @@ class MetricStore:
         device: where the model is; the messages between ranks live there.
         collectives: all ranks of the run.
         stage: ``"train"``, ``"validate"``, ``"test"`` or ``"sanity_check"``.
+        data_parts: by rank, which part of the data it reads; None where every rank reads its own. Ranks that read the
+            same count once.
+        data_group: the ranks among which the data are split, for metric objects; None: all.
 
     Attributes:
         scope: the hook that is running, set by the loop around each hook; None outside of hooks.
@@ -71,6 +76,7 @@ class MetricStore:
         "_cache",
         "_checked_batch",
         "_collectives",
+        "_data_group",
         "_dataloader_idx",
         "_device",
         "_entries",
@@ -86,7 +92,15 @@ class MetricStore:
         "stage",
     )
 
-    def __init__(self, *, device: torch.device, collectives: Collectives, stage: str) -> None:
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        collectives: Collectives,
+        stage: str,
+        data_parts: tuple[int, ...] | None = None,
+        data_group: ProcessGroup | None = None,
+    ) -> None:
         if stage not in ("train", "validate", "test", "sanity_check"):
             raise MisconfigurationException(
                 f"stage={stage!r} has no metrics: use 'train', 'validate', 'test' or 'sanity_check'."
@@ -101,8 +115,9 @@ class MetricStore:
         self.may_sync_steps = self._training and self._world_size > 1
         self._cache: dict[tuple[object, ...], MetricEntry] = {}
         self._entries: dict[tuple[str, str, int], MetricEntry] = {}
-        self._epoch_schema = Schema(collectives, device)
-        self._step_schema = Schema(collectives, device)
+        self._data_group = data_group
+        self._epoch_schema = Schema(collectives, device, data_parts)
+        self._step_schema = Schema(collectives, device, data_parts)
         self._batch: object = None
         self._size: int | None = None
         self._dataloader_idx: int | None = None
@@ -381,7 +396,7 @@ class MetricStore:
         """
         self._at_epoch = True
         if self._world_size > 1:
-            reduce_epoch_values(self._epoch_schema, self._entries, self._adopt)
+            reduce_epoch_values(self._epoch_schema, self._entries, self._adopt, self._data_group)
         for entry in self._entries.values():
             if entry.on_epoch:
                 self._epoch_value(entry)

@@ -367,6 +367,7 @@ class Trainer(TrainerActions):
         if datamodule is None and not any(value is not None for value in given.values()) and previous is not None:
             datamodule = previous.datamodule
         _verify.compiled_module(module, self.assembly)
+        _verify.placeable_module(module, self.assembly)
         if fn is TrainerFn.FITTING and self.settings.sync_batchnorm:
             _verify.sync_batchnorm(module, self.assembly)
         measuring = _measuring.Measuring(self.profiler, self.strategy.backend)
@@ -408,6 +409,7 @@ class Trainer(TrainerActions):
         self._binder = binder = HookBinder(self, module, self.callbacks, session.scoped)
         for each in session.logging_modules():
             each.__dict__["_target_device"] = self.world.device  # self.device is right in setup already
+            each.__dict__["_device_mesh"] = self.world.device_mesh
         if datamodule is not None:
             session.measuring.hook(datamodule, "setup", datamodule.setup)(fn.value)
         for hook in binder.of_callbacks("setup"):

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from fulmen import _preparation
+from fulmen._loaders import LoaderSource
 from fulmen._session import Session
 from fulmen.datamodule import LightningDataModule
 from fulmen.hooks import HookBinder
@@ -30,7 +31,7 @@ from fulmen_fabric.abilities import supports
 from fulmen_protocols import MisconfigurationException, SupportsForwardContext, SupportsMemoryPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Generator, Iterable, Sequence
     from contextlib import AbstractContextManager
 
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -73,10 +74,23 @@ def plan_memory(
             module = _fake_module(mode, model)
             module.trainer = trainer
             given, runs_forward = _batch(module, datamodule, batch, batch_size, notes)
-            session = Session(TrainerFn.FITTING, module, datamodule, assembly, world, {})
-            return _Planned(trainer, session, mode, device, notes).run(given, runs_forward)
+            sources = {stage: LoaderSource(stage, None, datamodule, module) for stage in ("train", "val")}
+            session = Session(TrainerFn.FITTING, module, datamodule, assembly, world, sources)
+            with _asked_by_modules(trainer, session):
+                return _Planned(trainer, session, mode, device, notes).run(given, runs_forward)
         finally:
             world.close()
+
+
+@contextlib.contextmanager
+def _asked_by_modules(trainer: Trainer, session: Session) -> Generator[None]:
+    """Let ``self.trainer.optimizers`` and the like in a module's hooks find those of the plan."""
+    before = trainer._session  # pyright: ignore[reportPrivateUsage]  # part of the Trainer, in a module of its own
+    trainer._session = session  # pyright: ignore[reportPrivateUsage]
+    try:
+        yield
+    finally:
+        trainer._session = before  # pyright: ignore[reportPrivateUsage]
 
 
 def _one_rank(assembly: Assembly) -> Assembly:
