@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fulmen.cli.lightning_cli import LightningCLI
-from fulmen.memory_plan._fake_world import OneRankOf, fake_mode
+from fulmen.memory_plan._fake_world import FakeTensors, OneRankOf
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def from_config(
             self.config = parser.parse_args(args)
 
         def before_instantiate_classes(self) -> None:
-            self.config["trainer"].update(_SILENT)
+            for key, value in _SILENT.items():
+                self.config["trainer"][key] = value
 
         def _builders(self) -> list[Any]:
             return [
@@ -70,7 +71,7 @@ def from_config(
 
 def _without_memory(builder: Callable[..., Any]) -> Callable[..., Any]:
     def build(*args: Any, **kwargs: Any) -> Any:
-        with fake_mode():
+        with FakeTensors():
             return builder(*args, **kwargs)
 
     return build

@@ -15,7 +15,7 @@ from fulmen_protocols import MisconfigurationException, did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from fulmen.memory_plan._fake_world import FakeTensors
 
 __all__ = ["described", "fake_batch", "parse_batch", "resized"]
 
@@ -92,12 +92,12 @@ def resized(batch: Any, size: int) -> Any:
     return tree_map(resize, batch)
 
 
-def fake_batch(mode: FakeTensorMode, batch: Any) -> Any:
+def fake_batch(fakes: FakeTensors, batch: Any) -> Any:
     """``batch`` on the CPU with fake tensors in place of its own; objects with attributes, too."""
 
     def fake(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            with mode:
+            with fakes:
                 return torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
         if is_dataclass(leaf) and not isinstance(leaf, type):
             changed = {each.name: tree_map(fake, getattr(leaf, each.name)) for each in fields(leaf) if each.init}

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fulmen_protocols import BackendUnavailable, MisconfigurationException
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-__all__ = ["OneRankOf", "fake_copy", "fake_mode", "fake_ranks", "replaceable_parameters"]
+__all__ = ["FakeTensors", "OneRankOf", "fake_copy", "fake_ranks", "replaceable_parameters"]
 
 
 class OneRankOf:
@@ -59,17 +61,50 @@ class OneRankOf:
         """There is nothing to contradict."""
 
 
-def fake_mode() -> FakeTensorMode:
-    """A mode within which new tensors have no memory.
+class FakeTensors:
+    """A context within which new tensors have no memory; it can be entered again.
+
+    What is computed from real tensors alone stays real: a device mesh keeps the numbers of its ranks in a tensor.
 
     Raises:
-        BackendUnavailable: this torch has none.
+        BackendUnavailable: this torch has no fake tensors.
     """
-    try:
-        from torch._subclasses.fake_tensor import FakeTensorMode
-    except ImportError as error:
-        raise _unavailable("torch._subclasses.fake_tensor.FakeTensorMode") from error
-    return FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __init__(self) -> None:
+        try:
+            from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+        except ImportError as error:
+            raise _unavailable("torch._subclasses.fake_tensor.FakeTensorMode") from error
+        self._modes = (FakeTensorMode(allow_non_fake_inputs=True), _RealStaysReal(FakeTensor, unset_fake_temporarily))
+
+    def __enter__(self) -> FakeTensors:
+        for mode in self._modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*error)
+
+
+class _RealStaysReal(TorchDispatchMode):
+    """Runs an operator for real if it is given tensors and none of them is fake."""
+
+    def __init__(self, fake: type[Tensor], unset: Callable[[], AbstractContextManager[object]]) -> None:
+        super().__init__()
+        self._fake, self._unset = fake, unset
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it will come again with the tensors of this rank
+        given = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, given)) if isinstance(leaf, Tensor)]
+        if tensors and not any(isinstance(tensor, self._fake) for tensor in tensors):
+            with self._unset():
+                return func(*args, **given)
+        return func(*args, **given)
 
 
 @contextlib.contextmanager
@@ -99,10 +134,10 @@ def fake_ranks(world_size: int) -> Generator[None]:
         dist.destroy_process_group()
 
 
-def fake_copy(mode: FakeTensorMode, module: nn.Module) -> nn.Module:
+def fake_copy(fakes: FakeTensors, module: nn.Module) -> nn.Module:
     """A copy of ``module`` whose parameters and buffers are fake; no memory is copied."""
     memo: dict[int, Any] = {}
-    with mode:
+    with fakes:
         for parameter in module.parameters():
             memo[id(parameter)] = nn.Parameter(_empty_like(parameter), requires_grad=parameter.requires_grad)
         for buffer in module.buffers():

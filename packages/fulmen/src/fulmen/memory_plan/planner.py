@@ -21,7 +21,7 @@ from fulmen.hooks import HookBinder
 from fulmen.memory_plan._allocations import AllocationRecorder, local_tensors, storage_bytes
 from fulmen.memory_plan._batch import described, fake_batch, parse_batch, resized
 from fulmen.memory_plan._cuda_rules import CudaRules
-from fulmen.memory_plan._fake_world import OneRankOf, fake_copy, fake_mode, fake_ranks, replaceable_parameters
+from fulmen.memory_plan._fake_world import FakeTensors, OneRankOf, fake_copy, fake_ranks, replaceable_parameters
 from fulmen.memory_plan.report import MemoryPlan, ParameterGroup
 from fulmen.module import LightningModule
 from fulmen.progress import Progress
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Sequence
     from contextlib import AbstractContextManager
 
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
     from fulmen.trainer import Trainer
@@ -65,19 +65,19 @@ def plan_memory(
             f"plan() was called on a Trainer whose {trainer.world.world_size} processes have met: plan before the run."
         )
     assembly = _one_rank(trainer.assembly)
-    mode = fake_mode()
+    fakes = FakeTensors()
     notes: list[str] = []
     with fake_ranks(assembly.world_size), replaceable_parameters():
         world = World(assembly)
         world.start()
         try:
-            module = _fake_module(mode, model)
+            module = _fake_module(fakes, model)
             module.trainer = trainer
             given, runs_forward = _batch(module, datamodule, batch, batch_size, notes)
             sources = {stage: LoaderSource(stage, None, datamodule, module) for stage in ("train", "val")}
             session = Session(TrainerFn.FITTING, module, datamodule, assembly, world, sources)
             with _asked_by_modules(trainer, session):
-                return _Planned(trainer, session, mode, device, notes).run(given, runs_forward)
+                return _Planned(trainer, session, fakes, device, notes).run(given, runs_forward)
         finally:
             world.close()
 
@@ -105,14 +105,14 @@ def _one_rank(assembly: Assembly) -> Assembly:
     )
 
 
-def _fake_module(mode: FakeTensorMode, model: object) -> LightningModule:
+def _fake_module(fakes: FakeTensors, model: object) -> LightningModule:
     if isinstance(model, LightningModule):
-        return cast("LightningModule", fake_copy(mode, model))
+        return cast("LightningModule", fake_copy(fakes, model))
     if not callable(model):
         raise MisconfigurationException(
             f"plan() got {model!r:.80} as its model: give a LightningModule, its class, or a function that makes one."
         )
-    with mode:
+    with fakes:
         made: object = model()
     if not isinstance(made, LightningModule):
         raise MisconfigurationException(f"{model!r:.80} made {made!r:.80}, which is no LightningModule.")
@@ -202,9 +202,9 @@ class _Planned:
     """One session of a plan."""
 
     def __init__(
-        self, trainer: Trainer, session: Session, mode: FakeTensorMode, device: str, notes: list[str]
+        self, trainer: Trainer, session: Session, fakes: FakeTensors, device: str, notes: list[str]
     ) -> None:
-        self.trainer, self.session, self.mode, self.device, self.notes = trainer, session, mode, device, notes
+        self.trainer, self.session, self.fakes, self.device, self.notes = trainer, session, fakes, device, notes
         self.extra: dict[str, int] = {}
 
     def run(self, batch: Any, runs_forward: bool) -> MemoryPlan:
@@ -213,7 +213,8 @@ class _Planned:
         for each in session.logging_modules():
             each.__dict__["_metric_store"] = _NoMetrics()
             each.__dict__["_target_device"] = session.world.device
-        with self.mode:
+            each.__dict__["_device_mesh"] = session.world.device_mesh
+        with self.fakes:
             session.scoped("setup", module.setup)("fit")
             _preparation.configure_model(session)
             self._place()
@@ -222,7 +223,7 @@ class _Planned:
         if runs_forward:
             module.__dict__["training_step"] = _forward_and_sum(module)
         recorder = AllocationRecorder(_CUDA_GRANULARITY if self.device == "cuda" else 1)
-        with self.mode, recorder, contextlib.ExitStack() as stack:
+        with self.fakes, recorder, contextlib.ExitStack() as stack:
             if self.device == "cuda":
                 stack.enter_context(CudaRules())
                 self._choose_foreach()
@@ -230,7 +231,7 @@ class _Planned:
             recorder.assign(module.buffers(), "buffers")
             module.train()
             self._make_states(recorder, parameters)
-            fake = fake_batch(self.mode, batch)
+            fake = fake_batch(self.fakes, batch)
             recorder.assign(_tensors_of(fake), "batch")
             fake = session.transfer()(fake, 0)
             recorder.assign(_tensors_of(fake), "batch")
@@ -379,14 +380,27 @@ def _state_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:
 
 
 def _mesh(parameters: Iterable[nn.Parameter]) -> str:
-    """Dimensions and sizes of the meshes that parameters are spread over, each once."""
-    found: dict[str, None] = {}
-    for parameter in parameters:
-        if isinstance(parameter, DTensor):
-            mesh = parameter.device_mesh
-            names = mesh.mesh_dim_names or ["" for _ in mesh.shape]
-            found[" x ".join(f"{name} {size}".strip() for name, size in zip(names, mesh.shape, strict=True))] = None
-    return ", ".join(found)
+    """Dimensions and sizes of the mesh with the most dimensions over which a parameter is spread."""
+    meshes = [parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor)]
+    if not meshes:
+        return ""
+    largest = max(meshes, key=lambda mesh: mesh.ndim)
+    return " x ".join(f"{name} {size}".strip() for name, size in zip(_names(largest), largest.shape, strict=True))
+
+
+def _names(mesh: DeviceMesh) -> Sequence[str]:
+    return mesh.mesh_dim_names or [""] * mesh.ndim
+
+
+def _placement(parameter: nn.Parameter) -> str:
+    """Such as ``"data_parallel Shard(0), tensor_parallel Shard(1)"``."""
+    if not isinstance(parameter, DTensor):
+        return "whole"
+    words: list[str] = []
+    for name, one in zip(_names(parameter.device_mesh), parameter.placements, strict=True):
+        kind = f"Shard({cast('Any', one).dim})" if one.is_shard() else "Replicate" if one.is_replicate() else str(one)
+        words.append(f"{name} {kind}".strip())
+    return ", ".join(words)
 
 
 def _groups(module: nn.Module) -> tuple[ParameterGroup, ...]:
@@ -396,9 +410,7 @@ def _groups(module: nn.Module) -> tuple[ParameterGroup, ...]:
     """
     found: dict[tuple[Any, ...], list[Any]] = {}
     for name, parameter in module.named_parameters():
-        placement = "whole"
-        if isinstance(parameter, DTensor):
-            placement = ", ".join(str(each).replace("dim=", "") for each in parameter.placements)
+        placement = _placement(parameter)
         key = (
             re.sub(r"(^|(?<=\.))\d+(?=\.)", "*", name),
             tuple(parameter.shape),
