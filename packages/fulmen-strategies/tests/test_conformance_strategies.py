@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from fulmen_conformance import (
     ClusterEnvironmentConformance,
@@ -15,6 +16,7 @@ from fulmen_conformance import (
 )
 from fulmen_strategies import (
     DDPStrategy,
+    FSDPStrategy,
     LightningEnvironment,
     SingleDeviceStrategy,
     SLURMEnvironment,
@@ -58,6 +60,30 @@ class TestDDPStrategyFindingUnusedParameters(StrategyConformance):
     @pytest.fixture
     def factory(self) -> str:
         return "fulmen_strategies.ddp:find_unused_parameters"
+
+
+class TestFSDPStrategy(StrategyConformance):
+    @pytest.fixture
+    def strategy(self) -> Strategy:
+        return FSDPStrategy()
+
+    @pytest.fixture
+    def factory(self) -> str:
+        return "fulmen_strategies.fsdp:FSDPStrategy"
+
+
+def by_layer() -> FSDPStrategy:
+    return FSDPStrategy(auto_wrap_policy={torch.nn.Linear}, state_dict_type="sharded", reduce_accumulated="each")
+
+
+class TestFSDPStrategyOfSeveralUnits(StrategyConformance):
+    @pytest.fixture
+    def strategy(self) -> Strategy:
+        return by_layer()
+
+    @pytest.fixture
+    def factory(self) -> str:
+        return f"{__file__}:by_layer"
 
 
 class TestTorchCollectives(CollectivesConformance):

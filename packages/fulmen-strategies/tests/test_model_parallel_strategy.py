@@ -28,6 +28,7 @@ from torch.nn.functional import mse_loss
 from fulmen_protocols import (
     MisconfigurationException,
     MisconfigurationTypeError,
+    SupportsBoundMethods,
     SupportsDataParallel,
     SupportsDeviceMesh,
     SupportsGradClipping,
@@ -420,8 +421,8 @@ def check_policies_of_the_users_own_hold(me: Rank) -> None:
 
     strategy = me.joined(mixed, 4, 1)
     placed = strategy.place(Net())
-    assert placed(torch.ones(2, 6)).dtype == torch.bfloat16
     assert {parameter.dtype for parameter in placed.parameters()} == {torch.float32}
+    assert placed(torch.ones(2, 6)).dtype == torch.bfloat16
 
 
 CHECKS: dict[str, Check] = {
@@ -496,7 +497,7 @@ def test_the_four_ranks_end_well(folder: Path) -> None:
 def test_it_offers_what_model_parallel_can_do() -> None:
     strategy = ModelParallelStrategy()
     for ability in (
-        SupportsDataParallel, SupportsDeviceMesh, SupportsGradClipping, SupportsInferencePlacement, SupportsLaunch,
+        SupportsBoundMethods, SupportsDataParallel, SupportsDeviceMesh, SupportsGradClipping, SupportsInferencePlacement, SupportsLaunch,
         SupportsModuleCheck, SupportsNoSync, SupportsShardedState, SupportsWorldCheck,
     ):  # fmt: skip
         assert missing_members(ability, strategy) == []

@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 from fulmen_fabric._conflicts import Conflicts
 from fulmen_fabric.abilities import supports
@@ -24,6 +24,8 @@ from fulmen_protocols import (
     SupportsCollectives,
     SupportsLaunch,
     SupportsPrecisionPlan,
+    SupportsShardedState,
+    SupportsStateKindChoice,
     SupportsWorldCheck,
     WrapsCheckpointIO,
     available,
@@ -43,6 +45,7 @@ __all__ = [
     "Notes",
     "Plugins",
     "check_strategy",
+    "choose_state_kind",
     "find_accelerator",
     "find_checkpoint_io",
     "find_devices",
@@ -461,10 +464,20 @@ def hand_over_precision(strategy: Strategy, name: str, precision: Precision, not
         notes.conflicts.attempt(lambda: strategy.apply_precision_plan(precision.plan()), f"strategy {name!r}")
 
 
-def find_checkpoint_io(given: CheckpointIO | None, notes: Notes) -> CheckpointIO | None:
-    """The user's checkpoint IO, or the one named ``"torch"``, which also goes into a wrapper that has none."""
+def choose_state_kind(strategy: Strategy, kind: Literal["full", "sharded"]) -> None:
+    """Tell a strategy that saves either what this run prefers."""
+    if supports(strategy, SupportsStateKindChoice):
+        strategy.default_state_kind(kind)
+
+
+def find_checkpoint_io(given: CheckpointIO | None, strategy: Strategy | None, notes: Notes) -> CheckpointIO | None:
+    """The user's checkpoint IO, or the one for what the strategy saves: ``"sharded"`` for folders, else ``"torch"``.
+
+    The latter also goes into a wrapper that has none.
+    """
     if given is None:
-        return notes.load(CHECKPOINT_IOS, "torch")
+        shards = strategy is not None and supports(strategy, SupportsShardedState) and strategy.state_kind == "sharded"
+        return notes.load(CHECKPOINT_IOS, "sharded" if shards else "torch")
     if supports(given, WrapsCheckpointIO) and given.checkpoint_io is None:
         given.checkpoint_io = notes.load(CHECKPOINT_IOS, "torch")
     return given

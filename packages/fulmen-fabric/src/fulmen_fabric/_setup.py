@@ -31,6 +31,7 @@ from fulmen_protocols import (
     SupportsNoSync,
     SupportsOutputConversion,
     SupportsPrecisionPlan,
+    SupportsShardedSave,
     SupportsShardedState,
 )
 
@@ -63,9 +64,13 @@ class Composer:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether a checkpoint of this run is written by every rank."""
+        """Whether a checkpoint of this run is written by every rank: shards, and a format for them."""
         strategy = self._strategy
-        return supports(strategy, SupportsShardedState) and strategy.state_kind == "sharded"
+        return (
+            supports(strategy, SupportsShardedState)
+            and strategy.state_kind == "sharded"
+            and supports(self._assembly.checkpoint_io, SupportsShardedSave)
+        )
 
     # -- modules ------------------------------------------------------------------------------------------------------
 
@@ -107,7 +112,7 @@ class Composer:
 
         def module_state(one: nn.Module) -> Mapping[str, object]:
             assert sharded is not None
-            return sharded.module_state(one, full=sharded.state_kind == "full")
+            return sharded.module_state(one, full=not self.is_sharded)
 
         def load_state(one: nn.Module, state: Mapping[str, object], strict: bool) -> object:
             assert sharded is not None
@@ -119,7 +124,7 @@ class Composer:
             placed,
             original,
             self._around(),
-            self._bind(original) if supports(strategy, SupportsBoundMethods) and placed is not original else None,
+            self._bind(original) if supports(strategy, SupportsBoundMethods) else None,
             module_state if sharded is not None else None,
             load_state if sharded is not None else None,
         )
@@ -253,7 +258,7 @@ class Composer:
         def state(optimizer: Optimizer) -> Mapping[str, object]:
             assert sharded is not None
             assert placed is not None
-            return sharded.optimizer_state(placed, optimizer, full=sharded.state_kind == "full")
+            return sharded.optimizer_state(placed, optimizer, full=not self.is_sharded)
 
         def load_state(optimizer: Optimizer, saved: Mapping[str, object]) -> object:
             assert sharded is not None

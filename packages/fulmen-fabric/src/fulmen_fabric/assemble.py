@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from fulmen_fabric._resolve import (
     Notes,
     check_strategy,
+    choose_state_kind,
     find_accelerator,
     find_checkpoint_io,
     find_devices,
@@ -67,6 +68,7 @@ def assemble(
     num_nodes: int = 1,
     precision: str | int | None = None,
     plugins: object | Sequence[object] | None = None,
+    state_kind: Literal["full", "sharded"] = "full",
 ) -> Assembly:
     """Find every part by name or take the object given, and check them against each other and the environment.
 
@@ -79,6 +81,7 @@ def assemble(
         num_nodes: number of machines, at least 1.
         precision: a name, or an alias such as ``16`` or ``"bf16"``; None means ``"32-true"``.
         plugins: a ``Precision``, a ``CheckpointIO``, a ``ClusterEnvironment``, at most one of each, in any order.
+        state_kind: what a checkpoint of a strategy that can save both holds, where the user has not said it.
 
     Raises:
         MisconfigurationException: with every conflict found, not only the first.
@@ -110,7 +113,9 @@ def assemble(
     numbers = find_precision(precision, given.precision, node_devices[0].type if node_devices else None, notes)
     if placed is not None and numbers is not None:
         hand_over_precision(*placed, numbers[0], notes)
-    checkpoint_io = find_checkpoint_io(given.checkpoint_io, notes)
+    if placed is not None:
+        choose_state_kind(placed[0], state_kind)
+    checkpoint_io = find_checkpoint_io(given.checkpoint_io, None if placed is None else placed[0], notes)
 
     notes.conflicts.raise_if_any()
     if placed is None or numbers is None:

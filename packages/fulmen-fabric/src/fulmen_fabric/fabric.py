@@ -88,6 +88,7 @@ class Fabric:
             num_nodes=int(_arguments.overridden("num_nodes", num_nodes)),
             precision=_arguments.overridden("precision", precision),
             plugins=plugins,
+            state_kind="sharded",  # a raw loop saves often, and what it saves is its own business
         )
         self._callbacks: list[object] = [*_arguments.as_list(callbacks), *installed_callbacks()]
         self._loggers: list[Logger] = [check(LOGGERS, one) for one in _arguments.as_list(loggers)]

@@ -31,6 +31,7 @@ from fulmen_protocols import (
     SupportsGradClipping,
     SupportsGradScaling,
     SupportsNoSync,
+    SupportsPrecisionPlan,
 )
 
 if TYPE_CHECKING:
@@ -84,7 +85,9 @@ class Gradients:
         self.module = module
         self.scaler: SupportsGradScaling | None = precision if supports(precision, SupportsGradScaling) else None
         self.forward_context: Callable[[], AbstractContextManager[object]] | None = (
-            precision.forward_context if supports(precision, SupportsForwardContext) else None
+            precision.forward_context
+            if supports(precision, SupportsForwardContext) and not supports(strategy, SupportsPrecisionPlan)
+            else None
         )
         self._owned_backward = strategy.backward if supports(strategy, OwnsBackward) else None
         self._owned_step = strategy.optimizer_step if supports(strategy, OwnsOptimizerStep) else None

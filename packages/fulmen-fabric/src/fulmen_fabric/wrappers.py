@@ -195,7 +195,13 @@ class FabricModule(nn.Module):
         # nn.Module.__getattr__ would find parameters and submodules only; the module itself finds those, too.
         original = cast("nn.Module", self.__dict__["_fabric_original"])
         value = getattr(original, name)
-        if self.__dict__["_fabric_bind"] is not None and inspect.ismethod(value) and value.__self__ is original:
+        wrapped = self.__dict__["_fabric_placed"] is not original
+        if (
+            wrapped
+            and self.__dict__["_fabric_bind"] is not None
+            and inspect.ismethod(value)
+            and value.__self__ is original
+        ):
             return _refuse_submodules(value, original)
         return value
 

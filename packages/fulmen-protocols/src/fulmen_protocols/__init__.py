@@ -80,6 +80,7 @@ from fulmen_protocols.strategy import (
     SupportsPrecisionPlan,
     SupportsReplicaCheck,
     SupportsShardedState,
+    SupportsStateKindChoice,
     SupportsWorldCheck,
 )
 from fulmen_protocols.topology import Topology
@@ -164,6 +165,7 @@ __all__ = [
     "SupportsRequeue",
     "SupportsShardedSave",
     "SupportsShardedState",
+    "SupportsStateKindChoice",
     "SupportsVerification",
     "SupportsWorldCheck",
     "Topology",

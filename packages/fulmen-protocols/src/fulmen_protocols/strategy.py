@@ -37,6 +37,7 @@ __all__ = [
     "SupportsPrecisionPlan",
     "SupportsReplicaCheck",
     "SupportsShardedState",
+    "SupportsStateKindChoice",
     "SupportsWorldCheck",
 ]
 
@@ -214,7 +215,11 @@ class SupportsGradClipping(Protocol):
 
 @runtime_checkable
 class SupportsPrecisionPlan(Protocol):
-    """A strategy that applies a precision itself (FSDP2's mixed precision policy, an engine's own casting)."""
+    """A strategy that applies a precision itself (FSDP2's mixed precision policy, an engine's own casting).
+
+    The run then leaves modules, inputs and outputs as they are and enters no context around forward; only losses are
+    still scaled where the plan wants that.
+    """
 
     def apply_precision_plan(self, plan: PrecisionPlan) -> None:
         """Take over parameter, compute, reduction and output dtypes. Called before ``place``.
@@ -321,4 +326,13 @@ class SupportsShardedState(Protocol):
 
     def load_optimizer_state(self, module: nn.Module, optimizer: Optimizer, state: Mapping[str, object]) -> None:
         """Load what ``optimizer_state`` gave, of either kind."""
+        ...
+
+
+@runtime_checkable
+class SupportsStateKindChoice(Protocol):
+    """A strategy with ``SupportsShardedState`` that saves either kind, and lets the run choose where the user has not."""
+
+    def default_state_kind(self, kind: Literal["full", "sharded"]) -> None:
+        """Let ``state_kind`` be ``kind`` unless the user has said otherwise. Called when a run is assembled."""
         ...

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -212,7 +212,8 @@ class ModelParallelStrategy:
             MisconfigurationTypeError: it has no ``configure_model`` of its own and there is no ``parallelize_fn``.
         """
         _refuse_fsdp1(module)
-        if self._parallelize is None and not _overrides_configure_model(module):
+        has_placed_itself = any(isinstance(parameter, DTensor) for parameter in module.parameters())
+        if self._parallelize is None and not has_placed_itself and not _overrides_configure_model(module):
             raise MisconfigurationTypeError(
                 f"ModelParallelStrategy was asked to run {type(module).__name__}, which does not override "
                 "configure_model: parallelize its layers there, on self.device_mesh, or give the strategy a "
@@ -265,9 +266,9 @@ class ModelParallelStrategy:
     def _remember(self, module: nn.Module, placed: nn.Module, before: dict[str, nn.Parameter]) -> None:
         if self._parallelize is not None:
             self._placed[module] = weakref.ref(placed)
-        after = {canonical_name(name): parameter for name, parameter in placed.named_parameters()}
+        after = {_canonical(name): parameter for name, parameter in placed.named_parameters()}
         for name, parameter in before.items():
-            now = after.get(canonical_name(name))
+            now = after.get(_canonical(name))
             if now is not None and now is not parameter:
                 self._replaced[parameter] = now
 
@@ -291,6 +292,14 @@ class ModelParallelStrategy:
                 )
 
     # -- steps --------------------------------------------------------------------------------------------------------
+
+    def bind_method(self, placed: nn.Module, name: str) -> Callable[..., object]:
+        """The module's method ``name``; where ``fully_shard`` was applied to the whole module, within its hooks."""
+        if name == "forward":
+            return placed
+        if isinstance(placed, FSDPModule) and name not in vars(placed):
+            register_fsdp_forward_method(placed, name)
+        return cast("Callable[..., object]", getattr(placed, name))
 
     @contextlib.contextmanager
     def no_sync(self, module: nn.Module) -> Generator[None]:
@@ -355,11 +364,14 @@ class ModelParallelStrategy:
 
     def module_state(self, module: nn.Module, *, full: bool) -> Mapping[str, object]:
         """State by canonical name. ``full``: whole CPU tensors on rank 0, empty elsewhere; otherwise DTensors."""
-        return module_state(module, full=full, rank=self.collectives.rank)
+        state = module_state(module, full=full, rank=self.collectives.rank)
+        return {_canonical(name): value for name, value in state.items()}
 
     def load_module_state(self, module: nn.Module, state: Mapping[str, object], *, strict: bool) -> object:
         """Load what ``module_state`` gave, of either kind, saved by any strategy on any number of ranks."""
-        return load_module_state(module, state, self.collectives, strict=strict)
+        here = {_canonical(name): name for name in module.state_dict()}
+        named = {here.get(_canonical(name), name): value for name, value in state.items()}
+        return load_module_state(module, named, self.collectives, strict=strict)
 
     def optimizer_state(self, module: nn.Module, optimizer: Optimizer, *, full: bool) -> Mapping[str, object]:
         """Optimizer state in torch's layout; ``full`` as in ``module_state``."""
@@ -370,7 +382,7 @@ class ModelParallelStrategy:
         load_optimizer_state(optimizer, state, self.collectives)
 
 
-def canonical_name(name: str) -> str:
+def _canonical(name: str) -> str:
     """Without what ``torch.compile`` puts before the names inside a compiled module."""
     return name.replace("_orig_mod.", "")
 

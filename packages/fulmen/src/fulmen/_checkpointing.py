@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "dump",
+    "is_sharded",
     "load",
     "resolve_path",
     "restore_modules_and_callbacks",
@@ -125,6 +126,11 @@ def load(trainer: Trainer, path: str, weights_only: bool | None) -> dict[str, An
     return trainer.strategy.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
 
 
+def is_sharded(session: Session) -> bool:
+    """Whether weights are loaded into a module that has been placed, each rank taking its part."""
+    return supports(session.assembly.strategy, SupportsShardedState)
+
+
 def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint: dict[str, Any]) -> None:
     """Weights, datamodule and callbacks: what every call restores.
 
@@ -135,14 +141,13 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
     session.scoped("on_load_checkpoint", module.on_load_checkpoint)(checkpoint)
     strict = module.strict_loading
     try:
-        outcome = module.load_state_dict(as_named_here(checkpoint["state_dict"], module), strict=strict)
+        outcome = _load_weights(session, as_named_here(checkpoint["state_dict"], module), strict=strict)
     except RuntimeError as error:
         raise CheckpointError(
             f"the weights of {trainer.ckpt_path!r} do not fit {type(module).__name__}: {error}\nGive the checkpoint of "
             "this model, or set strict_loading=False on it to load what fits by name."
         ) from error
-    missing = cast("list[str]", outcome.missing_keys)
-    unexpected = cast("list[str]", outcome.unexpected_keys)
+    missing, unexpected = outcome
     if not strict and (missing or unexpected):
         rank_zero_warn(
             f"loaded with strict_loading=False: {len(missing)} keys are missing from the checkpoint ({missing[:5]}), "
@@ -170,6 +175,18 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
         state = next((states[key] for key in names if key in states), None)
         if state is not None and hasattr(callback, "load_state_dict"):
             session.within("load_state_dict", callback.load_state_dict)(copy.deepcopy(state))
+
+
+def _load_weights(session: Session, state: Mapping[str, Any], *, strict: bool) -> tuple[list[str], list[str]]:
+    """Returns the names that are missing, and those that the module has not."""
+    strategy = session.assembly.strategy
+    if not supports(strategy, SupportsShardedState):
+        outcome = session.module.load_state_dict(state, strict=strict)
+        return list(outcome.missing_keys), list(outcome.unexpected_keys)
+    assert session.placed is not None
+    own = session.module.state_dict().keys()
+    strategy.load_module_state(session.placed, state, strict=strict)
+    return [name for name in own if name not in state], [name for name in state if name not in own]
 
 
 def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, Any]) -> None:

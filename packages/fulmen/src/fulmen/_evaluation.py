@@ -24,7 +24,7 @@ from fulmen.predict import PredictParts
 from fulmen.states import RunningStage, TrainerFn
 from fulmen_fabric import collect_rng_state, isolate_rng, move_data_to_device
 from fulmen_fabric.abilities import supports
-from fulmen_protocols import SupportsInferencePlacement
+from fulmen_protocols import SupportsInferencePlacement, SupportsShardedState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -154,7 +154,7 @@ class Evaluation:
         copy = _as_it_is if session.world.device.type == "cpu" else _to_cpu
         keep = keep or any(writer.interval.on_epoch for writer in writers)
         modes = ModelModes(session.module)
-        step = session.step_method("predict_step", several_loaders=loaders.several, bind=False)
+        step = session.step_method("predict_step", several_loaders=loaders.several, bind=not self._runs_bare)
         context = session.forward_context()
         raw = fetches_itself(session.module.predict_step)
         parts = PredictParts(
@@ -197,10 +197,10 @@ class Evaluation:
         modes = ModelModes(session.module)
         # Where inference needs no wrapper, validation inside fit does without it too: ranks may have different numbers
         # of batches, and a wrapper's forward may be a collective.
-        bare = supports(session.assembly.strategy, SupportsInferencePlacement)
+        bare = self._runs_bare
         if in_fit and bare:
             session.share_buffers()
-        step = session.step_method(f"{name}_step", several_loaders=loaders.several, bind=in_fit and not bare)
+        step = session.step_method(f"{name}_step", several_loaders=loaders.several, bind=not bare)
         raw = fetches_itself(getattr(session.module, f"{name}_step"))
         context = session.forward_context()
         parts = EvalParts(
@@ -224,7 +224,14 @@ class Evaluation:
     def _uses_inference_mode(self) -> bool:
         # gloo reduces tensors in place, which inference tensors refuse.
         world = self._session.world
+        if supports(self._session.assembly.strategy, SupportsShardedState):
+            return False  # weights that are gathered then would be inference tensors in the next training step
         return self._settings().inference_mode and not (world.world_size > 1 and world.device.type == "cpu")
+
+    @property
+    def _runs_bare(self) -> bool:
+        """Whether no forward pass of an evaluation needs the strategy's wrapper."""
+        return supports(self._session.assembly.strategy, SupportsInferencePlacement)
 
 
 def _told_of_fetched(hooks: EvalHooks) -> EvalHooks:

@@ -26,6 +26,7 @@ from fulmen_protocols import (
     SupportsLoaderProcessing,
     SupportsManualBackward,
     SupportsNoSync,
+    SupportsPrecisionPlan,
     SupportsShardedState,
 )
 
@@ -131,7 +132,7 @@ class Session:
     def bound(self, name: str) -> Callable[..., Any]:
         """The module's method ``name``, entered through the strategy's wrapper where it has one."""
         strategy = self.assembly.strategy
-        if self.placed is not None and self.placed is not self.module and supports(strategy, SupportsBoundMethods):
+        if self.placed is not None and supports(strategy, SupportsBoundMethods):
             return strategy.bind_method(self.placed, name)
         return getattr(self.module, name)  # type: ignore[no-any-return]
 
@@ -168,7 +169,9 @@ class Session:
         """Put a batch on the device: precision's casts, then the transfer hooks of datamodule or module."""
         device = self.world.device
         precision = self.assembly.precision
-        convert = precision.convert_input if supports(precision, SupportsInputConversion) else None
+        convert = None
+        if supports(precision, SupportsInputConversion) and not supports(self.assembly.strategy, SupportsPrecisionPlan):
+            convert = precision.convert_input
         before = self._transfer_hook("on_before_batch_transfer")
         custom = self._transfer_hook("transfer_batch_to_device")
         after = self._transfer_hook("on_after_batch_transfer")
@@ -343,8 +346,10 @@ class Session:
                 self.world.collectives.broadcast(buffer)
 
     def forward_context(self) -> Callable[[], AbstractContextManager[object]] | None:
-        """The context in which the precision wants every forward pass; None where it wants none."""
+        """The context in which the precision wants every forward pass; None where it, or the strategy, needs none."""
         precision = self.assembly.precision
+        if supports(self.assembly.strategy, SupportsPrecisionPlan):
+            return None
         return precision.forward_context if supports(precision, SupportsForwardContext) else None
 
     def no_grad(self, *, inference_mode: bool) -> Callable[[], AbstractContextManager[object]]:

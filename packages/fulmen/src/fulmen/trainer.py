@@ -424,9 +424,12 @@ class Trainer(TrainerActions):
             self._ckpt_path = self.world.collectives.broadcast_object(self._ckpt_path)
         if self._ckpt_path is not None:
             checkpoint = _checkpointing.load(self, self._ckpt_path, weights_only)
-            _checkpointing.restore_modules_and_callbacks(self, session, checkpoint)
+            if not _checkpointing.is_sharded(session):
+                _checkpointing.restore_modules_and_callbacks(self, session, checkpoint)
         _preparation.place(session, sync_batchnorm=self.settings.sync_batchnorm)
         self.strategy.model = session.placed
+        if checkpoint is not None and _checkpointing.is_sharded(session):  # no rank may have had room for the whole
+            _checkpointing.restore_modules_and_callbacks(self, session, checkpoint)
         if fn is TrainerFn.FITTING:
             own_schedule = binder.overridden("lr_scheduler_step")
             _preparation.make_optimizers(session, steps_own_schedulers=own_schedule is not None)

@@ -106,9 +106,11 @@ def _fitted_by_parameter(
 
 def _fitted_state(value: object, parameter: Tensor | None) -> object:
     """What an optimizer keeps for ``parameter``: a tensor of its shape is laid out as it is, others are kept whole."""
-    if not isinstance(value, Tensor) or parameter is None or value.shape != parameter.shape or value.dim() == 0:
+    if not isinstance(value, Tensor):
         return value
-    return value if isinstance(value, DTensor) else laid_out_like(value, parameter).to(value.dtype)
+    if isinstance(value, DTensor) or parameter is None or value.shape != parameter.shape or value.dim() == 0:
+        return value.clone()  # optimizers take tensors as they are; two would go on with the same one
+    return laid_out_like(value, parameter).to(value.dtype)
 
 
 def _fitted(value: object, target: object) -> object:
