@@ -55,8 +55,8 @@ def from_config(
 
         def instantiate_trainer(self, **kwargs: Any) -> Trainer:
             configured = self.config_init["trainer"]
-            devices = changed.get("devices", _count(configured.get("devices")))
-            nodes = changed.get("num_nodes", configured.get("num_nodes") or 1)
+            devices = changed.get("devices") or _count(configured.get("devices"))
+            nodes = changed.get("num_nodes") or configured.get("num_nodes") or 1
             own = {"accelerator": "cpu", "devices": devices, "num_nodes": nodes, "plugins": [OneRankOf(devices * nodes)]}
             return super().instantiate_trainer(**{**kwargs, **changed, **own})
 
@@ -70,9 +70,9 @@ def from_config(
 
 
 def _without_memory(builder: Callable[..., Any]) -> Callable[..., Any]:
-    def build(*args: Any, **kwargs: Any) -> Any:
+    def build(*args: Any, applied_instantiation_links: dict[str, Any], **kwargs: Any) -> Any:
         with FakeTensors():
-            return builder(*args, **kwargs)
+            return builder(*args, applied_instantiation_links=applied_instantiation_links, **kwargs)
 
     return build
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-__all__ = ["FakeTensors", "OneRankOf", "fake_copy", "fake_ranks", "replaceable_parameters"]
+    from fulmen_protocols import ReduceOp
+
+T = TypeVar("T")
+
+__all__ = ["FakeTensors", "OneRankOf", "RanksAlike", "fake_copy", "fake_ranks", "replaceable_parameters"]
 
 
 class OneRankOf:
@@ -59,6 +63,42 @@ class OneRankOf:
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         """There is nothing to contradict."""
+
+
+class RanksAlike:
+    """Collectives among ranks that all hold what this one holds.
+
+    Args:
+        world_size: their number.
+    """
+
+    rank = 0
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+
+    def barrier(self, name: str = "") -> None:
+        """Nobody to wait for."""
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """``tensor`` itself."""
+        return tensor
+
+    def broadcast_object(self, value: T, source: int = 0) -> T:
+        """``value`` itself."""
+        return value
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = "mean") -> Tensor:
+        """A copy, multiplied for ``"sum"``."""
+        return tensor * self.world_size if op == "sum" else tensor.clone()
+
+    def all_gather(self, tensor: Tensor, *, differentiable: bool = False) -> Tensor:
+        """Shape ``(world_size, *tensor.shape)``."""
+        return torch.stack([tensor if differentiable else tensor.detach()] * self.world_size)
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """``value`` from each rank."""
+        return [value] * self.world_size
 
 
 class FakeTensors:

@@ -21,7 +21,7 @@ from fulmen.hooks import HookBinder
 from fulmen.memory_plan._allocations import AllocationRecorder, local_tensors, storage_bytes
 from fulmen.memory_plan._batch import described, fake_batch, parse_batch, resized
 from fulmen.memory_plan._cuda_rules import CudaRules
-from fulmen.memory_plan._fake_world import FakeTensors, OneRankOf, fake_copy, fake_ranks, replaceable_parameters
+from fulmen.memory_plan._fake_world import FakeTensors, OneRankOf, RanksAlike, fake_copy, fake_ranks, replaceable_parameters
 from fulmen.memory_plan.report import MemoryPlan, ParameterGroup
 from fulmen.module import LightningModule
 from fulmen.progress import Progress
@@ -70,6 +70,8 @@ def plan_memory(
     with fake_ranks(assembly.world_size), replaceable_parameters():
         world = World(assembly)
         world.start()
+        # Strategies communicate through their own; here ranks agree on numbers and objects, which must have values.
+        world._collectives = RanksAlike(world.world_size)  # pyright: ignore[reportPrivateUsage]
         try:
             module = _fake_module(fakes, model)
             module.trainer = trainer
