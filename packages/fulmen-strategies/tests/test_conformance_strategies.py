@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from fulmen_conformance import (
     ClusterEnvironmentConformance,
@@ -18,6 +20,7 @@ from fulmen_strategies import (
     DDPStrategy,
     FSDPStrategy,
     LightningEnvironment,
+    ModelParallelStrategy,
     SingleDeviceStrategy,
     SLURMEnvironment,
     TorchCollectives,
@@ -26,6 +29,9 @@ from fulmen_strategies import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
 
     from fulmen_protocols import ClusterEnvironment, Strategy, Topology
 
@@ -60,6 +66,50 @@ class TestDDPStrategyFindingUnusedParameters(StrategyConformance):
     @pytest.fixture
     def factory(self) -> str:
         return "fulmen_strategies.ddp:find_unused_parameters"
+
+
+def by_columns_and_rows(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    plan: dict[str, ParallelStyle] = {"first": ColwiseParallel(), "second": RowwiseParallel()}
+    known = {name: style for name, style in plan.items() if hasattr(module, name)}
+    return parallelize_module(module, mesh["tensor_parallel"], known) if known else module
+
+
+def by_columns_and_rows_and_fsdp(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    by_columns_and_rows(module, mesh)
+    fully_shard(module, mesh=mesh["data_parallel"])
+    return module
+
+
+def tensor_parallel() -> ModelParallelStrategy:
+    return ModelParallelStrategy(by_columns_and_rows)
+
+
+def sharded_and_tensor_parallel() -> ModelParallelStrategy:
+    return ModelParallelStrategy(by_columns_and_rows_and_fsdp, tensor_parallel_size=2)
+
+
+class TestModelParallelStrategy(StrategyConformance):
+    @pytest.fixture
+    def strategy(self) -> Strategy:
+        return tensor_parallel()
+
+    @pytest.fixture
+    def factory(self) -> str:
+        return f"{__file__}:tensor_parallel"
+
+
+class TestModelParallelStrategyWithFullyShard(StrategyConformance):
+    @pytest.fixture
+    def strategy(self) -> Strategy:
+        return ModelParallelStrategy(by_columns_and_rows_and_fsdp, save_distributed_checkpoint=False)
+
+    @pytest.fixture
+    def factory(self) -> str:
+        return f"{__file__}:sharded_and_tensor_parallel"
+
+    @pytest.fixture
+    def num_processes(self) -> int:
+        return 4
 
 
 class TestFSDPStrategy(StrategyConformance):

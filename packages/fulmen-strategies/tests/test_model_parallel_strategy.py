@@ -349,13 +349,22 @@ def check_an_optimizer_that_was_made_before_trains_the_placed_parameters(me: Ran
     plain.step()
     close(me.whole(strategy, placed), one.state_dict())
 
-    stepped, used = Net(), me.joined(by_both)
-    late = adam(stepped)
-    stepped(torch.ones(2, 6)).sum().backward()
+    # One that has taken steps keeps what it knows.
+    for step in range(2):
+        x, y = joint(2, 2)[step]
+        plain.zero_grad()
+        mse_loss(one(x), y).backward()
+        plain.step()
+        if step == 0:
+            used, half_trained = me.joined(by_both), copy.deepcopy(one)
+            late = adam(half_trained)
+            late.load_state_dict(copy.deepcopy(plain.state_dict()))
+            again = used.place(half_trained)
+            used.prepare_optimizers(again, [late])
+    x, y = batches(used.data_parallel_rank, 2)[1]
+    mse_loss(again(x), y).backward()
     late.step()
-    used.place(stepped)
-    with pytest.raises(MisconfigurationException, match=r"Adam has taken steps before.*after the module is set up"):
-        used.prepare_optimizers(stepped, [late])
+    close(me.whole(used, again), one.state_dict())
 
 
 @pytest.mark.proves("4.27")
@@ -497,9 +506,17 @@ def test_the_four_ranks_end_well(folder: Path) -> None:
 def test_it_offers_what_model_parallel_can_do() -> None:
     strategy = ModelParallelStrategy()
     for ability in (
-        SupportsBoundMethods, SupportsDataParallel, SupportsDeviceMesh, SupportsGradClipping, SupportsInferencePlacement, SupportsLaunch,
-        SupportsModuleCheck, SupportsNoSync, SupportsShardedState, SupportsWorldCheck,
-    ):  # fmt: skip
+        SupportsBoundMethods,
+        SupportsDataParallel,
+        SupportsDeviceMesh,
+        SupportsGradClipping,
+        SupportsInferencePlacement,
+        SupportsLaunch,
+        SupportsModuleCheck,
+        SupportsNoSync,
+        SupportsShardedState,
+        SupportsWorldCheck,
+    ):
         assert missing_members(ability, strategy) == []
     assert strategy.launcher == "local"
     assert strategy.state_kind == "sharded"
@@ -537,7 +554,7 @@ def test_auto_sizes_follow_from_nodes_and_devices(
 )
 def test_a_product_that_is_not_the_number_of_processes_is_refused(sizes: dict[str, Any], shown: str) -> None:
     with pytest.raises(MisconfigurationException) as caught:
-        ModelParallelStrategy(**sizes).check_world(4, 1)
+        ModelParallelStrategy(**sizes).check_world([torch.device("cpu")] * 4, 1)
     for part in (shown, "4 processes (devices=4, num_nodes=1)", "give sizes whose product is that number"):
         assert part in str(caught.value)
 

@@ -349,7 +349,7 @@ def check_strategy(
             "Use devices=1 and num_nodes=1, or a parallel strategy such as 'ddp'."
         )
     if supports(strategy, SupportsWorldCheck):
-        notes.conflicts.attempt(lambda: strategy.check_world(count, num_nodes))
+        notes.conflicts.attempt(lambda: strategy.check_world(devices, num_nodes))
     if devices[0].type == "mps" and supports(strategy, SupportsLaunch):
         notes.conflicts.add(f"strategy {name!r} cannot run on 'mps': torch has no collectives there. Use devices=1.")
     if environment is None:

@@ -7,7 +7,7 @@ lose precision in everything else it meets: targets of a regression, the input o
 from __future__ import annotations
 
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
 from torch.amp import GradScaler
@@ -150,7 +150,7 @@ class ScaledMixedPrecision(MixedPrecision):
                 "precision '16-mixed' on device 'cuda': torch finds no usable CUDA device. "
                 "Pass device='cpu', or run where torch.cuda.is_available() is True."
             )
-        scaler = GradScaler(self.device)
+        scaler = _LayoutScaler(self.device)
         _check_enabled(scaler, self.device)
         return scaler
 
@@ -231,6 +231,38 @@ class ScaledMixedPrecision(MixedPrecision):
             )
         self.scaler.load_state_dict(dict(state_dict))
         self._unscaled.clear()
+
+
+class _LayoutScaler(GradScaler):
+    """Also for gradients of which ranks hold parts, laid out in several ways, some of them not at all.
+
+    torch's kernel takes DTensors of one mesh at a time, and agrees on a non-finite gradient along those dimensions only
+    along which the first one is sharded (torch 2.13, ``found_inf_reduce_handler``): ranks could decide differently.
+    """
+
+    def _unscale_grads_(
+        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        layouts: dict[object, list[Tensor]] = {}
+        for parameter in (one for group in optimizer.param_groups for one in group["params"]):
+            gradient = parameter.grad
+            if gradient is not None:
+                layout = (getattr(gradient, "device_mesh", None), getattr(gradient, "placements", None))
+                layouts.setdefault(layout, []).append(parameter)
+        if len(layouts) < 2:
+            return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+        found: dict[torch.device, Tensor] = {}
+        for parameters in layouts.values():
+            part = cast("Optimizer", _Parameters([{"params": parameters}]))
+            for device, flag in super()._unscale_grads_(part, inv_scale, found_inf.clone(), allow_fp16).items():
+                found[device] = torch.maximum(found[device], flag) if device in found else flag
+        return found
+
+
+class _Parameters(NamedTuple):
+    """Of an optimizer, what is read to unscale."""
+
+    param_groups: list[dict[str, list[Tensor]]]
 
 
 def half(*, device: str = "cpu") -> MixedPrecision:

@@ -261,13 +261,13 @@ class SupportsDeviceMesh(Protocol):
 
 @runtime_checkable
 class SupportsWorldCheck(Protocol):
-    """A strategy that cannot run in every number of processes."""
+    """A strategy that cannot run in every number of processes, or on every device."""
 
-    def check_world(self, num_devices: int, num_nodes: int) -> None:
-        """Refuse a run of ``num_devices`` processes on each of ``num_nodes`` nodes, before any of them is started.
+    def check_world(self, devices: Sequence[torch.device], num_nodes: int) -> None:
+        """Refuse a run of one process for each of ``devices`` on each of ``num_nodes`` nodes, before any is started.
 
         Raises:
-            ValueError: the strategy cannot run there; the message names its options and the number of processes.
+            ValueError: the strategy cannot run there; the message names its options and what was found.
         """
         ...
 

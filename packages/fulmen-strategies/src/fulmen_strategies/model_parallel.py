@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from fulmen_strategies._mesh import MeshSizes
 from fulmen_strategies._module_init import created_on
 from fulmen_strategies._process_group import ProcessGroupMembership
 from fulmen_strategies._sharded.gradients import clip_by_norm, clip_by_value
+from fulmen_strategies._sharded.layout import laid_out_like
 from fulmen_strategies._sharded.materialise import is_on_meta, materialise
 from fulmen_strategies._sharded.states import (
     load_module_state,
@@ -166,13 +167,13 @@ class ModelParallelStrategy:
         """Number of parts into which the data are split."""
         return self.device_mesh["data_parallel"].size()
 
-    def check_world(self, num_devices: int, num_nodes: int) -> None:
+    def check_world(self, devices: Sequence[torch.device], num_nodes: int) -> None:
         """Refuse a number of processes that is not the product of the sizes.
 
         Raises:
             MisconfigurationException: it is not.
         """
-        self._sizes.shape(num_devices, num_nodes)
+        self._sizes.shape(len(devices), num_nodes)
 
     def setup_environment(self, topology: Topology) -> None:
         """Join the process group and make the mesh. Calling it again changes nothing.
@@ -184,13 +185,12 @@ class ModelParallelStrategy:
         """
         if self._mesh is not None:
             return
-        num_devices = len(topology.devices)
-        self.check_world(num_devices, topology.num_nodes)
+        self.check_world(topology.devices, topology.num_nodes)
         become_rank()  # a run may leave the launcher out where the processes exist already
         self._membership.join(topology, self._backend, self._timeout)
         self._device = topology.device
         self._collectives = TorchCollectives(topology.device)
-        self._mesh = self._sizes.make(topology.device, num_devices, topology.num_nodes)
+        self._mesh = self._sizes.make(topology.device, len(topology.devices), topology.num_nodes)
 
     def teardown(self) -> None:
         """Leave the process group if this strategy has made it. May be called twice."""
@@ -320,18 +320,15 @@ class ModelParallelStrategy:
     def prepare_optimizers(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
         """Return ``optimizers``; those made before the module was placed get the parameters that it has now.
 
-        Raises:
-            MisconfigurationException: such an optimizer has taken steps already.
+        What they know of them, where they have taken steps, is laid out in the same way.
         """
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                before = cast("list[Tensor]", group["params"])
-                if any(parameter in optimizer.state for parameter in before if parameter in self._replaced):
-                    raise MisconfigurationException(
-                        f"{type(optimizer).__name__} has taken steps before its module was parallelized, and its state "
-                        "belongs to parameters that are gone: make the optimizer after the module is set up."
-                    )
-                group["params"] = [self._replaced.get(parameter, parameter) for parameter in before]
+                for index, before in enumerate(cast("list[Tensor]", group["params"])):
+                    if before in self._replaced:
+                        group["params"][index] = now = cast("Tensor", self._replaced[before])
+                        if before in optimizer.state:
+                            optimizer.state[now] = _state_laid_out_like(now, optimizer.state.pop(before))
         return optimizers
 
     def clip_grad_norm(
@@ -364,11 +361,13 @@ class ModelParallelStrategy:
 
     def module_state(self, module: nn.Module, *, full: bool) -> Mapping[str, object]:
         """State by canonical name. ``full``: whole CPU tensors on rank 0, empty elsewhere; otherwise DTensors."""
+        _reshard(module)
         state = module_state(module, full=full, rank=self.collectives.rank)
         return {_canonical(name): value for name, value in state.items()}
 
     def load_module_state(self, module: nn.Module, state: Mapping[str, object], *, strict: bool) -> object:
         """Load what ``module_state`` gave, of either kind, saved by any strategy on any number of ranks."""
+        _reshard(module)
         here = {_canonical(name): name for name in module.state_dict()}
         named = {here.get(_canonical(name), name): value for name, value in state.items()}
         return load_module_state(module, named, self.collectives, strict=strict)
@@ -382,9 +381,25 @@ class ModelParallelStrategy:
         load_optimizer_state(optimizer, state, self.collectives)
 
 
+def _state_laid_out_like(parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: laid_out_like(value, parameter).to(value.dtype)
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape == parameter.shape
+        else value
+        for name, value in state.items()
+    }
+
+
 def _canonical(name: str) -> str:
     """Without what ``torch.compile`` puts before the names inside a compiled module."""
     return name.replace("_orig_mod.", "")
+
+
+def _reshard(module: nn.Module) -> None:
+    """Register shards as the module's parameters again, where an evaluation has left them gathered."""
+    for one in module.modules():
+        if isinstance(one, FSDPModule):
+            one.reshard()
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
