@@ -141,15 +141,16 @@ class SupportsManualBackward(Protocol):
 
 @runtime_checkable
 class SupportsMemoryPlan(Protocol):
-    """A strategy whose ``place`` reads values, so that it cannot place a module of tensors without any.
+    """A strategy whose ``place`` reads values, or depends on the device.
 
-    Other strategies need not offer it: a plan of their memory calls ``place``.
+    A plan of memory has neither: its tensors have shapes only, on the CPU. It calls ``place`` of other strategies.
     """
 
-    def place_for_plan(self, module: nn.Module) -> tuple[nn.Module, Mapping[str, int]]:
+    def place_for_plan(self, module: nn.Module, device: torch.device) -> tuple[nn.Module, Mapping[str, int]]:
         """Return ``module`` with parameters as ``place`` leaves them, and what else ``place`` would allocate.
 
-        That is bytes on this rank by purpose, beyond parameters and their gradients.
+        That is bytes on this rank by purpose, beyond parameters and their gradients. The module stays on the CPU;
+        ``device`` is the kind of device that the plan is for.
         """
         ...
 

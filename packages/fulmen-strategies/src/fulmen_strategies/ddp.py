@@ -150,7 +150,7 @@ class DDPStrategy:
             self.collectives.broadcast(tensor)
         return module
 
-    def place_for_plan(self, module: nn.Module) -> tuple[nn.Module, dict[str, int]]:
+    def place_for_plan(self, module: nn.Module, device: torch.device) -> tuple[nn.Module, dict[str, int]]:
         """``module`` unwrapped, and the bytes of the buckets in which DDP would reduce its gradients.
 
         Where gradients are views of the buckets there is nothing beside them.

@@ -243,6 +243,13 @@ class FSDPStrategy:
         Raises:
             MisconfigurationException: it is wrapped by torch's first FSDP.
         """
+        return self._placed(module, self.root_device)
+
+    def place_for_plan(self, module: nn.Module, device: torch.device) -> tuple[nn.Module, dict[str, int]]:
+        """As ``place``, with the dtypes in which weights are gathered on ``device``, which need not be there."""
+        return self._placed(module, device), {}
+
+    def _placed(self, module: nn.Module, planned: torch.device) -> nn.Module:
         known = sharded_entry(module)
         if known is not None:
             return known
@@ -253,7 +260,7 @@ class FSDPStrategy:
         if self._options.sync_module_states:
             self._share_values(module)
         before = {name: weakref.ref(parameter) for name, parameter in module.named_parameters()}
-        chosen = self._units_of(module)
+        chosen = self._units_of(module, planned)
         if self._recomputed is not None:
             units.recompute(self._recomputed, module)
         common = {
@@ -262,11 +269,11 @@ class FSDPStrategy:
             "offload_policy": self._offload,
             "ignored_params": ignored,
         }
-        inner = self._casting.policy(device, is_root=False)
+        inner = self._casting.policy(planned, is_root=False)
         for unit in chosen:
             fully_shard(unit, mp_policy=self._kept_single(unit) or inner, **common)  # type: ignore[call-overload]
         entry = ShardedEntry(module, self._casting, device)
-        fully_shard(entry, mp_policy=self._casting.policy(device, is_root=True), **common)  # type: ignore[call-overload]
+        fully_shard(entry, mp_policy=self._casting.policy(planned, is_root=True), **common)  # type: ignore[call-overload]
         if self._options.forward_prefetch:
             _prefetch_in_order([unit for unit in entry.modules() if isinstance(unit, FSDPModule)])
         self._fill(module, ignored)
@@ -274,7 +281,7 @@ class FSDPStrategy:
         self._replaced += [(old, module_ref, name) for name, old in before.items()]
         return entry
 
-    def _units_of(self, module: nn.Module) -> list[nn.Module]:
+    def _units_of(self, module: nn.Module, device: torch.device) -> list[nn.Module]:
         """What is sharded on its own, inner modules first."""
         chosen = units.marked_units(module)
         if any(isinstance(one, FSDPModule) for one in module.modules()):
@@ -293,7 +300,7 @@ class FSDPStrategy:
                 )
             else:
                 chosen = units.chosen(self._policy, module)
-        if self._casting.gathers_in_half(self.root_device):
+        if self._casting.gathers_in_half(device):
             norms = [one for one in module.modules() if _is_batch_norm(one) and one not in chosen and one is not module]
             chosen = [one for one in reversed(list(module.modules())) if one in chosen or one in norms]
         return units.without_shared(chosen, module)

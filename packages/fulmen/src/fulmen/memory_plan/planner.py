@@ -28,10 +28,15 @@ from fulmen.progress import Progress
 from fulmen.states import TrainerFn
 from fulmen_fabric import Assembly, World, assemble
 from fulmen_fabric.abilities import supports
-from fulmen_protocols import MisconfigurationException, SupportsForwardContext, SupportsMemoryPlan
+from fulmen_protocols import (
+    MisconfigurationException,
+    SupportsForwardContext,
+    SupportsMemoryPlan,
+    SupportsPrecisionPlan,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Sequence
+    from collections.abc import Generator, Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch.distributed.device_mesh import DeviceMesh
@@ -207,7 +212,7 @@ class _Planned:
         self, trainer: Trainer, session: Session, fakes: FakeTensors, device: str, notes: list[str]
     ) -> None:
         self.trainer, self.session, self.fakes, self.device, self.notes = trainer, session, fakes, device, notes
-        self.extra: dict[str, int] = {}
+        self.extra: Mapping[str, int] = {}
 
     def run(self, batch: Any, runs_forward: bool) -> MemoryPlan:
         """Place the model, make its optimizers, take a step, and read off what it took."""
@@ -259,8 +264,9 @@ class _Planned:
             except Exception as error:
                 raise _explained_place(error, strategy) from error
             return
-        session.assembly.precision.convert_module(session.module)
-        session.placed, self.extra = strategy.place_for_plan(session.module)
+        if not supports(strategy, SupportsPrecisionPlan):
+            session.assembly.precision.convert_module(session.module)
+        session.placed, self.extra = strategy.place_for_plan(session.module, torch.device(self.device))
 
     def _extra_tensors(self) -> list[Tensor]:
         return [torch.empty(size, dtype=torch.uint8) for size in self.extra.values() if size]
