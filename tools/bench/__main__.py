@@ -14,6 +14,7 @@ NAMES = (
     "memory",
     "instructions",
     "gpu_overhead",
+    "scaling",
     "async_save",
     "checkpoint",
 )
