@@ -40,7 +40,9 @@ class Block(nn.Module):
 class Model(fulmen.LightningModule):
     """A language model; with ``tensor_parallel`` it places itself on the mesh."""
 
-    def __init__(self, width: int = 64, layers: int = 2, heads: int = 4, vocabulary: int = 128, places: bool = False) -> None:
+    def __init__(
+        self, width: int = 64, layers: int = 2, heads: int = 4, vocabulary: int = 128, places: bool = False
+    ) -> None:
         super().__init__()
         self.places = places
         self.tokens = nn.Embedding(vocabulary, width)
@@ -77,9 +79,7 @@ def strategy_of(asked: dict[str, Any]) -> Any:
     if asked["strategy"] == "fsdp":
         return fulmen.strategies.FSDPStrategy(auto_wrap_policy={Block})
     if asked["strategy"] == "model_parallel":
-        return fulmen.strategies.ModelParallelStrategy(
-            data_parallel_size=asked["devices"] // 2, tensor_parallel_size=2
-        )
+        return fulmen.strategies.ModelParallelStrategy(data_parallel_size=asked["devices"] // 2, tensor_parallel_size=2)
     return asked["strategy"]
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fulmen.memory_plan import MemoryPlan
 
 sys.path.insert(0, str(Path(__file__).parent))
-import memory_script  # noqa: E402
+import memory_script
 
 SMALL = {"width": 64, "layers": 2, "heads": 4, "vocabulary": 128}
 LARGE = {"width": 1024, "layers": 12, "heads": 16, "vocabulary": 32_000}
@@ -33,7 +33,12 @@ def measured(asked: dict[str, Any], accelerator: str, folder: Path) -> dict[str,
     words = json.dumps({**asked, "accelerator": accelerator, "report": str(report)})
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, memory_script.__file__, words], env=env, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, memory_script.__file__, words],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, int] = json.loads(report.read_text(encoding="utf-8"))
@@ -54,7 +59,13 @@ def test_planned_bytes_are_those_of_real_ranks(strategy: str, devices: int, prec
 
 def test_each_of_64_ranks_holds_its_part_of_what_fsdp_shards() -> None:
     model = {"width": 128, "layers": 3, "heads": 4, "vocabulary": 256}
-    asked: dict[str, Any] = {"strategy": "fsdp", "devices": 64, "precision": "32-true", "model": model, "batch": [2, 33]}
+    asked: dict[str, Any] = {
+        "strategy": "fsdp",
+        "devices": 64,
+        "precision": "32-true",
+        "model": model,
+        "batch": [2, 33],
+    }
     plan = planned(asked, "cuda")
     assert plan.parameter_count == sum(p.numel() for p in memory_script.Model(**model).parameters())
     assert plan.parameters == plan.gradients == 4 * plan.parameter_count // 64  # every first dimension divides by 64

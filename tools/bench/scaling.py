@@ -78,7 +78,9 @@ class Runner:
         left = self.ends - time.monotonic()
         if left < self.longest_s:
             for launch in launches:
-                self.write(launch.record(not_run=f"{left:.0f} s of the budget left, and it may need {self.longest_s:.0f}"))
+                self.write(
+                    launch.record(not_run=f"{left:.0f} s of the budget left, and it may need {self.longest_s:.0f}")
+                )
             return
         begun = time.monotonic()
         for launch in launches:
@@ -97,7 +99,13 @@ class Runner:
         words += ["--rounds", str(asked.rounds), "--contestants", *asked.contestants]
         words += [f"--{name}" for name in ("tiny", "fp8", "recompute", "compile") if getattr(asked, name)]
         ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch.devices}"]
-        command = [sys.executable, *([] if launch.action == "plan" else ranks), "-m", "tools.bench.scaling_rank", *words]
+        command = [
+            sys.executable,
+            *([] if launch.action == "plan" else ranks),
+            "-m",
+            "tools.bench.scaling_rank",
+            *words,
+        ]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         env["PYTHONPATH"] = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
         if asked.accelerator == "cpu" or launch.action == "plan":
@@ -200,12 +208,28 @@ def table(rows: list[dict[str, Any]], peak_flops: dict[str, float | None], *, ma
     plans = {(row["workload"], row["devices"]): row["peak_bytes"] for row in rows if "at_peak" in row}
     device = next((row["device"] for row in rows if "device" in row), "cpu")
     for key in {(row["workload"], row["devices"], row["contestant"]) for row in rows if "step_s" in row}:
-        mine = [row for row in rows if (row["workload"], row["devices"], row.get("contestant")) == key and "step_s" in row]
+        mine = [
+            row for row in rows if (row["workload"], row["devices"], row.get("contestant")) == key and "step_s" in row
+        ]
         names = ("step_s", "peak_bytes", "stall_s")
         figures[key] = {name: median([row[name] for row in mine if name in row]) for name in names if name in mine[0]}
-    head = ["workload", "GPUs", "by", "ms a step", "tokens/s a GPU", "of raw", "MFU", "of linear", "peak GiB", "plan", "stall s"]
+    head = [
+        "workload",
+        "GPUs",
+        "by",
+        "ms a step",
+        "tokens/s a GPU",
+        "of raw",
+        "MFU",
+        "of linear",
+        "peak GiB",
+        "plan",
+        "stall s",
+    ]
     lines: list[list[str]] = []
-    for (name, devices, by), found in sorted(figures.items(), key=lambda each: (WORKLOADS.index(each[0][0]), *each[0][1:])):
+    for (name, devices, by), found in sorted(
+        figures.items(), key=lambda each: (WORKLOADS.index(each[0][0]), *each[0][1:])
+    ):
         workload = models.tiny(models.WORKLOADS[name]) if tiny else models.WORKLOADS[name]
         share = models.tensor_parallel_size(workload, devices)
         speed = workload.batch * workload.length / found["step_s"] / share
@@ -226,7 +250,9 @@ def table(rows: list[dict[str, Any]], peak_flops: dict[str, float | None], *, ma
                 f"{100 * speed * models.operations_per_token(workload) / peak:.1f} %" if peak else "",
                 f"{one / found['step_s']:.3f} (from {fewest})" if devices > fewest else "",
                 f"{found['peak_bytes'] / 2**30:.2f}" if is_known else "",
-                "" if plan is None else f"{plan / 2**30:.2f}" + (f" ({plan / found['peak_bytes']:.2f}x)" if is_known else ""),
+                ""
+                if plan is None
+                else f"{plan / 2**30:.2f}" + (f" ({plan / found['peak_bytes']:.2f}x)" if is_known else ""),
                 f"{found['stall_s']:.2f}" if "stall_s" in found else "",
             ]
         )
@@ -284,13 +310,16 @@ def main() -> int:
     table(rows, _peak_flops(rows), markdown=asked.markdown, tiny=asked.tiny)
     agree = resumed_losses_agree(rows)
     if agree is not None:
-        print(f"losses after resuming on fewer devices {'equal' if agree else 'DIFFER FROM'} those of the run that saved")
+        print(
+            f"losses after resuming on fewer devices {'equal' if agree else 'DIFFER FROM'} those of the run that saved"
+        )
     return int(agree is False or not any("step_s" in row for row in rows))
 
 
 def _peak_flops(rows: list[dict[str, Any]]) -> dict[str, float | None]:
     """The makers' figures for dense bf16 products, by name of device."""
     import torch
+
     from fulmen_fabric._peak_flops import gpu_peak
 
     names = {row["device"] for row in rows if "device" in row}

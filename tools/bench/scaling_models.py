@@ -63,10 +63,12 @@ def build(workload: Workload, *, is_tiny: bool, fp8: bool = False) -> nn.Module:
         ModuleNotFoundError: ``fp8`` needs torchao.
     """
     net: nn.Module
-    if workload.size == "gpt2":
-        net = GPT2(512, 64, 2, 4, 64) if is_tiny else GPT2()
-    else:
+    if workload.size != "gpt2":
         net = Transformer(workload.size)
+    elif is_tiny:
+        net = GPT2(512, 64, 2, 4, 64)
+    else:
+        net = GPT2()
     if fp8:
         from torchao.float8 import convert_to_float8_training
 
@@ -95,7 +97,7 @@ def tensor_parallel_size(workload: Workload, devices: int) -> int:
 
 
 def shard(net: nn.Module, mesh: Any, data: str, tensor: str | None, *, recompute: bool) -> None:
-    """What a person writes for FSDP2 in bf16, over tensor parallelism if ``tensor`` names that dimension of ``mesh``."""
+    """What a person writes for FSDP2 in bf16, over tensor parallelism where ``tensor`` is a dimension of the mesh."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (  # torch's own way to wrap in place
         apply_activation_checkpointing,
         checkpoint_wrapper,
@@ -141,4 +143,3 @@ def operations_per_token(workload: Workload) -> int:
 def count(workload: Workload) -> int:
     """Parameters, for the report."""
     return 124_475_904 if workload.size == "gpt2" else parameter_count(workload.size)
-

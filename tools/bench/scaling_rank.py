@@ -168,7 +168,8 @@ def strategy_of(name: str, asked: argparse.Namespace, workload: Workload) -> Any
 
 def precision_of(name: str, workload: Workload) -> str:
     """bf16 throughout; where ``fully_shard`` has its own policy there is nothing to add."""
-    return "bf16-mixed" if workload.strategy == "ddp" or (workload.strategy == "fsdp" and name == "fulmen") else "32-true"
+    is_ours = workload.strategy == "ddp" or (workload.strategy == "fsdp" and name == "fulmen")
+    return "bf16-mixed" if is_ours else "32-true"
 
 
 def trainer(name: str, asked: argparse.Namespace, workload: Workload, device: torch.device, clock: Clock) -> None:
@@ -209,7 +210,8 @@ def measure(asked: argparse.Namespace, workload: Workload, device: torch.device)
             if contestant != "raw" and importlib.util.find_spec(name.partition(".")[0]) is None:
                 row["not_run"] = "not installed"
                 continue
-            saves = workload.saves and (contestant == "fulmen" or (workload.strategy, contestant) == ("ddp", "lightning"))
+            may_save = contestant == "fulmen" or (workload.strategy, contestant) == ("ddp", "lightning")
+            saves = workload.saves and may_save
             clock = Clock(workload, device, saves=saves)
             try:
                 if contestant == "raw":
@@ -217,7 +219,7 @@ def measure(asked: argparse.Namespace, workload: Workload, device: torch.device)
                 else:
                     trainer(name, asked, workload, device, clock)
                 row |= clock.figures(workload.measured)
-            except Exception as error:  # the others are measured all the same
+            except Exception as error:  # noqa: BLE001  # the others are measured all the same
                 row["not_run"] = f"{type(error).__name__}: {error}"[:600]
                 traceback.print_exc()
             write(asked, rows)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from fulmen.cli.plan import plan
 from fulmen.memory_plan.report import in_units, parse_size
 from fulmen_protocols import MisconfigurationException
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 NET = """
 import torch, fulmen

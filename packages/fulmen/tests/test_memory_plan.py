@@ -45,7 +45,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)
         x = x + F.dropout(self.out(attended), self.dropout)
@@ -73,7 +73,7 @@ def trainer(**arguments: Any) -> fulmen.Trainer:
 
 
 def saved_bytes(module: fulmen.LightningModule, batch: Any) -> int:
-    """What a real step of ``module`` keeps for backward, beside parameters and batch, each storage once; and the loss."""
+    """What a real step keeps for backward beside parameters and batch, each storage once, and the loss."""
     known = {tensor.untyped_storage().data_ptr() for tensor in module.parameters()}
     known |= {tensor.untyped_storage().data_ptr() for tensor in ([batch] if isinstance(batch, Tensor) else batch)}
     kept: dict[int, int] = {}
@@ -199,7 +199,9 @@ def test_the_peak_is_reached_when_backward_begins_or_while_the_optimizer_steps()
     small = trainer().plan(lambda: MLP(hidden=4096), batch="float32[1,32],float32[1,16]")
     assert small.peak_during == "optimizer step"
     # Adam on CUDA updates all parameters at once, with one copy of them on the way.
-    assert small.peak == pytest.approx(small.parameters + small.gradients + small.optimizer + small.parameters, rel=0.01)
+    assert small.peak == pytest.approx(
+        small.parameters + small.gradients + small.optimizer + small.parameters, rel=0.01
+    )
     for plan in (large, small):
         assert sum(plan.at_peak.values()) == plan.peak
 
@@ -308,7 +310,10 @@ def refused(expected: str, **arguments: Any) -> None:
 def test_bad_input_is_refused_with_what_to_do() -> None:
     refused(r"batch=None, and MLP has neither .* Give the batch of one rank, for example batch='int64")
     refused(r"device='tpu': a plan is for 'cuda' or for 'cpu'", device="tpu")
-    refused(r"batch='flaot32\[3\]' cannot be read: torch has no dtype 'flaot32'\. Did you mean 'float32'", batch="flaot32[3]")
+    refused(
+        r"batch='flaot32\[3\]' cannot be read: torch has no dtype 'flaot32'\. Did you mean 'float32'",
+        batch="flaot32[3]",
+    )
     refused(r"batch='float32\[3' cannot be read: .* Write it like one of", batch="float32[3")
     refused(r"batch='x=float32\[3\],int64\[3\]' cannot be read: either every", batch="x=float32[3],int64[3]")
     refused(r"batch_size=0: give at least 1", batch="float32[8,32],float32[8,16]", batch_size=0)
@@ -323,13 +328,17 @@ def test_a_step_that_reads_values_is_refused_with_the_reason() -> None:
             loss = super().training_step(batch, batch_idx)
             return loss * 2 if loss.item() > 3 else loss
 
-    refused(r"training step of Reads reads a tensor's value .*Keep `\.item\(\)`", module=Reads, batch="f32[8,32],f32[8,16]")
+    refused(
+        r"training step of Reads reads a tensor's value .*Keep `\.item\(\)`", module=Reads, batch="f32[8,32],f32[8,16]"
+    )
 
 
 def test_a_real_process_group_is_left_alone(tmp_path: Any) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
-        refused(r"a plan for 2 ranks needs a process of its own", trainer={"strategy": "ddp", "devices": 2}, batch="f32[1]")
+        refused(
+            r"a plan for 2 ranks needs a process of its own", trainer={"strategy": "ddp", "devices": 2}, batch="f32[1]"
+        )
         assert dist.get_world_size() == 1
     finally:
         dist.destroy_process_group()
@@ -344,7 +353,14 @@ def test_a_torch_without_the_private_parts_is_named(monkeypatch: pytest.MonkeyPa
 def test_a_plan_prints_its_tables_and_gives_plain_numbers() -> None:
     plan = trainer().plan(MLP, batch="float32[8,32],float32[8,16]")
     text = str(plan)
-    for expected in ("MLP: 3,152 parameters", "1 rank of cuda", "optimizer state", "net.0.weight", "64x32", "checkpoint:"):
+    for expected in (
+        "MLP: 3,152 parameters",
+        "1 rank of cuda",
+        "optimizer state",
+        "net.0.weight",
+        "64x32",
+        "checkpoint:",
+    ):
         assert expected in text
     assert isinstance(plan, MemoryPlan)
     assert plan.to_dict()["parameters"] == plan.parameters

@@ -57,7 +57,12 @@ def from_config(
             configured = self.config_init["trainer"]
             devices = changed.get("devices") or _count(configured.get("devices"))
             nodes = changed.get("num_nodes") or configured.get("num_nodes") or 1
-            own = {"accelerator": "cpu", "devices": devices, "num_nodes": nodes, "plugins": [OneRankOf(devices * nodes)]}
+            own = {
+                "accelerator": "cpu",
+                "devices": devices,
+                "num_nodes": nodes,
+                "plugins": [OneRankOf(devices * nodes)],
+            }
             return super().instantiate_trainer(**{**kwargs, **changed, **own})
 
         def _seed(self) -> None:

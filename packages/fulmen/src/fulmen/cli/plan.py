@@ -44,11 +44,15 @@ def plan(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", nargs="?", metavar="FILE.py:NAME", help="a LightningModule class or a function; or package.module:NAME")
-    add("--config", "-c", action="append", default=[], help="a configuration file as for `fulmen fit`; may be repeated")
+    add("model", nargs="?", metavar="FILE.py:NAME", help="a LightningModule class or function; or package.module:NAME")
+    add("--config", "-c", action="append", default=[], help="a configuration as for `fulmen fit`; may be repeated")
     add("--init", nargs="+", default=[], metavar="NAME=VALUE", help="arguments of the class or function")
-    add("--batch", metavar="DTYPE[N,...]", help="the batch of one rank: int64[16,1024] | x=float32[8,4],y=int64[8]; "
-        "left out, the first batch of the model's or datamodule's training loader, or its example_input_array")
+    add(
+        "--batch",
+        metavar="DTYPE[N,...]",
+        help="the batch of one rank: int64[16,1024] | x=float32[8,4],y=int64[8]; "
+        "left out, the first batch of the model's or datamodule's training loader, or its example_input_array",
+    )
     add("--batch-size", type=int, metavar="N", help="samples per rank, in place of the batch's own")
     add("--devices", type=int, help="devices of each node (1)")
     add("--num-nodes", type=int, help="nodes (1)")
@@ -57,7 +61,9 @@ def plan(argv: Sequence[str]) -> int:
     add("--precision", help="as the Trainer's: 32-true, bf16-mixed, ...")
     add("--gradient-clip-val", type=float, help="as the Trainer's")
     add("--device", default="cuda", choices=["cuda", "cpu"], help="the kind of device planned for (cuda)")
-    add("--memory", metavar="SIZE", help="what each device has, as 80GiB: says whether the plan fits, or what to change")
+    add(
+        "--memory", metavar="SIZE", help="what each device has, as 80GiB: says whether the plan fits, or what to change"
+    )
     add("--json", action="store_true", help="print the numbers as JSON")
     try:
         asked = parser.parse_args(list(argv))
@@ -80,7 +86,7 @@ def _plan(asked: argparse.Namespace) -> int:
 
     if (asked.model is None) == (not asked.config):
         raise MisconfigurationException(
-            f"model={asked.model!r} and --config={asked.config!r}: give one of the two, FILE.py:NAME or a configuration."
+            f"model={asked.model!r} and --config={asked.config!r}: give one of the two, FILE.py:NAME or a file."
         )
     memory = None if asked.memory is None else parse_size(asked.memory)
     made = _from_config(asked) if asked.config else _from_class(asked)

@@ -24,13 +24,14 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 # Functions that autocast runs in float32 on CUDA, by name (torch's "CUDA Ops that can autocast to float32"); the CPU's
 # list is shorter.
-_IN_FLOAT32 = frozenset(
-    """acos asin binary_cross_entropy_with_logits cdist cosh cosine_embedding_loss cosine_similarity cross_entropy
-    cross_entropy_loss cumprod cumsum dist erfinv exp expm1 group_norm hinge_embedding_loss huber_loss kl_div l1_loss
-    layer_norm log log10 log1p log2 log_softmax logsumexp margin_ranking_loss mse_loss multi_margin_loss
-    multilabel_margin_loss nll_loss norm pdist poisson_nll_loss pow prod reciprocal renorm rsqrt sinh smooth_l1_loss
-    soft_margin_loss softmax softmin softplus sum tan triplet_margin_loss""".split()
+_FLOAT32_NAMES = (
+    "acos asin binary_cross_entropy_with_logits cdist cosh cosine_embedding_loss cosine_similarity cross_entropy "
+    "cross_entropy_loss cumprod cumsum dist erfinv exp expm1 group_norm hinge_embedding_loss huber_loss kl_div "
+    "l1_loss layer_norm log log10 log1p log2 log_softmax logsumexp margin_ranking_loss mse_loss "
+    "multi_margin_loss multilabel_margin_loss nll_loss norm pdist poisson_nll_loss pow prod reciprocal renorm "
+    "rsqrt sinh smooth_l1_loss soft_margin_loss softmax softmin softplus sum tan triplet_margin_loss"
 )
+_IN_FLOAT32 = frozenset(_FLOAT32_NAMES.split(" "))
 
 
 class CudaRules(TorchFunctionMode):

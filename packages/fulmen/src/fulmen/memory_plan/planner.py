@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
 from fulmen import _preparation
 from fulmen._loaders import LoaderSource
 from fulmen._session import Session
 from fulmen.datamodule import LightningDataModule
 from fulmen.hooks import HookBinder
-from fulmen.memory_plan._allocations import AllocationRecorder, local_tensors, storage_bytes
+from fulmen.memory_plan._allocations import AllocationRecorder, storage_bytes
 from fulmen.memory_plan._batch import described, fake_batch, parse_batch, resized
 from fulmen.memory_plan._cuda_rules import CudaRules
-from fulmen.memory_plan._fake_world import FakeTensors, OneRankOf, RanksAlike, fake_copy, fake_ranks, replaceable_parameters
-from fulmen.memory_plan.report import MemoryPlan, ParameterGroup
+from fulmen.memory_plan._description import groups_of, mesh_of, state_tensors, tensors_of, unique
+from fulmen.memory_plan._fake_world import (
+    FakeTensors,
+    OneRankOf,
+    RanksAlike,
+    fake_copy,
+    fake_ranks,
+    replaceable_parameters,
+)
+from fulmen.memory_plan._refusals import explained, explained_place
+from fulmen.memory_plan.report import MemoryPlan
 from fulmen.module import LightningModule
 from fulmen.progress import Progress
 from fulmen.states import TrainerFn
@@ -36,10 +41,9 @@ from fulmen_protocols import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
     from fulmen.trainer import Trainer
@@ -208,9 +212,7 @@ class _Unscaled:
 class _Planned:
     """One session of a plan."""
 
-    def __init__(
-        self, trainer: Trainer, session: Session, fakes: FakeTensors, device: str, notes: list[str]
-    ) -> None:
+    def __init__(self, trainer: Trainer, session: Session, fakes: FakeTensors, device: str, notes: list[str]) -> None:
         self.trainer, self.session, self.fakes, self.device, self.notes = trainer, session, fakes, device, notes
         self.extra: Mapping[str, int] = {}
 
@@ -226,7 +228,7 @@ class _Planned:
             _preparation.configure_model(session)
             self._place()
             _preparation.make_optimizers(session, steps_own_schedulers=True)
-        parameters = _unique(module.parameters())
+        parameters = unique(module.parameters())
         if runs_forward:
             module.__dict__["training_step"] = _forward_and_sum(module)
         recorder = AllocationRecorder(_CUDA_GRANULARITY if self.device == "cuda" else 1)
@@ -239,9 +241,9 @@ class _Planned:
             module.train()
             self._make_states(recorder, parameters)
             fake = fake_batch(self.fakes, batch)
-            recorder.assign(_tensors_of(fake), "batch")
+            recorder.assign(tensors_of(fake), "batch")
             fake = session.transfer()(fake, 0)
-            recorder.assign(_tensors_of(fake), "batch")
+            recorder.assign(tensors_of(fake), "batch")
             extra = self._extra_tensors()
             recorder.assign(extra, "communication")
             step = self._step(recorder, parameters)
@@ -250,7 +252,7 @@ class _Planned:
             try:
                 step(fake, 0)
             except Exception as error:
-                raise _explained(error, module, described(batch)) from error
+                raise explained(error, module, described(batch)) from error
             gradients = storage_bytes(p.grad for p in parameters if p.grad is not None)
             recorder.assign((p.grad for p in parameters if p.grad is not None), "gradients")
             return self._report(recorder, start, parameters, gradients, described(batch))
@@ -262,7 +264,7 @@ class _Planned:
             try:
                 _preparation.place(session, sync_batchnorm=False)
             except Exception as error:
-                raise _explained_place(error, strategy) from error
+                raise explained_place(error, strategy) from error
             return
         if not supports(strategy, SupportsPrecisionPlan):
             session.assembly.precision.convert_module(session.module)
@@ -287,12 +289,12 @@ class _Planned:
         for optimizer in self.session.optimizers:
             try:
                 optimizer.step()
-            except Exception:  # LBFGS wants a closure: its state is then made in the step itself
+            except Exception:  # noqa: BLE001  # LBFGS wants a closure: its state is then made in the step itself
                 self.notes.append(f"{type(optimizer).__name__} did not step before the planned step")
             optimizer.zero_grad()
         for parameter in parameters:
             parameter.grad = None
-        recorder.assign(_state_tensors(self.session.optimizers), "optimizer state")
+        recorder.assign(state_tensors(self.session.optimizers), "optimizer state")
 
     def _step(self, recorder: AllocationRecorder, parameters: Sequence[nn.Parameter]) -> Callable[[Any, int], object]:
         session, settings = self.session, self.trainer.settings
@@ -321,16 +323,16 @@ class _Planned:
         session, module = self.session, self.session.module
         assembly = session.assembly
         peak, phase, content, most = recorder.peak(since=start)
-        states = list(_state_tensors(session.optimizers))
+        states = list(state_tensors(session.optimizers))
         persistent = [v for v in module.state_dict().values() if isinstance(v, Tensor)]
-        saved = _unique([*persistent, *states])
+        saved = unique([*persistent, *states])
         return MemoryPlan(
             model=type(module).__name__,
             strategy=self.trainer.assembly.strategy_name,
             precision=self.trainer.assembly.precision_name,
             device=self.device,
             world_size=assembly.world_size,
-            mesh=_mesh(parameters),
+            mesh=mesh_of(parameters),
             batch=batch,
             parameter_count=sum(p.numel() for p in parameters),
             trainable_count=sum(p.numel() for p in parameters if p.requires_grad),
@@ -343,7 +345,7 @@ class _Planned:
             peak=peak,
             peak_during=phase,
             at_peak={name: content[name] for name in sorted(content, key=_place_in_order) if content[name]},
-            groups=_groups(module),
+            groups=groups_of(module),
             checkpoint=sum(each.numel() * each.element_size() for each in saved),
             checkpoint_per_rank=storage_bytes(saved),
             notes=tuple(self.notes),
@@ -360,7 +362,7 @@ def _forward_and_sum(module: LightningModule) -> Callable[..., Tensor]:
             output = module(**cast("dict[str, Any]", batch))
         else:
             output = module(*batch) if isinstance(batch, tuple) else module(batch)
-        total = [each.float().sum() for each in _tensors_of(output) if each.is_floating_point() and each.requires_grad]
+        total = [each.float().sum() for each in tensors_of(output) if each.is_floating_point() and each.requires_grad]
         if not total:
             raise MisconfigurationException(
                 f"forward of {type(module).__name__} returned no floating tensor that needs a gradient: give a batch "
@@ -369,95 +371,3 @@ def _forward_and_sum(module: LightningModule) -> Callable[..., Tensor]:
         return cast("Tensor", sum(total[1:], total[0]))
 
     return training_step
-
-
-def _tensors_of(tree: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _unique(tensors: Iterable[Any]) -> list[Any]:
-    found: dict[int, Any] = {}
-    for tensor in tensors:
-        key = id(tensor) if isinstance(tensor, nn.Parameter) else id(local_tensors(tensor)[0])
-        found.setdefault(key, tensor)
-    return list(found.values())
-
-
-def _state_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:
-    return [tensor for optimizer in optimizers for tensor in _tensors_of(list(optimizer.state.values()))]
-
-
-def _mesh(parameters: Iterable[nn.Parameter]) -> str:
-    """Dimensions and sizes of the mesh with the most dimensions over which a parameter is spread."""
-    meshes = [parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor)]
-    if not meshes:
-        return ""
-    largest = max(meshes, key=lambda mesh: mesh.ndim)
-    return " x ".join(f"{name} {size}".strip() for name, size in zip(_names(largest), largest.shape, strict=True))
-
-
-def _names(mesh: DeviceMesh) -> Sequence[str]:
-    return mesh.mesh_dim_names or [""] * mesh.ndim
-
-
-def _placement(parameter: nn.Parameter) -> str:
-    """Such as ``"data_parallel Shard(0), tensor_parallel Shard(1)"``."""
-    if not isinstance(parameter, DTensor):
-        return "whole"
-    words: list[str] = []
-    for name, one in zip(_names(parameter.device_mesh), parameter.placements, strict=True):
-        kind = f"Shard({cast('Any', one).dim})" if one.is_shard() else "Replicate" if one.is_replicate() else str(one)
-        words.append(f"{name} {kind}".strip())
-    return ", ".join(words)
-
-
-def _groups(module: nn.Module) -> tuple[ParameterGroup, ...]:
-    """Parameters that differ only in the numbers of their names, in the order of the model.
-
-    ``layers.0.weight`` and ``layers.1.weight`` are of one kind, ``w1.weight`` and ``w2.weight`` are not.
-    """
-    found: dict[tuple[Any, ...], list[Any]] = {}
-    for name, parameter in module.named_parameters():
-        placement = _placement(parameter)
-        key = (
-            re.sub(r"(^|(?<=\.))\d+(?=\.)", "*", name),
-            tuple(parameter.shape),
-            str(parameter.dtype).removeprefix("torch."),
-            placement,
-            parameter.requires_grad,
-        )
-        found.setdefault(key, []).append((name, parameter))
-    return tuple(
-        ParameterGroup(
-            name=name if len(members) > 1 else members[0][0],
-            count=len(members),
-            shape=shape,
-            dtype=dtype,
-            placement=placement,
-            trainable=trainable,
-            local_bytes=storage_bytes(parameter for _, parameter in members),
-        )
-        for (name, shape, dtype, placement, trainable), members in found.items()
-    )
-
-
-def _explained(error: Exception, module: LightningModule, batch: str) -> Exception:
-    kind = type(error).__name__
-    if isinstance(error, MisconfigurationException):
-        return error
-    if "DataDependent" in kind or "DynamicOutputShape" in kind:
-        return MisconfigurationException(
-            f"the training step of {type(module).__name__} reads a tensor's value ({error}), and a plan has only shapes. "
-            "Keep `.item()`, `if tensor:` and boolean masks out of it, or plan with example_input_array and no batch."
-        )
-    error.add_note(f"fulmen: in the plan's training step of {type(module).__name__}, with the batch {batch}")
-    return error
-
-
-def _explained_place(error: Exception, strategy: object) -> Exception:
-    if isinstance(error, MisconfigurationException):
-        return error
-    return MisconfigurationException(
-        f"strategy={type(strategy).__name__} cannot be planned: its place() failed on tensors without values "
-        f"({type(error).__name__}: {error}). It can offer place_for_plan (SupportsMemoryPlan of fulmen_protocols)."
-    )

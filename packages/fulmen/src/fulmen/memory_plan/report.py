@@ -130,7 +130,7 @@ class MemoryPlan:
                 ],
             ),
             "",
-            f"checkpoint: {in_units(self.checkpoint)} in one file; sharded, {in_units(self.checkpoint_per_rank)} a rank",
+            f"checkpoint: {in_units(self.checkpoint)} in all, {in_units(self.checkpoint_per_rank)} of one rank",
             *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
