@@ -69,9 +69,9 @@ class Clock:
         return found
 
 
-def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:
+def optimizer_of(asked: argparse.Namespace, net: nn.Module) -> torch.optim.Optimizer:
     """The same for everybody."""
-    return torch.optim.AdamW(net.parameters(), lr=models.LEARNING_RATE, fused=torch.cuda.is_available())
+    return torch.optim.AdamW(net.parameters(), lr=models.LEARNING_RATE, fused=asked.accelerator == "cuda")
 
 
 def raw(asked: argparse.Namespace, workload: Workload, device: torch.device, clock: Clock) -> None:
@@ -96,7 +96,7 @@ def raw(asked: argparse.Namespace, workload: Workload, device: torch.device, clo
         net.to_empty(device=device)
         for parameter in net.parameters():
             nn.init.normal_(parameter.to_local(), std=0.02)  # type: ignore[attr-defined]  # a DTensor
-    optimizer = optimizer_of(net)
+    optimizer = optimizer_of(asked, net)
     given = models.batch(workload, device, seed=int(os.environ["RANK"]))
     for index in range(clock.steps):
         clock.batch(index)
@@ -145,7 +145,7 @@ def make_module(library: Any, asked: argparse.Namespace, workload: Workload, clo
             clock.batch(clock.steps)
 
         def configure_optimizers(self) -> Any:
-            return optimizer_of(self)
+            return optimizer_of(asked, self)
 
     return Module()
 

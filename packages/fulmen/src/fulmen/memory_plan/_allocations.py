@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class _Record:
     alive: weakref.ref[Any] | None = field(default=None, repr=False)
 
 
-class AllocationRecorder(TorchDispatchMode):
+class AllocationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __init_subclass__
     """Records the size of every storage that operators return, as the device's allocator would count it.
 
     Args:
@@ -42,7 +42,7 @@ class AllocationRecorder(TorchDispatchMode):
     """
 
     def __init__(self, granularity: int = 1) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._granularity = granularity
         self._records: dict[int, _Record] = {}
         self._events: list[tuple[_Record, int]] = []
@@ -54,7 +54,8 @@ class AllocationRecorder(TorchDispatchMode):
 
     def __enter__(self) -> AllocationRecorder:
         # FSDP empties and refills the storages of gathered parameters; no operator says so.
-        self._resize = resize = torch.UntypedStorage.resize_
+        storages: Any = torch.UntypedStorage
+        self._resize = resize = storages.resize_
         recorder = self
 
         def resize_and_record(storage: torch.UntypedStorage, size: int) -> Any:
@@ -62,15 +63,14 @@ class AllocationRecorder(TorchDispatchMode):
             recorder._resized(storage, size)
             return result
 
-        torch.UntypedStorage.resize_ = resize_and_record  # type: ignore[method-assign]  # put back in __exit__
-        super().__enter__()
+        storages.resize_ = resize_and_record  # put back in __exit__
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        if self._resize is not None:
-            torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]  # the method as it was
-            self._resize = None
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        storages: Any = torch.UntypedStorage
+        storages.resize_ = self._resize
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -184,12 +184,12 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
 
 def local_tensors(tensor: Tensor) -> list[Tensor]:
     """The plain tensors of which this rank's part of ``tensor`` consists."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
     if isinstance(tensor, DTensor):
         return local_tensors(tensor._local_tensor)  # pyright: ignore[reportPrivateUsage]  # to_local() makes a new one
-    names = cast("Any", tensor).__tensor_flatten__()[0]
-    return [inner for name in names for inner in local_tensors(getattr(tensor, name))]
+    wrapper: object = tensor
+    if not is_traceable_wrapper_subclass(wrapper):
+        return [tensor]
+    return [inner for name in wrapper.__tensor_flatten__()[0] for inner in local_tensors(getattr(wrapper, name))]
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

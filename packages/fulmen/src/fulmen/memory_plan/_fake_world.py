@@ -127,11 +127,11 @@ class FakeTensors:
             mode.__exit__(*error)
 
 
-class _RealStaysReal(TorchDispatchMode):
+class _RealStaysReal(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __init_subclass__
     """Runs an operator for real if it is given tensors and none of them is fake."""
 
     def __init__(self, fake: type[Tensor], unset: Callable[[], AbstractContextManager[object]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._fake, self._unset = fake, unset
 
     def __torch_dispatch__(
@@ -197,15 +197,17 @@ def replaceable_parameters() -> Iterator[None]:
     Torch would swap the two tensors in place and cannot, since the fake mode itself refers to them. Here the new one
     takes the old one's place in the module, and in every other that shares it.
     """
-    original = nn.Module._apply  # pyright: ignore[reportPrivateUsage]
+    modules: Any = nn.Module
+    original = modules._apply
     replaced: dict[int, tuple[Tensor, Tensor]] = {}
 
     def apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         if recurse:
             for child in module.children():
-                child._apply(function)  # pyright: ignore[reportPrivateUsage]
-        for tensors in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]
-            for name, old in cast("dict[str, Tensor | None]", tensors).items():
+                cast("Any", child)._apply(function)
+        places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)  # pyright: ignore[reportPrivateUsage]
+        for tensors in places:
+            for name, old in tensors.items():
                 if old is None:
                     continue
                 if id(old) not in replaced:
@@ -219,11 +221,11 @@ def replaceable_parameters() -> Iterator[None]:
                 tensors[name] = replaced[id(old)][1]
         return module
 
-    nn.Module._apply = apply  # type: ignore[method-assign,assignment]  # put back below
+    modules._apply = apply
     try:
         yield
     finally:
-        nn.Module._apply = original  # type: ignore[method-assign]  # the method as it was
+        modules._apply = original
 
 
 def _unavailable(name: str) -> BackendUnavailable:

@@ -276,7 +276,7 @@ class _Planned:
     def _choose_foreach(self) -> None:
         """On CUDA torch's optimizers update all parameters at once, unless told otherwise."""
         for optimizer in self.session.optimizers:
-            for group in cast("list[dict[str, Any]]", optimizer.param_groups):
+            for group in optimizer.param_groups:
                 if "foreach" in group and group["foreach"] is None and not group.get("fused"):
                     group["foreach"] = True
 
@@ -368,6 +368,6 @@ def _forward_and_sum(module: LightningModule) -> Callable[..., Tensor]:
                 f"forward of {type(module).__name__} returned no floating tensor that needs a gradient: give a batch "
                 "for training_step, for example batch='int64[16,1024]'."
             )
-        return cast("Tensor", sum(total[1:], total[0]))
+        return sum(total[1:], total[0])
 
     return training_step
