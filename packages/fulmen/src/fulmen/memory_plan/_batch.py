@@ -51,8 +51,8 @@ def parse_batch(text: str) -> Any:
         raise _unreadable(text, "either every tensor has a name of its own or none has")
     if names:
         return dict(cast("list[tuple[str, Tensor]]", pieces))
-    tensors = tuple(tensor for _, tensor in pieces)
-    return tensors if len(tensors) > 1 else tensors[0]
+    tensors = [tensor for _, tensor in pieces]
+    return tuple(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def _empty(text: str, dtype: str, shape: str) -> Tensor:

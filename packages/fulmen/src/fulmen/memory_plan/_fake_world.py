@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fulmen_protocols import BackendUnavailable, MisconfigurationException
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from fulmen_protocols import ReduceOp
@@ -191,7 +191,7 @@ def _empty_like(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def replaceable_parameters() -> Iterator[None]:
+def replaceable_parameters() -> Generator[None]:
     """Within the block ``module.to(...)`` works on fake parameters.
 
     Torch would swap the two tensors in place and cannot, since the fake mode itself refers to them. Here the new one
