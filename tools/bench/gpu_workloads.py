@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-STEPS = {"mlp": (50, 1000), "resnet": (20, 300), "gpt": (6, 40)}
+STEPS = {"mlp": (50, 1000), "resnet": (20, 300), "gpt": (6, 40), "1b": (8, 30), "tiny": (2, 4)}
 """Warm-up and measured steps of each workload."""
 
 

@@ -435,7 +435,7 @@ class FSDPStrategy:
         return states.module_state(entry.module, full=full, rank=self.collectives.rank)
 
     def load_module_state(self, module: nn.Module, state: Mapping[str, object], *, strict: bool) -> object:
-        """Load what ``module_state`` gave, of either kind, from any number of ranks; returns names that did not meet."""
+        """Load what ``module_state`` gave, of either kind, from any number of ranks; returns what did not meet."""
         entry = _entry(module)
         entry.reshard_all()
         return states.load_module_state(entry.module, state, self.collectives, strict=strict)

@@ -101,8 +101,8 @@ def sharding(strategy: object, mesh: object, *, has_policy: bool) -> Sharding:
         if name in _HYBRID and not has_policy:
             raise MisconfigurationException(
                 f"FSDPStrategy got sharding_strategy={name!r} without auto_wrap_policy or device_mesh: nothing says "
-                "how to spread the model. Give device_mesh=(replicas, shards), or an auto_wrap_policy to shard within each "
-                "machine and replicate over machines."
+                "how to spread the model. Give device_mesh=(replicas, shards), or an auto_wrap_policy to shard within "
+                "each machine and replicate over machines."
             )
         return Sharding(name, None)
     dims = _dims(mesh)
