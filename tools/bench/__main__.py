@@ -15,6 +15,7 @@ NAMES = (
     "instructions",
     "gpu_overhead",
     "float8",
+    "scaling",
     "async_save",
     "checkpoint",
 )

@@ -38,17 +38,18 @@ class Attention(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.heads = shape.heads
         width = shape.width
+        self.size = width // shape.heads
         self.q, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         """``x`` has shape (batch, length, width)."""
-        batch, length, width = x.shape
-        q, k, v = (one(x).view(batch, length, self.heads, -1).transpose(1, 2) for one in (self.q, self.k, self.v))
+        batch, length, _ = x.shape
+        # Not by the number of heads: with tensor parallelism each rank has some of them.
+        q, k, v = (one(x).view(batch, length, -1, self.size).transpose(1, 2) for one in (self.q, self.k, self.v))
         attended = F.scaled_dot_product_attention(_turned(q, turn), _turned(k, turn), v, is_causal=True)
-        out: Tensor = self.out(attended.transpose(1, 2).reshape(batch, length, width))
+        out: Tensor = self.out(attended.transpose(1, 2).reshape(batch, length, -1))
         return out
 
 

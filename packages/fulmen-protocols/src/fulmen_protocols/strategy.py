@@ -31,6 +31,7 @@ __all__ = [
     "SupportsLaunch",
     "SupportsLoaderProcessing",
     "SupportsManualBackward",
+    "SupportsMemoryPlan",
     "SupportsModuleCheck",
     "SupportsNoSync",
     "SupportsPrecisionCheck",
@@ -135,6 +136,22 @@ class SupportsManualBackward(Protocol):
         """Surrounds each ``loss.backward()`` in there: within the block its gradients are averaged over ranks.
 
         Inside ``no_sync`` it does nothing, and the gradients stay local.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsMemoryPlan(Protocol):
+    """A strategy whose ``place`` reads values, or depends on the device.
+
+    A plan of memory has neither: its tensors have shapes only, on the CPU. It calls ``place`` of other strategies.
+    """
+
+    def place_for_plan(self, module: nn.Module, device: torch.device) -> tuple[nn.Module, Mapping[str, int]]:
+        """Return ``module`` with parameters as ``place`` leaves them, and what else ``place`` would allocate.
+
+        That is bytes on this rank by purpose, beyond parameters and their gradients. The module stays on the CPU;
+        ``device`` is the kind of device that the plan is for.
         """
         ...
 

@@ -150,6 +150,16 @@ class DDPStrategy:
             self.collectives.broadcast(tensor)
         return module
 
+    def place_for_plan(self, module: nn.Module, device: torch.device) -> tuple[nn.Module, dict[str, int]]:
+        """``module`` unwrapped, and the bytes of the buckets in which DDP would reduce its gradients.
+
+        Where gradients are views of the buckets there is nothing beside them.
+        """
+        trained = [parameter for parameter in module.to(self.root_device).parameters() if parameter.requires_grad]
+        if self._options.get("gradient_as_bucket_view"):
+            return module, {}
+        return module, {"gradient buckets": sum(each.numel() * each.element_size() for each in trained)}
+
     def bind_method(self, placed: nn.Module, name: str) -> Callable[..., object]:
         """The original module's method ``name``, run inside DDP's forward; ``"forward"`` with its own hooks."""
         wrapper = _as_wrapper(placed)

@@ -241,6 +241,13 @@ class FSDPStrategy:
         Raises:
             MisconfigurationException: it is wrapped by torch's first FSDP.
         """
+        return self._placed(module, self.root_device)
+
+    def place_for_plan(self, module: nn.Module, device: torch.device) -> tuple[nn.Module, dict[str, int]]:
+        """As ``place``, with the dtypes in which weights are gathered on ``device``, which need not be there."""
+        return self._placed(module, device), {}
+
+    def _placed(self, module: nn.Module, planned: torch.device) -> nn.Module:
         known = sharded_entry(module)
         if known is not None:
             return known
@@ -251,7 +258,7 @@ class FSDPStrategy:
         if self._options.sync_module_states:
             self._share_values(module)
         self._replaced.remember(module)
-        chosen = self._units_of(module)
+        chosen = self._units_of(module, planned)
         if self._recomputed is not None:
             units.recompute(self._recomputed, module)
         common: dict[str, Any] = {
@@ -260,17 +267,17 @@ class FSDPStrategy:
             "offload_policy": self._offload,
             "ignored_params": ignored,
         }
-        inner = self._casting.policy(device, is_root=False)
+        inner = self._casting.policy(planned, is_root=False)
         for unit in chosen:
             fully_shard(unit, mp_policy=self._kept_single(unit) or inner, **common)
         entry = ShardedEntry(module, self._casting, device)
-        fully_shard(entry, mp_policy=self._casting.policy(device, is_root=True), **common)
+        fully_shard(entry, mp_policy=self._casting.policy(planned, is_root=True), **common)
         if self._options.forward_prefetch:
             _prefetch_in_order([unit for unit in entry.modules() if isinstance(unit, FSDPModule)])
         self._fill(module, ignored)
         return entry
 
-    def _units_of(self, module: nn.Module) -> list[nn.Module]:
+    def _units_of(self, module: nn.Module, device: torch.device) -> list[nn.Module]:
         """What is sharded on its own, inner modules first."""
         chosen = units.marked_units(module)
         if any(isinstance(one, FSDPModule) for one in module.modules()):
@@ -289,7 +296,7 @@ class FSDPStrategy:
                 )
             else:
                 chosen = units.chosen(self._policy, module)
-        if self._casting.gathers_in_half(self.root_device):
+        if self._casting.gathers_in_half(device):
             norms = [one for one in module.modules() if _is_batch_norm(one) and one not in chosen and one is not module]
             chosen = [one for one in reversed(list(module.modules())) if one in chosen or one in norms]
         return units.without_shared(chosen, module)

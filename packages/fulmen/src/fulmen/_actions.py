@@ -1,4 +1,4 @@
-"""What users call on a Trainer beside its four calls: save, print, make modules, explain."""
+"""What users call on a Trainer beside its four calls: save, print, make modules, explain, plan."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from fulmen._surface import TrainerSurface
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Callable, Generator, Mapping
 
     from fulmen._stopping import Stopping
+    from fulmen.datamodule import LightningDataModule
+    from fulmen.memory_plan import MemoryPlan
     from fulmen.module import LightningModule
 
 __all__ = ["TrainerActions"]
@@ -74,6 +76,41 @@ class TrainerActions(TrainerSurface):
         assembly = self.assembly
         with assembly.strategy.module_context(empty=bool(empty_init)), assembly.precision.init_context():
             yield
+
+    def plan(
+        self,
+        model: LightningModule | Callable[[], LightningModule],
+        *,
+        batch: object = None,
+        batch_size: int | None = None,
+        datamodule: LightningDataModule | None = None,
+        device: str = "cuda",
+    ) -> MemoryPlan:
+        """What one rank of a fit of ``model`` would need in memory; needs neither the devices nor the other ranks.
+
+        The strategy, precision and optimizers of the run take one training step on tensors that have a shape and no
+        values. Not counted: the device's context, libraries' workspaces, fragmentation, and what compiling changes.
+
+        Args:
+            model: a LightningModule, which is left as it is, or its class or another callable that makes one: then
+                not even the weights need memory.
+            batch: of one rank, or its dtypes and shapes, as in ``"int64[16,1024]"``, ``"float32[8,3,32,32],int64[8]"``
+                or ``"x=float32[8,4],y=int64[8]"``. None: the first of the training loader, if there is one;
+                otherwise ``example_input_array`` goes through ``forward``.
+            batch_size: samples per rank in place of the batch's own.
+            datamodule: whose training loader supplies the batch.
+            device: ``"cuda"`` or ``"cpu"``, for whose memory the plan is made. Devices are counted by the Trainer's
+                arguments; on a machine without GPUs write ``Trainer(accelerator="cpu", devices=8)``.
+
+        Raises:
+            MisconfigurationException: no batch is known, the step reads values, or the strategy cannot be planned.
+            BackendUnavailable: this version of torch lacks what plans need.
+        """
+        from fulmen.memory_plan.planner import plan_memory  # torch.distributed.tensor: a second that no run needs
+
+        return plan_memory(
+            self._as_trainer(), model, batch=batch, batch_size=batch_size, datamodule=datamodule, device=device
+        )
 
     def explain(self, model: LightningModule | None = None) -> str:
         """Print, and return, what a fit does in order, and which distribution supplies each part."""

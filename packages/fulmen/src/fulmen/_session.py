@@ -368,6 +368,9 @@ def unchanged(batch: object, dataloader_idx: int) -> object:
 
 def _positional(function: Callable[..., Any]) -> int:
     """How many positional arguments ``function`` takes; a large number for ``*args``."""
+    inner: object = getattr(function, "__wrapped__", None)
+    if inspect.ismethod(inner):  # fully_shard's wrapper of a method: of itself inspect would leave out one too many
+        function = inner
     count = 0
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:

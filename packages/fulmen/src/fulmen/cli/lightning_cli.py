@@ -256,19 +256,22 @@ class LightningCLI:
 
     def instantiate_classes(self) -> None:
         """Build data, module and Trainer, and everything they are given."""
-        builders: list[Any] = []
-        if self.load_from_checkpoint_support:
-            chosen = (
-                ("model", self.model_class or LightningModule, self.subclass_mode_model),
-                ("data", self.datamodule_class or LightningDataModule, self.subclass_mode_data),
-            )
-            # What a function was given is not what the class that it returns can be built from.
-            builders = [(_Builder(self, key), cls, several) for key, cls, several in chosen if isinstance(cls, type)]
-        self.config_init = instantiate(self.parser, self.config, builders)
+        self.config_init = instantiate(self.parser, self.config, self._builders())
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
         self._configure_optimizers_automatically()
         self.trainer = self.instantiate_trainer()
+
+    def _builders(self) -> list[Any]:
+        """What builds the module and the data in place of their classes."""
+        if not self.load_from_checkpoint_support:
+            return []
+        chosen = (
+            ("model", self.model_class or LightningModule, self.subclass_mode_model),
+            ("data", self.datamodule_class or LightningDataModule, self.subclass_mode_data),
+        )
+        # What a function was given is not what the class that it returns can be built from.
+        return [(_Builder(self, key), cls, several) for key, cls, several in chosen if isinstance(cls, type)]
 
     def after_instantiate_classes(self) -> None:
         """Override to do something after everything is built, before the subcommand runs."""
