@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from contextlib import suppress
 from typing import IO, TYPE_CHECKING
 
 from fulmen_protocols.errors import MisconfigurationException
@@ -34,17 +35,25 @@ class Table:
         """Rows on disk."""
 
     def append(self, rows: list[dict[str, float]]) -> None:
-        """Write ``rows``; cells without a value stay empty. Columns are in order of first appearance."""
+        """Write ``rows``; cells without a value stay empty. Columns are in order of first appearance.
+
+        What fails leaves the table as it was, so that it can be tried again.
+        """
         if not self._opened:
             self._open()
             self._opened = True
         known = len(self._columns)
+        before = dict(self._columns)
         for row in rows:
             if not row.keys() <= self._columns.keys():
                 for name in row:
                     self._columns.setdefault(name, len(self._columns))
         if len(self._columns) > known:
-            self._widen(len(self._columns) - known, known)
+            try:
+                self._widen(len(self._columns) - known, known)
+            except BaseException:
+                self._columns = before
+                raise
         self._add(self._lines(rows))
         self.rows += len(rows)
 
@@ -107,13 +116,16 @@ class Table:
 
     def _add(self, lines: bytes) -> None:
         if self._folder.is_remote:
+            self._folder.write(self._path, bytes(self._remote + lines))
             self._remote += lines
-            self._folder.write(self._path, bytes(self._remote))
             return
+        size = os.path.getsize(self._path) if os.path.exists(self._path) else 0
         try:
             with open(self._path, "ab") as stream:
                 stream.write(lines)
         except OSError as error:
+            with suppress(OSError):
+                os.truncate(self._path, size)
             raise self._folder.unwritable(self._path, error) from error
 
 
