@@ -13,7 +13,7 @@ from fulmen_protocols.errors import MisconfigurationException
 if TYPE_CHECKING:
     from fulmen_loggers._folder import RunFolder
 
-__all__ = ["Table"]
+__all__ = ["Table", "read_rows"]
 
 _BLOCK_BYTES = 1 << 20
 
@@ -127,6 +127,16 @@ class Table:
             with suppress(OSError):
                 os.truncate(self._path, size)
             raise self._folder.unwritable(self._path, error) from error
+
+
+def read_rows(folder: RunFolder, path: str) -> list[dict[str, str]]:
+    """The rows of a file as texts by column; none where there is no file. A row that is not whole is left out."""
+    data = folder.read(path) or b""
+    whole = data[: data.rfind(b"\n") + 1].decode("utf-8", "replace")
+    return [
+        {name: text for name, text in row.items() if text is not None}
+        for row in csv.DictReader(io.StringIO(whole, newline=""))
+    ]
 
 
 def _lengthened(rows: bytes, commas: bytes) -> bytes:

@@ -9,7 +9,7 @@ from fulmen_loggers._folder import RunFolder
 from fulmen_loggers._guard import Guard
 from fulmen_loggers._hparams import FILE as HPARAMS_FILE
 from fulmen_loggers._hparams import Hyperparameters
-from fulmen_loggers._table import Table
+from fulmen_loggers._table import Table, read_rows
 from fulmen_loggers._values import as_number, prefixed
 from fulmen_protocols.errors import MisconfigurationException
 
@@ -64,6 +64,7 @@ class CSVLogger:
         self._table: Table | None = None
         self._guard = Guard()
         self._deliver: Callable[[], None] | None = None
+        self._earlier: frozenset[tuple[str, frozenset[tuple[str, str]]]] | None = None
 
     @property
     def name(self) -> str | None:
@@ -143,6 +144,16 @@ class CSVLogger:
     def waiting_rows(self, deliver: Callable[[], None] | None) -> None:
         """Call ``deliver`` before ``save`` writes: a run hands over its rows a little later than it logs them."""
         self._deliver = deliver
+
+    def has_row(self, metrics: Mapping[str, float], step: int) -> bool:
+        """Whether the table that an earlier process wrote holds exactly this row."""
+        if self._earlier is None:
+            rows = read_rows(self._folder, self._folder.join(self._folder.path, self.NAME_METRICS_FILE))
+            self._earlier = frozenset(
+                (row.pop("step", ""), frozenset((name, text) for name, text in row.items() if text)) for row in rows
+            )
+        row = frozenset((self._prefix + name, repr(as_number(name, value))) for name, value in metrics.items())
+        return (repr(int(step)), row) in self._earlier
 
     def reopen_options(self) -> dict[str, object]:
         """Arguments with which another process goes on with this run."""

@@ -42,6 +42,7 @@ from fulmen_protocols.logger import (
     SupportsGraph,
     SupportsLogDir,
     SupportsReopening,
+    SupportsRowLookup,
     SupportsRowTime,
     SupportsWaitingRows,
 )
@@ -169,6 +170,7 @@ __all__ = [
     "SupportsReopening",
     "SupportsReplicaCheck",
     "SupportsRequeue",
+    "SupportsRowLookup",
     "SupportsRowTime",
     "SupportsShardedSave",
     "SupportsShardedState",

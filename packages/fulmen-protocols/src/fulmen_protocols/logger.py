@@ -18,6 +18,7 @@ __all__ = [
     "SupportsGraph",
     "SupportsLogDir",
     "SupportsReopening",
+    "SupportsRowLookup",
     "SupportsRowTime",
     "SupportsWaitingRows",
 ]
@@ -124,6 +125,15 @@ class SupportsReopening(Protocol):
 
         Must not wait for a server.
         """
+        ...
+
+
+@runtime_checkable
+class SupportsRowLookup(Protocol):
+    """A logger that knows which rows it has from an earlier process of the same run."""
+
+    def has_row(self, metrics: Mapping[str, float], step: int) -> bool:
+        """Whether exactly this row was there when it was first asked."""
         ...
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fulmen.runlog.reader import RunLog as RunLog
     from fulmen.runlog.reader import read_run as read_run
-    from fulmen.runlog.replay import replay as replay
+    from fulmen.runlog.replaying import replay as replay
     from fulmen.runlog.report import write_report as write_report
     from fulmen.runlog.settings import LogDelivery as LogDelivery
 
@@ -18,7 +18,7 @@ _HOME = {
     "LogDelivery": "settings",
     "RunLog": "reader",
     "read_run": "reader",
-    "replay": "replay",
+    "replay": "replaying",
     "write_report": "report",
 }
 

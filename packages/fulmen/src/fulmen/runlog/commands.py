@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from fulmen.runlog import cursors
 from fulmen.runlog.reader import find, read_run
 from fulmen.runlog.record import FILE
-from fulmen.runlog.replay import replay
+from fulmen.runlog.replaying import replay
 from fulmen_protocols import LOGGERS, available, check, load_factory
 from fulmen_protocols.errors import FulmenError, MisconfigurationException
 

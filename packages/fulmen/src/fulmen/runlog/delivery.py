@@ -233,6 +233,8 @@ class Delivery:
             self._save_cursors(ended=True)
             self.log.close()
         for _, box in own:
+            if box.is_behind:
+                box.when_finished = partial(self._save_cursors, ended=True)
             self._report_end(box)
 
     @property
@@ -298,8 +300,7 @@ class Delivery:
         here = supports(logger, SupportsCallingThread) and logger.needs_calling_thread
         box = Outbox(logger, self.settings, threaded=not here)
         if self.log is not None:
-            box.read_from(self.log)
-            box.delivered_to = self.log.size
+            box.start_at(self.log)
         self._boxes[id(logger)] = (logger, box)
         if supports(logger, SupportsWaitingRows):
             logger.waiting_rows(partial(box.drain, self.settings.finalize_timeout_s))
@@ -309,7 +310,7 @@ class Delivery:
         log = self.log
         if log is None:
             return
-        for logger, box in self._boxes.values():
+        for logger, box in list(self._boxes.values()):
             name = cursors.registered_name(logger)
             options = cursors.options_of(logger)
             cursor = cursors.Cursor(

@@ -13,7 +13,7 @@ from fulmen_fabric.abilities import supports
 from fulmen_protocols import SupportsRowTime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from fulmen.runlog.settings import LogDelivery
     from fulmen.runlog.writer import EventLog
@@ -24,7 +24,7 @@ __all__ = ["Outbox"]
 _LINGER_S = 0.05
 """A thread that has woken waits this long for more: work done in bunches disturbs the training thread less."""
 
-_TRIES = 3
+_TRIES = 5
 """After so many failures with one record the one behind it is tried: the fault may be the record's alone."""
 
 _CLOSING_RETRY_S = 0.25
@@ -49,16 +49,19 @@ class Outbox:
         self.logger = logger
         self.settings = settings
         self.delivered_to = 0
-        """Where in the run's log the first record begins that the logger has not got."""
+        """Where in the run's log the first record begins that the logger has not got and saved."""
         self.refused: list[tuple[int, str]] = []
         """Positions of records that the logger did not take, with the reason; they are not tried again."""
         self.lost = 0
         """Rows that did not fit into the queue and are in no log either."""
         self.failing: BaseException | None = None
         """Why the record in hand could not be delivered; None while all is well."""
+        self._given_to = 0
         self._threaded = threaded
         self._timed: SupportsRowTime | None = logger if supports(logger, SupportsRowTime) else None
         self._items: deque[Item] = deque()
+        self.when_finished: Callable[[], None] | None = None
+        """Called by the logger's thread when it has finalized the logger after the run had stopped waiting for it."""
         self._log: EventLog | None = None
         self._overflow: int | None = None
         self._read_to = 0
@@ -75,6 +78,11 @@ class Outbox:
     def read_from(self, log: EventLog) -> None:
         """What does not fit into the queue is read again from ``log``, in which the items' positions are."""
         self._log = log
+
+    def start_at(self, log: EventLog) -> None:
+        """The same for a logger that is told nothing of what is in ``log`` already."""
+        self._log = log
+        self.delivered_to = self._given_to = log.size
 
     def put(self, item: Item) -> None:
         """Queue an item. Takes about a microsecond; never waits for the logger, unless that asked to be called here."""
@@ -112,7 +120,7 @@ class Outbox:
         if threading.current_thread() is self._thread:
             return True
         deadline = time.monotonic() + timeout_s
-        while self.is_behind:
+        while self._items or self._overflow is not None:
             done = threading.Event()
             self.put(Call(done.set, "drain"))
             self._hurry.set()
@@ -124,6 +132,7 @@ class Outbox:
 
     def begin(self) -> None:
         """A call of the Trainer starts: the thread stays until ``finish``."""
+        self.when_finished = None
         self._finished.clear()
 
     def finish(self, status: LoggerStatus) -> None:
@@ -161,7 +170,7 @@ class Outbox:
     @property
     def is_behind(self) -> bool:
         """Whether something logged has not reached the logger."""
-        return self._overflow is not None or bool(self._items)
+        return self._overflow is not None or bool(self._items) or self._final is not None
 
     @property
     def silent_s(self) -> float:
@@ -246,16 +255,25 @@ class Outbox:
             self._refuse(item, error)
             return True
         self._failures += 1
-        if self._failures >= _TRIES and len(self._items) > 1:
-            following = self._items[1]
-            if self._try(following) is None:
-                # The sink is well, so it is this record that it does not take.
-                del self._items[1]
-                self._refuse(item, error)
-                self.delivered_to = max(self.delivered_to, following.end)
-                return True
+        if self._failures >= _TRIES and not _is_outage(item, error) and self._takes_others(item):
+            return True
         self._failed(error)
         return False
+
+    def _takes_others(self, item: Item) -> bool:
+        """Try the next row instead; when the sink takes that, it is ``item`` that it does not take, and it goes."""
+        index = next((i for i, other in enumerate(self._items) if i and isinstance(other, Row)), 0)
+        if not index or self._try(self._items[index]) is not None:
+            return False
+        end = self._items[index].end
+        del self._items[index]
+        last = self._try(item)  # the sink may have come back this moment
+        if last is None:
+            self._succeeded(item)
+        else:
+            self._refuse(item, last)
+        self._given_to = max(self._given_to, end)
+        return True
 
     def _try(self, item: Item) -> Exception | None:
         self._busy_since = time.monotonic()
@@ -278,13 +296,15 @@ class Outbox:
 
     def _succeeded(self, item: Item) -> None:
         self._items.popleft()
-        self.delivered_to = max(self.delivered_to, item.end)
+        self._given_to = max(self._given_to, item.end)
+        if isinstance(item, Call) and item.what == "save":
+            self.delivered_to = max(self.delivered_to, self._given_to)
         self.failing, self._failures, self._pause_s = None, 0, self.settings.retry_s
 
     def _refuse(self, item: Item, error: Exception) -> None:
         what = item.what if isinstance(item, Call) else "record"
         self.refused.append((item.start, f"{what}: {type(error).__name__}: {error}"))
-        self._succeeded(item)
+        self._succeeded(Call(_nothing, "nothing", item.start, item.end))
 
     def _failed(self, error: Exception) -> None:
         self.failing = error
@@ -301,6 +321,9 @@ class Outbox:
             self.refused.append((-1, f"finalize: {type(error).__name__}: {error}"))
         self.failing, self._pause_s = None, self.settings.retry_s
         self._final = None
+        self.delivered_to = max(self.delivered_to, self._given_to)
+        if self.when_finished is not None:
+            self.when_finished()
         self._finished.set()
         return True
 
@@ -312,11 +335,21 @@ class Outbox:
         self._pause_s = min(self._pause_s * 2, self.settings.longest_retry_s)
 
 
+def _nothing() -> None:
+    """What takes the place of an item that the logger refused."""
+
+
 def _items(path: str, start: int, end: int) -> Iterator[Row | Hyperparameters]:
     for located in records(path, start, end):
         item = deliverable(located)
         if item is not None:
             yield item
+
+
+def _is_outage(item: Item, error: Exception) -> bool:
+    """Whether it says nothing of the sink that the next item is taken: into a buffer, while the disk is gone."""
+    is_disk = isinstance(error, OSError) or isinstance(error.__cause__, OSError)
+    return is_disk and isinstance(item, Call) and item.what == "save"
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -9,7 +9,7 @@ from fulmen.runlog import cursors
 from fulmen.runlog.items import Hyperparameters, Row
 from fulmen.runlog.reader import deliverable, find, read_run, records
 from fulmen_fabric.abilities import supports
-from fulmen_protocols import SupportsRowTime
+from fulmen_protocols import SupportsRowLookup, SupportsRowTime
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,11 +51,16 @@ def replay(run: str, logger: Logger, *, after: int | None = None) -> int:
     cursor.is_due = True
     timed: SupportsRowTime | None = logger if supports(logger, SupportsRowTime) else None
     delivered = 0
+    # A process that was killed may have saved more than it could note.
+    lookup: SupportsRowLookup | None = logger if start > 0 and supports(logger, SupportsRowLookup) else None
     items = _items(path, start)
     while batch := list(islice(items, _AT_ONCE)):
         done = None
         try:
             for item in batch:
+                if lookup is not None and isinstance(item, Row) and lookup.has_row(item.metrics, item.x):
+                    done = item
+                    continue
                 _deliver(item, logger, timed)
                 done, delivered = item, delivered + 1
         finally:
