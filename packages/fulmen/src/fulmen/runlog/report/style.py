@@ -51,7 +51,7 @@ svg text{fill:var(--dim);font-size:11px;font-variant-numeric:tabular-nums}
 .best{fill:none;stroke:var(--ink);stroke-width:1.6}
 .bar{display:flex;height:22px;border-radius:7px;overflow:hidden;gap:2px;margin:4px 0 14px}
 .bar span{background:var(--c);min-width:2px}
-.legend{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:4px 22px;margin:0;padding:0;
+.legend{display:grid;grid-template-columns:repeat(auto-fill,minmax(215px,1fr));gap:4px 22px;margin:0;padding:0;
 list-style:none;font-size:14px}
 .legend li{display:flex;align-items:center;gap:8px}
 .legend em{margin-left:auto;font-style:normal;color:var(--dim);font-variant-numeric:tabular-nums;white-space:nowrap}
