@@ -10,8 +10,8 @@ from statistics import median
 
 import torch
 
-from fulmen.runlog.delivery import Delivery
-from fulmen.runlog.settings import LogDelivery
+from fulmen.runlog._delivery import Delivery
+from fulmen.runlog._settings import LogDelivery
 from fulmen_loggers import CSVLogger, TensorBoardLogger
 
 __all__ = ["main"]

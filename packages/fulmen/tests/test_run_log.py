@@ -24,10 +24,10 @@ from fulmen import Callback, LightningModule, Trainer
 from fulmen.callbacks import ModelCheckpoint
 from fulmen.loggers import CSVLogger, TensorBoardLogger
 from fulmen.runlog import LogDelivery, read_run, replay
+from fulmen.runlog._reader import records
+from fulmen.runlog._record import decode, encode
+from fulmen.runlog._writer import EventLog
 from fulmen.runlog.commands import main
-from fulmen.runlog.reader import records
-from fulmen.runlog.record import decode, encode
-from fulmen.runlog.writer import EventLog
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:

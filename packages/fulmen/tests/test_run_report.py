@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fulmen.runlog import read_run, write_report
-from fulmen.runlog.report.text import amount, bytes_text, compact, duration, short
-from fulmen.runlog.writer import EventLog
+from fulmen.runlog._report.text import amount, bytes_text, compact, duration, short
+from fulmen.runlog._writer import EventLog
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fulmen._metric_view import MetricView
     from fulmen.metrics import MetricStore, Scalar
-    from fulmen.runlog.delivery import Delivery
+    from fulmen.runlog._delivery import Delivery
     from fulmen.trainer import Trainer
     from fulmen_protocols.logger import Logger
 

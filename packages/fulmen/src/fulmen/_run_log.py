@@ -18,8 +18,8 @@ from fulmen import _files
 from fulmen._memory import host_memory_bytes
 from fulmen._reporting import reporter_of
 from fulmen._silent import DummyLogger
-from fulmen.runlog.delivery import Delivery
-from fulmen.runlog.record import FILE, REPORT_FILE, plain
+from fulmen.runlog._delivery import Delivery
+from fulmen.runlog._record import FILE, REPORT_FILE, plain
 from fulmen_fabric import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def end(trainer: Trainer, status: LoggerStatus, error: BaseException | None = No
 
 def _write_report(log_path: str) -> None:
     # Here because only the end of a run needs it.
-    from fulmen.runlog.report import write_report
+    from fulmen.runlog._report import write_report
 
     try:
         path = write_report(log_path)

@@ -36,7 +36,7 @@ from fulmen.plan import Plan
 from fulmen.predict import predict
 from fulmen.profilers._choice import choose as choose_profiler
 from fulmen.progress import Progress
-from fulmen.runlog.settings import LogDelivery
+from fulmen.runlog._settings import LogDelivery
 from fulmen.settings import BatchLimit, Interval, Settings
 from fulmen.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from fulmen.strategy_facade import StrategyFacade

@@ -5,21 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fulmen.runlog.reader import RunLog as RunLog
-    from fulmen.runlog.reader import read_run as read_run
-    from fulmen.runlog.replaying import replay as replay
-    from fulmen.runlog.report import write_report as write_report
-    from fulmen.runlog.settings import LogDelivery as LogDelivery
+    from fulmen.runlog._reader import RunLog as RunLog
+    from fulmen.runlog._reader import read_run as read_run
+    from fulmen.runlog._replaying import replay as replay
+    from fulmen.runlog._report import write_report as write_report
+    from fulmen.runlog._settings import LogDelivery as LogDelivery
 
 __all__ = ["LogDelivery", "RunLog", "read_run", "replay", "write_report"]
 
 # A run needs a part of this only, and the page's generator not before its end.
 _HOME = {
-    "LogDelivery": "settings",
-    "RunLog": "reader",
-    "read_run": "reader",
-    "replay": "replaying",
-    "write_report": "report",
+    "LogDelivery": "_settings",
+    "RunLog": "_reader",
+    "read_run": "_reader",
+    "replay": "_replaying",
+    "write_report": "_report",
 }
 
 

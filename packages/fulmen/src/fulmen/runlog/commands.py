@@ -9,10 +9,10 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
-from fulmen.runlog import cursors
-from fulmen.runlog.reader import find, read_run
-from fulmen.runlog.record import FILE
-from fulmen.runlog.replaying import replay
+from fulmen.runlog import _cursors as cursors
+from fulmen.runlog._reader import find, read_run
+from fulmen.runlog._record import FILE
+from fulmen.runlog._replaying import replay
 from fulmen_protocols import LOGGERS, available, check, load_factory
 from fulmen_protocols.errors import FulmenError, MisconfigurationException
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _replay(asked)
         if asked.verb == "report":
             # Here because the other verbs do not need it.
-            from fulmen.runlog.report import write_report
+            from fulmen.runlog._report import write_report
 
             print(write_report(asked.run, asked.output))
             return 0

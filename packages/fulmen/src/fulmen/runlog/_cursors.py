@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from fulmen.runlog.record import plain
+from fulmen.runlog._record import plain
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import LOGGERS, Logger, SupportsReopening
 

@@ -8,17 +8,17 @@ import shlex
 from html import escape
 from typing import TYPE_CHECKING, cast
 
-from fulmen.runlog.record import Record, number
-from fulmen.runlog.report import figures
-from fulmen.runlog.report.style import STYLE
-from fulmen.runlog.report.svg import COLOURS, chart
-from fulmen.runlog.report.text import amount, bytes_text, date, duration, short
+from fulmen.runlog._record import Record, number
+from fulmen.runlog._report import figures
+from fulmen.runlog._report.style import STYLE
+from fulmen.runlog._report.svg import COLOURS, chart
+from fulmen.runlog._report.text import amount, bytes_text, date, duration, short
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from fulmen.runlog.reader import RunLog
-    from fulmen.runlog.report.figures import Figure
+    from fulmen.runlog._reader import RunLog
+    from fulmen.runlog._report.figures import Figure
 
 __all__ = ["page"]
 

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from fulmen.runlog.items import Hyperparameters, Row
-from fulmen.runlog.record import FILE, FORMAT, Record, decode, number
+from fulmen.runlog._items import Hyperparameters, Row
+from fulmen.runlog._record import FILE, FORMAT, Record, decode, number
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:

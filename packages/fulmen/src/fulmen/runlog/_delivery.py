@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fulmen.runlog import cursors
-from fulmen.runlog.items import Call, Hyperparameters, Row
-from fulmen.runlog.outbox import Outbox
-from fulmen.runlog.record import FORMAT, plain
-from fulmen.runlog.writer import EventLog
+from fulmen.runlog import _cursors as cursors
+from fulmen.runlog._items import Call, Hyperparameters, Row
+from fulmen.runlog._outbox import Outbox
+from fulmen.runlog._record import FORMAT, plain
+from fulmen.runlog._writer import EventLog
 from fulmen_fabric import rank_zero_warn
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from fulmen.runlog.settings import LogDelivery
+    from fulmen.runlog._settings import LogDelivery
     from fulmen_protocols import Logger, LoggerStatus
 
 __all__ = ["Delivery"]

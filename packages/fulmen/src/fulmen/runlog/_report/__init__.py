@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from fulmen.runlog.reader import read_run
-from fulmen.runlog.record import REPORT_FILE
-from fulmen.runlog.report.page import page
+from fulmen.runlog._reader import read_run
+from fulmen.runlog._record import REPORT_FILE
+from fulmen.runlog._report.page import page
 
 __all__ = ["write_report"]
 

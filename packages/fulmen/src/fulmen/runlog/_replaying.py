@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from fulmen.runlog import cursors
-from fulmen.runlog.items import Hyperparameters, Row
-from fulmen.runlog.reader import deliverable, find, read_run, records
+from fulmen.runlog import _cursors as cursors
+from fulmen.runlog._items import Hyperparameters, Row
+from fulmen.runlog._reader import deliverable, find, read_run, records
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import SupportsRowLookup, SupportsRowTime
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-from fulmen.runlog.report.text import bytes_text, compact, short
+from fulmen.runlog._report.text import bytes_text, compact, short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from fulmen.runlog.report.figures import Curve, Figure
+    from fulmen.runlog._report.figures import Curve, Figure
 
 __all__ = ["COLOURS", "chart"]
 

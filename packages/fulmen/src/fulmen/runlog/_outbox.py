@@ -7,16 +7,16 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from fulmen.runlog.items import Call, Hyperparameters, Item, Row
-from fulmen.runlog.reader import deliverable, records
+from fulmen.runlog._items import Call, Hyperparameters, Item, Row
+from fulmen.runlog._reader import deliverable, records
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import SupportsRowTime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from fulmen.runlog.settings import LogDelivery
-    from fulmen.runlog.writer import EventLog
+    from fulmen.runlog._settings import LogDelivery
+    from fulmen.runlog._writer import EventLog
     from fulmen_protocols import Logger, LoggerStatus
 
 __all__ = ["Outbox"]

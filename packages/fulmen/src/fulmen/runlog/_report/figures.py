@@ -6,12 +6,12 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
-from fulmen.runlog.record import Record, number
+from fulmen.runlog._record import Record, number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fulmen.runlog.reader import RunLog
+    from fulmen.runlog._reader import RunLog
 
 __all__ = ["Curve", "Figure", "best_checkpoint", "learning_rates", "memory", "metrics", "throughput"]
 

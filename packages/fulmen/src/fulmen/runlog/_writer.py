@@ -6,7 +6,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from fulmen.runlog.record import encode
+from fulmen.runlog._record import encode
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
