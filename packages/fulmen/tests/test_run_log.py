@@ -550,6 +550,27 @@ def test_a_resumed_run_has_each_point_once_in_its_log_and_in_what_is_replayed(tm
     assert [(row["step"], row["loss"]) for row in table(again)] == [(row["step"], row["loss"]) for row in expected]
 
 
+def test_what_an_earlier_process_did_not_deliver_is_not_forgotten_by_a_later_one(tmp_path: Path) -> None:
+    script = VANISHES.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    folder, share = tmp_path / "lightning_logs" / "run", tmp_path / "share"
+    share.unlink()
+    (tmp_path / "kept").rename(share)
+    both = [CSVLogger(tmp_path, version="run"), CSVLogger(share, version="run")]
+
+    trainer_for(tmp_path, both).validate(Validated(), loader())  # a call that logs one row more
+    assert main(["replay", str(folder)]) == 0
+
+    rows = table(share / "lightning_logs" / "run" / "metrics.csv")
+    assert sorted(int(row["step"]) for row in rows if row["loss"]) == list(range(STEPS))
+    assert [row["val_loss"] for row in rows if row.get("val_loss")] == ["0.5"]
+
+
+class Validated(Model):
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.log("val_loss", 0.5)
+
+
 def test_the_same_version_from_scratch_takes_the_place_of_the_first_run(tmp_path: Path) -> None:
     for _ in range(2):
         trainer_for(tmp_path, CSVLogger(tmp_path, version="run")).fit(Model(), loader())

@@ -57,7 +57,7 @@ def begin(trainer: Trainer, session: Session) -> None:
         return
     delivery = reporter.delivery
     if delivery is None:
-        delivery = Delivery(trainer.log_delivery, lambda logger: isinstance(logger, DummyLogger))
+        delivery = Delivery(trainer.log_delivery, _is_silent)
     delivery.use(trainer.log_delivery)
     progress = trainer._progress  # pyright: ignore[reportPrivateUsage]
     delivery.begin(
@@ -104,9 +104,18 @@ def end(trainer: Trainer, status: LoggerStatus, error: BaseException | None = No
                     raise
                 error.add_note(f"fulmen: {type(logger).__name__}.finalize failed as well: {another}")
         return
-    delivery.end(status, trainer.loggers, error)
+    try:
+        delivery.end(status, trainer.loggers, error)
+    except Exception as another:  # a warning that was made an error, say
+        if error is None:
+            raise
+        error.add_note(f"fulmen: the end of the run's log failed as well: {another}")
     if trainer.log_delivery.report and delivery.log is not None:
         _write_report(delivery.log.path)
+
+
+def _is_silent(logger: object) -> bool:
+    return isinstance(logger, DummyLogger)
 
 
 def _write_report(log_path: str) -> None:

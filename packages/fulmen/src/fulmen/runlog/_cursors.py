@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 from fulmen.runlog._record import plain
@@ -28,6 +29,8 @@ class Cursor:
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     delivered_to: int = 0
     refused: list[str] = field(default_factory=list[str])
+    gaps: list[list[int]] = field(default_factory=list[list[int]])
+    """Parts of the log, before ``delivered_to``, that earlier processes did not deliver."""
     can_reopen: bool = True
     is_due: bool = False
     """Whether a run has ended, or is running, without having delivered everything to it."""
@@ -40,9 +43,13 @@ def key_of(logger: str, options: Mapping[str, object]) -> str:
 
 def registered_name(logger: Logger) -> str | None:
     """The name by which the logger's class can be asked for; None if no distribution registers it."""
+    return _registered(f"{type(logger).__module__}:{type(logger).__qualname__}")
+
+
+@cache
+def _registered(place: str) -> str | None:
     from importlib.metadata import entry_points  # costs tens of milliseconds
 
-    place = f"{type(logger).__module__}:{type(logger).__qualname__}"
     return next((point.name for point in entry_points(group=LOGGERS.group) if point.value == place), None)
 
 

@@ -56,6 +56,10 @@ class Delivery:
         silent: whether a logger takes nothing anyway, so that the run needs no log for its sake.
     """
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """A copy of a Trainer begins with empty queues."""
+        return Delivery, (self.settings, self._silent)
+
     def __init__(self, settings: LogDelivery, silent: Callable[[object], bool]) -> None:
         self.settings = settings
         self.log: EventLog | None = None
@@ -63,6 +67,7 @@ class Delivery:
         self._boxes: dict[int, tuple[Logger, Outbox]] = {}
         self._last = (-1, -1)
         self._cursors: dict[str, cursors.Cursor] = {}
+        self._keys: dict[int, str] = {}
         self._warned: set[int] = set()
         self._began = 0.0
         self._stack: list[str] = []
@@ -103,7 +108,13 @@ class Delivery:
         if self.log is None or self.log.path != path:
             self._cursors = cursors.load(path)
             self._boxes = {}  # one that is behind goes on with the log that it knows
+            self._keys = {}
+        is_known = self.log is not None and self.log.path == path
         self.log = EventLog(path)
+        if not is_known:
+            for cursor in self._cursors.values():
+                if cursor.is_due and cursor.delivered_to < self.log.size:
+                    cursor.gaps.append([cursor.delivered_to, self.log.size])
         for _, box in self._boxes.values():
             box.read_from(self.log)
         self._position, self._sample, self._states, self._state_at = position, sample, 0, 0.0
@@ -119,6 +130,7 @@ class Delivery:
         """Training begins here: what was logged beyond this step before will come again."""
         self._append({"kind": "position", "at": self._position()})
         self.enter("training")
+        self._save_cursors()  # a process that is killed has noted whom it feeds
 
     def row(
         self, metrics: Mapping[str, float], x: int, loggers: Sequence[Logger], of: str, *, is_first: bool = True
@@ -319,10 +331,16 @@ class Delivery:
                 # The sink has everything: also the records that are none of its business.
                 log.size if ended and not box.is_behind else box.delivered_to,
                 [why for _, why in box.refused],
-                name is not None and options is not None,
-                box.is_behind or not ended,
+                can_reopen=name is not None and options is not None,
             )
-            self._cursors[cursors.key_of(cursor.logger, cursor.options)] = cursor
+            key = cursors.key_of(cursor.logger, cursor.options)
+            if (before := self._keys.get(id(logger))) is not None and before != key:
+                self._cursors.pop(before, None)  # a service has named its run meanwhile
+            self._keys[id(logger)] = key
+            if (known := self._cursors.get(key)) is not None:
+                cursor.gaps = known.gaps
+            cursor.is_due = box.is_behind or not ended or bool(cursor.gaps)
+            self._cursors[key] = cursor
         try:
             cursors.save(log.path, self._cursors)
         except OSError as error:

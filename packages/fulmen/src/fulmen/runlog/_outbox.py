@@ -78,6 +78,8 @@ class Outbox:
     def read_from(self, log: EventLog) -> None:
         """What does not fit into the queue is read again from ``log``, in which the items' positions are."""
         self._log = log
+        if log.size < self._read_to:  # somebody has deleted the file since
+            self._read_to = 0
 
     def start_at(self, log: EventLog) -> None:
         """The same for a logger that is told nothing of what is in ``log`` already."""
@@ -262,7 +264,8 @@ class Outbox:
 
     def _takes_others(self, item: Item) -> bool:
         """Try the next row instead; when the sink takes that, it is ``item`` that it does not take, and it goes."""
-        index = next((i for i, other in enumerate(self._items) if i and isinstance(other, Row)), 0)
+        items = tuple(self._items)  # the training thread may append meanwhile
+        index = next((i for i, other in enumerate(items) if i and isinstance(other, Row)), 0)
         if not index or self._try(self._items[index]) is not None:
             return False
         end = self._items[index].end

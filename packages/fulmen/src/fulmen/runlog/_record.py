@@ -56,6 +56,14 @@ def plain(value: object) -> object:
         return [plain(item) for item in cast("list[object]", value)]
     if isinstance(value, (int, str)):
         return str(value) if isinstance(value, str) else int(value)
+    item = getattr(value, "item", None)
+    if callable(item):  # numpy's and torch's numbers
+        try:
+            found = item()
+        except (RuntimeError, ValueError, TypeError):  # more than one element
+            found = None
+        if isinstance(found, (bool, int, float)):
+            return plain(found)
     try:
         return str(value)
     except Exception:  # noqa: BLE001 - a user's __str__ must not stop the run

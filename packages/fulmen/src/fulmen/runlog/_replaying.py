@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from fulmen.runlog import _cursors as cursors
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
     from fulmen_protocols import Logger, LoggerStatus
 
-__all__ = ["replay"]
+__all__ = ["catch_up", "replay"]
 
 _AT_ONCE = 500
 """Records between two notes of how far it got."""
 
 
-def replay(run: str, logger: Logger, *, after: int | None = None) -> int:
+def replay(run: str, logger: Logger) -> int:
     """Deliver the log of ``run`` to ``logger``, and finalize it with how the run ended.
 
     Called again for the same destination it goes on where it stopped, whether it was interrupted or the run has gone
@@ -31,7 +31,6 @@ def replay(run: str, logger: Logger, *, after: int | None = None) -> int:
     Args:
         run: the run's folder, or its log.
         logger: what is fed.
-        after: start at this position in the log, in bytes; None: at the noted one, 0 for a new destination.
 
     Returns:
         How many records were delivered.
@@ -46,40 +45,60 @@ def replay(run: str, logger: Logger, *, after: int | None = None) -> int:
     cursor = cursors.Cursor(
         name or type(logger).__name__, options or {}, can_reopen=name is not None and options is not None
     )
-    cursor = known.setdefault(cursors.key_of(cursor.logger, cursor.options), cursor)
-    start = cursor.delivered_to if after is None else after
-    cursor.is_due = True
+    return catch_up(path, logger, known, cursors.key_of(cursor.logger, cursor.options), cursor)
+
+
+def catch_up(
+    path: str, logger: Logger, known: dict[str, cursors.Cursor], key: str, new: cursors.Cursor | None = None
+) -> int:
+    """Deliver to ``logger`` what the destination ``key`` has not got yet; see ``replay``.
+
+    Args:
+        path: of the log.
+        logger: what is fed.
+        known: the destinations of the log, which is updated and saved.
+        key: the destination among them.
+        new: it, if it may not be among them yet.
+    """
+    cursor = known[key] if new is None else known.setdefault(key, new)
+    lookup: SupportsRowLookup | None = None
+    if (cursor.delivered_to > 0 or cursor.gaps) and supports(logger, SupportsRowLookup):
+        lookup = logger  # a process that was killed may have saved more than it could note
     timed: SupportsRowTime | None = logger if supports(logger, SupportsRowTime) else None
+    cursor.is_due = True
     delivered = 0
-    # A process that was killed may have saved more than it could note.
-    lookup: SupportsRowLookup | None = logger if start > 0 and supports(logger, SupportsRowLookup) else None
-    items = _items(path, start)
+    items = _items(path, cursor)
     while batch := list(islice(items, _AT_ONCE)):
         done = None
         try:
             for item in batch:
-                if lookup is not None and isinstance(item, Row) and lookup.has_row(item.metrics, item.x):
-                    done = item
-                    continue
-                _deliver(item, logger, timed)
-                done, delivered = item, delivered + 1
+                if lookup is None or not isinstance(item, Row) or not lookup.has_row(item.metrics, item.x):
+                    _deliver(item, logger, timed)
+                    delivered += 1
+                done = item
         finally:
             if done is not None:
                 logger.save()
-                cursor.delivered_to = done.end
+                _note(cursor, done.end)
                 cursors.save(path, known)
-    status = read_run(path).status
     ended: dict[str, LoggerStatus] = {"success": "success", "failed": "failed"}
-    logger.finalize(ended.get(status, "finished"))
-    cursor.is_due = False
+    logger.finalize(ended.get(read_run(path).status, "finished"))
+    cursor.is_due, cursor.gaps = False, []
     cursors.save(path, known)
     return delivered
 
 
-def _items(path: str, start: int) -> Iterator[Row | Hyperparameters]:
-    """What comes after ``start``, without the points that the run has logged again since."""
+def _note(cursor: cursors.Cursor, end: int) -> None:
+    """Everything before ``end`` is delivered."""
+    cursor.gaps = [[max(first, end), last] for first, last in cursor.gaps if last > end]
+    cursor.delivered_to = max(cursor.delivered_to, end)
+
+
+def _items(path: str, cursor: cursors.Cursor) -> Iterator[Row | Hyperparameters]:
+    """What a destination lacks, without the points that the run has logged again since."""
     whole = {located.start for located in read_run(path).rows}
-    for located in records(path, start):
+    parts: list[tuple[int, int | None]] = [*((first, last) for first, last in cursor.gaps), (cursor.delivered_to, None)]
+    for located in chain.from_iterable(records(path, first, last) for first, last in parts):
         if located.record["kind"] == "metrics" and located.start not in whole:
             continue
         item = deliverable(located)

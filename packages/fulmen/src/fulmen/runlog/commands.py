@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from fulmen.runlog import _cursors as cursors
 from fulmen.runlog._reader import find, read_run
 from fulmen.runlog._record import FILE
-from fulmen.runlog._replaying import replay
+from fulmen.runlog._replaying import catch_up, replay
 from fulmen_protocols import LOGGERS, available, check, load_factory
 from fulmen_protocols.errors import FulmenError, MisconfigurationException
 
@@ -88,26 +88,28 @@ def _replay(asked: argparse.Namespace) -> int:
         )
     if options and not asked.logger:
         raise MisconfigurationException(f"--option {' '.join(asked.option)} needs --logger, whose options they are.")
-    sinks: list[tuple[str, dict[str, Any], int | None]] = [
+    known = cursors.load(path)
+    sinks: list[tuple[str, dict[str, Any], str | None]] = [
         (name, _with_place(name, options, path), None) for name in asked.logger
     ]
     if not sinks:
-        due = [cursor for cursor in cursors.load(path).values() if cursor.is_due]
-        for cursor in due:
+        due = {key: cursor for key, cursor in known.items() if cursor.is_due}
+        for cursor in due.values():
             if not cursor.can_reopen:
                 print(
                     f"{cursor.logger} did not get everything, but it cannot be opened by name: call "
                     f"fulmen.runlog.replay({os.path.dirname(path)!r}, logger) from Python.",
                     file=sys.stderr,
                 )
-        sinks = [(cursor.logger, cursor.options, cursor.delivered_to) for cursor in due if cursor.can_reopen]
-        if not sinks and not due:
+        sinks = [(cursor.logger, cursor.options, key) for key, cursor in due.items() if cursor.can_reopen]
+        if not due:
             print("nothing to deliver: every logger of the run has got everything")
             return 0
     failed = 0
-    for name, arguments, after in sinks:
+    for name, arguments, key in sinks:
         try:
-            count = replay(path, _made(name, arguments), after=after)
+            logger = _made(name, arguments)
+            count = replay(path, logger) if key is None else catch_up(path, logger, known, key)
         except FulmenError as error:
             print(f"{name}: {error}", file=sys.stderr)
             failed += 1
