@@ -228,13 +228,20 @@ def test_a_service_that_fails_costs_no_step_and_no_record(
     monkeypatch.setattr(type(logger), method, faulty)
     with pytest.warns(UserWarning, match=f"{type(logger).__name__} did not get everything that was logged"):
         trainer = run(logger, tmp_path, Module(), LogDelivery(finalize_timeout_s=0.5, retry_s=0.05))
-    release.set()
 
     assert trainer.global_step == 12
     [log] = tmp_path.rglob("run.jsonl")
     rows = [located.record for located in read_run(str(log)).rows]
     assert [row["x"] for row in rows if "train/loss" in row["values"]] == [1, 3, 5, 7, 9, 11]  # type: ignore[operator]
     assert sum("val_loss" in row["values"] for row in rows) == 2  # type: ignore[operator]
+    monkeypatch.undo()
+    release.set()
+    (_, box) = vars(trainer)["_reporter"].delivery._boxes[id(logger)]
+    assert box.wait_finished(60), "it is back, and gets what it missed"
+    if kind == "wandb":
+        import wandb
+
+        wandb.finish()
 
 
 @pytest.mark.slow

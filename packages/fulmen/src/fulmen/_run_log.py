@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import time
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ from fulmen._silent import DummyLogger
 from fulmen.runlog._delivery import Delivery
 from fulmen.runlog._record import FILE, REPORT_FILE, plain
 from fulmen_fabric import rank_zero_info, rank_zero_warn
+from fulmen_protocols import BackendUnavailable
 
 if TYPE_CHECKING:
     from fulmen._session import Session
@@ -44,7 +46,10 @@ def folder_of(trainer: Trainer) -> str:
     if not isinstance(root, (str, os.PathLike)) or not _files.is_local(root):
         root = trainer.default_root_dir if _files.is_local(trainer.default_root_dir) else os.getcwd()
     run = first.version
-    parts = (first.name, run if run is None or isinstance(run, str) else f"version_{run}")
+    name = None
+    with suppress(BackendUnavailable):  # a run that is known needs no server to have a folder
+        name = first.name
+    parts = (name, run if run is None or isinstance(run, str) else f"version_{run}")
     return _files.join(_files.absolute(root), *(str(part) for part in parts if part not in (None, "")))
 
 
