@@ -283,6 +283,7 @@ def history_of(path: Path) -> list[dict[str, Any]]:
 
 @needs_mlflow
 @pytest.mark.slow
+@pytest.mark.proves("6.7")
 def test_every_checkpoint_is_uploaded_although_retention_deletes_it_meanwhile(tmp_path: Path) -> None:
     logger = fulmen.loggers.MLFlowLogger("kept", tracking_uri=f"sqlite:///{tmp_path / 'm.db'}", log_model="all",
                                          artifact_location=(tmp_path / "artifacts").as_uri())  # fmt: skip

@@ -250,6 +250,7 @@ def test_a_folder_that_cannot_be_written_is_one_error_before_training(tmp_path: 
 # ---------------------------------------------------------------------- loggers out of band
 
 
+@pytest.mark.proves("6.8")
 def test_rows_arrive_in_order_from_another_thread_and_are_complete_when_fit_returns(tmp_path: Path) -> None:
     sink = Sink()
 
@@ -501,6 +502,7 @@ def test_hooks_use_a_loggers_experiment_while_rows_are_delivered(tmp_path: Path)
         assert [event.step for event in read.Scalars(name)] == list(range(STEPS))
 
 
+@pytest.mark.proves("6.8")
 def test_a_failed_run_says_so_in_log_and_loggers(tmp_path: Path) -> None:
     class Fails(Model):
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -63,7 +63,7 @@ class CSVLogger:
         self._hparams = Hyperparameters()
         self._table: Table | None = None
         self._guard = Guard()
-        self._deliver: Callable[[], None] | None = None
+        self._deliver: Callable[[], object] | None = None
         self._earlier: frozenset[tuple[str, frozenset[tuple[str, str]]]] | None = None
 
     @property
@@ -141,7 +141,7 @@ class CSVLogger:
             self._deliver()
         self._flush()
 
-    def waiting_rows(self, deliver: Callable[[], None] | None) -> None:
+    def waiting_rows(self, deliver: Callable[[], object] | None) -> None:
         """Call ``deliver`` before ``save`` writes: a run hands over its rows a little later than it logs them."""
         self._deliver = deliver
 

@@ -79,7 +79,7 @@ class TensorBoardLogger:
         # The HPARAMS page keeps the first settings it reads of a run: they are written by save, when all are known.
         self._hp_pending = False
         self._guard = Guard()
-        self._deliver: Callable[[], None] | None = None
+        self._deliver: Callable[[], object] | None = None
 
     @property
     def name(self) -> str | None:
@@ -241,7 +241,7 @@ class TensorBoardLogger:
         with self._guard:
             self._flush()
 
-    def waiting_rows(self, deliver: Callable[[], None] | None) -> None:
+    def waiting_rows(self, deliver: Callable[[], object] | None) -> None:
         """Call ``deliver`` before ``save`` writes: a run hands over its rows a little later than it logs them."""
         self._deliver = deliver
 

@@ -141,7 +141,7 @@ class SupportsRowLookup(Protocol):
 class SupportsWaitingRows(Protocol):
     """A logger whose ``save`` first asks for what its run has logged and not handed over yet."""
 
-    def waiting_rows(self, deliver: Callable[[], None] | None) -> None:
+    def waiting_rows(self, deliver: Callable[[], object] | None) -> None:
         """Call ``deliver`` at the beginning of ``save`` from now on; None: no longer. It waits a bounded time."""
         ...
 

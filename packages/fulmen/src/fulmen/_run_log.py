@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ def checkpoint_saved(trainer: Trainer, callback: ModelCheckpoint) -> None:
         "best": best or None,
         "best_score": None if callback.best_model_score is None else float(callback.best_model_score),
     }
-    delivery.checkpoint(callback, trainer.loggers, plain(about))  # type: ignore[arg-type]
+    delivery.checkpoint(callback, trainer.loggers, cast("dict[str, object]", plain(about)))
 
 
 def end(trainer: Trainer, status: LoggerStatus, error: BaseException | None = None) -> None:

@@ -115,8 +115,8 @@ class Delivery:
             for cursor in self._cursors.values():
                 if cursor.is_due and cursor.delivered_to < self.log.size:
                     cursor.gaps.append([cursor.delivered_to, self.log.size])
-        for _, box in self._boxes.values():
-            box.read_from(self.log)
+        for _, known in self._boxes.values():
+            known.read_from(self.log)
         self._position, self._sample, self._states, self._state_at = position, sample, 0, 0.0
         self._began = self._since = time.monotonic()
         self._stack, self._seconds = [], {}

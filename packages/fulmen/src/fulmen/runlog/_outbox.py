@@ -191,7 +191,6 @@ class Outbox:
                 self._thread.start()
 
     def _work(self) -> None:
-        me = threading.current_thread()
         while True:
             if self._items or self._refill():
                 if not self._deliver_first():
@@ -204,17 +203,21 @@ class Outbox:
             if self._finished.is_set():
                 # Nothing to do until somebody logs again, who starts a new thread.
                 self._thread = None
-                if not self._items and self._overflow is None and self._final is None:
+                if not self.is_behind or not self._come_back():
                     return
-                with self._lock:
-                    if self._thread is not None:
-                        return
-                    self._thread = me
                 continue
             self._wake.wait()
             self._wake.clear()
             if self._final is None:
                 self._hurry.wait(_LINGER_S)
+
+    def _come_back(self) -> bool:
+        """Something was put in the moment of leaving: whether this thread goes on with it, or another has begun."""
+        with self._lock:
+            if self._thread is not None:
+                return False
+            self._thread = threading.current_thread()
+            return True
 
     def pump(self) -> bool:
         """Deliver as much as can be delivered now; whether nothing is left."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Final, cast
 
@@ -59,7 +59,7 @@ def plain(value: object) -> object:
     item = getattr(value, "item", None)
     if callable(item):  # numpy's and torch's numbers
         try:
-            found = item()
+            found = cast("Callable[[], object]", item)()
         except (RuntimeError, ValueError, TypeError):  # more than one element
             found = None
         if isinstance(found, (bool, int, float)):

@@ -69,7 +69,7 @@ def catch_up(
     delivered = 0
     items = _items(path, cursor)
     while batch := list(islice(items, _AT_ONCE)):
-        done = None
+        done: Row | Hyperparameters | None = None
         try:
             for item in batch:
                 if lookup is None or not isinstance(item, Row) or not lookup.has_row(item.metrics, item.x):

@@ -63,9 +63,9 @@ def metrics(log: RunLog) -> list[Figure]:
         for curve in curves.values():
             curve.points.sort(key=lambda point: point[0])
         figure = Figure(stem, list(curves.values()), x_label)
-        if best is not None and (curve := curves.get(str(best.get("monitor")))) is not None:
+        if best is not None and (scored := curves.get(str(best.get("monitor")))) is not None:
             score = best.get("best_score")
-            found = [point for point in curve.points if isinstance(score, float) and _close(point[1], score)]
+            found = [point for point in scored.points if isinstance(score, float) and _close(point[1], score)]
             figure.mark = found[0] if found else None
         figures.append(figure)
     return sorted(figures, key=lambda figure: (figure.x_label != "step", "loss" not in figure.title.lower()))
