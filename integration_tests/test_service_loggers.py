@@ -186,8 +186,8 @@ def test_an_mlflow_server_that_is_down_beside_another_logger_or_with_a_known_run
     csv = fulmen.loggers.CSVLogger(tmp_path, version="run")
 
     for loggers in ([csv, fulmen.loggers.MLFlowLogger(tracking_uri=address)], [mlflow_of(address, "abc")]):
-        with pytest.warns(UserWarning, match="MLFlowLogger did not get everything that was logged: BackendUnavailable"):
-            trainer = run(loggers, tmp_path, Module(), LogDelivery(finalize_timeout_s=0.2))
+        with pytest.warns(UserWarning, match="MLFlowLogger did not get everything that was logged"):
+            trainer = run(loggers, tmp_path, Module(), LogDelivery(finalize_timeout_s=3))
         assert trainer.global_step == 12
 
 
@@ -227,7 +227,7 @@ def test_a_service_that_fails_costs_no_step_and_no_record(
 
     monkeypatch.setattr(type(logger), method, faulty)
     with pytest.warns(UserWarning, match=f"{type(logger).__name__} did not get everything that was logged"):
-        trainer = run(logger, tmp_path, Module(), LogDelivery(finalize_timeout_s=0.5, retry_s=0.05))
+        trainer = run(logger, tmp_path, Module(), LogDelivery(finalize_timeout_s=2, retry_s=0.05))
 
     assert trainer.global_step == 12
     [log] = tmp_path.rglob("run.jsonl")

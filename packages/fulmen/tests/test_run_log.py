@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not take what is logged")
 
 STEPS = 12
-QUICK = LogDelivery(finalize_timeout_s=0.3, retry_s=0.01, longest_retry_s=0.05)
+QUICK = LogDelivery(finalize_timeout_s=2, retry_s=0.01, longest_retry_s=0.05)
 
 
 class Model(LightningModule):
@@ -306,9 +306,7 @@ def test_a_sink_that_always_raises_costs_no_step_and_replay_delivers_it_all(
     sink = Sink(away(ConnectionError, lambda _, __: True))
     trainer = trainer_for(tmp_path, [CSVLogger(tmp_path, version="run"), sink])
 
-    with pytest.warns(
-        UserWarning, match="Sink did not get everything that was logged: ConnectionError: nobody answers"
-    ):
+    with pytest.warns(UserWarning, match="Sink did not get everything that was logged"):
         trainer.fit(Model(), loader())
 
     folder = tmp_path / "lightning_logs" / "run"
@@ -460,7 +458,7 @@ def test_tensorboard_stops_nothing_when_it_raises(tmp_path: Path) -> None:
             raise OSError("disk gone")
 
     trainer = trainer_for(tmp_path, [CSVLogger(tmp_path, version="run"), Broken(tmp_path, version="tb")])
-    with pytest.warns(UserWarning, match="Broken did not get everything that was logged: OSError: disk gone"):
+    with pytest.warns(UserWarning, match="Broken did not get everything that was logged"):
         trainer.fit(Model(), loader())
 
     assert trainer.global_step == STEPS
