@@ -530,7 +530,7 @@ def test_the_command_exports_from_shards_that_two_ranks_have_written(
 ) -> None:
     folder, meet = tmp_path / "shards", f"file://{tmp_path / 'meet'}"
     ranks = [subprocess.Popen([sys.executable, "-c", SHARDS, str(folder), meet, str(rank)]) for rank in range(2)]
-    assert [rank.wait(timeout=180) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
     assert len(list(folder.glob("*.distcp"))) == 2, "each rank wrote its own part"
     monkeypatch.chdir(tmp_path)
     command = "export shards --format torch_export --module torch.nn:Linear --init in_features=3 out_features=4"
