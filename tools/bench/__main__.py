@@ -18,6 +18,7 @@ NAMES = (
     "scaling",
     "async_save",
     "checkpoint",
+    "logging",
 )
 
 

@@ -33,7 +33,19 @@ from fulmen_protocols.errors import (
 )
 from fulmen_protocols.exporter import Exporter
 from fulmen_protocols.launcher import Launcher
-from fulmen_protocols.logger import Logger, LoggerStatus, SupportsCheckpointUpload, SupportsGraph, SupportsLogDir
+from fulmen_protocols.logger import (
+    Logger,
+    LoggerStatus,
+    SupportsCallingThread,
+    SupportsCheckpointUpload,
+    SupportsDeferredUpload,
+    SupportsGraph,
+    SupportsLogDir,
+    SupportsReopening,
+    SupportsRowLookup,
+    SupportsRowTime,
+    SupportsWaitingRows,
+)
 from fulmen_protocols.precision import (
     Precision,
     PrecisionPlan,
@@ -142,10 +154,12 @@ __all__ = [
     "Strategy",
     "SupportsAsyncSave",
     "SupportsBoundMethods",
+    "SupportsCallingThread",
     "SupportsCheckpointUpload",
     "SupportsCollectives",
     "SupportsDataParallel",
     "SupportsDeviceMesh",
+    "SupportsDeferredUpload",
     "SupportsDeviceStats",
     "SupportsForwardContext",
     "SupportsGradClipping",
@@ -167,13 +181,17 @@ __all__ = [
     "SupportsPatientBarrier",
     "SupportsPrecisionCheck",
     "SupportsPrecisionPlan",
+    "SupportsReopening",
     "SupportsReplicaCheck",
     "SupportsRequeue",
+    "SupportsRowLookup",
+    "SupportsRowTime",
     "SupportsShardedSave",
     "SupportsShardedState",
     "SupportsStateKindChoice",
     "SupportsVerification",
     "SupportsWorldCheck",
+    "SupportsWaitingRows",
     "Topology",
     "WrapsCheckpointIO",
     "available",
