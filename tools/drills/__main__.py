@@ -4,6 +4,7 @@
     flips     COUNT single-byte flips in checkpoints of every format: verification finds each
     kills     COUNT SIGKILLs during saves, local and S3, file and folder: a whole checkpoint is always there
     faults    COUNT storage faults during saves: the last good checkpoint stays, and the error says what happened
+    failures  COUNT of 12 x 4 runs of four ranks, one of which fails: it is named last, with its step, and all end
     train     COUNT trainings killed at random moments and resumed: each ends with the bits of an unbroken one
 
 ``full`` in place of a count takes the numbers of docs/reliability.md.
@@ -15,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from tools.drills import checkpoint_faults, checkpoint_kills, checkpoint_mutations, train
+from tools.drills import checkpoint_faults, checkpoint_kills, checkpoint_mutations, failures, train
 from tools.drills.table import Row, table
 
 # Name: what runs it, count in CI, count of the full run.
@@ -24,6 +25,7 @@ DRILLS: dict[str, tuple[Callable[[int], list[Row]], int, int]] = {
     "flips": (checkpoint_mutations.flips, 100, 1_000),
     "kills": (checkpoint_kills.kills, 12, 500),
     "faults": (checkpoint_faults.faults, 40, 200),
+    "failures": (failures.failures, 4, 48),
     "train": (train.rows, 8, 200),
 }
 

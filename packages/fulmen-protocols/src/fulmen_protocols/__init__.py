@@ -79,6 +79,7 @@ from fulmen_protocols.strategy import (
     SupportsShardedState,
 )
 from fulmen_protocols.topology import Topology
+from fulmen_protocols.whereabouts import PHASES, Position, Whereabouts, current_whereabouts, read_positions
 
 __all__ = [
     "ACCELERATORS",
@@ -90,6 +91,7 @@ __all__ = [
     "HOOKS",
     "LAUNCHERS",
     "LOGGERS",
+    "PHASES",
     "PRECISIONS",
     "SEAMS",
     "STRATEGIES",
@@ -121,6 +123,7 @@ __all__ = [
     "OwnsAccumulation",
     "OwnsBackward",
     "OwnsOptimizerStep",
+    "Position",
     "Precision",
     "PrecisionPlan",
     "Profiler",
@@ -159,11 +162,14 @@ __all__ = [
     "SupportsShardedState",
     "SupportsVerification",
     "Topology",
+    "Whereabouts",
     "WrapsCheckpointIO",
     "available",
     "check",
+    "current_whereabouts",
     "did_you_mean",
     "load",
     "load_factory",
     "missing_members",
+    "read_positions",
 ]
