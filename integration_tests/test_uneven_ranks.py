@@ -140,3 +140,23 @@ def test_an_evaluation_of_loaders_that_ranks_made_for_themselves_counts_every_sa
         assert found["mean"] == pytest.approx(mean, rel=1e-5)
         assert found["sum"] == pytest.approx(everything.sum().item(), rel=1e-4)
         assert (found["max"], found["min"]) == (everything.max().item(), everything.min().item())
+
+
+@pytest.mark.parametrize("case", ["joined", "joined, unsized"])
+def test_an_evaluation_whose_forward_pass_is_a_collective_has_all_ranks_in_it(case: str) -> None:
+    own = [[batch.float() for batch in batches_of(rank)] for rank in range(4)]
+    everything = torch.cat([batch for batches in own for batch in batches])
+
+    for rank, seen in enumerate(ranks(4)):
+        found = seen[case]
+        assert found["hooks"] == BATCHES_OF_RANKS[rank], "hooks hear of the rank's own batches alone"
+        assert found["tested"] == min(BATCHES_OF_RANKS[rank], 6), "and so with a limit"
+        assert found["counted"] == sum(len(batch) for batch in own[rank])
+        assert found["metrics"]["sum"] == pytest.approx(everything.sum().item(), rel=1e-4)
+        assert found["metrics"]["max"] == everything.max().item()
+
+
+def test_a_loop_of_ones_own_trains_as_one_process_would() -> None:
+    expected = in_one_process()
+    for seen in ranks(4):
+        torch.testing.assert_close(seen["fabric"], expected, rtol=1e-10, atol=1e-12)

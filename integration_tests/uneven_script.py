@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import fulmen
+from fulmen_fabric import UnevenRounds
 from fulmen_strategies import DDPStrategy
 
 WORLD = int(sys.argv[1])
@@ -184,11 +186,86 @@ def evaluation_of_unequal_loaders() -> None:
     SEEN["evaluated own"] = trainer(use_distributed_sampler=False).validate(model, verbose=False)[0]
 
 
+class Gathering(Evaluated):
+    """Its forward pass is a collective, as that of a sharded module is: a rank that is through must join the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = CountsCalls()
+        self.hooks = 0
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        dist.all_reduce(torch.ones(()))
+        super().validation_step(self.counts(batch), batch_idx)
+
+    test_step = validation_step
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self.hooks += 1
+
+    on_test_batch_end = on_validation_batch_end
+
+
+def _place(self: DDPStrategy, module: nn.Module) -> nn.Module:
+    return DDPStrategy.place_for_inference(self, module)
+
+
+# DDP without a placement of its own for inference, as a strategy that shards has none.
+AlwaysPlaced: Any = type(
+    "AlwaysPlaced",
+    (),
+    {
+        **{
+            name: member
+            for name, member in vars(DDPStrategy).items()
+            if name not in ("place_for_inference", "__dict__", "__weakref__")
+        },
+        "place": _place,
+    },
+)
+
+
+def evaluation_that_communicates() -> None:
+    for name, sized in (("joined", True), ("joined, unsized", False)):
+        model = Gathering()
+
+        def loader(sized: bool = sized, model: Gathering = model) -> Any:
+            own = [batch.float() for batch in batches_of(model.global_rank)]
+            return Batches(own) if sized else DataLoader(Stream(own), batch_size=None)
+
+        model.val_dataloader = model.test_dataloader = loader  # type: ignore[method-assign]
+        options = {"use_distributed_sampler": False, "strategy": AlwaysPlaced()}
+        found = trainer(**options).validate(model, verbose=False)[0]
+        SEEN[name] = {"metrics": found, "hooks": model.hooks, "counted": model.counts.samples.item()}
+        trainer(**options, limit_test_batches=6).test(model, verbose=False)
+        SEEN[name]["tested"] = model.hooks - SEEN[name]["hooks"]
+
+
+def fabric() -> None:
+    """A loop of one's own, with DDP around the module."""
+    run = fulmen.Fabric(accelerator="cpu", devices=WORLD, strategy=DDPStrategy())
+    run.launch()
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    model, optimizer = run.setup(layers, torch.optim.Adam(layers.parameters(), lr=0.05))
+    strategy: Any = run.strategy
+    rounds = UnevenRounds(strategy.collectives)
+    for _ in range(2):
+        for batch, _ in rounds.over(batches_of(run.global_rank)):
+            loss = model(batch).square().mean()
+            run.backward(rounds.weigh(loss))
+            optimizer.step()
+            optimizer.zero_grad()
+    SEEN["fabric"] = torch.cat([p.detach().flatten() for p in layers.parameters()]).tolist()
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     evaluation()
     if WORLD == 4:
         training()
         evaluation_of_unequal_loaders()
+        evaluation_that_communicates()
+        fabric()
     rank = fulmen.utilities.rank_zero_only.rank if WORLD > 1 else 0
     Path(sys.argv[2], f"rank{rank}.json").write_text(json.dumps(SEEN))

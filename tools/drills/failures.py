@@ -63,7 +63,7 @@ def judge(fault: str, culprit: int, *, ranks: int = RANKS, torchrun: bool = Fals
         try:
             done = subprocess.run(
                 [sys.executable, *arguments], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, timeout=240, check=False, start_new_session=True,
+                stdin=subprocess.DEVNULL, timeout=600, check=False, start_new_session=True,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             kill(folder)

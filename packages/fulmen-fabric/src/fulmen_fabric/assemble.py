@@ -19,6 +19,9 @@ from fulmen_fabric._resolve import (
     sort_plugins,
 )
 
+from fulmen_fabric.abilities import supports
+from fulmen_protocols import SupportsDevices
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -104,6 +107,10 @@ def assemble(
 
     placed = find_strategy(strategy, accelerator_name, world_size, notes)
     launcher = None
+    if placed is not None and node_devices and supports(placed[0], SupportsDevices):
+        # One process, to which the others' devices belong as well.
+        placed[0].take_devices(node_devices)
+        node_devices, device_ids, world_size = node_devices[:1], device_ids[:1], nodes
     if placed is not None and node_devices:
         check_strategy(*placed, node_devices, nodes, environment, notes)
         launcher = find_launcher(*placed, environment, world_size, notes)

@@ -104,9 +104,7 @@ class UnevenRounds:
         finally:
             self.weight, self.is_borrowed = None, False
 
-    def joining(
-        self, batches: Iterable[object], own: float, join: Callable[[object], object]
-    ) -> Iterator[object]:
+    def joining(self, batches: Iterable[object], own: float, join: Callable[[object], object]) -> Iterator[object]:
         """This rank's own batches; then ``join`` runs on a borrowed one for as long as other ranks have batches.
 
         For evaluation, where nothing but the model's own collectives needs the ranks that are through.

@@ -226,7 +226,9 @@ class Session:
     ) -> dict[str, Any]:
         """``step``, ``accumulate`` and ``updates`` of ``FitParts`` for automatic or manual optimization."""
         module, placed, strategy = self.module, self.placed, self.assembly.strategy
-        weigh = None if self.train_loader is None or self.train_loader.rounds is None else self.train_loader.rounds.weigh
+        weigh = (
+            None if self.train_loader is None or self.train_loader.rounds is None else self.train_loader.rounds.weigh
+        )
         self.gradients = gradients = Gradients(strategy, self.assembly.precision, placed, weigh=weigh)
         backward_context: Callable[[Tensor], AbstractContextManager[object]] | None = None
         wrapper = None if placed is module else placed
@@ -360,9 +362,7 @@ def unchanged(batch: object, dataloader_idx: int) -> object:
     return batch
 
 
-def _weighed(
-    backward: Callable[..., object], weigh: Callable[[Tensor], Tensor] | None
-) -> Callable[..., object]:
+def _weighed(backward: Callable[..., object], weigh: Callable[[Tensor], Tensor] | None) -> Callable[..., object]:
     """The user's ``backward``, for a loss with its weight among those of other ranks."""
     return backward if weigh is None else lambda loss, **kwargs: backward(weigh(loss), **kwargs)
 

@@ -168,6 +168,8 @@ class Trainer(TrainerActions):
                 plugins=plugins,
             )
         with _verify.collected(wrong):
+            _verify.strategy(strategy)
+        with _verify.collected(wrong):
             _verify.vendors_flags(model_registry, suggest_integrations)
         _verify.raise_all(wrong)
         settings = self.settings

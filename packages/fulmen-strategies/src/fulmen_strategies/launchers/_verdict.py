@@ -62,7 +62,9 @@ def _minority(values: Mapping[int, T]) -> int | None:
     usual, number = counts.most_common(1)[0]
     if 2 * number <= len(values):  # no majority, as between two ranks: who is behind is waited for
         return min(values, key=lambda rank: (_order(values[rank]), rank))
-    return min((rank for rank, value in values.items() if value != usual), key=lambda rank: (_order(values[rank]), rank))
+    return min(
+        (rank for rank, value in values.items() if value != usual), key=lambda rank: (_order(values[rank]), rank)
+    )
 
 
 def _order(value: object) -> float:

@@ -296,8 +296,8 @@ class World:
             error = self._own_error
             trace = "\n".join(stack_here()) if error is None else "".join(traceback.format_exception(error))
         else:
-            trace = known.trace if known is not None and known.trace else "\n".join(
-                self._stack_of(rank, rank - first - 1)
+            trace = (
+                known.trace if known is not None and known.trace else "\n".join(self._stack_of(rank, rank - first - 1))
             )
         return Failure(
             rank, self.request.world_size, positions[rank].pid, None, trace, time.time(), False, positions[rank],
