@@ -1,4 +1,4 @@
-"""Ranks with unequal data under the Trainer; writes what each rank saw as JSON: ``python uneven_script.py WORLD FOLDER``.
+"""Ranks with unequal data under the Trainer: ``python uneven_script.py WORLD FOLDER``; what they saw, as JSON.
 
 With four ranks also training; with any number the evaluation of 1 to 50 samples.
 """
@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,9 @@ from torch.utils.data import DataLoader, IterableDataset
 import fulmen
 from fulmen_fabric import UnevenRounds
 from fulmen_strategies import DDPStrategy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 WORLD = int(sys.argv[1])
 SEEN: dict[str, Any] = {}
@@ -172,7 +174,8 @@ def evaluation() -> None:
     model, run = Evaluated(), trainer()
     for samples in range(1, 51):
         data = torch.arange(1, samples + 1, dtype=torch.float32).reshape(samples, 1)
-        SEEN[f"evaluated {samples}"] = run.validate(model, DataLoader(data, batch_size=3), verbose=False)[0]  # type: ignore[arg-type]
+        loader: Any = DataLoader(data, batch_size=3)  # type: ignore[arg-type]
+        SEEN[f"evaluated {samples}"] = run.validate(model, loader, verbose=False)[0]
 
 
 def evaluation_of_unequal_loaders() -> None:

@@ -18,7 +18,6 @@ from fulmen_fabric._resolve import (
     hand_over_precision,
     sort_plugins,
 )
-
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import SupportsDevices
 

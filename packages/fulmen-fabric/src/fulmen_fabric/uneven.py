@@ -1,9 +1,9 @@
 """Ranks with different numbers of batches go through an epoch together, and every sample weighs the same.
 
-In each round every rank takes one batch. A rank that has none left takes part with its last one at zero weight, so that
-every collective of the model (a wrapper's reduction, a sharded module's gathering) has all its ranks. Rank r's loss,
-the mean over the ``c_r`` samples of its batch, is multiplied by ``W * c_r / sum(c)``; averaging gradients over the ``W``
-ranks then gives ``sum(c_r * g_r) / sum(c)``, the gradient of one process that has all the samples of the round.
+In each round every rank takes one batch. A rank that has none left takes part with its last one at zero weight, so
+that every collective of the model (a wrapper's reduction, a sharded module's gathering) has all its ranks. Rank r's
+loss, the mean over the ``c_r`` samples of its batch, is multiplied by ``W * c_r / sum(c)``; averaging gradients over
+the ``W`` ranks then gives ``sum(c_r * g_r) / sum(c)``, the gradient of one process that has all the round's samples.
 """
 
 from __future__ import annotations
@@ -116,8 +116,7 @@ class UnevenRounds:
         """
         lengths = cast("list[float]", self._collectives.all_gather_object(own))
         if math.isinf(max(lengths)):
-            limited = batches if math.isinf(own) else islice(batches, int(own))
-            for batch, _ in self.over(limited, length=math.inf):
+            for batch, _ in self.over(batches if math.isinf(own) else islice(batches, int(own))):
                 if self.is_borrowed:
                     join(batch)
                 else:

@@ -245,7 +245,7 @@ class SupportsAdvice(Protocol):
     """A strategy that learns something about its settings while it trains."""
 
     def advice(self, placed: nn.Module) -> str | None:
-        """What should be changed in the next run; None if nothing. Asked once, when training with ``placed`` is over."""
+        """What to change in the next run; None if nothing. Asked once, when training with ``placed`` is over."""
         ...
 
 

@@ -1,8 +1,8 @@
 """Where a process of a run is: a note that it overwrites in shared memory, for others to read when it has failed.
 
 Whoever starts several processes opens a note in each of them (``Whereabouts.open``); a loop that finds one
-(``current_whereabouts``) writes down where it is. Writing costs less than a microsecond and tells nobody: no collective,
-no system call. What a process wrote last outlives it, however it ended.
+(``current_whereabouts``) writes down where it is. Writing costs less than a microsecond and tells nobody: no
+collective, no system call. What a process wrote last outlives it, however it ended.
 """
 
 from __future__ import annotations

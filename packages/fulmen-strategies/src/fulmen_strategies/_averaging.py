@@ -33,8 +33,8 @@ def check_averaging(state: object, period: object) -> None:
     if isinstance(state, PostLocalSGDState):
         if period is None:
             raise MisconfigurationException(
-                "DDPStrategy got a PostLocalSGDState and model_averaging_period=None: ranks would drift apart. Give the "
-                "number of steps after which parameters are averaged, such as model_averaging_period=4."
+                "DDPStrategy got a PostLocalSGDState and model_averaging_period=None: ranks would drift apart. Give "
+                "the number of steps after which parameters are averaged, such as model_averaging_period=4."
             )
     elif period is not None:
         raise MisconfigurationException(
@@ -44,7 +44,8 @@ def check_averaging(state: object, period: object) -> None:
         )
     if period is not None and (type(period) is not int or period < 1):
         raise MisconfigurationException(
-            f"DDPStrategy got model_averaging_period={period!r}: it counts optimizer steps, a whole number of at least 1."
+            f"DDPStrategy got model_averaging_period={period!r}: it counts optimizer steps, a whole number of at least "
+            "1."
         )
 
 

@@ -68,7 +68,8 @@ class DataParallelStrategy:
         wrong = [str(device) for device in devices if device.type != "cuda"]
         if wrong:
             raise MisconfigurationException(
-                f"DataParallelStrategy splits batches over GPUs, but the run has {', '.join(wrong)}: use strategy='ddp'."
+                f"DataParallelStrategy splits batches over GPUs, but the run has {', '.join(wrong)}: "
+                "use strategy='ddp'."
             )
         self._devices, self._device = devices, topology.device
 

@@ -6,13 +6,15 @@ stay: what the step logs, what it adds to metric objects, and what it does to bu
 
 from __future__ import annotations
 
+import math
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from fulmen._metric_batch import first_batch_size
-from fulmen_data import sized_len
+from fulmen_data import has_iterable_dataset, sized_len
 from fulmen_fabric import UnevenRounds
 
 if TYPE_CHECKING:
@@ -104,9 +106,10 @@ class _Joined:
         self._loader, self._limit, self._rounds, self._join = loader, limit, rounds, join
 
     def __iter__(self) -> Any:
-        length = sized_len(self._loader)
-        own = self._limit if length is None else min(self._limit, length)
-        return self._rounds.joining(self._loader, own, self._join)
+        if has_iterable_dataset(self._loader) or (length := sized_len(self._loader)) is None:
+            limited = self._loader if math.isinf(self._limit) else islice(self._loader, int(self._limit))
+            return self._rounds.joining(limited, math.inf, self._join)
+        return self._rounds.joining(self._loader, min(self._limit, length), self._join)
 
 
 class _Unheard:
@@ -149,7 +152,7 @@ def _is_metric(module: nn.Module) -> bool:
 
 
 def _metric_kept(metric: Any) -> Callable[[], object]:
-    """torchmetrics keeps its states as attributes, whose names are those of their defaults."""
+    """Keep the states of a torchmetrics object: attributes whose names are those of their defaults."""
     names = (*metric._defaults, "_update_count", "_computed", "_forward_cache")
     kept = {name: _copied(getattr(metric, name, None)) for name in names}
 

@@ -7,7 +7,6 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,8 @@ from fulmen_protocols import current_whereabouts
 from fulmen_strategies.launchers._pulse import Collective, last_collectives
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fulmen_protocols import Position
 
 __all__ = ["Failure", "exit_of_a_run", "is_consequence", "read_failure", "read_stack", "record_exception", "stack_file"]
