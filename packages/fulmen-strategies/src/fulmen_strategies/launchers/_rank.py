@@ -26,7 +26,7 @@ from fulmen_strategies.launchers._pulse import Pulse
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["MAIN", "become_rank"]
+__all__ = ["MAIN", "become_rank", "report_exit_first"]
 
 MAIN = "main"
 """Whose stack it is, in the folder of notes, when the launcher's own process crashes."""
@@ -52,6 +52,13 @@ def become_rank() -> None:
             _rank = _Rank(starter=int(os.environ[LAUNCHED])) if is_ours else ElasticRank()
 
 
+def report_exit_first() -> None:
+    """Call this after registering what is done at exit: a ``sys.exit`` must be reported before connections close."""
+    if isinstance(_rank, _Rank):
+        atexit.unregister(_rank.at_exit)
+        atexit.register(_rank.at_exit)
+
+
 class _Rank:
     def __init__(self, starter: int) -> None:
         self._starter = starter
@@ -65,14 +72,15 @@ class _Rank:
             Pulse(self._notes, int(os.environ.get("RANK", "0"))).start()
         if self._file:
             sys.excepthook = self._on_uncaught
-            atexit.register(self._at_exit)
+            atexit.register(self.at_exit)
             if not faulthandler.is_enabled():
                 # Kept open on purpose: the handler writes to it when the process crashes.
                 self._stack = open(stack_file(self._file), "w", encoding="utf-8")  # noqa: SIM115
                 faulthandler.enable(self._stack)
         threading.Thread(target=self._watch_starter, name="fulmen-starter-watch", daemon=True).start()
 
-    def _at_exit(self) -> None:
+    def at_exit(self) -> None:
+        """Report the ``sys.exit`` that ends this process, if there is one."""
         error = exit_of_a_run()
         if error is not None and os.getpid() == self._pid and not os.path.exists(self._file):
             record_exception(self._file, error)

@@ -205,7 +205,7 @@ class World:
                     self._ask_where_they_are()
                     if is_consequence(error):
                         # Nobody has failed, and still somebody did not come: that one is what the user has to know.
-                        self._failure = self._who_kept_us_waiting()
+                        self._failure = self._late_failure() or self._who_kept_us_waiting()
                         self._report_at_exit = self._failure is not None
                     self._terminate()
                 error.add_note(self._signature())
@@ -273,6 +273,11 @@ class World:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGABRT)
         _wait_for(processes, 1.0)
+
+    def _late_failure(self) -> Failure | None:
+        """What explains the error of rank 0 all the same, though it came when rank 0 no longer waited for it."""
+        causes = [failure for failure in self._failures() if not failure.is_consequence]
+        return min(causes, key=lambda failure: failure.time_s, default=None)
 
     def _who_kept_us_waiting(self) -> Failure | None:
         """The rank of this node for which the others have waited in vain, if that can be told."""
