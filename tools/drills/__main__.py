@@ -25,7 +25,7 @@ DRILLS: dict[str, tuple[Callable[[int], list[Row]], int, int]] = {
     "flips": (checkpoint_mutations.flips, 100, 1_000),
     "kills": (checkpoint_kills.kills, 12, 500),
     "faults": (checkpoint_faults.faults, 40, 200),
-    "failures": (failures.failures, 4, 48),
+    "failures": (failures.failures, 3, 48),
     "train": (train.rows, 8, 200),
 }
 

@@ -82,9 +82,10 @@ def judge(fault: str, culprit: int, *, ranks: int = RANKS, torchrun: bool = Fals
         return f"{len(left)} processes were left", seconds
     if seconds > LIMIT_S + stall_s:
         return f"took {seconds:.1f} s", seconds
-    report = last_report(done.stdout, culprit, ranks)
+    # torchrun's own summary comes last; the report of a rank that survived stands before it.
+    report = done.stdout if torchrun else last_report(done.stdout, culprit, ranks)
     step = "step 8" if fault in ("raise in validation_step", "raise while saving") else "step "
-    missing = [mark for mark in (evidence, step) if mark not in report]
+    missing = [mark for mark in (evidence, step, f"rank {culprit} of {ranks} (" * torchrun) if mark not in report]
     if missing:
         end = "\n".join(done.stdout.splitlines()[-20:])
         return f"the last report lacks {', '.join(map(repr, missing))}: {end}", seconds
