@@ -9,6 +9,7 @@ from tools.workspace import ROOT
 
 NAMES = (
     "step_overhead",
+    "ddp_overhead",
     "import_time",
     "startup",
     "memory",

@@ -4,6 +4,7 @@
     faults    COUNT storage faults during saves: the last good checkpoint stays, and the error says what happened
     mutated   COUNT mutated checkpoint files: none runs code, ends the interpreter or loads with other content
     kills     COUNT SIGKILLs during saves, local and S3, file and folder: a whole checkpoint is always there
+    failures  COUNT of 12 x 4 runs of four ranks, one of which fails: it is named last, with its step, and all end
     train     COUNT trainings killed at random moments and resumed: each ends with the bits of an unbroken one
 
 ``full`` takes the numbers of docs/reliability.md. That takes hours, which need not be in one piece: with ``--resume``
@@ -19,7 +20,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from tools.drills import checkpoint_faults, checkpoint_kills, checkpoint_mutations, train
+from tools.drills import checkpoint_faults, checkpoint_kills, checkpoint_mutations, failures, train
 from tools.drills.drill import Drill
 from tools.drills.table import Row, added, append, read, table
 from tools.workspace import ROOT
@@ -29,6 +30,7 @@ DRILLS: dict[str, Drill] = {
     "faults": checkpoint_faults.FAULTS,
     "mutated": checkpoint_mutations.MUTATED,
     "kills": checkpoint_kills.KILLS,
+    "failures": failures.FAILURES,
     "train": train.TRAIN,
 }
 RESULTS = ROOT / "build" / "drills.jsonl"

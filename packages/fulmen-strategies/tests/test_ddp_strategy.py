@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +23,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
 from fulmen_protocols import (
     MisconfigurationException,
+    SupportsAdvice,
     SupportsBoundMethods,
     SupportsInferencePlacement,
     SupportsLaunch,
@@ -493,6 +496,118 @@ def check_a_comm_hook_and_its_wrapper_are_used(me: Rank) -> None:
     assert torch.equal(module.first.weight.grad, gradient)
 
 
+def _trained(
+    place: Callable[[nn.Module], nn.Module], me: Rank, step: Callable[[nn.Module, Any], Tensor] | None = None
+) -> nn.Module:
+    """A Net after six steps of SGD, wrapped by ``place``; ``step`` gives the loss."""
+    module = Net()
+    placed, optimizer = place(module), sgd(module)
+    for batch in batches(me.rank, 6):
+        loss = mse_loss(placed(batch[0]), batch[1]) if step is None else step(placed, batch)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return module
+
+
+@pytest.mark.proves("4.8")
+def check_every_option_of_ddp_gives_what_raw_ddp_gives_with_it(me: Rank) -> None:
+    for options in (
+        {"gradient_as_bucket_view": True},
+        {"bucket_cap_mb": 1},
+        {"static_graph": True},
+        {"find_unused_parameters": True},
+        {"static_graph": True, "gradient_as_bucket_view": True},
+    ):
+        strategy = me.joined(process_group_backend=dist.get_backend(), timeout=timedelta(seconds=50), **options)
+        ours = _trained(strategy.place, me)
+        theirs = _trained(lambda module, options=options: DistributedDataParallel(module, **options), me)  # type: ignore[misc]
+        me.same(ours, theirs)
+
+
+@pytest.mark.proves("4.8")
+def check_options_reach_the_wrapper(me: Rank) -> None:
+    strategy = me.joined(find_unused_parameters=True, gradient_as_bucket_view=True, bucket_cap_mb=3)
+
+    placed: Any = strategy.place(Net())
+
+    assert (placed.find_unused_parameters, placed.gradient_as_bucket_view) == (True, True)
+    assert placed.bucket_bytes_cap == 3 * 1024 * 1024
+    assert not placed.static_graph
+
+
+def _post_local(start: int, *, reduce: bool) -> PostLocalSGDState:
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    return PostLocalSGDState(None, alone, start_localSGD_iter=start, post_local_gradient_allreduce=reduce)
+
+
+@pytest.mark.proves("4.8")
+def check_post_local_sgd_equals_local_steps_with_averages_every_few(me: Rank) -> None:
+    strategy = me.joined(
+        ddp_comm_hook=post_localSGD_hook, ddp_comm_state=_post_local(2, reduce=False), model_averaging_period=3
+    )
+    module = Net()
+    placed = strategy.place(module)
+    (optimizer,) = strategy.prepare_optimizers(placed, [torch.optim.SGD(module.parameters(), lr=0.1)])
+    apart: list[bool] = []
+    by_hand = Net()
+    plain = torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    for i, (x, y) in enumerate(batches(me.rank, 9)):
+        loss = mse_loss(placed(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        apart.append(bool(strategy.drifted_parameters(placed)))
+
+        for buffer in by_hand.buffers():  # DDP sends them before each forward pass
+            dist.broadcast(buffer, 0)
+        plain.zero_grad()
+        mse_loss(by_hand(x), y).backward()
+        if i < 2:
+            _mean_gradients(by_hand)
+        plain.step()
+        if i >= 2 and (i - 2) % 3 == 0:
+            for parameter in by_hand.parameters():
+                dist.all_reduce(parameter.data)
+                parameter.data.div_(2)
+
+    for got, expected in zip(module.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(got, expected)
+    assert apart == [False, False, False, True, True, False, True, True, False]
+
+
+@pytest.mark.proves("4.8")
+def check_an_optimizer_that_communicates_itself_is_not_averaged(me: Rank) -> None:
+    strategy = me.joined(
+        ddp_comm_hook=post_localSGD_hook, ddp_comm_state=_post_local(2, reduce=True), model_averaging_period=3
+    )
+    placed = strategy.place(Net())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the import alone: torch.jit.script is deprecated
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+    optimizer = ZeroRedundancyOptimizer(placed.parameters(), torch.optim.SGD, lr=0.1)
+
+    with pytest.raises(MisconfigurationException, match="model_averaging_period=3 cannot work with ZeroRedundancy"):
+        strategy.prepare_optimizers(placed, [optimizer])
+
+
+@pytest.mark.proves("4.13")
+def check_a_graph_that_turned_out_to_be_static_is_mentioned(me: Rank) -> None:
+    strategy = me.joined(find_unused_parameters=True)
+
+    def advice(steps: list[str], strategy: DDPStrategy = strategy) -> str | None:
+        placed = strategy.place(Net())
+        for name, batch in zip(steps, batches(me.rank, len(steps)), strict=True):
+            step = strategy.bind_method(placed, name)
+            (step(batch, 0) if name == "training_step" else step(batch)).backward()  # type: ignore[attr-defined]
+        return strategy.advice(placed)
+
+    assert "DDPStrategy(static_graph=True)" in (advice(["one_branch_step"] * 4) or "")
+    assert advice(["one_branch_step", "training_step", "one_branch_step", "training_step"]) is None, "it changes"
+    assert advice(["training_step"] * 4, me.joined(find_unused_parameters=True, static_graph=True)) is None
+    assert advice(["training_step"] * 4, me.strategy) is None, "nothing was searched for"
+
+
 def check_drift_is_named(me: Rank) -> None:
     module = Net()
     placed = me.strategy.place(module)
@@ -685,7 +800,7 @@ def test_it_offers_what_ddp_can_do() -> None:
     strategy = DDPStrategy()
     for ability in (
         SupportsBoundMethods, SupportsInferencePlacement, SupportsLaunch, SupportsManualBackward, SupportsNoSync,
-        SupportsReplicaCheck,
+        SupportsReplicaCheck, SupportsAdvice,
     ):  # fmt: skip
         assert missing_members(ability, strategy) == []
     assert strategy.launcher == "local"
@@ -699,6 +814,19 @@ def test_it_offers_what_ddp_can_do() -> None:
         ({"find_unused_parameter": True}, "Did you mean 'find_unused_parameters'"),
         ({"module": nn.Linear(1, 1)}, "'module'"),
         ({"ddp_comm_state": 1}, "ddp_comm_hook is None"),
+        ({"model_averaging_period": 4}, "model_averaging_period=4 and ddp_comm_state=None"),
+        (
+            {"ddp_comm_hook": post_localSGD_hook, "ddp_comm_state": PostLocalSGDState(None, None, 1)},
+            "a PostLocalSGDState and model_averaging_period=None",
+        ),
+        (
+            {
+                "ddp_comm_hook": post_localSGD_hook,
+                "ddp_comm_state": PostLocalSGDState(None, None, 1),
+                "model_averaging_period": 0,
+            },
+            "model_averaging_period=0: it counts optimizer steps",
+        ),
     ],
 )
 def test_wrong_options_are_refused_before_anything_starts(options: dict[str, Any], message: str) -> None:

@@ -30,6 +30,7 @@ from fulmen_fabric.spike import SpikeDetection, TrainingSpikeException
 from fulmen_fabric.stopping import StopAgreement, StopSignal
 from fulmen_fabric.throughput import Throughput, ThroughputMonitor
 from fulmen_fabric.transfer import convert_tensors_to_scalars, map_leaves, move_data_to_device, mover
+from fulmen_fabric.uneven import UnevenRounds
 from fulmen_fabric.world import LocalCollectives, World
 from fulmen_fabric.wrappers import is_wrapped
 
@@ -48,6 +49,7 @@ __all__ = [
     "Throughput",
     "ThroughputMonitor",
     "TrainingSpikeException",
+    "UnevenRounds",
     "WarningCache",
     "World",
     "assemble",

@@ -319,6 +319,9 @@ def find_strategy(asked: object, accelerator_name: str, world_size: int, notes: 
         name = _auto_strategy(accelerator_name, world_size)
         processes = "one device" if world_size == 1 else f"{world_size} processes"
         notes.chosen.append(f"strategy='auto' chose {name!r} for {processes}.")
+    if name == "dp" and accelerator_name == "cpu":
+        name = "ddp"
+        rank_zero_warn("strategy='dp' splits batches over GPUs, of which a run on the CPU has none: using 'ddp'.")
     strategy = notes.load(STRATEGIES, name)
     return None if strategy is None else (strategy, name)
 

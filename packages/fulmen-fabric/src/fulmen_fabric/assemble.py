@@ -19,6 +19,8 @@ from fulmen_fabric._resolve import (
     hand_over_precision,
     sort_plugins,
 )
+from fulmen_fabric.abilities import supports
+from fulmen_protocols import SupportsDevices
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -107,6 +109,10 @@ def assemble(
 
     placed = find_strategy(strategy, accelerator_name, world_size, notes)
     launcher = None
+    if placed is not None and node_devices and supports(placed[0], SupportsDevices):
+        # One process, to which the others' devices belong as well.
+        placed[0].take_devices(node_devices)
+        node_devices, device_ids, world_size = node_devices[:1], device_ids[:1], nodes
     if placed is not None and node_devices:
         check_strategy(*placed, node_devices, nodes, environment, notes)
         launcher = find_launcher(*placed, environment, world_size, notes)

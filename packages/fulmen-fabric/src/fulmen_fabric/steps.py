@@ -79,10 +79,28 @@ class BatchStep(Protocol):
 class Gradients:
     """Backward, unscaling, clipping and stepping for one placed module: strategy and precision as callables."""
 
-    __slots__ = ("_clip_norm", "_clip_value", "_owned_backward", "_owned_step", "forward_context", "module", "scaler")
+    __slots__ = (
+        "_clip_norm",
+        "_clip_value",
+        "_owned_backward",
+        "_owned_step",
+        "_weigh",
+        "forward_context",
+        "module",
+        "scaler",
+    )
 
-    def __init__(self, strategy: Strategy, precision: Precision, module: nn.Module | None) -> None:
+    def __init__(
+        self,
+        strategy: Strategy,
+        precision: Precision,
+        module: nn.Module | None,
+        *,
+        weigh: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """``weigh`` gives a loss its weight among those of other ranks, right before its backward pass."""
         self.module = module
+        self._weigh = weigh
         self.scaler: SupportsGradScaling | None = precision if supports(precision, SupportsGradScaling) else None
         self.forward_context: Callable[[], AbstractContextManager[object]] | None = (
             precision.forward_context
@@ -97,11 +115,18 @@ class Gradients:
 
     @property
     def is_plain(self) -> bool:
-        """Whether a backward pass is ``loss.backward()`` and a step ``optimizer.step()``."""
+        """Whether a step is ``optimizer.step()`` and, but for a weight, a backward pass ``loss.backward()``."""
         return self._owned_backward is None and self._owned_step is None and self.scaler is None
+
+    @property
+    def weighs(self) -> bool:
+        """Whether losses get a weight."""
+        return self._weigh is not None
 
     def backward(self, loss: Tensor, **kwargs: object) -> None:
         """Run the backward pass of a loss that is already scaled; ``kwargs`` are those of ``Tensor.backward``."""
+        if self._weigh is not None:
+            loss = self._weigh(loss)
         if self._owned_backward is not None:
             self._owned_backward(loss, self.module, **kwargs)
         else:
@@ -202,7 +227,9 @@ def automatic_step(
     clip = hooks.clip
     unscale = None if scaler is None or not (before_step or clip) else scaler.unscale
     backward: Callable[[Tensor], object] = hooks.backward or (
-        cast("Callable[[Tensor], object]", Tensor.backward) if gradients.is_plain else gradients.backward
+        cast("Callable[[Tensor], object]", Tensor.backward)
+        if gradients.is_plain and not gradients.weighs
+        else gradients.backward
     )
     zero_grad: Callable[[], object] = hooks.zero_grad or optimizer.zero_grad
     engine_accumulates = supports(strategy, OwnsAccumulation)

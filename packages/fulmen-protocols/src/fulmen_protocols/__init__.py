@@ -79,10 +79,12 @@ from fulmen_protocols.strategy import (
     OwnsBackward,
     OwnsOptimizerStep,
     Strategy,
+    SupportsAdvice,
     SupportsBoundMethods,
     SupportsCollectives,
     SupportsDataParallel,
     SupportsDeviceMesh,
+    SupportsDevices,
     SupportsGradClipping,
     SupportsInferencePlacement,
     SupportsLaunch,
@@ -99,6 +101,7 @@ from fulmen_protocols.strategy import (
     SupportsWorldCheck,
 )
 from fulmen_protocols.topology import Topology
+from fulmen_protocols.whereabouts import PHASES, Position, Whereabouts, current_whereabouts, read_positions
 
 __all__ = [
     "ACCELERATORS",
@@ -110,6 +113,7 @@ __all__ = [
     "HOOKS",
     "LAUNCHERS",
     "LOGGERS",
+    "PHASES",
     "PRECISIONS",
     "SEAMS",
     "STRATEGIES",
@@ -141,6 +145,7 @@ __all__ = [
     "OwnsAccumulation",
     "OwnsBackward",
     "OwnsOptimizerStep",
+    "Position",
     "Precision",
     "PrecisionPlan",
     "Profiler",
@@ -152,6 +157,7 @@ __all__ = [
     "Steppable",
     "Storage",
     "Strategy",
+    "SupportsAdvice",
     "SupportsAsyncSave",
     "SupportsBoundMethods",
     "SupportsCallingThread",
@@ -161,6 +167,7 @@ __all__ = [
     "SupportsDeviceMesh",
     "SupportsDeferredUpload",
     "SupportsDeviceStats",
+    "SupportsDevices",
     "SupportsForwardContext",
     "SupportsGradClipping",
     "SupportsGradScaling",
@@ -193,11 +200,14 @@ __all__ = [
     "SupportsWorldCheck",
     "SupportsWaitingRows",
     "Topology",
+    "Whereabouts",
     "WrapsCheckpointIO",
     "available",
     "check",
+    "current_whereabouts",
     "did_you_mean",
     "load",
     "load_factory",
     "missing_members",
+    "read_positions",
 ]

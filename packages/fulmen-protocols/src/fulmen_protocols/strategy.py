@@ -22,10 +22,12 @@ __all__ = [
     "OwnsBackward",
     "OwnsOptimizerStep",
     "Strategy",
+    "SupportsAdvice",
     "SupportsBoundMethods",
     "SupportsCollectives",
     "SupportsDataParallel",
     "SupportsDeviceMesh",
+    "SupportsDevices",
     "SupportsGradClipping",
     "SupportsInferencePlacement",
     "SupportsLaunch",
@@ -315,6 +317,24 @@ class SupportsReplicaCheck(Protocol):
 
     def drifted_parameters(self, module: nn.Module) -> list[str]:
         """Canonical names of the parameters that differ between ranks, the same list on every rank. A collective."""
+        ...
+
+
+@runtime_checkable
+class SupportsAdvice(Protocol):
+    """A strategy that learns something about its settings while it trains."""
+
+    def advice(self, placed: nn.Module) -> str | None:
+        """What to change in the next run; None if nothing. Asked once, when training with ``placed`` is over."""
+        ...
+
+
+@runtime_checkable
+class SupportsDevices(Protocol):
+    """A strategy that drives several devices of a machine from one process, without ranks (``DataParallel``)."""
+
+    def take_devices(self, devices: Sequence[torch.device]) -> None:
+        """Learn which; called once, before ``setup_environment``, whose topology then has the first of them alone."""
         ...
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fulmen_strategies.collectives import TorchCollectives as TorchCollectives
     from fulmen_strategies.ddp import DDPStrategy as DDPStrategy
+    from fulmen_strategies.dp import DataParallelStrategy as DataParallelStrategy
     from fulmen_strategies.environments.local import LightningEnvironment as LightningEnvironment
     from fulmen_strategies.environments.slurm import SLURMEnvironment as SLURMEnvironment
     from fulmen_strategies.environments.torchrun import TorchElasticEnvironment as TorchElasticEnvironment
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DDPStrategy",
+    "DataParallelStrategy",
     "FSDPStrategy",
     "LightningEnvironment",
     "LocalLauncher",
@@ -32,6 +34,7 @@ __all__ = [
 
 _HOME = {
     "DDPStrategy": "ddp",
+    "DataParallelStrategy": "dp",
     "FSDPStrategy": "fsdp",
     "LightningEnvironment": "environments.local",
     "LocalLauncher": "launchers.local",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["LAUNCHED", "process_exists"]
+__all__ = ["LAUNCHED", "NOTES", "process_exists"]
 
 LAUNCHED = "FULMEN_LAUNCHED"
 """Set in the processes that the launcher starts: the id of the process that started them."""
+
+NOTES = "FULMEN_NOTES"
+"""Set there too: the folder in which the ranks of this machine write down where they are."""
 
 
 def process_exists(pid: int) -> bool:

@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
 
 from fulmen_protocols.errors import BackendUnavailable, MisconfigurationException
+from fulmen_strategies.launchers._rank import report_exit_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,6 +82,7 @@ class ProcessGroupMembership:
         # A process that ends with a living group may abort in a destructor ("terminate called without an active
         # exception", exit status 134).
         atexit.register(self.leave)
+        report_exit_first()
 
     def leave(self) -> None:
         """Destroy the group if this object has made it. May be called twice."""

@@ -12,6 +12,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fulmen_protocols.errors import MisconfigurationException, MisconfigurationTypeError, did_you_mean
+from fulmen_strategies._averaging import average_after_steps, check_averaging
 from fulmen_strategies._entry import Entry, enter
 from fulmen_strategies._module_init import created_on
 from fulmen_strategies._process_group import ProcessGroupMembership
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
     from torch._C._distributed_c10d import GradBucket
+    from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
     from torch.futures import Future
     from torch.optim import Optimizer
 
@@ -46,6 +48,9 @@ class DDPStrategy:
         ddp_comm_hook: replaces the all-reduce of each gradient bucket (``ddp_comm_hooks`` of torch).
         ddp_comm_state: first argument of the hook.
         ddp_comm_wrapper: applied to the hook, for example ``fp16_compress_wrapper``.
+        model_averaging_period: with ``post_localSGD_hook`` and its ``PostLocalSGDState``: after ``start_localSGD_iter``
+            steps the parameters, instead of the gradients, are averaged over all ranks after every so many steps of
+            an optimizer.
         kwargs: for DistributedDataParallel: ``find_unused_parameters``, ``static_graph``,
             ``gradient_as_bucket_view``, ``bucket_cap_mb``, ...
 
@@ -62,6 +67,7 @@ class DDPStrategy:
         ddp_comm_hook: CommHook | None = None,
         ddp_comm_state: object | None = None,
         ddp_comm_wrapper: Callable[[CommHook], CommHook] | None = None,
+        model_averaging_period: int | None = None,
         **kwargs: object,
     ) -> None:
         if start_method != "popen":
@@ -72,7 +78,9 @@ class DDPStrategy:
             raise MisconfigurationException(
                 "ddp_comm_wrapper and ddp_comm_state belong to a hook, but ddp_comm_hook is None: give one."
             )
+        check_averaging(ddp_comm_state, model_averaging_period)
         _check_options(kwargs)
+        self._averaging_period = model_averaging_period
         self._backend = process_group_backend
         self._timeout = timeout
         self._comm_hook = ddp_comm_hook
@@ -219,8 +227,26 @@ class DDPStrategy:
         return contextlib.nullcontext() if wrapper is None else wrapper.no_sync()
 
     def prepare_optimizers(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
-        """Return ``optimizers``."""
+        """Return ``optimizers``; with a ``model_averaging_period`` each averages its parameters from now on.
+
+        Raises:
+            MisconfigurationTypeError: an optimizer that communicates itself is to have its parameters averaged.
+        """
+        if self._averaging_period is not None:
+            average_after_steps(optimizers, self._averaging_period, cast("PostLocalSGDState", self._comm_state))
         return optimizers
+
+    def advice(self, placed: nn.Module) -> str | None:
+        """What training with ``placed`` has shown to be worth changing: a graph that turned out to be static."""
+        wrapper = _as_wrapper(placed)
+        if wrapper is None or not wrapper.find_unused_parameters or wrapper.static_graph:
+            return None
+        if not cast("Any", wrapper.reducer)._ddp_graph_static():
+            return None
+        return (
+            "DDPStrategy(find_unused_parameters=True) looked for unused parameters after every forward pass, and found "
+            "the same ones each time. DDPStrategy(static_graph=True) looks only once."
+        )
 
     def drifted_parameters(self, module: nn.Module) -> list[str]:
         """Names of the parameters whose bits differ between ranks, the same list on every rank; in a sound run none.

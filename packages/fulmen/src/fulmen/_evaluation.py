@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fulmen import _whereabouts
 from fulmen._predictions import PredictionRecord
 from fulmen._raw_batches import RawLoader, fetches_itself, hook_of_raw
 from fulmen._reporting import print_results
 from fulmen._run_loaders import eval_loaders
 from fulmen._session import ModelModes, unchanged
+from fulmen._uneven import joined_loaders
 from fulmen.callbacks.prediction_writer import BasePredictionWriter
 from fulmen.evaluate import EvalParts, evaluate
 from fulmen.predict import PredictParts
@@ -169,7 +171,11 @@ class Evaluation:
         hooks = self.binder.evaluation("predict", several_loaders=loaders.several)
         hooks = replace(
             hooks,
-            on_batch_start=(record.begin_batch, *hooks.on_batch_start) if writers else hooks.on_batch_start,
+            on_batch_start=(
+                *_whereabouts.evaluation("predict", self._progress),
+                *((record.begin_batch,) if writers else ()),
+                *hooks.on_batch_start,
+            ),
             on_end=(record.release, *hooks.on_end),
         )
         given = loaders.loaders
@@ -194,6 +200,8 @@ class Evaluation:
         session, metering, loaders = self._session, self._metering, self.loaders(stage)
         name = "validation" if stage == "val" else stage
         hooks = self.binder.evaluation(name, several_loaders=loaders.several)
+        phase = "sanity_check" if self._state.stage is RunningStage.SANITY_CHECKING else name
+        hooks = replace(hooks, on_batch_start=(*_whereabouts.evaluation(phase, self._progress), *hooks.on_batch_start))
         modes = ModelModes(session.module)
         # Where inference needs no wrapper, validation inside fit does without it too: ranks may have different numbers
         # of batches, and a wrapper's forward may be a collective.
@@ -218,8 +226,25 @@ class Evaluation:
         given = loaders.loaders
         if raw:
             hooks, given = _told_of_fetched(hooks), _raw(loaders, limits, store)
+        if not bare and not raw and session.world.world_size > 1:
+            # The forward pass is a collective: ranks that are through must join those that are not.
+            given, limits = self._joined(parts, given, limits), [math.inf] * len(given)
         measured = session.measuring.loaders(f"[_EvaluationLoop].{stage}_next", given, limits)
         return parts, hooks, measured, limits
+
+    def _joined(
+        self, parts: EvalParts, loaders: Sequence[Iterable[object]], limits: Sequence[float]
+    ) -> list[Iterable[object]]:
+        several = len(loaders) > 1
+
+        def step_of(index: int) -> Callable[[object], object]:
+            def step(batch: object) -> object:
+                batch = parts.transfer(batch, index)
+                return parts.step(batch, 0, index) if several else parts.step(batch, 0)
+
+            return step
+
+        return joined_loaders(self._session, loaders, limits, [step_of(index) for index in range(len(loaders))])
 
     def _uses_inference_mode(self) -> bool:
         # gloo reduces tensors in place, which inference tensors refuse.

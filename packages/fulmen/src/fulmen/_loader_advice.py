@@ -1,4 +1,4 @@
-"""What is said about loaders: advice, each piece once for a Trainer, and the refusal of a rank without data."""
+"""What is said about loaders: advice, each piece once for a Trainer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from fulmen_data import has_iterable_dataset, sized_len
 from fulmen_fabric import PossibleUserWarning, rank_zero_warn
-from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
     from collections.abc import Sequence, Sized
@@ -28,7 +27,7 @@ class LoaderAdvice:
         hook: what the user calls them, for example ``val_dataloader``.
         world: the ranks, which must all come here.
         evaluates: whether the stage evaluates or predicts.
-        allows_empty: whether a rank may have no data while others have.
+        allows_empty: whether it is meant that a rank has no data while others have.
         reloads: whether loaders are made anew during the run.
         said: what was said before; added to.
     """
@@ -40,11 +39,7 @@ class LoaderAdvice:
         self._allows_empty, self._reloads, self._said = allows_empty, reloads, said
 
     def __call__(self, given: Sequence[object], split: Sequence[object], lengths: Sequence[float]) -> None:
-        """Say what there is to say of the loaders as ``given``, as ``split`` over ranks, and their ``lengths`` here.
-
-        Raises:
-            MisconfigurationException: on every rank, if a loader is empty on some ranks only.
-        """
+        """Say what there is to say of the loaders as ``given``, as ``split`` over ranks, and their ``lengths`` here."""
         self._emptiness(lengths, [mine is not own for mine, own in zip(split, given, strict=True)])
         for loader in given:
             if _is_data_loader(loader):
@@ -70,19 +65,15 @@ class LoaderAdvice:
             if len(empty) == len(of_ranks):
                 does = "evaluated on it" if self._evaluates else "trained"
                 self._say(f"{which} has no batch, so nothing will be {does}. Check its data set.", UserWarning)
-            elif empty and not (
-                self._evaluates and is_split[index]
-            ):  # split without repeating: fewer samples than ranks
-                text = (
-                    f"{which} has no batch on rank(s) {', '.join(map(str, empty))}, but the other ranks have some, and "
-                    "would wait for them in the first collective."
+            elif empty and not self._allows_empty and not (self._evaluates and is_split[index]):
+                # Split without repeating there may be fewer samples than ranks.
+                self._say(
+                    f"{which} has no batch on rank(s) {', '.join(map(str, empty))}, but the other ranks have some. "
+                    "fulmen waits for nobody because of that; collectives of your own in a step would. Give every rank "
+                    "data, or set allow_zero_length_dataloader_with_multiple_devices = True in the module or "
+                    "datamodule to silence this.",
+                    UserWarning,
                 )
-                if not self._allows_empty:
-                    raise MisconfigurationException(
-                        f"{text} Give every rank data, or set allow_zero_length_dataloader_with_multiple_devices = "
-                        "True in the module or datamodule if your steps have no collective."
-                    )
-                self._say(f"{text} allow_zero_length_dataloader_with_multiple_devices=True lets that pass.")
 
     def _sampling(self, loader: DataLoader[Any]) -> None:
         if has_iterable_dataset(loader):

@@ -9,9 +9,10 @@ from torch import nn
 
 from fulmen.optimizer import parse_optimizers
 from fulmen.states import TrainerFn
-from fulmen_fabric import move_data_to_device
+from fulmen_fabric import move_data_to_device, rank_zero_info
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
+    SupportsAdvice,
     SupportsInferencePlacement,
     SupportsLayerReplacement,
     SupportsOptimizerPreparation,
@@ -111,6 +112,7 @@ def give_back(session: Session) -> None:
     """
     give_back_batch_norms(session.module, session.batch_norms)
     session.batch_norms = {}
+    _pass_on_advice(session)
     if session.world.device.type == "cpu" or supports(session.assembly.strategy, SupportsShardedState):
         return
     session.module.cpu()
@@ -140,3 +142,14 @@ def make_optimizers(session: Session, *, steps_own_schedulers: bool) -> None:
     if supports(precision, SupportsOptimizerPreparation):
         for optimizer in session.optimizers:
             precision.prepare_optimizer(optimizer)
+
+
+def _pass_on_advice(session: Session) -> None:
+    """Tell the user, once, what the strategy has learned about its settings while it trained."""
+    strategy = session.assembly.strategy
+    if session.fn is not TrainerFn.FITTING or session.placed is None or not supports(strategy, SupportsAdvice):
+        return
+    advice = strategy.advice(session.placed)
+    if advice is not None and advice not in session.said:
+        session.said.add(advice)
+        rank_zero_info(advice)

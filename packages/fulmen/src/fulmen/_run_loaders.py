@@ -11,6 +11,7 @@ from fulmen._loaders import EvalLoaders
 from fulmen._raw_batches import fetches_itself
 from fulmen._splitter import Splitter
 from fulmen._train_loader import TrainLoader
+from fulmen._uneven import rounds_for
 from fulmen.states import TrainerFn
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def train_loader(session: Session, settings: Settings) -> TrainLoader:
             overfit=bool(settings.overfit_batches),
             advise=_advice(session, settings, "train"),
             raw=session.told_of_raw_batch if fetches_itself(step) else None,
+            rounds=rounds_for(session.world.collectives, settings.accumulate_grad_batches),
+            gather=session.world.collectives.all_gather_object,
         )
     return session.train_loader
 

@@ -233,7 +233,10 @@ class Session:
     ) -> dict[str, Any]:
         """``step``, ``accumulate`` and ``updates`` of ``FitParts`` for automatic or manual optimization."""
         module, placed, strategy = self.module, self.placed, self.assembly.strategy
-        self.gradients = gradients = Gradients(strategy, self.assembly.precision, placed)
+        weigh = (
+            None if self.train_loader is None or self.train_loader.rounds is None else self.train_loader.rounds.weigh
+        )
+        self.gradients = gradients = Gradients(strategy, self.assembly.precision, placed, weigh=weigh)
         backward_context: Callable[[Tensor], AbstractContextManager[object]] | None = None
         wrapper = None if placed is module else placed
         if not module.automatic_optimization and wrapper is not None and supports(strategy, SupportsManualBackward):
@@ -249,7 +252,9 @@ class Session:
             "on_before_backward": binder.both("on_before_backward"),
             "on_after_backward": binder.both("on_after_backward"),
             "on_before_optimizer_step": binder.both("on_before_optimizer_step"),
-            "backward": None if overridden_backward is None else self.within("backward", overridden_backward),
+            "backward": None
+            if overridden_backward is None
+            else _weighed(self.within("backward", overridden_backward), weigh),
         }
         measuring = self.measuring
         if not module.automatic_optimization:
@@ -364,6 +369,11 @@ class Session:
 def unchanged(batch: object, dataloader_idx: int) -> object:
     """What transfer is where batches are already on their device and nobody overrides its hooks."""
     return batch
+
+
+def _weighed(backward: Callable[..., object], weigh: Callable[[Tensor], Tensor] | None) -> Callable[..., object]:
+    """The user's ``backward``, for a loss with its weight among those of other ranks."""
+    return backward if weigh is None else lambda loss, **kwargs: backward(weigh(loss), **kwargs)
 
 
 def _positional(function: Callable[..., Any]) -> int:

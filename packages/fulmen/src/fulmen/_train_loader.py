@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +18,7 @@ from fulmen._loaders import (
     without_shuffling,
 )
 from fulmen._raw_batches import RawBatches
+from fulmen._uneven import samples_of
 from fulmen_data import CombinedLoader, batches_left
 from fulmen_fabric import PossibleUserWarning, rank_zero_warn
 from fulmen_fabric.place import LoaderPlace
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from fulmen._loaders import Advise, LoaderSource
     from fulmen._splitter import Splitter
     from fulmen.settings import BatchLimit
+    from fulmen_fabric import UnevenRounds
 
 __all__ = ["TrainLoader"]
 
@@ -45,6 +48,8 @@ class TrainLoader:
         overfit: whether every epoch reads the same batches.
         advise: told of the loaders, to warn of what is slow in them.
         raw: where the step fetches its batches itself, told of each.
+        rounds: lets ranks with unequal data go through an epoch together; None for one process.
+        gather: an object of every rank.
     """
 
     def __init__(
@@ -59,6 +64,8 @@ class TrainLoader:
         overfit: bool = False,
         advise: Advise | None = None,
         raw: Callable[[object], object] | None = None,
+        rounds: UnevenRounds | None = None,
+        gather: Callable[[Any], list[Any]] | None = None,
     ) -> None:
         self._source, self._limit, self._limit_name = source, limit, limit_name
         self._splitter, self._process = splitter, process
@@ -67,6 +74,12 @@ class TrainLoader:
         self._advise = advise
         self.raw = raw
         """Where the step fetches its batches itself: told of each."""
+        self.rounds = rounds
+        """Lets ranks with unequal data go through an epoch together; None for one process."""
+        self._gather = gather
+        self._is_uneven = False
+        self._own_batches: float = 0
+        self._rounds_of_epoch: float = 0
         self._raw_batches: RawBatches | None = None
         self._looks_ahead = False
         self._loaded_in: int | None = None
@@ -77,6 +90,7 @@ class TrainLoader:
         self.loader: Any = ()
         self._combined = False
         self.batches: float = 0
+        """Of an epoch; the most that any rank has."""
         self._whole: float = 0  # without the limit
 
     def setup(self, epoch: int) -> None:
@@ -107,9 +121,24 @@ class TrainLoader:
                 )
             self.loader, self._combined = combined, True
             self.batches = combined_length(combined.mode, limits)
+        self._compare_ranks()
         self._place = LoaderPlace(self.loader, self._splitter.world_size, self._rest_of_epoch)
-        self._place.reads_ahead = self._looks_ahead or self.raw is not None or self._process is not None
+        self._place.reads_ahead = (
+            self._looks_ahead or self._is_uneven or self.raw is not None or self._process is not None
+        )
         self._loaded_in = epoch
+
+    def _compare_ranks(self) -> None:
+        """Find out whether ranks have unequal data; equal ones run as if nobody had asked."""
+        self._own_batches, self._is_uneven = self.batches, False
+        if self.rounds is None or self._gather is None or self.raw is not None:
+            return
+        samples = None if self._combined else samples_of(self.loader, self.batches)
+        of_ranks: list[tuple[float, int | None, bool]] = self._gather((self.batches, samples, self._looks_ahead))
+        self.batches = max(batches for batches, _, _ in of_ranks)
+        is_open = any(looks_ahead for _, _, looks_ahead in of_ranks)
+        self._is_uneven = is_open or len(set(of_ranks)) > 1
+        self._rounds_of_epoch = math.inf if is_open else self.batches
 
     @property
     def is_loaded(self) -> bool:
@@ -123,11 +152,11 @@ class TrainLoader:
         """
         if self._running is None or self._epoch != epoch:
             self.setup(epoch)
-            position = self._place.position
-            if self._restored is not None:
-                position.load_state_dict(self._restored)
+            position, restored = self._place.position, self._restored
+            if restored is not None:
+                position.load_state_dict(restored)
                 if self.raw is not None:
-                    start = cast("int", self._restored["batches"])  # a step may have fetched several
+                    start = cast("int", restored["batches"])  # a step may have fetched several
                 self._restored = None
             else:
                 position.restart()
@@ -138,7 +167,11 @@ class TrainLoader:
             if self._process is not None:
                 iterator = iter(self._process(iterator))
             if self.raw is None:
-                self._running = _with_last(iterator, self.batches, start, looks_ahead=self._looks_ahead)
+                self._running = _with_last(iterator, self._own_batches, start, looks_ahead=self._looks_ahead)
+                if self._is_uneven and self.rounds is not None:
+                    own = (batch for batch, _ in self._running)
+                    taken = start if restored is None else cast("int", restored.get("batches", start))
+                    self._running = self.rounds.over(own, length=self._rounds_of_epoch, start=start, taken=taken)
             else:
                 self._raw_batches = RawBatches(
                     iterator, length=self.batches, start=start, told=self.raw, looks_ahead=self._looks_ahead
@@ -171,6 +204,8 @@ class TrainLoader:
         """Where the loader is after ``batch`` batches of the running epoch, or between two epochs."""
         if self._raw_batches is not None:
             batch = self._raw_batches.fetched  # a step may have fetched several
+        elif self._is_uneven and self.rounds is not None and self._running is not None:
+            batch = self.rounds.taken  # other ranks may have had more
         return self._place.state_dict(batch, within_epoch=within_epoch)
 
     def load_state_dict(self, state: Mapping[str, Any], *, saved_ranks: int) -> int | None:

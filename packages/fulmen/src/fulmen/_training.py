@@ -15,6 +15,7 @@ from fulmen._raw_batches import hook_of_raw
 from fulmen._run_loaders import train_loader
 from fulmen._schedules import as_it_is, plain_schedule, watching_schedule
 from fulmen._session import unchanged
+from fulmen._uneven import Borrowing
 from fulmen.fit import FitParts
 from fulmen.plan import Plan
 from fulmen.states import RunningStage
@@ -66,6 +67,8 @@ class Training:
         self._loader = train_loader(session, settings())
         self._has_started = False
         self._plan = Plan()
+        rounds = self._loader.rounds
+        self._borrowing = None if rounds is None else Borrowing(session, rounds)
 
     def compose(self, binder: HookBinder) -> tuple[FitParts, FitHooks]:
         """The loop's parts and hooks, from what callbacks, module and user have set so far."""
@@ -95,12 +98,12 @@ class Training:
                 clip_algorithm=settings.gradient_clip_algorithm,
                 keep_outputs=bool(hooks.on_train_batch_end),
             ),
-            transfer=unchanged_batch if raw else _starting(metering.train, session.transfer()),
+            transfer=unchanged_batch if raw else _starting(metering.train, session.transfer(), self._borrowing),
             schedule=schedule,
             schedule_on_metric=schedule_on_metric,
             log=self._log_step,
             end_batch=self._sync_step if metering.train.may_sync_steps else None,
-            end_epoch=self._end_epoch if session.measuring.is_on else metering.reduce_train,
+            end_epoch=self._end_epoch if session.measuring.is_on or self._borrowing else metering.reduce_train,
             log_epoch=metering.log_train_epoch,
             close_epoch=self._close_epoch,
             validate=self._evaluation.validate,
@@ -122,6 +125,8 @@ class Training:
         self._plan = make_plan(settings, batches=self._loader.batches, validates=self._evaluation.validates)
         if self._metering.reporter.loggers and not settings.fast_dev_run and self._loader.batches > 0:
             log_interval(self._loader.batches, settings.log_every_n_steps, self._session.said)
+        if self._loader.rounds is not None:
+            self._loader.rounds.window = settings.accumulate_grad_batches
         if self._session.forward_only:
             # The epoch's last batch counts as a step all the same: what it leaves is new, and gets its checkpoint.
             self._plan = replace(self._plan, accumulate=sys.maxsize)
@@ -167,10 +172,15 @@ class Training:
     # ------------------------------------------------------------------ what the loop calls
 
     def _end_epoch(self) -> None:
-        self._session.measuring.end("run_training_epoch")
+        if self._borrowing is not None:
+            self._borrowing.end()
+        if self._session.measuring.is_on:
+            self._session.measuring.end("run_training_epoch")
         self._metering.reduce_train()
 
     def _sync_step(self) -> None:
+        if self._borrowing is not None:
+            self._borrowing.end()
         due = not self._progress.window_is_open and self._plan.logs(self._progress)
         self._metering.train.pending_sync(at_flush=due)
 
@@ -207,8 +217,18 @@ def unchanged_batch(batch: object) -> object:
     return batch
 
 
-def _starting(store: MetricStore, transfer: Callable[[object, int], object]) -> Callable[[object], object]:
+def _starting(
+    store: MetricStore, transfer: Callable[[object, int], object], borrowing: Borrowing | None
+) -> Callable[[object], object]:
     """``transfer`` that also tells the store which batch is being trained."""
+    if borrowing is not None:
+        begin = borrowing.begin
+
+        def start_round(batch: object) -> object:
+            begin()
+            return store.start_batch(transfer(batch, 0))
+
+        return start_round
     if transfer is unchanged:
         return store.start_batch
 

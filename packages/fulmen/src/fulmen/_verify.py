@@ -19,6 +19,7 @@ from fulmen_protocols import (
     MisconfigurationException,
     MisconfigurationTypeError,
     OwnsOptimizerStep,
+    SupportsDevices,
     SupportsModuleCheck,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "raise_all",
     "run",
     "step_takes_dataloader_idx",
+    "strategy",
     "sync_batchnorm",
     "vendors_flags",
 ]
@@ -304,3 +306,19 @@ def raise_all(errors: list[MisconfigurationException]) -> None:
         raise errors[0]
     if errors:
         raise MisconfigurationException("\n".join(map(str, errors)))
+
+
+def strategy(asked: object) -> None:
+    """Refuse a strategy that is for loops of one's own.
+
+    Raises:
+        MisconfigurationException: it drives several devices from one process.
+    """
+    if (isinstance(asked, str) and asked.lower() == "dp") or (
+        not isinstance(asked, (str, type)) and supports(asked, SupportsDevices)
+    ):
+        name = repr(asked) if isinstance(asked, str) else type(asked).__name__
+        raise MisconfigurationException(
+            f"strategy={name} is for Fabric only: it splits what forward is given, and a Trainer's steps return one "
+            "loss. Use strategy='ddp'."
+        )

@@ -12,7 +12,17 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from fulmen import _callbacks, _checkpointing, _loggers, _measuring, _preparation, _run_log, _switches, _verify
+from fulmen import (
+    _callbacks,
+    _checkpointing,
+    _loggers,
+    _measuring,
+    _preparation,
+    _run_log,
+    _switches,
+    _verify,
+    _whereabouts,
+)
 from fulmen._actions import TrainerActions
 from fulmen._environment import defaults_from_environment
 from fulmen._evaluation import Evaluation
@@ -170,6 +180,8 @@ class Trainer(TrainerActions):
                 plugins=plugins,
             )
         with _verify.collected(wrong):
+            _verify.strategy(strategy)
+        with _verify.collected(wrong):
             _verify.vendors_flags(model_registry, suggest_integrations)
         _verify.raise_all(wrong)
         settings = self.settings
@@ -320,6 +332,7 @@ class Trainer(TrainerActions):
         outputs: list[Any] = []
         try:
             self.world.launch(_nothing)
+            _whereabouts.begin()
             self._stopping.begin(fitting=fn is TrainerFn.FITTING)
             self._set_up(session, weights_only)
             with _switches.determinism(self.settings), self._stopping.signals:
@@ -350,6 +363,7 @@ class Trainer(TrainerActions):
                     evaluate(*evaluation.prepare(verbose=verbose))
                     outputs = evaluation.results
             self._tear_down(session)
+            _whereabouts.leave()
         except _TunerExitException:
             self._tear_down(session, has_run=False)
         except BaseException as error:
@@ -461,8 +475,9 @@ class Trainer(TrainerActions):
         """The training loop's parts and hooks, with the callbacks of this moment."""
         self._binder = HookBinder(self, session.module, self.callbacks, session.scoped)
         parts, hooks = training.compose(self._binder)
-        if polls := self.strategy.saving.step_hooks():
-            hooks = replace(hooks, on_train_batch_start=(*polls, *hooks.on_train_batch_start))
+        first = (*_whereabouts.training(self._progress), *self.strategy.saving.step_hooks())
+        if first:
+            hooks = replace(hooks, on_train_batch_start=(*first, *hooks.on_train_batch_start))
         self.strategy.gradients = session.gradients
         self.strategy.wrapped_optimizers = session.wrapped
         return parts, hooks
@@ -494,6 +509,7 @@ class Trainer(TrainerActions):
         self.state.status = TrainerStatus.INTERRUPTED
         where = f"rank {self.world.rank}, epoch {self._progress.epoch}, batch {self._progress.batch}"
         error.add_note(f"fulmen: in {session.fn.value}, {where}, optimizer step {self._progress.updates}")
+        _whereabouts.fail(error)
         if session.measuring.is_on:
             session.measuring.close()
             self.profiler.teardown(session.fn.value)

@@ -9,8 +9,17 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["Failure", "is_consequence", "read_failure", "read_stack", "record_exception", "stack_file"]
+from fulmen_protocols import current_whereabouts
+from fulmen_strategies.launchers._pulse import Collective, last_collectives
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fulmen_protocols import Position
+
+__all__ = ["Failure", "exit_of_a_run", "is_consequence", "read_failure", "read_stack", "record_exception", "stack_file"]
 
 # What the transports say when a peer has vanished. It decides only whom to ask first and how long to wait for a better
 # answer, never whether something is an error.
@@ -42,6 +51,9 @@ class Failure:
         trace: its own traceback, or "" if it left none.
         time_s: when, in seconds since the epoch.
         is_consequence: it looks as if another rank had vanished first.
+        position: where it was last, if that is known.
+        collectives: the last ones that it had begun, if torch has recorded them.
+        kept_waiting: how it differed from the others, which waited for it in vain; "" if it ended by itself.
     """
 
     rank: int
@@ -51,6 +63,9 @@ class Failure:
     trace: str
     time_s: float
     is_consequence: bool
+    position: Position | None = None
+    collectives: Sequence[Collective] = ()
+    kept_waiting: str = ""
 
     @property
     def exit_status(self) -> int:
@@ -61,6 +76,11 @@ class Failure:
 
     def __str__(self) -> str:
         who = f"rank {self.rank} of {self.world_size} (process {self.pid})"
+        where = "" if self.position is None else f", at {self.position}"
+        prefix = f"[rank{self.rank}]: "
+        if self.kept_waiting:
+            head = f"{who} kept the others waiting{where}: {self.kept_waiting}. The run was ended. There it stood:"
+            return "\n".join([head, *(prefix + line for line in self.trace.splitlines() or ["an unknown place"])])
         if self.exit_code is not None and self.exit_code < 0:
             how = f"was killed by {_signal_name(-self.exit_code)}"
         elif self.exit_code is not None and not self.trace:
@@ -68,8 +88,7 @@ class Failure:
         else:
             how = "failed"
         lines = self.trace.rstrip().splitlines() or [f"{how} and left no Python traceback.{self._advice()}"]
-        prefix = f"[rank{self.rank}]: "
-        head = f"{who} {how} first; the run was ended. Its own report:"
+        head = f"{who} {how} first{where}; the run was ended. Its own report:"
         return "\n".join([head, *(prefix + line for line in lines)])
 
     def _advice(self) -> str:
@@ -90,23 +109,33 @@ def record_exception(file: str, error: BaseException) -> None:
         },
         "time_s": time.time(),
         "is_consequence": is_consequence(error),
+        "collectives": last_collectives(),
     }
     draft = f"{file}.{os.getpid()}"
     Path(draft).write_text(json.dumps(reply), encoding="utf-8")
     os.replace(draft, file)
 
 
+def exit_of_a_run() -> SystemExit | None:
+    """The ``sys.exit`` with an error that has ended a run in this process: Python says nothing about it."""
+    note = current_whereabouts()
+    error = None if note is None else note.error
+    return error if isinstance(error, SystemExit) and error.code not in (None, 0) else None
+
+
 def read_failure(file: str, *, rank: int, world_size: int, pid: int, exit_code: int | None) -> Failure:
     """What the process has written to ``file``, or what its exit code alone says."""
     trace, time_s, consequence = "", time.time(), False
+    collectives: list[Collective] = []
     try:
         reply = json.loads(Path(file).read_text(encoding="utf-8"))
         trace = str(reply["message"]["extraInfo"]["py_callstack"])
         time_s = float(reply.get("time_s", time_s))  # absent when torch's own @record has written the file
         consequence = bool(reply.get("is_consequence", _sounds_like_a_lost_peer(trace)))
+        collectives = [Collective(*entry) for entry in reply.get("collectives", ())]
     except (OSError, ValueError, KeyError, TypeError):
         trace = read_stack(file)
-    return Failure(rank, world_size, pid, exit_code, trace, time_s, consequence)
+    return Failure(rank, world_size, pid, exit_code, trace, time_s, consequence, collectives=collectives)
 
 
 def stack_file(file: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import logging
 import os
 import shutil
@@ -13,6 +14,7 @@ import tempfile
 import threading
 import time
 import traceback
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch.distributed.elastic.multiprocessing import (
@@ -21,9 +23,20 @@ from torch.distributed.elastic.multiprocessing import (
     start_processes,  # pyright: ignore[reportUnknownVariableType]
 )
 
+from fulmen_protocols import read_positions
 from fulmen_protocols.errors import MisconfigurationException, RankFailure
-from fulmen_strategies._marks import LAUNCHED
-from fulmen_strategies.launchers._failure import Failure, is_consequence, read_failure, read_stack
+from fulmen_strategies._marks import LAUNCHED, NOTES
+from fulmen_strategies.launchers._failure import (
+    Failure,
+    exit_of_a_run,
+    is_consequence,
+    read_failure,
+    read_stack,
+    stack_file,
+)
+from fulmen_strategies.launchers._pulse import Collective, Pulse, ask_all, last_collectives, read_standing, stack_here
+from fulmen_strategies.launchers._rank import MAIN
+from fulmen_strategies.launchers._verdict import odd_rank, others, recent
 
 if TYPE_CHECKING:
     import subprocess
@@ -33,11 +46,13 @@ if TYPE_CHECKING:
 __all__ = ["Request", "World", "refuse_other_request"]
 
 _POLL_S = 0.1
-_VERDICT_S = 2.0  # how long a lost connection may wait for the failure that explains it
+_VERDICT_S = 1.5  # how long a lost connection may wait for the failure that explains it
 _NOTICE_S = 4.0  # how long rank 0 may take to notice by itself that another rank has failed
-_TERM_S = 2.0  # between SIGTERM and SIGKILL
+_TERM_S = 1.0  # between SIGTERM and SIGKILL
 _FINISH_S = 3.0  # how long the others may take to end when rank 0 ends after an error
 _EXIT_S = 5.0  # how long rank 0 may take to leave the interpreter after a failure
+_ANSWER_S = 0.7  # how long ranks may take to say where they are
+_EXAMINE_S = 2.5  # how long all of that may take
 
 _ENDING_SIGNALS = frozenset(
     {signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGABRT}
@@ -103,7 +118,10 @@ class World:
         self._is_ours = threading.Event()  # rank 0 has an error of its own: how the others end no longer matters
         self._is_delivered = threading.Event()  # the main thread knows of the failure
         self._report_at_exit = False
-        self._last_words = ""  # where the others were, to be printed at the very end
+        # Of the ranks besides the one at fault, to be printed before its report.
+        self._stacks: dict[int, list[str]] = {}
+        self._collectives: dict[int, list[Collective]] = {}
+        self._own_error: BaseException | None = None  # what rank 0 raises
         self._stopping = threading.Lock()
         self._hook_before = sys.excepthook
         self._failed_at = 0.0  # by the monotonic clock
@@ -118,6 +136,11 @@ class World:
         if self._start_error is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise self._start_error
+        Pulse(self._folder, self.request.first_rank).start()
+        if not faulthandler.is_enabled():
+            # Kept open on purpose: the handler writes to it if this process crashes, and rank 1 shows it.
+            self._stack = open(stack_file(os.path.join(self._folder, MAIN)), "w", encoding="utf-8")  # noqa: SIM115
+            faulthandler.enable(self._stack)
         self._hook_before = sys.excepthook  # that of the moment: the user may have set one
         sys.excepthook = self._on_uncaught
         atexit.register(self._at_exit)
@@ -143,8 +166,9 @@ class World:
 
     def settle(self, error: BaseException) -> Failure | None:
         """Tell the watch that the main thread raises ``error``; return the failure of another rank that explains it."""
+        self._own_error = error
         if is_consequence(error):
-            self._verdict.wait(_VERDICT_S + 0.5)
+            self._verdict.wait(_VERDICT_S + _EXAMINE_S)
             if self._failure is not None:
                 self._is_delivered.set()
                 return self._failure
@@ -176,13 +200,23 @@ class World:
                 if isinstance(error, RankFailure):
                     return  # it says the same as the report
             else:
-                if is_consequence(error):
-                    # Nobody has failed, and still somebody did not come: the user needs to know where everybody stood.
-                    self._is_ours.set()
-                    self._last_words = self._abort_all()
-                self._end_all(patience_s=0.5)
-                error.add_note(f"raised on rank {self.request.first_rank} of {self.request.world_size}")
+                self._is_ours.set()
+                if not self._all_ended.wait(0.5):
+                    self._ask_where_they_are()
+                    if is_consequence(error):
+                        # Nobody has failed, and still somebody did not come: that one is what the user has to know.
+                        self._failure = self._late_failure() or self._who_kept_us_waiting()
+                        self._report_at_exit = self._failure is not None
+                    self._terminate()
+                error.add_note(self._signature())
+                if not self._report_at_exit:
+                    os.write(2, self._surroundings(self.request.first_rank).encode())
         self._hook_before(kind, error, trace)
+
+    def _signature(self) -> str:
+        rank = self.request.first_rank
+        position = read_positions(self._folder).get(rank)
+        return f"raised on rank {rank} of {self.request.world_size}, at {position}"
 
     def _at_exit(self) -> None:
         if os.getpid() != self._pid:
@@ -192,10 +226,14 @@ class World:
         if self._report_at_exit:
             self._all_ended.wait(_TERM_S + 1)
             self._print_report()
-        elif self._is_ours.is_set():
-            self._end_all(patience_s=_FINISH_S)
-            if self._last_words:
-                os.write(2, self._last_words.encode())
+        elif self._is_ours.is_set() or exit_of_a_run() is not None:
+            self._end_all(patience_s=_FINISH_S if self._is_ours.is_set() else 0.5)
+            error = self._own_error if isinstance(self._own_error, SystemExit) else exit_of_a_run()
+            if error is not None and error.code not in (None, 0):
+                error.add_note(self._signature())
+                rank = self.request.first_rank
+                shown = "".join(traceback.format_exception(error)).splitlines()
+                os.write(2, "".join(f"[rank{rank}]: {line}\n" for line in shown).encode())
         else:
             try:
                 self._all_ended.wait()
@@ -205,24 +243,71 @@ class World:
                 self._stop_this_process(self._failure)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _abort_all(self) -> str:
-        """End the other ranks by SIGABRT, at which faulthandler writes down where they were, and return that."""
-        running = [
-            (i, process)
-            for i, process in enumerate(self._processes())
-            if process.poll() is None and not os.path.exists(self._error_file(i))  # else it is about to end by itself
-        ]
-        for _, process in running:
+    def _ask_where_they_are(self) -> None:
+        """Learn the stacks of all ranks of this node; those that do not answer are aborted."""
+        first = self.request.first_rank
+        running: dict[int, int] = {}
+        for i, process in enumerate(self._processes()):
+            if os.path.exists(self._error_file(i)):
+                failure = read_failure(self._error_file(i), rank=first + i + 1, world_size=0, pid=0, exit_code=None)
+                self._stacks[first + i + 1] = failure.trace.splitlines()
+            elif process.poll() is None:
+                running[first + i + 1] = i
+        ask_all(self._folder, set(running), _ANSWER_S)
+        self._abort([i for rank, i in running.items() if read_standing(self._folder, rank) is None])
+        for rank, i in running.items():
+            self._stacks[rank] = self._stack_of(rank, i)
+        if self._own_error is None:  # else its traceback is printed by itself
+            self._stacks[first] = stack_here()
+
+    def _stack_of(self, rank: int, index: int) -> list[str]:
+        standing = read_standing(self._folder, rank)
+        if standing is not None:
+            return standing.stack
+        return read_stack(self._error_file(index)).splitlines()[1:]  # without the word of the abort
+
+    def _abort(self, indices: list[int]) -> None:
+        """End processes by SIGABRT, at which faulthandler writes down where they were, even inside native code."""
+        processes = [self._processes()[i] for i in indices]
+        for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGABRT)
-        _wait_for([process for _, process in running], 1.0)
-        lines: list[str] = []
-        for i, _ in running:
-            rank = self.request.first_rank + i + 1
-            stack = read_stack(self._error_file(i)).splitlines()[1:]  # without the word of the abort
-            lines.append(f"rank {rank} of {self.request.world_size} was still running, and stood at:")
-            lines.extend(f"[rank{rank}]: {line}" for line in stack or ["an unknown place"])
-        return "".join(f"{line}\n" for line in lines)
+        _wait_for(processes, 1.0)
+
+    def _late_failure(self) -> Failure | None:
+        """What explains the error of rank 0 all the same, though it came when rank 0 no longer waited for it."""
+        causes = [failure for failure in self._failures() if not failure.is_consequence]
+        return min(causes, key=lambda failure: failure.time_s, default=None)
+
+    def _who_kept_us_waiting(self) -> Failure | None:
+        """The rank of this node for which the others have waited in vain, if that can be told."""
+        first, positions = self.request.first_rank, read_positions(self._folder)
+        failures = {failure.rank: failure for failure in self._failures()}
+        collectives = self._collectives
+        collectives[first] = last_collectives()
+        for i in range(len(self._processes())):
+            rank = first + i + 1
+            standing = read_standing(self._folder, rank)
+            if standing is not None:
+                collectives[rank] = standing.collectives
+            elif rank in failures:
+                collectives[rank] = list(failures[rank].collectives)
+        found = odd_rank(collectives, positions)
+        if found is None:
+            return None
+        rank, reason = found
+        known = failures.get(rank)
+        if rank == first:
+            error = self._own_error
+            trace = "\n".join(stack_here()) if error is None else "".join(traceback.format_exception(error))
+        else:
+            trace = (
+                known.trace if known is not None and known.trace else "\n".join(self._stack_of(rank, rank - first - 1))
+            )
+        return Failure(
+            rank, self.request.world_size, positions[rank].pid, None, trace, time.time(), False, positions[rank],
+            kept_waiting=reason,
+        )  # fmt: skip
 
     def _error_file(self, index: int) -> str:
         assert self._context is not None
@@ -252,7 +337,7 @@ class World:
             self._see_this_process_end(self._failure)
 
     def _start_processes(self) -> SubprocessContext:
-        others = range(self.request.num_processes - 1)
+        local_ranks = range(self.request.num_processes - 1)
         quiet = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
         level = quiet.level
         quiet.setLevel(logging.ERROR)  # it warns that it cannot install signal handlers, which is what we want
@@ -260,8 +345,8 @@ class World:
             context = start_processes(
                 name="rank",
                 entrypoint=self._command[0],
-                args={i: tuple(self._command[1:]) for i in others},
-                envs={i: self.request.environment(i + 1, self._threads) for i in others},
+                args={i: tuple(self._command[1:]) for i in local_ranks},
+                envs={i: {**self.request.environment(i + 1, self._threads), NOTES: self._folder} for i in local_ranks},
                 logs_specs=DefaultLogsSpecs(log_dir=self._folder),
             )
         finally:
@@ -276,10 +361,12 @@ class World:
                 began = time.monotonic()
                 culprit = self._culprit(failures, began + _VERDICT_S)
                 if culprit is not None:
-                    self._failure, self._failed_at = culprit, began
-                    self._verdict.set()
+                    self._failed_at = began
+                    self._ask_where_they_are()
                     if culprit.is_consequence:  # then the cause is a rank that did not come
-                        self._last_words = self._abort_all()
+                        culprit = self._who_kept_us_waiting() or culprit
+                    self._failure = culprit
+                    self._verdict.set()
                     self._terminate()
                     return
             if all(process.poll() is not None for process in self._processes()):
@@ -300,20 +387,17 @@ class World:
     def _failures(self) -> list[Failure]:
         """How the processes that ended with an error, or are about to, have done so."""
         failures: list[Failure] = []
+        positions = read_positions(self._folder)
         for i, process in enumerate(self._processes()):
             file = self._error_file(i)
             exit_code = process.poll()
             # The file comes first: a process may report its exception and then hang while it leaves.
             if exit_code or (exit_code is None and os.path.exists(file)):
-                failures.append(
-                    read_failure(
-                        file,
-                        rank=self.request.first_rank + i + 1,
-                        world_size=self.request.world_size,
-                        pid=process.pid,
-                        exit_code=exit_code,
-                    )
+                rank = self.request.first_rank + i + 1
+                found = read_failure(
+                    file, rank=rank, world_size=self.request.world_size, pid=process.pid, exit_code=exit_code
                 )
+                failures.append(replace(found, position=positions.get(rank)))
         return failures
 
     def _processes(self) -> list[subprocess.Popen[bytes]]:
@@ -348,21 +432,18 @@ class World:
         flush = threading.Thread(target=_flush, daemon=True)
         flush.start()
         flush.join(0.5)
-        if failure.is_consequence:
-            self._last_words += self._where_this_process_is()
         self._print_report()
         shutil.rmtree(self._folder, ignore_errors=True)
         os._exit(failure.exit_status)
 
     def _print_report(self) -> None:
-        os.write(2, f"{self._failure}\n{self._last_words}".encode())
+        assert self._failure is not None
+        os.write(2, f"{self._surroundings(self._failure.rank)}{self._failure}\n".encode())
 
-    def _where_this_process_is(self) -> str:
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)  # pyright: ignore[reportPrivateUsage]
-        stack = "".join(traceback.format_stack(frame)).splitlines()
-        rank = self.request.first_rank
-        head = f"rank {rank} of {self.request.world_size} was still running, and stood at:\n"
-        return head + "".join(f"[rank{rank}]: {line}\n" for line in stack)
+    def _surroundings(self, culprit: int) -> str:
+        stacks = {rank: stack for rank, stack in sorted(self._stacks.items()) if rank != culprit}
+        world_size = self.request.world_size
+        return others(stacks, read_positions(self._folder), world_size) + recent(self._collectives, world_size)
 
 
 def _wait_for(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:

@@ -1,0 +1,156 @@
+"""The life of a process that torchrun has started: it leaves its error to the agent, and does not wait for the dead.
+
+The agent kills the other workers when one has failed, but SIGTERM does not reach a process that waits in a collective
+with a handler of its own, and the agent then waits for half a minute. What is shared is the folder of the agent's error
+files: there the workers of a node write where they are, so that one that survives can tell of one that does not.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fulmen_protocols import Position, read_positions
+from fulmen_strategies._marks import process_exists
+from fulmen_strategies.launchers._failure import Failure, is_consequence, read_failure, record_exception, stack_file
+from fulmen_strategies.launchers._pulse import Collective, Pulse, ask_all, read_standing
+from fulmen_strategies.launchers._verdict import odd_rank, others, recent
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = ["ElasticRank", "is_elastic"]
+
+_POLL_S = 0.2
+_VERDICT_S = 2.0  # how long a lost connection may wait for the failure that explains it
+_NOTICE_S = 4.0  # how long a process may take to end by itself when another has failed
+_PATIENCE_S = 0.7  # how long ranks may take to say where they are
+
+
+def is_elastic() -> bool:
+    """Whether torchrun, or another elastic agent of torch, has started this process and others on this node."""
+    return bool(os.environ.get("TORCHELASTIC_RUN_ID") and os.environ.get("TORCHELASTIC_ERROR_FILE"))
+
+
+class ElasticRank:
+    """Reports this process's end in the agent's own way, and ends it when another one's end is seen."""
+
+    def __init__(self) -> None:
+        self._file = os.environ["TORCHELASTIC_ERROR_FILE"]
+        self._folder = str(Path(self._file).parent.parent)  # {folder of the attempt}/{local rank}/error.json
+        self._rank = int(os.environ.get("RANK", "0"))
+        self._first = self._rank - int(os.environ.get("LOCAL_RANK", "0"))
+        self._world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self._pid = os.getpid()
+        self._hook_before = sys.excepthook
+        sys.excepthook = self._on_uncaught
+        if not faulthandler.is_enabled():
+            # Kept open on purpose: the handler writes to it when the process crashes.
+            self._stack = open(stack_file(self._file), "w", encoding="utf-8")  # noqa: SIM115
+            faulthandler.enable(self._stack)
+        Pulse(self._folder, self._rank).start()
+        threading.Thread(target=self._watch, name="fulmen-peer-watch", daemon=True).start()
+
+    # ---------------------------------------------------------------- this process fails
+
+    def _on_uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if os.getpid() == self._pid:
+            if is_consequence(error) and self._wait_for_a_cause() is None:
+                record_exception(self._file, error)
+                self._report(self._who_kept_us_waiting())
+            # Its message is what the agent shows last, so it begins with whose it is.
+            position = read_positions(self._folder).get(self._rank)
+            error.add_note(f"raised on rank {self._rank} of {self._world_size}, at {position}")
+            record_exception(self._file, error)
+        self._hook_before(kind, error, trace)
+
+    def _wait_for_a_cause(self) -> Failure | None:
+        until = time.monotonic() + _VERDICT_S
+        while time.monotonic() < until:
+            cause = self._failed()
+            if cause is not None:
+                return cause
+            time.sleep(_POLL_S / 2)
+        return None
+
+    def _who_kept_us_waiting(self) -> Failure | None:
+        positions = read_positions(self._folder)
+        silent = {rank for rank in positions if not os.path.exists(self._file_of(rank))}
+        ask_all(self._folder, silent, _PATIENCE_S)
+        found = odd_rank(self._collectives(positions), positions)
+        if found is None:
+            return None
+        rank, reason = found
+        standing = read_standing(self._folder, rank)
+        trace = "\n".join(standing.stack) if standing is not None else self._read(rank, positions[rank]).trace
+        return Failure(
+            rank, self._world_size, positions[rank].pid, None, trace, time.time(), False, positions[rank],
+            kept_waiting=reason,
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------- another one fails
+
+    def _watch(self) -> None:
+        while True:
+            cause = self._failed()
+            if cause is not None:
+                break
+            time.sleep(_POLL_S)
+        self._report(cause)
+        time.sleep(_NOTICE_S)
+        os._exit(1)
+
+    def _failed(self) -> Failure | None:
+        """A process of this node that has failed by itself, or has vanished from the middle of a run."""
+        for rank, position in read_positions(self._folder).items():
+            if rank == self._rank:
+                continue
+            if os.path.exists(self._file_of(rank)):
+                failure = self._read(rank, position)
+                if not failure.is_consequence:
+                    return failure
+            elif position.phase != 0 and not process_exists(position.pid):
+                return self._read(rank, position)
+        return None
+
+    def _read(self, rank: int, position: Position) -> Failure:
+        file = self._file_of(rank)
+        found = read_failure(file, rank=rank, world_size=self._world_size, pid=position.pid, exit_code=None)
+        trace = found.trace or "vanished, and left no Python traceback; the agent knows its exit code or signal."
+        return Failure(
+            rank, self._world_size, position.pid, None, trace, found.time_s, found.is_consequence, position,
+            found.collectives,
+        )  # fmt: skip
+
+    def _file_of(self, rank: int) -> str:
+        return os.path.join(self._folder, str(rank - self._first), Path(self._file).name)
+
+    def _report(self, failure: Failure | None) -> None:
+        """Print what is known, unless another process of this node does."""
+        if failure is None:
+            return
+        try:
+            os.close(os.open(os.path.join(self._folder, "reported"), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return
+        positions = read_positions(self._folder)
+        alive = {rank for rank, each in positions.items() if rank != failure.rank and process_exists(each.pid)}
+        ask_all(self._folder, alive, _PATIENCE_S)
+        standing = {rank: read_standing(self._folder, rank) for rank in alive}
+        stacks = {rank: said.stack for rank, said in standing.items() if said is not None}
+        text = others(stacks, positions, self._world_size)
+        if failure.kept_waiting:
+            text += recent(self._collectives(positions), self._world_size)
+        os.write(2, f"{text}{failure}\n".encode())
+
+    def _collectives(self, positions: dict[int, Position]) -> dict[int, list[Collective]]:
+        found: dict[int, list[Collective]] = {}
+        for rank, position in positions.items():
+            standing = read_standing(self._folder, rank)
+            found[rank] = list(self._read(rank, position).collectives if standing is None else standing.collectives)
+        return found
