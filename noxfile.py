@@ -67,6 +67,15 @@ def export(session: nox.Session) -> None:
 
 
 @nox.session
+def clusters(session: nox.Session) -> None:
+    """Install SLURM and Open MPI (as root, on Debian or Ubuntu), start one node, and test the environments on them."""
+    python = environment(session, "test", "clusters", at=".nox/clusters")
+    session.run("tools/clusters/install.sh", external=True)
+    session.run("tools/clusters/slurm_up.sh", external=True)
+    session.run(python, "-m", "pytest", "integration_tests/test_real_clusters.py", "-rs", *session.posargs)
+
+
+@nox.session
 def types(session: nox.Session) -> None:
     """Check the packages with mypy and pyright, both strict."""
     python = environment(session, "test", "types")

@@ -180,7 +180,7 @@ class _SaysWhoFailed(logging.Handler):
 
 
 def _comes_first(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, float, int]:
-    """The key of the first failure: no rank that the agent has ended, none that lost a connection, then the earliest."""
+    """Orders failures: first no rank that the agent has ended, none that lost a connection, then the earliest."""
     rank, failure = item
     reply = failure.error_file_data
     ended = failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM) and "time_s" not in reply

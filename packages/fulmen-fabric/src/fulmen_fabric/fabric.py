@@ -162,10 +162,18 @@ class Fabric:
         """Start the other processes, if nobody has, and join them.
 
         Runs and returns ``function(fabric, *args, **kwargs)`` in every process; without it the script just goes on.
+        With a strategy that makes new processes for the function (``"ddp_spawn"``, ``"ddp_notebook"``), what rank 0's
+        returns is all that comes back.
 
         Raises:
             TypeError: ``function`` cannot be called, or takes no argument for the Fabric.
+            MisconfigurationException: the strategy makes new processes, and there is no function for them.
         """
+        if function is None and self._world.runs_apart:
+            raise MisconfigurationException(
+                f"launch() got no function, and strategy {self._assembly.strategy_name!r} runs one in new processes: "
+                "put your loop into a function and pass it, launch(main), or use strategy='ddp' in a script."
+            )
         if function is None:
             self._world.launch(_arguments.nothing)
             return None
@@ -179,6 +187,17 @@ class Fabric:
 
     def _launch_run(self, run: Callable[..., object], *args: object, **kwargs: object) -> object:
         return self._world.launch(partial(run, *args, **kwargs))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is composed here is made of closures, which cannot be taken to another process.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_backward", "_move", "run")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._backward = self._composer.backward()
+        self._move = None
+        if type(self).run is not Fabric.run:
+            self.__dict__["run"] = partial(self._launch_run, self.run)
 
     def close(self) -> None:
         """Leave the process group, release the device and finish pending writes."""

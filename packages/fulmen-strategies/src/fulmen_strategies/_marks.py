@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["LAUNCHED", "process_exists"]
+__all__ = ["LAUNCHED", "STARTER_IS_NO_RANK", "process_exists"]
 
 LAUNCHED = "FULMEN_LAUNCHED"
 """Set in the processes that the launcher starts: the id of the process that started them."""
+
+STARTER_IS_NO_RANK = "FULMEN_AGENT"
+"""Set to 1 where that process only watches: that of ``fulmen run``, or one that has made processes for a function."""
 
 
 def process_exists(pid: int) -> bool:

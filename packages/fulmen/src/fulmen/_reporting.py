@@ -46,6 +46,7 @@ class Reporter:
     Attributes:
         loggers: settable at any time.
         store: the metrics of the loop that is running; set by the loop, None between runs.
+        is_global_zero: settable where a process learns its rank later.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Reporter:
         self.loggers: list[Logger] = loggers if isinstance(loggers, list) else list(loggers)  # a list is shared
         self.log_every_n_steps = log_every_n_steps
         self.store: MetricStore | None = None
-        self._is_global_zero = is_global_zero
+        self.is_global_zero = is_global_zero
         self._save_interval_s = save_interval_s
         self._saved_at = monotonic()
         self._callback: dict[str, Tensor] = {}
@@ -109,6 +110,13 @@ class Reporter:
     def restore(self, callback_metrics: Mapping[str, Tensor], device: torch.device) -> None:
         """Let callbacks and schedulers know what they knew when a checkpoint was written."""
         self._callback.update({name: value.to(device) for name, value in callback_metrics.items()})
+
+    def replace(self, callback: Mapping[str, Tensor], logged: Mapping[str, Tensor], bar: Mapping[str, float]) -> None:
+        """Take over what the reporter of another process knows; all on the CPU."""
+        self.reset()
+        self._callback.update(callback)
+        self._logged.update(logged)
+        self._bar.update(bar)
 
     def to_cpu(self) -> None:
         """Take what is pending and move it off the device, which the run is about to give back. Waits for the device.
@@ -202,7 +210,7 @@ class Reporter:
     def save(self) -> None:
         """Let every logger write what it buffers."""
         self._saved_at = monotonic()
-        if self._is_global_zero:
+        if self.is_global_zero:
             for logger in self.loggers:
                 logger.save()
 
@@ -213,7 +221,7 @@ class Reporter:
     def _report(self, view: MetricView, *, x: int, epoch: int) -> None:
         _require_scalars(view)
         self._take_logged(view.log)
-        if not self._is_global_zero:
+        if not self.is_global_zero:
             return
         if not self.loggers:
             self._take_bar(view.bar)
@@ -236,7 +244,7 @@ class Reporter:
 
     def _write(self, metrics: dict[str, float], x: int, epoch: int | None) -> None:
         """Give a row to every logger. A metric named ``step`` sets the x axis instead of being drawn."""
-        if not self._is_global_zero:
+        if not self.is_global_zero:
             return
         x = int(metrics.pop("step", x))
         if epoch is not None:
@@ -247,7 +255,7 @@ class Reporter:
     def _flush_queue(self) -> None:
         """Read and write the rows of evaluation steps."""
         rows, self._queue = self._queue, []
-        if not rows or not self._is_global_zero or not self.loggers:
+        if not rows or not self.is_global_zero or not self.loggers:
             return
         stacks = [row.values for row in rows if row.values is not None]
         numbers = cast("list[float]", torch.cat(stacks).tolist()) if stacks else []

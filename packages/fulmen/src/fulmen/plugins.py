@@ -1,5 +1,6 @@
 """Plugins by the names people look for here: precisions, checkpoint IO and cluster environments."""
 
+from fulmen._layer_sync import TorchSyncBatchNorm
 from fulmen_checkpoint import (
     AsyncCheckpointIO,
     SafetensorsCheckpointIO,
@@ -7,17 +8,28 @@ from fulmen_checkpoint import (
     TorchCheckpointIO,
 )
 from fulmen_precision import DoublePrecision, HalfPrecision, MixedPrecision
-from fulmen_strategies import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from fulmen_strategies import (
+    KubeflowEnvironment,
+    LightningEnvironment,
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 
 __all__ = [
     "AsyncCheckpointIO",
     "DoublePrecision",
     "HalfPrecision",
+    "KubeflowEnvironment",
+    "LSFEnvironment",
     "LightningEnvironment",
+    "MPIEnvironment",
     "MixedPrecision",
     "SLURMEnvironment",
     "SafetensorsCheckpointIO",
     "ShardedCheckpointIO",
     "TorchCheckpointIO",
     "TorchElasticEnvironment",
+    "TorchSyncBatchNorm",
 ]

@@ -88,6 +88,11 @@ class Tuner:
             margin=margin,
             max_val=max_val,
         )
+        if self._trainer.world.runs_apart:
+            raise MisconfigurationException(
+                f"the Tuner was used with strategy {self._trainer.assembly.strategy_name!r}, whose processes end with "
+                "what they have found. Tune on one device, or in a script with strategy='ddp'."
+            )
         if self._trainer.fast_dev_run:
             rank_zero_warn("fast_dev_run is on: no batch size is searched.")
             return None
