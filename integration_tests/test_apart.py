@@ -158,7 +158,7 @@ def test_a_checkpoint_after_the_processes_have_ended_holds_weights_alone(tmp_pat
     trainer, model = trainer_for(tmp_path, "ddp_fork", 1), seeded()
     trainer.fit(model, loader(), loader())
     with pytest.raises(
-        MisconfigurationException, match="strategy 'ddp_fork' the optimizers were in processes that have"
+        MisconfigurationException, match="strategy 'ddp_fork' had its optimizers in processes that have"
     ):
         trainer.save_checkpoint(tmp_path / "all.ckpt")
     trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
