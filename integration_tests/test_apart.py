@@ -121,6 +121,7 @@ def shuffles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.filterwarnings("ignore:the checkpoint folder")  # as for any second fit of a Trainer
 @pytest.mark.proves("4.2", "4.36")
 def test_what_a_fit_in_forked_processes_has_achieved_comes_back_and_a_second_one_goes_on(tmp_path: Path) -> None:
     trainer, model = trainer_for(tmp_path, "ddp_notebook"), seeded()

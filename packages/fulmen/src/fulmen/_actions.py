@@ -54,7 +54,8 @@ class TrainerActions(TrainerSurface):
         if self.world.runs_apart and not weights_only:
             raise MisconfigurationException(
                 f"save_checkpoint({os.fspath(filepath)!r}): strategy {self.assembly.strategy_name!r} had its "
-                "optimizers in processes that have ended. Let ModelCheckpoint save in the fit, or pass weights_only=True."
+                "optimizers in processes that have ended. Let ModelCheckpoint save during the fit, or pass "
+                "weights_only=True."
             )
         save = self._session.measuring.action("save_checkpoint", _checkpointing.save)
         save(self._as_trainer(), self._session, os.fspath(filepath), bool(weights_only), storage_options)

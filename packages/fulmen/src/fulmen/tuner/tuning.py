@@ -88,11 +88,6 @@ class Tuner:
             margin=margin,
             max_val=max_val,
         )
-        if self._trainer.world.runs_apart:
-            raise MisconfigurationException(
-                f"the Tuner was used with strategy {self._trainer.assembly.strategy_name!r}, whose processes end with "
-                "what they have found. Tune on one device, or in a script with strategy='ddp'."
-            )
         if self._trainer.fast_dev_run:
             rank_zero_warn("fast_dev_run is on: no batch size is searched.")
             return None
@@ -168,6 +163,11 @@ class Tuner:
         return finder.optimal_lr
 
     def _refuse_second(self, kind: type[Any]) -> None:
+        if self._trainer.world.runs_apart:
+            raise MisconfigurationException(
+                f"the Tuner was used with strategy {self._trainer.assembly.strategy_name!r}, whose processes end with "
+                "what they have found. Tune on one device, or in a script with strategy='ddp'."
+            )
         if any(isinstance(callback, kind) for callback in self._trainer.callbacks):
             raise MisconfigurationException(
                 f"the Trainer's callbacks hold a {kind.__name__}, and the Tuner brings its own. Remove one of the two."
