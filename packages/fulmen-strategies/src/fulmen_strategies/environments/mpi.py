@@ -6,6 +6,7 @@ import os
 import socket
 import warnings
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -130,9 +131,7 @@ def _contradictions(place: _Place, num_devices: int, num_nodes: int) -> list[str
 @cache
 def _place() -> _Place:
     """Ask the other processes; once."""
-    from mpi4py import MPI  # starts MPI
-
-    world: Any = MPI.COMM_WORLD
+    world: Any = import_module("mpi4py.MPI").COMM_WORLD  # starts MPI
     own = (socket.gethostname(), os.environ.get("MASTER_ADDR"), _own_port(world.Get_rank()))
     told: list[tuple[str, str | None, int]] = world.allgather(own)
     return _from(told, world.Get_rank())

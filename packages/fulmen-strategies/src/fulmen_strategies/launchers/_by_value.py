@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections import ChainMap
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
@@ -28,9 +27,11 @@ class ByValue(Generic[T]):
     def __reduce__(self) -> tuple[Callable[..., object], tuple[bytes]]:
         stream = io.BytesIO()
         pickler = ForkingPickler(stream, pickle.HIGHEST_PROTOCOL)
-        shared = cast("ChainMap[Any, Any]", pickler.dispatch_table)
-        own = {kind: reduce for kind, reduce in shared.items() if not kind.__module__.startswith("torch")}
-        pickler.dispatch_table = ChainMap(own)  # the rest has ways of its own, which copy
+        shared = cast("dict[type, Any]", pickler.dispatch_table)
+        # torch's types have ways of their own, which copy.
+        pickler.dispatch_table = {
+            kind: reduce for kind, reduce in shared.items() if not kind.__module__.startswith("torch")
+        }
         pickler.dump(self.content)
         return _unpacked, (stream.getvalue(),)
 

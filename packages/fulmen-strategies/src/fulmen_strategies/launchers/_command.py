@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from fulmen_protocols.errors import MisconfigurationException
 
@@ -48,11 +49,10 @@ def _as_hydra_job(arguments: Sequence[str]) -> list[str] | None:
     """
     if "hydra" not in sys.modules:
         return None
-    from hydra.core.hydra_config import HydraConfig
-
-    if not HydraConfig.initialized():
+    config: Any = import_module("hydra.core.hydra_config").HydraConfig
+    if not config.initialized():
         return None
-    job = HydraConfig.get()
+    job = config.get()
     folder = str(job.runtime.output_dir).replace('"', '\\"')
     same_job = [f'hydra.run.dir="{folder}"', "hydra.output_subdir=null"]
     return ["-c", _AS_HYDRA_JOB, str(job.runtime.cwd), str(job.job.name), *arguments, *same_job]
