@@ -137,7 +137,8 @@ def test_the_variables_of_each_starter_are_a_place_among_the_processes(
         ),
         (
             LightningEnvironment, {**BARE, "LOCAL_RANK": "5"}, 3, 2,
-            ["4 contradictions", "devices=3", "LOCAL_WORLD_SIZE=2", "make 6 processes", "WORLD_SIZE=4", "LOCAL_RANK=5", "RANK=7"],
+            ["4 contradictions", "devices=3", "LOCAL_WORLD_SIZE=2", "make 6 processes", "WORLD_SIZE=4",
+             "LOCAL_RANK=5", "RANK=7"],
         ),
         (LSFEnvironment, {"JSM_NAMESPACE_SIZE": "two"}, 1, 1, ["lacks LSB_JOBID", "JSM_NAMESPACE_SIZE", "'two'"]),
     ],
