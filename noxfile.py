@@ -76,6 +76,18 @@ def quantized(session: nox.Session) -> None:
 
 
 @nox.session
+def clusters(session: nox.Session) -> None:
+    """Install SLURM and Open MPI (as root, on Debian or Ubuntu), start one node, and test the environments on them."""
+    python = environment(session, "test", "clusters", at=".nox/clusters")
+    session.run("tools/clusters/install.sh", external=True)
+    session.run("tools/clusters/slurm_up.sh", external=True)
+    # Hydra wants an older omegaconf than the command line's tests.
+    session.run(python, "-m", "pip", "install", "--quiet", "hydra-core")
+    where = ["integration_tests/test_real_clusters.py", "integration_tests/test_hydra_ranks.py"]
+    session.run(python, "-m", "pytest", "-rs", *where, *session.posargs)
+
+
+@nox.session
 def types(session: nox.Session) -> None:
     """Check the packages with mypy and pyright, both strict."""
     python = environment(session, "test", "types")

@@ -60,7 +60,8 @@ def test_a_fabric_finds_what_was_asked_for_and_the_script_its_own_arguments(tmp_
         assert one["argv"] == ["fabric", str(tmp_path), "--lr", "0.1", "--devices", "9"]
         env = one["env"]
         assert env["LT_CLI_USED"] == "1"
-        assert {name: env[f"LT_{name}"] for name in ("ACCELERATOR", "STRATEGY", "DEVICES", "NUM_NODES", "PRECISION")} == {
+        names = ("ACCELERATOR", "STRATEGY", "DEVICES", "NUM_NODES", "PRECISION")
+        assert {name: env[f"LT_{name}"] for name in names} == {
             "ACCELERATOR": "cpu", "STRATEGY": "ddp", "DEVICES": "2", "NUM_NODES": "1", "PRECISION": "bf16-mixed",
         }  # fmt: skip
         assert env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
@@ -200,7 +201,7 @@ def test_its_processes_end_with_it(number: signal.Signals, tmp_path: Path) -> No
         assert process.returncode == 128 + signal.SIGTERM
         assert errors.splitlines()[-1] == "fulmen run got SIGTERM; its processes got it too."
     else:
-        assert f"fulmen run (process {process.pid}) has ended; its processes end with it." in errors
+        assert f"process {process.pid}, which had started the ranks, has ended; they end too." in errors
 
 
 @pytest.mark.proves("8.21")
@@ -213,7 +214,7 @@ def test_its_processes_end_with_it(number: signal.Signals, tmp_path: Path) -> No
         (["--accelerator=cpuu"], "cpuu"),
         (["--accelerator=cpu", "--devices=0"], "devices=0"),
         (["--accelerator=cpu", "--precision=17"], "17"),
-        (["--accelerator=cpu", "--min-devices=3", "--max-restarts=1", "--devices=2"], "--min-devices=3 is more than the 2"),
+        (["--accelerator=cpu", "--min-devices=3", "--max-restarts=1", "--devices=2"], "min-devices=3 is more than"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_started_is_refused_before_it_is(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,6 +21,7 @@ from fulmen_strategies import (
     DDPStrategy,
     FSDPStrategy,
     LightningEnvironment,
+    LSFEnvironment,
     ModelParallelStrategy,
     SingleDeviceStrategy,
     SLURMEnvironment,
@@ -29,6 +31,7 @@ from fulmen_strategies import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
@@ -148,6 +151,35 @@ class TestLocalLauncher(LauncherConformance):
     @pytest.fixture
     def factory(self) -> str:
         return "fulmen_strategies.launchers.local:LocalLauncher"
+
+
+class TestForkLauncher(LauncherConformance):
+    @pytest.fixture
+    def factory(self) -> str:
+        return "fulmen_strategies.launchers.processes:fork_launcher"
+
+    @pytest.fixture
+    def runs_apart(self) -> bool:
+        return True
+
+
+class TestLSFEnvironment(ClusterEnvironmentConformance):
+    @pytest.fixture
+    def make_environment(self) -> Callable[[], ClusterEnvironment]:
+        return LSFEnvironment
+
+    @pytest.fixture
+    def environment_variables(self, tmp_path: Path) -> Mapping[str, str]:
+        hosts = ["launcher", "node-0", "node-0", socket.gethostname(), socket.gethostname()]
+        (tmp_path / "ranks").write_text("\n".join(hosts))
+        return {
+            "LSB_JOBID": "1234567", "LSB_DJOB_RANKFILE": str(tmp_path / "ranks"),
+            "JSM_NAMESPACE_SIZE": "4", "JSM_NAMESPACE_RANK": "3", "JSM_NAMESPACE_LOCAL_RANK": "1",
+        }  # fmt: skip
+
+    @pytest.fixture
+    def expected(self) -> Place:
+        return Place(4, 3, 1, 1, True, "node-0", 10567, num_nodes=2, num_devices=2)
 
 
 class TestLightningEnvironmentAlone(ClusterEnvironmentConformance):

@@ -35,6 +35,11 @@ class LauncherConformance(Kit):
         raise NotImplementedError('define a fixture `factory` that returns "module:callable"')
 
     @pytest.fixture
+    def runs_apart(self) -> bool:
+        """Whether it is a ``LaunchesApart``: every launch has processes of its own, none of which is the caller's."""
+        return False
+
+    @pytest.fixture
     def timeout_s(self) -> float:
         """Seconds after which a launched script counts as hung."""
         return 90.0
@@ -72,12 +77,15 @@ class LauncherConformance(Kit):
 
         assert ended.value == {"local_rank": 0, "answer": [42, None, "text"]}
 
-    def test_launching_again_uses_the_same_processes(self, kit_run: Callable[..., _Ended]) -> None:
-        """Test after fit. On failure look for processes that end after one call, or are started a second time."""
+    def test_launching_again_uses_the_same_processes(self, kit_run: Callable[..., _Ended], runs_apart: bool) -> None:
+        """Test after fit. On failure look for processes that end after one call, or are started a second time.
+
+        With ``runs_apart`` they are others each time.
+        """
         ended = kit_run("twice", 2).succeeded()
 
         assert len(ended.records) == 4, f"two calls in two processes, but {ended.records}"
-        assert len(ended.pids()) == 2
+        assert len(ended.pids()) == (4 if runs_apart else 2)
 
     def test_no_process_outlives_the_main_one(self, kit_run: Callable[..., _Ended]) -> None:
         """A forgotten rank holds its device. On failure look at who ends the others when the script ends."""

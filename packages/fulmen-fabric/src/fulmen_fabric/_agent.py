@@ -17,10 +17,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fulmen_fabric._hanging import end_hanging_children
 from fulmen_fabric._resolve import Notes, find_accelerator, find_devices, find_precision
-from fulmen_fabric.run import refuse_strategy
-from fulmen_protocols import STRATEGIES, available
+from fulmen_protocols import STRATEGIES, available, did_you_mean
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     from fulmen_fabric.run import Request
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Processes", "plan", "supervise"]
 
 _DEFAULT_PORT = 29400
+_NOT_BY_AN_AGENT = ("spawn", "fork", "notebook", "xla")
 _AGENT = "FULMEN_LAUNCHED"
 """Tells the ranks who started them: they report their end to this process, and do not outlive it."""
 
@@ -66,7 +68,7 @@ def plan(request: Request) -> Processes:
     found = None
     if accelerator is not None:
         found = find_devices(asked, accelerator, accelerator.name(), None, request.num_nodes, notes)
-    if request.strategy is not None and (refusal := refuse_strategy(request.strategy, available(STRATEGIES))):
+    if request.strategy is not None and (refusal := _refuse_strategy(request.strategy, available(STRATEGIES))):
         notes.conflicts.add(refusal)
     if request.precision is not None:
         find_precision(request.precision, None, found[1][0].type if found else None, notes)
@@ -77,6 +79,18 @@ def plan(request: Request) -> Processes:
     assert found is not None
     ids = tuple(found[0][:1]) if request.strategy == "dp" else tuple(found[0])  # one process drives all devices
     return Processes(ids, has_ids=found[1][0].type != "cpu")
+
+
+def _refuse_strategy(name: str, known: Sequence[str]) -> str | None:
+    """Why an agent cannot start the processes of this strategy; None if it can."""
+    if any(word in name for word in _NOT_BY_AN_AGENT):
+        return (
+            f"--strategy={name!r} starts its processes by itself, and fulmen run has started them already: "
+            "use its counterpart such as 'ddp', or run the script with python."
+        )
+    if name != "auto" and name not in known:
+        return f"--strategy={name!r} is not installed.{did_you_mean(name, known)} There are {', '.join(known)}."
+    return None
 
 
 def supervise(request: Request, processes: Processes) -> int:
@@ -180,7 +194,7 @@ class _SaysWhoFailed(logging.Handler):
 
 
 def _comes_first(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, float, int]:
-    """The key of the first failure: no rank that the agent has ended, none that lost a connection, then the earliest."""
+    """Orders failures: first no rank that the agent has ended, none that lost a connection, then the earliest."""
     rank, failure = item
     reply = failure.error_file_data
     ended = failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM) and "time_s" not in reply

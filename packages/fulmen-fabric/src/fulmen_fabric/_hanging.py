@@ -1,4 +1,4 @@
-"""Ranks that hang when another one has failed: ended within seconds, where torch's agent would wait for half a minute."""
+"""Ranks that hang when another one has failed: ended within seconds; torch's agent would wait for half a minute."""
 
 from __future__ import annotations
 

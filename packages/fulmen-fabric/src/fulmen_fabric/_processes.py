@@ -86,10 +86,18 @@ class Processes:
 
         Runs and returns ``function(fabric, *args, **kwargs)`` in every process; without it the script just goes on.
         Where a command line or a cluster has started the script in every process, they join each other here, too.
+        With a strategy that makes new processes for the function (``"ddp_spawn"``, ``"ddp_notebook"``), what rank 0's
+        returns is all that comes back.
 
         Raises:
             TypeError: ``function`` cannot be called, or takes no argument for the Fabric.
+            MisconfigurationException: the strategy makes new processes, and there is no function for them.
         """
+        if function is None and self._world.runs_apart:
+            raise MisconfigurationException(
+                f"launch() got no function, and strategy {self._assembly.strategy_name!r} runs one in new processes: "
+                "put your loop into a function and pass it, launch(main), or use strategy='ddp' in a script."
+            )
         if function is None:
             self._world.launch(_arguments.nothing)
             return None

@@ -19,8 +19,11 @@ from fulmen_protocols import (
     PRECISIONS,
     STRATEGIES,
     BrokenPlugin,
+    CarriesParts,
+    LayerSync,
     MissingPackage,
     NotConforming,
+    StrategyParts,
     SupportsCollectives,
     SupportsLaunch,
     SupportsPrecisionCheck,
@@ -47,6 +50,7 @@ __all__ = [
     "Plugins",
     "check_strategy",
     "choose_state_kind",
+    "devices_of_strategy",
     "find_accelerator",
     "find_checkpoint_io",
     "find_devices",
@@ -56,6 +60,7 @@ __all__ = [
     "find_strategy",
     "hand_over_precision",
     "is_interactive",
+    "parts_of_strategy",
     "sort_plugins",
 ]
 
@@ -63,8 +68,10 @@ T = TypeVar("T")
 
 _AUTO_ORDER = ("tpu", "mps", "cuda", "cpu")
 _GPU_ORDER = ("mps", "cuda")
+_DETECTION_ORDER = ("torchrun", "slurm", "lsf", "mpi")
 _PRECISION_ALIASES = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 _AMBIGUOUS_ALIASES = ("16", "bf16")
+_LAYER_SYNC = "layer sync"
 _PLUGIN_SEAMS: tuple[Seam[object], ...] = (PRECISIONS, CHECKPOINT_IOS, CLUSTER_ENVIRONMENTS)
 
 
@@ -103,9 +110,10 @@ class Plugins:
     precision: Precision | None = None
     checkpoint_io: CheckpointIO | None = None
     environment: ClusterEnvironment | None = None
+    layer_sync: LayerSync | None = None
 
 
-def sort_plugins(plugins: object, notes: Notes) -> Plugins:
+def sort_plugins(plugins: object, notes: Notes, *, takes_layer_sync: bool) -> Plugins:
     """Recognise each plugin by the members it has; at most one of a kind."""
     if plugins is None:
         given: list[object] = []
@@ -114,17 +122,25 @@ def sort_plugins(plugins: object, notes: Notes) -> Plugins:
     else:
         given = [plugins]
     by_seam: dict[str, list[object]] = {seam.noun: [] for seam in _PLUGIN_SEAMS}
+    by_seam[_LAYER_SYNC] = []
     for plugin in given:
         if isinstance(plugin, type):
             notes.conflicts.add(
                 f"plugins: got the class {plugin.__name__}, not an instance. Write {plugin.__name__}(...)."
             )
             continue
-        kinds = [seam for seam in _PLUGIN_SEAMS if not missing_members(seam.protocol, plugin)]
+        kinds = [seam.noun for seam in _PLUGIN_SEAMS if not missing_members(seam.protocol, plugin)]
+        if not missing_members(LayerSync, plugin):
+            kinds.append(_LAYER_SYNC)
+            if not takes_layer_sync:
+                notes.conflicts.add(
+                    f"plugins: {type(plugin).__name__} is a {_LAYER_SYNC}, which a Trainer applies. With a Fabric call "
+                    "its apply(model) before setup()."
+                )
         if not kinds:
-            notes.conflicts.add(_unknown_plugin(plugin))
-        for seam in kinds:
-            by_seam[seam.noun].append(plugin)
+            notes.conflicts.add(*_unknown_plugin(plugin))
+        for noun in kinds:
+            by_seam[noun].append(plugin)
     for noun, found in by_seam.items():
         if len(found) > 1:
             names = ", ".join(type(one).__name__ for one in found)
@@ -133,6 +149,7 @@ def sort_plugins(plugins: object, notes: Notes) -> Plugins:
         _one(PRECISIONS, by_seam, notes),
         _one(CHECKPOINT_IOS, by_seam, notes),
         _one(CLUSTER_ENVIRONMENTS, by_seam, notes),
+        cast("LayerSync | None", next(iter(by_seam[_LAYER_SYNC]), None)),
     )
 
 
@@ -141,16 +158,73 @@ def _one(seam: Seam[T], by_seam: dict[str, list[object]], notes: Notes) -> T | N
     return notes.take(seam, found[0]) if found else None
 
 
-def _unknown_plugin(plugin: object) -> str:
+def _unknown_plugin(plugin: object) -> tuple[str, TypeError]:
+    wrong = TypeError(type(plugin).__name__)
     if isinstance(plugin, str):
-        return f"plugins: {plugin!r} is a string. A name of a precision goes to precision=, of a strategy to strategy=."
+        why = "A name of a precision goes to precision=, of a strategy to strategy=."
+        return f"plugins: {plugin!r} is a string. {why}", wrong
     nearest = min(_PLUGIN_SEAMS, key=lambda seam: len(missing_members(seam.protocol, plugin)))
     lacks = ", ".join(missing_members(nearest.protocol, plugin))
-    kinds = ", ".join(seam.protocol.__name__ for seam in _PLUGIN_SEAMS)
-    return (
+    kinds = ", ".join([*(seam.protocol.__name__ for seam in _PLUGIN_SEAMS), LayerSync.__name__])
+    text = (
         f"plugins: {type(plugin).__name__} is none of {kinds}. "
         f"It comes closest to {nearest.protocol.__name__}, but lacks {lacks}."
     )
+    return text, wrong
+
+
+def parts_of_strategy(
+    strategy: object, accelerator: object, given: Plugins, precision: object, notes: Notes
+) -> StrategyParts:
+    """What the user has given to the strategy; what was given elsewhere too is a conflict."""
+    if isinstance(strategy, str) or not supports(strategy, CarriesParts):
+        return StrategyParts()
+    parts = strategy.parts
+    kind = type(strategy).__name__
+
+    def twice(argument: str, part: object, flag: str, value: object) -> None:
+        notes.conflicts.add(
+            f"{kind}({argument}={type(part).__name__}(...)) and {flag}={_shown(value)} both say it. "
+            "Give one of the two."
+        )
+
+    if parts.accelerator is not None and accelerator != "auto":
+        twice("accelerator", parts.accelerator, "accelerator", accelerator)
+    if parts.precision is not None and (precision is not None or given.precision is not None):
+        flag, value = ("precision", precision) if precision is not None else ("plugins", given.precision)
+        twice("precision_plugin", parts.precision, flag, value)
+    if parts.checkpoint_io is not None and given.checkpoint_io is not None:
+        twice("checkpoint_io", parts.checkpoint_io, "plugins", given.checkpoint_io)
+    if parts.cluster_environment is not None and given.environment is not None:
+        twice("cluster_environment", parts.cluster_environment, "plugins", given.environment)
+    return parts
+
+
+def devices_of_strategy(
+    strategy: object, parts: StrategyParts, accelerator: Accelerator, asked: object, notes: Notes
+) -> tuple[list[int], list[torch.device]] | None:
+    """The devices that the user has given to the strategy, compared with the accelerator and ``devices=``."""
+    devices = list(parts.parallel_devices or ())
+    kind = type(strategy).__name__
+    name = accelerator.name()
+    if not devices:
+        notes.conflicts.add(f"{kind}(parallel_devices=[]) names no device. Give at least one, or leave it out.")
+        return None
+    expected = notes.conflicts.attempt(lambda: accelerator.get_parallel_devices([0])) or devices[:1]
+    strange = [str(device) for device in devices if device.type != expected[0].type]
+    if strange:
+        notes.conflicts.add(
+            f"{kind}(parallel_devices=...) has {', '.join(strange)}, and accelerator {name!r} drives "
+            f"{expected[0].type!r}. Pass accelerator={devices[0].type!r}, or devices of the other kind."
+        )
+        return None
+    if asked != "auto" and not (isinstance(asked, (int, str)) and str(asked) == str(len(devices))):
+        notes.conflicts.add(
+            f"{kind}(parallel_devices=...) has {len(devices)} devices, and devices={asked!r} was given too. "
+            "Give one of the two."
+        )
+        return None
+    return [device.index or 0 for device in devices], devices
 
 
 def find_accelerator(asked: object, notes: Notes) -> Accelerator | None:
@@ -225,10 +299,14 @@ def _warn_of_idle_gpu() -> None:
 
 
 def find_environment(given: ClusterEnvironment | None, notes: Notes) -> ClusterEnvironment | None:
-    """The user's environment, or the first installed one that recognises this process: torchrun first, local last."""
+    """The user's environment, or the first installed one that recognises this process.
+
+    torchrun is asked first, because it also runs inside the jobs of schedulers; then SLURM, LSF, MPI and those of
+    others; the local one takes what is left.
+    """
     if given is not None:
         return given
-    names = sorted(available(CLUSTER_ENVIRONMENTS), key=lambda name: (name == "local", name != "torchrun", name))
+    names = sorted(available(CLUSTER_ENVIRONMENTS), key=_detection_order)
     for name in names:
         if name == "local":
             return notes.load(CLUSTER_ENVIRONMENTS, name)
@@ -244,6 +322,12 @@ def find_environment(given: ClusterEnvironment | None, notes: Notes) -> ClusterE
         if detected:
             return notes.load(CLUSTER_ENVIRONMENTS, name)
     return notes.load(CLUSTER_ENVIRONMENTS, "local")
+
+
+def _detection_order(name: str) -> tuple[int, str]:
+    if name == "local":
+        return len(_DETECTION_ORDER) + 1, name
+    return (_DETECTION_ORDER.index(name) if name in _DETECTION_ORDER else len(_DETECTION_ORDER)), name
 
 
 def find_devices(
@@ -308,7 +392,9 @@ def is_interactive() -> bool:
     return hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 
-def find_strategy(asked: object, accelerator_name: str, world_size: int, notes: Notes) -> tuple[Strategy, str] | None:
+def find_strategy(
+    asked: object, accelerator_name: str, world_size: int, num_nodes: int, notes: Notes
+) -> tuple[Strategy, str] | None:
     """The strategy and its name."""
     if not isinstance(asked, str):
         strategy = notes.take(STRATEGIES, asked)
@@ -316,7 +402,7 @@ def find_strategy(asked: object, accelerator_name: str, world_size: int, notes: 
     # Lightning takes any case; a vendor's name may hold capitals.
     name = asked if asked in available(STRATEGIES) else asked.lower()
     if name == "auto":
-        name = _auto_strategy(accelerator_name, world_size)
+        name = _auto_strategy(accelerator_name, world_size, num_nodes)
         processes = "one device" if world_size == 1 else f"{world_size} processes"
         notes.chosen.append(f"strategy='auto' chose {name!r} for {processes}.")
     if name == "dp" and accelerator_name == "cpu":
@@ -326,13 +412,13 @@ def find_strategy(asked: object, accelerator_name: str, world_size: int, notes: 
     return None if strategy is None else (strategy, name)
 
 
-def _auto_strategy(accelerator_name: str, world_size: int) -> str:
+def _auto_strategy(accelerator_name: str, world_size: int, num_nodes: int) -> str:
     installed = available(STRATEGIES)
     if accelerator_name == "tpu":
         return "single_xla" if world_size == 1 else "xla"
     if world_size == 1:
         return "single_device"
-    return "ddp_notebook" if is_interactive() and "ddp_notebook" in installed else "ddp"
+    return "ddp_fork" if num_nodes == 1 and is_interactive() and "ddp_fork" in installed else "ddp"
 
 
 def check_strategy(

@@ -9,6 +9,7 @@ from fulmen_fabric._resolve import (
     Notes,
     check_strategy,
     choose_state_kind,
+    devices_of_strategy,
     find_accelerator,
     find_checkpoint_io,
     find_devices,
@@ -17,6 +18,7 @@ from fulmen_fabric._resolve import (
     find_precision,
     find_strategy,
     hand_over_precision,
+    parts_of_strategy,
     sort_plugins,
 )
 from fulmen_fabric.abilities import supports
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from fulmen_protocols import Accelerator, CheckpointIO, ClusterEnvironment, Launcher, Precision, Strategy
+    from fulmen_protocols import Accelerator, CheckpointIO, ClusterEnvironment, Launcher, LayerSync, Precision, Strategy
 
 __all__ = ["Assembly", "assemble"]
 
@@ -55,6 +57,8 @@ class Assembly:
     """One line for each ``"auto"``: what it chose and why."""
     sources: Mapping[str, str]
     """Noun of each seam, and where its part comes from: ``"ddp from fulmen-strategies 0.1.0"``."""
+    layer_sync: LayerSync | None = None
+    """Of a Trainer, which applies it around a fit."""
 
     @property
     def world_size(self) -> int:
@@ -71,6 +75,7 @@ def assemble(
     precision: str | int | None = None,
     plugins: object | Sequence[object] | None = None,
     state_kind: Literal["full", "sharded"] = "full",
+    takes_layer_sync: bool = False,
 ) -> Assembly:
     """Find every part by name or take the object given, and check them against each other and the environment.
 
@@ -84,30 +89,33 @@ def assemble(
         precision: a name, or an alias such as ``16`` or ``"bf16"``; None means ``"32-true"``.
         plugins: a ``Precision``, a ``CheckpointIO``, a ``ClusterEnvironment``, at most one of each, in any order.
         state_kind: what a checkpoint of a strategy that can save both holds, where the user has not said it.
+        takes_layer_sync: whether a ``LayerSync`` may be among them.
 
     Raises:
         MisconfigurationException: with every conflict found, not only the first.
     """
     notes = Notes()
-    given = sort_plugins(plugins, notes)
+    given = sort_plugins(plugins, notes, takes_layer_sync=takes_layer_sync)
+    parts = parts_of_strategy(strategy, accelerator, given, precision, notes)
     nodes = num_nodes
     if type(num_nodes) is not int or num_nodes < 1:
         notes.conflicts.add(f"num_nodes={num_nodes!r} is not a whole number of at least 1.")
         nodes = 1
 
-    environment = find_environment(given.environment, notes)
-    accelerator_part = find_accelerator(accelerator, notes)
+    environment = find_environment(given.environment or parts.cluster_environment, notes)
+    accelerator_part = find_accelerator(parts.accelerator or accelerator, notes)
     accelerator_name = "" if accelerator_part is None else accelerator_part.name()
-    found = (
-        None
-        if accelerator_part is None
-        else find_devices(devices, accelerator_part, accelerator_name, environment, nodes, notes)
-    )
+    if accelerator_part is None:
+        found = None
+    elif parts.parallel_devices is not None:
+        found = devices_of_strategy(strategy, parts, accelerator_part, devices, notes)
+    else:
+        found = find_devices(devices, accelerator_part, accelerator_name, environment, nodes, notes)
     # With the devices in conflict, the other arguments are still checked as far as they can be.
     device_ids, node_devices = found if found is not None else ([], [])
     world_size = max(1, len(node_devices)) * nodes
 
-    placed = find_strategy(strategy, accelerator_name, world_size, notes)
+    placed = find_strategy(strategy, accelerator_name, world_size, nodes, notes)
     launcher = None
     if placed is not None and node_devices and supports(placed[0], SupportsDevices):
         # One process, to which the others' devices belong as well.
@@ -116,12 +124,15 @@ def assemble(
     if placed is not None and node_devices:
         check_strategy(*placed, node_devices, nodes, environment, notes)
         launcher = find_launcher(*placed, environment, world_size, notes)
-    numbers = find_precision(precision, given.precision, node_devices[0].type if node_devices else None, notes)
+    own_precision = given.precision or parts.precision
+    device_type = node_devices[0].type if node_devices else None
+    numbers = find_precision(precision if own_precision is given.precision else None, own_precision, device_type, notes)
     if placed is not None and numbers is not None:
         hand_over_precision(*placed, numbers[0], notes)
     if placed is not None:
         choose_state_kind(placed[0], state_kind)
-    checkpoint_io = find_checkpoint_io(given.checkpoint_io, None if placed is None else placed[0], notes)
+    chosen_io = given.checkpoint_io or parts.checkpoint_io
+    checkpoint_io = find_checkpoint_io(chosen_io, None if placed is None else placed[0], notes)
 
     notes.conflicts.raise_if_any()
     if placed is None or numbers is None:
@@ -141,4 +152,5 @@ def assemble(
         checkpoint_io=cast("CheckpointIO", checkpoint_io),
         chosen=tuple(notes.chosen),
         sources=dict(notes.sources),
+        layer_sync=given.layer_sync,
     )

@@ -93,6 +93,17 @@ class Fabric(Checkpoints):
         for line in self._assembly.chosen:
             rank_zero_info(line)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What is composed here is made of closures, which cannot be taken to another process.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_backward", "_move", "run")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._backward = self._composer.backward()
+        self._move = None
+        if type(self).run is not Fabric.run:
+            self.__dict__["run"] = partial(self._launch_run, self.run)
+
     @property
     def loggers(self) -> list[Logger]:
         """All loggers."""

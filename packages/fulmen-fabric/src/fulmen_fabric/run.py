@@ -8,14 +8,13 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from fulmen_protocols import MisconfigurationException, did_you_mean
+from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 __all__ = ["Request", "command", "parse"]
 
-_NOT_BY_AN_AGENT = ("spawn", "fork", "notebook", "xla")
 _EXAMPLES = """
 A Fabric takes what is given here, and its code must not say something else; a Trainer takes it where its code says
 nothing.
@@ -179,18 +178,6 @@ def parse(argv: Sequence[str]) -> Request:
         max_restarts=max_restarts,
         min_devices=min_devices,
     )
-
-
-def refuse_strategy(name: str, known: Sequence[str]) -> str | None:
-    """Why an agent cannot start the processes of this strategy; None if it can."""
-    if any(word in name for word in _NOT_BY_AN_AGENT):
-        return (
-            f"--strategy={name!r} starts its processes by itself, and fulmen run has started them already: "
-            "use its counterpart such as 'ddp', or run the script with python."
-        )
-    if name != "auto" and name not in known:
-        return f"--strategy={name!r} is not installed.{did_you_mean(name, known)} There are {', '.join(known)}."
-    return None
 
 
 def _listed(wrong: Sequence[str]) -> str:

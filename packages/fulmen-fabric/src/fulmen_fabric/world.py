@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from fulmen_fabric.abilities import supports
@@ -11,6 +12,7 @@ from fulmen_fabric.rank_zero import rank_zero_only
 from fulmen_fabric.seed import collect_rng_state, reset_seed, restore_rng_state
 from fulmen_fabric.stopping import StopAgreement, group_store
 from fulmen_protocols import (
+    LaunchesApart,
     SupportsCollectives,
     SupportsDataParallel,
     SupportsDeviceMesh,
@@ -89,18 +91,18 @@ class World:
             self.start()
             return function()
 
-        def entry() -> T:
-            self.start()
-            return function()
-
         return assembly.launcher.launch(
-            entry,
+            partial(self._enter, function),  # a launcher may have to pickle it
             num_processes=len(assembly.devices),
             num_nodes=assembly.num_nodes,
             node_rank=assembly.environment.node_rank(),
             main_address=assembly.environment.main_address,
             main_port=assembly.environment.main_port,
         )
+
+    def _enter(self, function: Callable[[], T]) -> T:
+        self.start()
+        return function()
 
     def start(self) -> None:
         """Make this process's device current and join the others. In a process that has started, does nothing.
@@ -138,6 +140,12 @@ class World:
             self._assembly.strategy.teardown()
         finally:
             self._assembly.accelerator.teardown()
+
+    @property
+    def runs_apart(self) -> bool:
+        """Whether ``launch`` would run its function in other processes than this one, and bring its value back."""
+        launcher = self._assembly.launcher
+        return supports(launcher, LaunchesApart) and not self._assembly.environment.creates_processes_externally
 
     @property
     def started(self) -> bool:
@@ -188,7 +196,7 @@ class World:
         """
         if self._collectives is not None:
             return self._collectives
-        if self.world_size == 1:
+        if self.world_size == 1 or self.runs_apart:  # the process that launches others is no rank, and alone
             return LocalCollectives()
         raise RuntimeError(
             f"the {self.world_size} processes of this run have not met yet. Call launch() before communicating."

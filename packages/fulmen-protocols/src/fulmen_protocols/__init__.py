@@ -32,7 +32,8 @@ from fulmen_protocols.errors import (
     did_you_mean,
 )
 from fulmen_protocols.exporter import Exporter
-from fulmen_protocols.launcher import Launcher
+from fulmen_protocols.launcher import Launcher, LaunchesApart
+from fulmen_protocols.layer_sync import LayerSync
 from fulmen_protocols.logger import (
     Logger,
     LoggerStatus,
@@ -75,10 +76,12 @@ from fulmen_protocols.seams import (
 from fulmen_protocols.stateful import Optimizable, Stateful, Steppable
 from fulmen_protocols.storage import Storage
 from fulmen_protocols.strategy import (
+    CarriesParts,
     OwnsAccumulation,
     OwnsBackward,
     OwnsOptimizerStep,
     Strategy,
+    StrategyParts,
     SupportsAdvice,
     SupportsBoundMethods,
     SupportsCollectives,
@@ -122,6 +125,7 @@ __all__ = [
     "BackendUnavailable",
     "BrokenPlugin",
     "Callback",
+    "CarriesParts",
     "CheckpointCorrupt",
     "CheckpointError",
     "CheckpointIO",
@@ -134,6 +138,8 @@ __all__ = [
     "Exporter",
     "FulmenError",
     "Launcher",
+    "LaunchesApart",
+    "LayerSync",
     "Logger",
     "LoggerStatus",
     "MisconfigurationException",
@@ -157,6 +163,7 @@ __all__ = [
     "Steppable",
     "Storage",
     "Strategy",
+    "StrategyParts",
     "SupportsAdvice",
     "SupportsAsyncSave",
     "SupportsBoundMethods",

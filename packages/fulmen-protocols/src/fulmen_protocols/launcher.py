@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Launcher"]
+__all__ = ["Launcher", "LaunchesApart"]
 
 T = TypeVar("T")
 
@@ -44,4 +44,18 @@ class Launcher(Protocol):
 
     def kill(self, signum: int) -> None:
         """Send ``signum`` to every process that this launcher started and that still lives."""
+        ...
+
+
+@runtime_checkable
+class LaunchesApart(Protocol):
+    """Ability of a launcher: the function runs in new processes, none of them the caller's own, which end with it.
+
+    Of what it does in memory only its return value, rank 0's, comes back, so whoever launches puts everything that
+    matters into that. A later launch starts new processes.
+    """
+
+    @property
+    def start_method(self) -> str:
+        """How processes are made: ``"spawn"``, ``"fork"``, ``"forkserver"``, or a word of the launcher's own."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,15 +13,20 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
+    from fulmen_protocols.accelerator import Accelerator
+    from fulmen_protocols.checkpoint_io import CheckpointIO
+    from fulmen_protocols.cluster_environment import ClusterEnvironment
     from fulmen_protocols.collectives import Collectives
-    from fulmen_protocols.precision import PrecisionPlan
+    from fulmen_protocols.precision import Precision, PrecisionPlan
     from fulmen_protocols.topology import Topology
 
 __all__ = [
+    "CarriesParts",
     "OwnsAccumulation",
     "OwnsBackward",
     "OwnsOptimizerStep",
     "Strategy",
+    "StrategyParts",
     "SupportsAdvice",
     "SupportsBoundMethods",
     "SupportsCollectives",
@@ -85,6 +90,30 @@ class Strategy(Protocol):
 
     def teardown(self) -> None:
         """Leave the process group and release the device. Calling it twice is allowed."""
+        ...
+
+
+class StrategyParts(NamedTuple):
+    """Parts of a run that its user has given to the strategy; None where nothing was given."""
+
+    accelerator: Accelerator | None = None
+    parallel_devices: Sequence[torch.device] | None = None
+    """This node's devices, one per process."""
+    cluster_environment: ClusterEnvironment | None = None
+    checkpoint_io: CheckpointIO | None = None
+    precision: Precision | None = None
+
+
+@runtime_checkable
+class CarriesParts(Protocol):
+    """A strategy that may have been made with other parts of the run, which are then used.
+
+    A part that the user has also given elsewhere is a conflict, reported when the run is assembled.
+    """
+
+    @property
+    def parts(self) -> StrategyParts:
+        """What the user gave."""
         ...
 
 

@@ -11,11 +11,15 @@ if TYPE_CHECKING:
     from fulmen_strategies.collectives import TorchCollectives as TorchCollectives
     from fulmen_strategies.ddp import DDPStrategy as DDPStrategy
     from fulmen_strategies.dp import DataParallelStrategy as DataParallelStrategy
+    from fulmen_strategies.environments.kubeflow import KubeflowEnvironment as KubeflowEnvironment
     from fulmen_strategies.environments.local import LightningEnvironment as LightningEnvironment
+    from fulmen_strategies.environments.lsf import LSFEnvironment as LSFEnvironment
+    from fulmen_strategies.environments.mpi import MPIEnvironment as MPIEnvironment
     from fulmen_strategies.environments.slurm import SLURMEnvironment as SLURMEnvironment
     from fulmen_strategies.environments.torchrun import TorchElasticEnvironment as TorchElasticEnvironment
     from fulmen_strategies.fsdp import FSDPStrategy as FSDPStrategy
     from fulmen_strategies.launchers.local import LocalLauncher as LocalLauncher
+    from fulmen_strategies.launchers.processes import ProcessLauncher as ProcessLauncher
     from fulmen_strategies.model_parallel import ModelParallelStrategy as ModelParallelStrategy
     from fulmen_strategies.single import SingleDeviceStrategy as SingleDeviceStrategy
 
@@ -23,9 +27,13 @@ __all__ = [
     "DDPStrategy",
     "DataParallelStrategy",
     "FSDPStrategy",
+    "KubeflowEnvironment",
+    "LSFEnvironment",
     "LightningEnvironment",
     "LocalLauncher",
+    "MPIEnvironment",
     "ModelParallelStrategy",
+    "ProcessLauncher",
     "SLURMEnvironment",
     "SingleDeviceStrategy",
     "TorchCollectives",
@@ -36,9 +44,13 @@ _HOME = {
     "DDPStrategy": "ddp",
     "DataParallelStrategy": "dp",
     "FSDPStrategy": "fsdp",
+    "KubeflowEnvironment": "environments.kubeflow",
+    "LSFEnvironment": "environments.lsf",
     "LightningEnvironment": "environments.local",
     "LocalLauncher": "launchers.local",
+    "MPIEnvironment": "environments.mpi",
     "ModelParallelStrategy": "model_parallel",
+    "ProcessLauncher": "launchers.processes",
     "SLURMEnvironment": "environments.slurm",
     "SingleDeviceStrategy": "single",
     "TorchCollectives": "collectives",

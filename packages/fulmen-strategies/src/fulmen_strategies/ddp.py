@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fulmen_protocols.errors import MisconfigurationException, MisconfigurationTypeError, did_you_mean
 from fulmen_strategies._averaging import average_after_steps, check_averaging
+from fulmen_protocols.strategy import StrategyParts
 from fulmen_strategies._entry import Entry, enter
 from fulmen_strategies._module_init import created_on
 from fulmen_strategies._process_group import ProcessGroupMembership
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from torch.futures import Future
     from torch.optim import Optimizer
 
+    from fulmen_protocols.accelerator import Accelerator
+    from fulmen_protocols.checkpoint_io import CheckpointIO
+    from fulmen_protocols.cluster_environment import ClusterEnvironment
+    from fulmen_protocols.precision import Precision
     from fulmen_protocols.topology import Topology
 
     CommHook = Callable[[Any, GradBucket], Future[Tensor]]
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["DDPStrategy", "find_unused_parameters"]
 
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
+_LAUNCHERS = {"popen": "local", "spawn": "spawn", "fork": "fork", "forkserver": "forkserver"}
 
 
 class DDPStrategy:
@@ -44,7 +50,13 @@ class DDPStrategy:
     Args:
         process_group_backend: ``"gloo"``, ``"nccl"``, ...; ``None``: torch's default for the device.
         timeout: after which a rank that waits for others in a collective gives up.
-        start_method: how the processes of this node come to be: ``"popen"`` re-executes the program.
+        start_method: how the processes of this node come to be: ``"popen"`` re-executes the program; ``"spawn"``,
+            ``"fork"`` and ``"forkserver"`` run each call of a Trainer in new processes.
+        accelerator: parts of the run may be given here, instead of to the Trainer or Fabric: this one,
+        parallel_devices: the devices of this node, one per process,
+        cluster_environment: where processes stand,
+        checkpoint_io: how checkpoints are written,
+        precision_plugin: and the precision.
         ddp_comm_hook: replaces the all-reduce of each gradient bucket (``ddp_comm_hooks`` of torch).
         ddp_comm_state: first argument of the hook.
         ddp_comm_wrapper: applied to the hook, for example ``fp16_compress_wrapper``.
@@ -62,17 +74,23 @@ class DDPStrategy:
         self,
         process_group_backend: str | None = None,
         timeout: timedelta = _DEFAULT_TIMEOUT,
-        start_method: Literal["popen"] = "popen",
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         *,
+        accelerator: Accelerator | None = None,
+        parallel_devices: Sequence[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
         ddp_comm_hook: CommHook | None = None,
         ddp_comm_state: object | None = None,
         ddp_comm_wrapper: Callable[[CommHook], CommHook] | None = None,
         model_averaging_period: int | None = None,
         **kwargs: object,
     ) -> None:
-        if start_method != "popen":
+        if start_method not in _LAUNCHERS:
             raise MisconfigurationException(
-                f"DDPStrategy got start_method={start_method!r}, but its processes start by 'popen' only."
+                f"DDPStrategy got start_method={start_method!r}.{did_you_mean(str(start_method), _LAUNCHERS)} There "
+                f"are {', '.join(map(repr, _LAUNCHERS))}."
             )
         if ddp_comm_hook is None and (ddp_comm_wrapper is not None or ddp_comm_state is not None):
             raise MisconfigurationException(
@@ -81,6 +99,8 @@ class DDPStrategy:
         check_averaging(ddp_comm_state, model_averaging_period)
         _check_options(kwargs)
         self._averaging_period = model_averaging_period
+        self._launcher = _LAUNCHERS[start_method]
+        self._parts = StrategyParts(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         self._backend = process_group_backend
         self._timeout = timeout
         self._comm_hook = ddp_comm_hook
@@ -93,8 +113,13 @@ class DDPStrategy:
 
     @property
     def launcher(self) -> str:
-        """``"local"``."""
-        return "local"
+        """``"local"`` for ``"popen"``, otherwise the start method's own name."""
+        return self._launcher
+
+    @property
+    def parts(self) -> StrategyParts:
+        """The parts of the run that were given to this strategy."""
+        return self._parts
 
     @property
     def root_device(self) -> torch.device:

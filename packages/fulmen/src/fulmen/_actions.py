@@ -53,6 +53,12 @@ class TrainerActions(TrainerSurface):
                 "save_checkpoint() needs a model, and this trainer has none yet. "
                 "Call fit, validate, test or predict first."
             )
+        if self.world.runs_apart and not weights_only:
+            raise MisconfigurationException(
+                f"save_checkpoint({os.fspath(filepath)!r}): strategy {self.assembly.strategy_name!r} had its "
+                "optimizers in processes that have ended. Let ModelCheckpoint save during the fit, or pass "
+                "weights_only=True."
+            )
         save = self._session.measuring.action("save_checkpoint", _checkpointing.save)
         with self._reporter.within("checkpoints"):
             save(self._as_trainer(), self._session, os.fspath(filepath), bool(weights_only), storage_options)
@@ -73,8 +79,12 @@ class TrainerActions(TrainerSurface):
 
         Starts the run's processes. With ``empty_init`` the values are left undefined, for a checkpoint to fill.
         """
-        self.world.launch(lambda: None)  # this process goes on by itself
         assembly = self.assembly
+        if self.world.runs_apart:  # the ranks get the module as it is made here
+            with assembly.precision.init_context():
+                yield
+            return
+        self.world.launch(_nothing)
         with assembly.strategy.module_context(empty=bool(empty_init)), assembly.precision.init_context():
             yield
 
@@ -118,3 +128,7 @@ class TrainerActions(TrainerSurface):
         text = explain_run(self._as_trainer(), model)
         print(text)
         return text
+
+
+def _nothing() -> None:
+    """What the launcher runs: this process goes on by itself."""

@@ -51,6 +51,7 @@ class Reporter:
         loggers: settable at any time.
         store: the metrics of the loop that is running; set by the loop, None between runs.
         delivery: brings rows to the loggers in threads of their own; None: they are called directly.
+        is_global_zero: settable where a process learns its rank later.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Reporter:
         self.log_every_n_steps = log_every_n_steps
         self.store: MetricStore | None = None
         self.delivery: Delivery | None = None
-        self._is_global_zero = is_global_zero
+        self.is_global_zero = is_global_zero
         self._save_interval_s = save_interval_s
         self._saved_at = monotonic()
         self._callback: dict[str, Tensor] = {}
@@ -115,6 +116,13 @@ class Reporter:
     def restore(self, callback_metrics: Mapping[str, Tensor], device: torch.device) -> None:
         """Let callbacks and schedulers know what they knew when a checkpoint was written."""
         self._callback.update({name: value.to(device) for name, value in callback_metrics.items()})
+
+    def replace(self, callback: Mapping[str, Tensor], logged: Mapping[str, Tensor], bar: Mapping[str, float]) -> None:
+        """Take over what the reporter of another process knows; all on the CPU."""
+        self.reset()
+        self._callback.update(callback)
+        self._logged.update(logged)
+        self._bar.update(bar)
 
     def to_cpu(self) -> None:
         """Take what is pending and move it off the device, which the run is about to give back. Waits for the device.
@@ -203,7 +211,7 @@ class Reporter:
 
     def pass_on(self, logger: Logger, metrics: Mapping[str, float], x: int) -> None:
         """A callback's row for one logger, as it is."""
-        if not self._is_global_zero:
+        if not self.is_global_zero:
             return
         if self.delivery is None:
             logger.log_metrics(metrics, step=x)
@@ -231,7 +239,7 @@ class Reporter:
     def save(self) -> None:
         """Let every logger write what it buffers."""
         self._saved_at = monotonic()
-        if not self._is_global_zero:
+        if not self.is_global_zero:
             return
         if self.delivery is not None:
             self.delivery.save(self.loggers)
@@ -246,7 +254,7 @@ class Reporter:
     def _report(self, view: MetricView, *, x: int, epoch: int, of: str) -> None:
         _require_scalars(view)
         self._take_logged(view.log)
-        if not self._is_global_zero:
+        if not self.is_global_zero:
             return
         if not self.loggers:
             self._take_bar(view.bar)
@@ -269,7 +277,7 @@ class Reporter:
 
     def _write(self, metrics: dict[str, float], x: int, epoch: int | None, of: str) -> None:
         """Give a row to every logger. A metric named ``step`` sets the x axis instead of being drawn."""
-        if not self._is_global_zero:
+        if not self.is_global_zero:
             return
         x = int(metrics.pop("step", x))
         if epoch is not None:
@@ -283,7 +291,7 @@ class Reporter:
     def _flush_queue(self) -> None:
         """Read and write the rows of evaluation steps."""
         rows, self._queue = self._queue, []
-        if not rows or not self._is_global_zero or not self.loggers:
+        if not rows or not self.is_global_zero or not self.loggers:
             return
         stacks = [row.values for row in rows if row.values is not None]
         numbers = cast("list[float]", torch.cat(stacks).tolist()) if stacks else []

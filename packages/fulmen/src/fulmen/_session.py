@@ -78,6 +78,8 @@ class Session:
     gradients: Gradients | None = None
     batch_norms: dict[str, nn.Module] = field(default_factory=dict[str, "nn.Module"])
     """The user's layers that ``sync_batchnorm`` has replaced, by name."""
+    is_layer_synced: bool = False
+    """Whether the user's LayerSync plugin has replaced layers and not put them back yet."""
     said: set[str] = field(default_factory=set[str])
     """Advice that the Trainer has given already."""
     forward_only: bool = False

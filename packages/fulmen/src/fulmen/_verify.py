@@ -6,6 +6,7 @@ import inspect
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+from fulmen._layer_sync import TorchSyncBatchNorm
 from fulmen._preparation import batch_norms
 from fulmen._raw_batches import fetches_itself
 from fulmen.hooks import check_hook_names
@@ -115,13 +116,21 @@ def placeable_module(module: LightningModule, assembly: Assembly) -> None:
         assembly.strategy.check_module(module)
 
 
-def sync_batchnorm(module: LightningModule, assembly: Assembly) -> None:
-    """Refuse what torch's synchronised layers cannot do."""
-    if assembly.world_size == 1 or assembly.devices[0].type != "cpu":
+def sync_batchnorm(module: LightningModule, assembly: Assembly, settings: Settings) -> None:
+    """Refuse what torch's synchronised layers cannot do, and layers that would be replaced twice."""
+    plugin = assembly.layer_sync
+    if settings.sync_batchnorm and plugin is not None and not isinstance(plugin, TorchSyncBatchNorm):
+        raise MisconfigurationException(
+            f"sync_batchnorm=True and plugins={type(plugin).__name__}(...) both replace layers by ones that "
+            "communicate. Give one of the two."
+        )
+    asked = settings.sync_batchnorm or isinstance(plugin, TorchSyncBatchNorm)
+    if not asked or assembly.world_size == 1 or assembly.devices[0].type != "cpu":
         return
     if batch_norms(module):
+        flag = "sync_batchnorm=True" if settings.sync_batchnorm else "plugins=TorchSyncBatchNorm()"
         raise MisconfigurationException(
-            f"sync_batchnorm=True with {assembly.world_size} processes on the CPU: torch's SyncBatchNorm runs on GPUs "
+            f"{flag} with {assembly.world_size} processes on the CPU: torch's SyncBatchNorm runs on GPUs "
             "only. Leave it out here, or use accelerator='gpu'."
         )
 

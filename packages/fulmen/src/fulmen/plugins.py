@@ -1,5 +1,6 @@
 """Plugins by the names people look for here: precisions, checkpoint IO and cluster environments."""
 
+from fulmen._layer_sync import TorchSyncBatchNorm
 from fulmen_checkpoint import (
     AsyncCheckpointIO,
     SafetensorsCheckpointIO,
@@ -15,7 +16,14 @@ from fulmen_precision import (
     StochasticHalfPrecision,
     TransformerEnginePrecision,
 )
-from fulmen_strategies import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from fulmen_strategies import (
+    KubeflowEnvironment,
+    LightningEnvironment,
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 
 __all__ = [
     "AsyncCheckpointIO",
@@ -23,7 +31,10 @@ __all__ = [
     "DoublePrecision",
     "Float8Precision",
     "HalfPrecision",
+    "KubeflowEnvironment",
+    "LSFEnvironment",
     "LightningEnvironment",
+    "MPIEnvironment",
     "MixedPrecision",
     "SLURMEnvironment",
     "SafetensorsCheckpointIO",
@@ -31,5 +42,6 @@ __all__ = [
     "StochasticHalfPrecision",
     "TorchCheckpointIO",
     "TorchElasticEnvironment",
+    "TorchSyncBatchNorm",
     "TransformerEnginePrecision",
 ]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fulmen import (
     _callbacks,
     _checkpointing,
+    _layer_sync,
     _loggers,
     _measuring,
     _preparation,
@@ -24,6 +25,7 @@ from fulmen import (
     _whereabouts,
 )
 from fulmen._actions import TrainerActions
+from fulmen._apart import Call, run_apart
 from fulmen._environment import defaults_from_environment
 from fulmen._evaluation import Evaluation
 from fulmen._first_line import first_line
@@ -178,6 +180,7 @@ class Trainer(TrainerActions):
                 num_nodes=num_nodes,
                 precision=precision,
                 plugins=plugins,
+                takes_layer_sync=True,
             )
         with _verify.collected(wrong):
             _verify.strategy(strategy)
@@ -207,6 +210,13 @@ class Trainer(TrainerActions):
         rank_zero_info(first_line(self.assembly))
         if settings.max_epochs_is_default:
             rank_zero_warn("neither max_epochs nor max_steps was given: training ends after 1000 epochs.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A call that has ended belongs to this process: its loaders and hooks stay.
+        gone = {"_session": None, "_loaders_before": {}}
+        return {
+            name: value for name, value in {**self.__dict__, **gone}.items() if name not in ("_metering", "_binder")
+        }
 
     # ------------------------------------------------------------------ the four calls
 
@@ -329,6 +339,9 @@ class Trainer(TrainerActions):
         for owner in (session.module, session.datamodule):
             if owner is not None and owner.hparams:
                 drop_unpicklable(owner)
+        if self.world.runs_apart:
+            options = {"ckpt_path": self._ckpt_path, "weights_only": weights_only, "verbose": verbose, "keep": keep}
+            return run_apart(self, Call(fn, session.module, given, session.datamodule, options))
         outputs: list[Any] = []
         try:
             self.world.launch(_nothing)
@@ -388,8 +401,8 @@ class Trainer(TrainerActions):
             datamodule = previous.datamodule
         _verify.compiled_module(module, self.assembly)
         _verify.placeable_module(module, self.assembly)
-        if fn is TrainerFn.FITTING and self.settings.sync_batchnorm:
-            _verify.sync_batchnorm(module, self.assembly)
+        if fn is TrainerFn.FITTING:
+            _verify.sync_batchnorm(module, self.assembly, self.settings)
         measuring = _measuring.Measuring(self.profiler, self.strategy.backend)
         sources = {stage: LoaderSource(stage, given.get(stage), datamodule, module) for stage in _STAGES}
         module.trainer = self
@@ -448,7 +461,8 @@ class Trainer(TrainerActions):
             checkpoint = _checkpointing.load(self, self._ckpt_path, weights_only)
             if not _checkpointing.is_sharded(session):
                 _checkpointing.restore_modules_and_callbacks(self, session, checkpoint)
-        _preparation.place(session, sync_batchnorm=self.settings.sync_batchnorm)
+        _layer_sync.apply(session)
+        _preparation.place(session, sync_batchnorm=self.settings.sync_batchnorm and self.assembly.layer_sync is None)
         self.strategy.model = session.placed
         if checkpoint is not None and _checkpointing.is_sharded(session):  # no rank may have had room for the whole
             _checkpointing.restore_modules_and_callbacks(self, session, checkpoint)
@@ -489,6 +503,7 @@ class Trainer(TrainerActions):
         session.close_loaders()
         self._metering.finish()
         self.strategy.saving.finish()
+        _layer_sync.revert(session)
         _preparation.give_back(session)
         if fn is TrainerFn.FITTING and has_run:
             for hook in binder.both("on_fit_end"):
@@ -516,6 +531,7 @@ class Trainer(TrainerActions):
         for module in session.logging_modules():
             module.__dict__["_metric_store"] = None
         with suppress(RuntimeError):  # a device that failed cannot be read; the run's own error is what matters
+            _layer_sync.revert(session)
             _preparation.give_back(session)
         _callbacks.tell_exception(self.callbacks, self, session.module, error)
         session.close_loaders()  # not before: callbacks save the position in the data

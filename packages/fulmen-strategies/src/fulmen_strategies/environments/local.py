@@ -8,7 +8,7 @@ from functools import cache
 
 from fulmen_protocols.errors import MisconfigurationException
 from fulmen_strategies._marks import LAUNCHED, process_exists
-from fulmen_strategies.environments._table import compare_world, is_launched, number, port
+from fulmen_strategies.environments._table import TABLE, Row, attempt, contradictions, is_launched, number, port, refuse
 
 __all__ = ["LightningEnvironment"]
 
@@ -78,39 +78,45 @@ class LightningEnvironment:
         processes = num_devices * num_nodes
         if LAUNCHED in os.environ and processes == 1:
             return  # each rank of a launched program may do something on its own, a test on one device say
+        wrong: list[str] = []
         if self.creates_processes_externally or num_nodes > 1:
-            compare_world(os.environ, num_devices, num_nodes)
-        if self.creates_processes_externally:
-            _require_below("RANK", self.global_rank(), "WORLD_SIZE", processes)
-            _require_below("LOCAL_RANK", self.local_rank(), "devices", num_devices)
-        elif "LOCAL_RANK" in os.environ and LAUNCHED not in os.environ and processes > 1:
-            raise MisconfigurationException(
-                f"devices={num_devices} and num_nodes={num_nodes} make {processes} processes, and the environment has "
-                f"LOCAL_RANK={os.environ['LOCAL_RANK']!r} without WORLD_SIZE: unset LOCAL_RANK to have the processes "
-                "started, or set WORLD_SIZE too if they exist already."
+            row = TABLE["local"] if self.creates_processes_externally else TABLE["local"]._replace(local_rank=())
+            wrong += contradictions(row, os.environ, num_devices, num_nodes)
+        else:
+            wrong += contradictions(_ONE_NODE, os.environ, num_devices, num_nodes)
+        if self.creates_processes_externally and "RANK" not in os.environ:
+            rank = attempt(self.global_rank, wrong)
+            if rank is not None and rank >= processes:
+                wrong.append(
+                    f"the environment has LOCAL_RANK={self.local_rank()} and NODE_RANK={self.node_rank()}, which make "
+                    f"RANK={rank}; it must be below WORLD_SIZE={processes}: make them agree."
+                )
+        left_over = "LOCAL_RANK" in os.environ and LAUNCHED not in os.environ
+        if left_over and not self.creates_processes_externally and processes > 1:
+            wrong.append(
+                f"devices={num_devices} and num_nodes={num_nodes} make {processes} processes, and the environment "
+                f"has LOCAL_RANK={os.environ['LOCAL_RANK']!r} without WORLD_SIZE: unset LOCAL_RANK to have the "
+                "processes started, or set WORLD_SIZE too if they exist already."
             )
         if num_nodes > 1:
-            _require_meeting_point(num_nodes)
-        _require_below("NODE_RANK", self.node_rank(), "num_nodes", num_nodes)
+            wrong += _missing_meeting_point(num_nodes)
+        refuse(wrong)
 
 
-def _require_below(name: str, value: int, limit_name: str, limit: int) -> None:
-    if value >= limit:
-        raise MisconfigurationException(
-            f"the environment has {name}={value}, which must be below {limit_name}={limit}: make them agree."
-        )
+_ONE_NODE = Row("the environment", (), (), (), TABLE["local"].node_rank)
 
 
-def _require_meeting_point(num_nodes: int) -> None:
+def _missing_meeting_point(num_nodes: int) -> list[str]:
     """Without these every node would take itself for the first one and wait for others that never come."""
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if "NODE_RANK" not in os.environ and "GROUP_RANK" not in os.environ:
+    if not any(name in os.environ for name in TABLE["local"].node_rank):
         missing.append("NODE_RANK")
-    if missing:
-        raise MisconfigurationException(
-            f"num_nodes={num_nodes}, but the environment lacks {', '.join(missing)}: set them on every node, or start "
-            "the program by torchrun."
-        )
+    if not missing:
+        return []
+    return [
+        f"num_nodes={num_nodes}, but the environment lacks {', '.join(missing)}: set them on every node, or start "
+        "the program by torchrun or fulmen run."
+    ]
 
 
 @cache

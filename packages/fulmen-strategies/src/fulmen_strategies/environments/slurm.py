@@ -10,7 +10,7 @@ import subprocess
 import warnings
 
 from fulmen_protocols.errors import MisconfigurationException
-from fulmen_strategies.environments._table import number, port
+from fulmen_strategies.environments._table import TABLE, attempt, contradictions, number, port, refuse
 
 __all__ = ["SLURMEnvironment"]
 
@@ -90,30 +90,17 @@ class SLURMEnvironment:
             MisconfigurationException: they contradict each other, or tasks were asked for without saying how many are
                 on each node.
         """
-        tasks = self.world_size()
-        if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
-            raise MisconfigurationException(
+        wrong: list[str] = []
+        tasks = attempt(self.world_size, wrong)
+        if tasks is not None and tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+            wrong.append(
                 f"the job has SLURM_NTASKS={tasks} and no SLURM_NTASKS_PER_NODE: --ntasks={tasks} says nothing about "
                 f"where tasks run. Write --ntasks-per-node={num_devices} with --nodes={num_nodes} instead."
             )
-        per_node = number(os.environ, "SLURM_NTASKS_PER_NODE", default=num_devices)
-        if per_node != num_devices:
-            raise MisconfigurationException(
-                f"devices={num_devices}, but the job has SLURM_NTASKS_PER_NODE={per_node}: set devices={per_node}, or "
-                f"--ntasks-per-node={num_devices}."
-            )
-        nodes = number(os.environ, "SLURM_NNODES", default=num_nodes)
-        if nodes != num_nodes:
-            raise MisconfigurationException(
-                f"num_nodes={num_nodes}, but the job has SLURM_NNODES={nodes}: set num_nodes={nodes}, or "
-                f"--nodes={num_nodes}."
-            )
-        if tasks != num_devices * num_nodes:
-            raise MisconfigurationException(
-                f"devices={num_devices} and num_nodes={num_nodes} make {num_devices * num_nodes} processes, but the "
-                f"job has SLURM_NTASKS={tasks}: make them agree, or pass plugins=LightningEnvironment() to have "
-                "this process start the others."
-            )
+        wrong += contradictions(TABLE["slurm"], os.environ, num_devices, num_nodes)
+        if wrong:
+            wrong[-1] += " Or pass plugins=LightningEnvironment() to have this process start the others."
+        refuse(wrong)
 
     def requeue(self) -> None:
         """Run ``scontrol requeue`` for this job, or for this task of a job array.

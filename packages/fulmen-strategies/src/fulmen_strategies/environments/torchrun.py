@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 
-from fulmen_protocols.errors import MisconfigurationException
-from fulmen_strategies.environments._table import compare_world, number, port
+from fulmen_strategies.environments._table import TABLE, contradictions, number, port, refuse
 
 __all__ = ["TorchElasticEnvironment"]
 
@@ -58,12 +57,6 @@ class TorchElasticEnvironment:
         """Compare the user's settings with what torchrun has started.
 
         Raises:
-            MisconfigurationException: devices x nodes is not WORLD_SIZE, or one node has more workers than devices.
+            MisconfigurationException: they contradict each other; the message has all contradictions.
         """
-        compare_world(os.environ, num_devices, num_nodes)
-        local_size = number(os.environ, "LOCAL_WORLD_SIZE", default=num_devices)
-        if local_size != num_devices:
-            raise MisconfigurationException(
-                f"devices={num_devices}, but torchrun has started LOCAL_WORLD_SIZE={local_size} processes on this "
-                f"node: set devices={local_size}, or start it with --nproc-per-node {num_devices}."
-            )
+        refuse(contradictions(TABLE["torchrun"], os.environ, num_devices, num_nodes))

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from fulmen_protocols import read_positions
-from fulmen_strategies._marks import LAUNCHED, NOTES, process_exists
+from fulmen_strategies._marks import LAUNCHED, NOTES, STARTER_IS_NO_RANK, process_exists
 from fulmen_strategies.environments._table import is_launched
 from fulmen_strategies.launchers._elastic import ElasticRank, is_elastic
 from fulmen_strategies.launchers._failure import (
@@ -97,9 +97,11 @@ class _Rank:
 
     def _announce_and_exit(self) -> None:
         self._announcing.acquire()  # never released: one of the two threads that may come here ends the process
-        if os.environ.get("FULMEN_AGENT") == "1":  # the starter is no rank
+        if os.environ.get(STARTER_IS_NO_RANK) == "1":
             if os.environ.get("LOCAL_RANK") == "0":
-                os.write(2, f"fulmen run (process {self._starter}) has ended; its processes end with it.\n".encode())
+                os.write(
+                    2, f"process {self._starter}, which had started the ranks, has ended; they end too.\n".encode()
+                )
         elif os.environ.get("LOCAL_RANK") == "1":
             world_size = os.environ.get("WORLD_SIZE", "?")
             rank = int(os.environ.get("RANK", "1")) - 1

@@ -163,6 +163,11 @@ class Tuner:
         return finder.optimal_lr
 
     def _refuse_second(self, kind: type[Any]) -> None:
+        if self._trainer.world.runs_apart:
+            raise MisconfigurationException(
+                f"the Tuner was used with strategy {self._trainer.assembly.strategy_name!r}, whose processes end with "
+                "what they have found. Tune on one device, or in a script with strategy='ddp'."
+            )
         if any(isinstance(callback, kind) for callback in self._trainer.callbacks):
             raise MisconfigurationException(
                 f"the Trainer's callbacks hold a {kind.__name__}, and the Tuner brings its own. Remove one of the two."
