@@ -11,6 +11,7 @@ from fulmen_fabric import _arguments
 from fulmen_fabric._communication import all_gather, all_reduce, broadcast
 from fulmen_fabric.transfer import mover
 from fulmen_fabric.world import World
+from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
     from collections.abc import Callable

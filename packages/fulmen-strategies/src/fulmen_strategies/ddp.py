@@ -12,8 +12,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fulmen_protocols.errors import MisconfigurationException, MisconfigurationTypeError, did_you_mean
-from fulmen_strategies._averaging import average_after_steps, check_averaging
 from fulmen_protocols.strategy import StrategyParts
+from fulmen_strategies._averaging import average_after_steps, check_averaging
 from fulmen_strategies._entry import Entry, enter
 from fulmen_strategies._module_init import created_on
 from fulmen_strategies._process_group import ProcessGroupMembership
