@@ -258,7 +258,7 @@ def test_one_device_in_a_cluster_of_several_processes_is_taken_as_asked_with_a_w
     ("arguments", "says"),
     [
         ({"accelerator": "cdua"}, "Did you mean 'cuda'?"),
-        ({"accelerator": "cpu", "strategy": "dpp"}, "Did you mean 'ddp'?"),
+        ({"accelerator": "cpu", "strategy": "ddpp"}, "Did you mean 'ddp'?"),
         ({"accelerator": "cpu", "precision": "bf16-mix"}, "Did you mean 'bf16-mixed'?"),
         ({"accelerator": "cpu", "devices": 0}, "devices=0"),
         ({"accelerator": "cpu", "devices": "0"}, "devices='0'"),
