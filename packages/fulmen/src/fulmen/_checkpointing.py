@@ -15,8 +15,8 @@ from fulmen._exact_state import (
     require_known_version,
     restore_gradients,
 )
+from fulmen._partial_resume import EVERYTHING, change, options, tell
 from fulmen.hparams import checkpoint_entries
-from fulmen.resume import EVERYTHING, options, tell
 from fulmen.states import TrainerStatus
 from fulmen_fabric import rank_zero_info, rank_zero_warn
 from fulmen_fabric.abilities import supports
@@ -231,7 +231,7 @@ def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, A
         restore_gradients(session, trainer._progress)  # pyright: ignore[reportPrivateUsage]
     if resume is not EVERYTHING:
         file = options(session.optimizers)
-        resume.change(session.optimizers, scheduled=bool(states and session.schedulers))
+        change(resume, session.optimizers, scheduled=bool(states and session.schedulers))
         tell(resume, trainer.ckpt_path, code, file, options(session.optimizers))
 
 

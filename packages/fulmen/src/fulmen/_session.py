@@ -11,12 +11,12 @@ import torch
 
 from fulmen._compiled_log import let_log_in_graphs, recording
 from fulmen._measuring import Measuring
+from fulmen._partial_resume import EVERYTHING
 from fulmen._raw_batches import fetches_itself, step_of_raw
 from fulmen.manual import ManualOptimization
 from fulmen.metrics import scope_for
 from fulmen.module import LightningModule
 from fulmen.optimizer import LightningOptimizer
-from fulmen.resume import EVERYTHING
 from fulmen_fabric import move_data_to_device, rank_zero_warn
 from fulmen_fabric.abilities import supports
 from fulmen_fabric.steps import Gradients, StepHooks, automatic_step, forward_only_step
