@@ -42,8 +42,8 @@ def folder_of(trainer: Trainer) -> str:
         if isinstance(folder, str) and folder and _files.is_local(folder):
             return _files.absolute(folder)
     first = trainer.loggers[0]
-    root = getattr(first, "save_dir", None) or trainer.default_root_dir
-    if not isinstance(root, (str, os.PathLike)) or not _files.is_local(root):
+    root = cast("str | os.PathLike[str]", getattr(first, "save_dir", None) or trainer.default_root_dir)
+    if not _files.is_local(root):
         root = trainer.default_root_dir if _files.is_local(trainer.default_root_dir) else os.getcwd()
     run = first.version
     name = None
