@@ -151,13 +151,14 @@ class Runs:
             "accumulate_grad_batches": WINDOW, "gradient_clip_val": 0.4, **options,
         })  # fmt: skip
 
-    def loader(self) -> Any:
-        return DataLoader(samples(), batch_size=SAMPLES // WINDOW // self.ranks)
+    def loader(self, window: int = WINDOW) -> Any:
+        """Every update sees all samples, whichever rank reads which."""
+        return DataLoader(samples(), batch_size=SAMPLES // window // self.ranks)
 
     def fit(self, strategy: Any, model: Model | None = None, ckpt_path: Any = None, **options: Any) -> dict[str, Any]:
         model = Model() if model is None else model
         trainer = self.trainer(strategy, **options)
-        trainer.fit(model, self.loader(), ckpt_path=ckpt_path)
+        trainer.fit(model, self.loader(options.get("accumulate_grad_batches", WINDOW)), ckpt_path=ckpt_path)
         loss = trainer.callback_metrics.get("loss")
         return {
             "state": whole(trainer), "norms": model.norms, "loss": None if loss is None else float(loss),
