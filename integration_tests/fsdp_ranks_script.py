@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchmetrics
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import wrap
@@ -254,12 +255,14 @@ class Runs:
                 seen["gradients"] = str(next(self.parameters()).grad.device.type)  # type: ignore[union-attr]
 
         model = Watching()
+        model.metric = torchmetrics.MeanMetric()
         result = self.fit("fsdp_cpu_offload", model)
         optimizer = result["trainer"].optimizers[0]
         state = next(iter(optimizer.state.values()))
         seen |= {
             "parameters": next(model.parameters()).device.type, "optimizer": state["exp_avg"].device.type,
             "buffers": model.net.seen.device.type,
+            "metric": model.metric.device.type,
         }  # fmt: skip
         self.note("offloaded", {**result, "facts": seen})
 
