@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchmetrics
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import wrap
@@ -89,7 +90,8 @@ class Model(fulmen.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.facts["inference"] = torch.is_inference_mode_enabled()
         self.facts["grad"] = torch.is_grad_enabled()
-        self.log("val", F.cross_entropy((self.net.head(self(batch[0])) * self.net.scale).float(), batch[1]))
+        logits = self.net.head(self(batch[0])) * self.net.scale
+        self.log("val", F.cross_entropy(logits.float(), batch[1]), sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         return self.net.head(self(batch[0])) * self.net.scale
@@ -150,13 +152,14 @@ class Runs:
             "accumulate_grad_batches": WINDOW, "gradient_clip_val": 0.4, **options,
         })  # fmt: skip
 
-    def loader(self) -> Any:
-        return DataLoader(samples(), batch_size=SAMPLES // WINDOW // self.ranks)
+    def loader(self, window: int = WINDOW) -> Any:
+        """Every update sees all samples, whichever rank reads which."""
+        return DataLoader(samples(), batch_size=SAMPLES // window // self.ranks)
 
     def fit(self, strategy: Any, model: Model | None = None, ckpt_path: Any = None, **options: Any) -> dict[str, Any]:
         model = Model() if model is None else model
         trainer = self.trainer(strategy, **options)
-        trainer.fit(model, self.loader(), ckpt_path=ckpt_path)
+        trainer.fit(model, self.loader(options.get("accumulate_grad_batches", WINDOW)), ckpt_path=ckpt_path)
         loss = trainer.callback_metrics.get("loss")
         return {
             "state": whole(trainer), "norms": model.norms, "loss": None if loss is None else float(loss),
@@ -252,12 +255,14 @@ class Runs:
                 seen["gradients"] = str(next(self.parameters()).grad.device.type)  # type: ignore[union-attr]
 
         model = Watching()
+        model.metric = torchmetrics.MeanMetric()
         result = self.fit("fsdp_cpu_offload", model)
         optimizer = result["trainer"].optimizers[0]
         state = next(iter(optimizer.state.values()))
         seen |= {
             "parameters": next(model.parameters()).device.type, "optimizer": state["exp_avg"].device.type,
             "buffers": model.net.seen.device.type,
+            "metric": model.metric.device.type,
         }  # fmt: skip
         self.note("offloaded", {**result, "facts": seen})
 

@@ -18,7 +18,7 @@ from fulmen_protocols import CheckpointError
 
 SCRIPT = Path(__file__).with_name("fsdp_ranks_script.py")
 CASES = "matrix,kinds,half,evaluation,checkpoints,exact,fabric_checkpoints"
-TOLERANCES = {"32-true": 2e-6, "bf16-mixed": 4e-3, "bf16-true": 4e-2}
+TOLERANCES = {"32-true": 1e-6, "bf16-mixed": 2e-3, "bf16-true": 1e-2}
 """Largest difference of a weight from one process's after 4 updates; weights are below 1.
 
 In float32 sums are taken in another order. In bfloat16 each rank rounds the gradient of its part of the batch to 8
@@ -252,11 +252,12 @@ class TestOnGPUs:
         for kind in ("one unit", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "each", "recomputed", "prefetched"):
             assert furthest(result[kind]["state"], expected) <= 1e-5, kind
 
-    @pytest.mark.proves("4.17", "4.3")
+    @pytest.mark.proves("4.17", "4.19")
     def test_offloaded_parameters_are_in_host_memory_and_train_alike(self) -> None:
         result = found(2, "cuda", self.CASES)["offloaded"]
 
-        assert result["facts"] == {"parameters": "cpu", "gradients": "cpu", "optimizer": "cpu", "buffers": "cuda"}
+        host = {"parameters": "cpu", "gradients": "cpu", "optimizer": "cpu"}
+        assert result["facts"] == {**host, "buffers": "cuda", "metric": "cuda"}
         assert furthest(result["state"], found(1, "cuda", self.CASES)["one adam"]["state"]) <= 1e-4
 
     @pytest.mark.proves("4.23")

@@ -254,7 +254,7 @@ class FSDPStrategy:
         chosen = self._units_of(module)
         if self._recomputed is not None:
             units.recompute(self._recomputed, module)
-        common = {
+        common: dict[str, Any] = {
             "mesh": mesh,
             "reshard_after_forward": self._sharding.frees_after_forward,
             "offload_policy": self._offload,
@@ -262,9 +262,9 @@ class FSDPStrategy:
         }
         inner = self._casting.policy(device, is_root=False)
         for unit in chosen:
-            fully_shard(unit, mp_policy=self._kept_single(unit) or inner, **common)  # type: ignore[call-overload]
+            fully_shard(unit, mp_policy=self._kept_single(unit) or inner, **common)
         entry = ShardedEntry(module, self._casting, device)
-        fully_shard(entry, mp_policy=self._casting.policy(device, is_root=True), **common)  # type: ignore[call-overload]
+        fully_shard(entry, mp_policy=self._casting.policy(device, is_root=True), **common)
         if self._options.forward_prefetch:
             _prefetch_in_order([unit for unit in entry.modules() if isinstance(unit, FSDPModule)])
         self._fill(module, ignored)

@@ -126,7 +126,8 @@ class ShardedEntry(nn.Module):
     def after_step(self) -> None:
         """After an optimizer step: within a manual step the whole parameters are those before it, so gather again."""
         if self._is_manual[0]:
-            self.sharded.reshard()
+            for group in self._state._fsdp_param_groups:
+                group._to_sharded()  # reshard() would keep the root whole until forward has returned
             self._make_whole()
 
     def _make_whole(self) -> None:

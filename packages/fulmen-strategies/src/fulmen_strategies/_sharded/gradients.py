@@ -7,7 +7,7 @@ replicated along an axis, and every rank gets the same number. Nothing is read b
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -46,14 +46,15 @@ def total_norm(gradients: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     parts = [_norm_of_layout(mesh, axes, tensors, norm_type) for (mesh, axes), tensors in groups.items()]
     device = parts[0].device
     joined = torch.stack([part.to(device) for part in parts])
-    return torch.linalg.vector_norm(joined, norm_type) if len(parts) > 1 else joined[0]
+    norm: Tensor = torch.linalg.vector_norm(joined, norm_type) if len(parts) > 1 else joined[0]
+    return norm
 
 
 def _norm_of_layout(mesh: DeviceMesh | None, axes: tuple[int, ...], parts: list[Tensor], norm_type: float) -> Tensor:
     dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
     norms = _norms(parts, norm_type, dtype)
     device = norms.device
-    norm = torch.linalg.vector_norm(norms, norm_type)
+    norm: Tensor = torch.linalg.vector_norm(norms, norm_type)
     if mesh is None or not axes:
         return norm
     on_mesh = norm.to(mesh.device_type)
@@ -177,6 +178,6 @@ def _by_layout(gradients: Iterable[Tensor]) -> dict[tuple[DeviceMesh | None, tup
 def _by_device(gradients: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
     groups: dict[torch.device, list[Tensor]] = {}
     for gradient in gradients:
-        part = cast("Tensor", local(gradient))
+        part = local(gradient)
         groups.setdefault(part.device, []).append(part)
     return groups

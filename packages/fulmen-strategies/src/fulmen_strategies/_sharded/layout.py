@@ -29,7 +29,8 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     device = tensor.device_mesh.device_type
-    return (tensor if tensor.device.type == device else tensor.to(device)).full_tensor()
+    there = tensor if tensor.device.type == device else cast("DTensor", tensor.to(device))
+    return there.full_tensor()
 
 
 def to_host(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ class Replaced:
     """Remembers parameters as they were before their module was sharded, and keeps none of them alive."""
 
     def __init__(self) -> None:
-        self._known: list[tuple[weakref.ref[Tensor], weakref.ref[nn.Module], str]] = []
+        self._known: list[tuple[weakref.ref[nn.Parameter], weakref.ref[nn.Module], str]] = []
 
     def remember(self, module: nn.Module) -> None:
         """Called with a module that is about to be sharded."""

@@ -88,7 +88,8 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any], collect
         if state
         else {}
     )
-    groups = collectives.broadcast_object(state["param_groups"] if state else None)
+    mine = cast("list[dict[str, Any]]", state["param_groups"] if state else [])
+    groups = collectives.broadcast_object(mine)
     by_number = dict(zip(itertools.chain(*(group["params"] for group in groups)), parameters, strict=False))
     ready: dict[Any, dict[str, object]] = {}
     for name, value in each_from_first(flat, collectives):
