@@ -1,8 +1,8 @@
 """Trains one model by every strategy in every precision, with the Trainer and with Fabric; rank 0 writes the weights.
 
 ``python strategy_matrix.py FOLDER RANKS TASK...``. With one rank it is what the others are compared with. Tasks:
-``train`` does that, ``save`` trains half of the epochs and saves, ``resume`` goes on from every checkpoint in the
-folder, ``fabric`` saves and loads without a Trainer.
+``train`` does that, ``save`` trains half of the epochs and saves, ``resume`` goes on from every checkpoint there is,
+``fabric`` saves and loads without a Trainer.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -58,7 +58,7 @@ class MeshSizes:
             MisconfigurationException: the product is not the number of processes.
         """
         world_size = num_devices * num_nodes
-        sizes = {name: cast("int", size) for name, size in self._asked.items() if size != "auto"}
+        sizes = {name: size for name, size in self._asked.items() if size != "auto"}
         open_ones = [name for name in _MAIN if name not in sizes]
         if len(open_ones) == 2 and self._fits(sizes.values(), num_devices):
             sizes["data_parallel"], open_ones = num_nodes, ["tensor_parallel"]
