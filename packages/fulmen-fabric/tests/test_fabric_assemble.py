@@ -378,3 +378,29 @@ def test_torchrun_is_recognised_by_itself(monkeypatch):
     found = assemble(accelerator="cpu")
     assert found.sources["cluster environment"].startswith("torchrun ")
     assert (found.world_size, found.launcher, found.strategy_name) == (2, None, "ddp")
+
+
+@pytest.mark.proves("4.33")
+def test_dp_on_the_cpu_is_ddp_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="strategy='dp' splits batches over GPUs, of which a run on the CPU has none"):
+        found = assemble(accelerator="cpu", strategy="dp", devices=2)
+
+    assert found.strategy_name == "ddp"
+    assert found.world_size == 2
+
+
+class SeveralDevices(OneProcess):
+    """Drives all devices of its machine, as DataParallel does."""
+
+    def take_devices(self, devices):
+        self.devices = devices
+
+
+@pytest.mark.proves("4.33")
+def test_a_strategy_that_drives_several_devices_gets_them_in_one_process() -> None:
+    strategy = SeveralDevices()
+
+    found = assemble(accelerator=Acme(), strategy=strategy, devices=3)
+
+    assert len(strategy.devices) == 3
+    assert (found.world_size, len(found.devices), found.launcher) == (1, 1, None)

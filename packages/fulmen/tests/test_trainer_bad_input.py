@@ -287,3 +287,10 @@ def test_an_overridden_optimizer_step_must_run_its_closure() -> None:
 def test_save_checkpoint_before_there_is_a_model_says_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"save_checkpoint\(\) needs a model"):
         trainer().save_checkpoint("x.ckpt")
+
+
+@pytest.mark.proves("4.33")
+@pytest.mark.parametrize("name", ["dp", "DP"])
+def test_a_strategy_of_fabric_alone_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"strategy='{name}' is for Fabric only: .* Use strategy='ddp'"):
+        trainer(strategy=name)

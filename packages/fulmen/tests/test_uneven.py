@@ -32,9 +32,8 @@ def test_a_loss_weighs_as_many_samples_as_its_batch_has() -> None:
     rounds = UnevenRounds(Beside([4, 0], [2, 0], [-1, 0], [-1, 0]))  # type: ignore[arg-type]
     batches = [torch.ones(2, 3), torch.ones(6, 3), torch.ones(5, 3)]
 
-    weights = [
-        (rounds.weigh(torch.tensor(1.0, dtype=torch.float64)).item(), is_last) for _, is_last in rounds.over(batches)
-    ]
+    one = torch.tensor(1.0, dtype=torch.float64)
+    weights = [(rounds.weigh(one).item(), is_last) for _, is_last in rounds.over(batches)]
 
     assert weights == [(2 * 2 / 6, False), (2 * 6 / 8, False), (2.0, True)]
     assert rounds.weight is None

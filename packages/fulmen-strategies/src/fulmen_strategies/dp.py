@@ -6,7 +6,7 @@ for it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -87,7 +87,7 @@ class DataParallelStrategy:
             return placed if name == "forward" else getattr(placed, name)
 
         def run_on_parts(*args: object, **kwargs: object) -> object:
-            entry = placed.module
+            entry = cast("_Entry", placed.module)
             entry.method[0] = name
             try:
                 return placed(*args, **kwargs)

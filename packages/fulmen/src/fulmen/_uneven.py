@@ -7,6 +7,7 @@ stay: what the step logs, what it adds to metric objects, and what it does to bu
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
@@ -126,7 +127,7 @@ def _silenced(session: Session) -> list[Callable[[], object]]:
         store = module.__dict__.get("_metric_store")
         if store is not None:
             unheard = module.__dict__["_metric_store"] = _Unheard()
-            undo.append(lambda module=module, store=store, unheard=unheard: _give_back(module, store, unheard))
+            undo.append(partial(_give_back, module, store, unheard))
     return undo
 
 

@@ -172,18 +172,19 @@ class Trainer(TrainerActions):
             )
         with _verify.collected(wrong):
             self.profiler: Profiler = choose_profiler(profiler, barebones=barebones)
+        before = len(wrong)
+        with _verify.collected(wrong):
+            _verify.strategy(strategy)
         with _verify.collected(wrong):
             self.assembly: Assembly = assemble(
                 accelerator=accelerator,
-                strategy=strategy,
+                strategy=strategy if len(wrong) == before else "auto",
                 devices=devices,
                 num_nodes=num_nodes,
                 precision=precision,
                 plugins=plugins,
                 takes_layer_sync=True,
             )
-        with _verify.collected(wrong):
-            _verify.strategy(strategy)
         with _verify.collected(wrong):
             _verify.vendors_flags(model_registry, suggest_integrations)
         _verify.raise_all(wrong)

@@ -105,20 +105,26 @@ def last_collectives() -> list[Collective]:
             Collective(
                 str(entry["process_group"][0]),
                 int(entry["collective_seq_id"]),
-                f"{entry['profiling_name']} {entry['input_sizes']}",
+                _called(str(entry["profiling_name"]), entry["input_sizes"]),
             )
             for entry in entries[-_KEPT:]
+            if not entry.get("is_p2p")  # one sends what another receives
         ]
     except (ValueError, KeyError, TypeError, RuntimeError):  # its layout is torch's own business
         return []
+
+
+def _called(name: str, sizes: object) -> str:
+    """Operation and shapes; without these where ranks may differ in them."""
+    return name if any(word in name for word in ("scatter", "gather", "all_to_all")) else f"{name} {sizes}"
 
 
 def _collectives_begun() -> int:
     if not dist.is_initialized():
         return 0
     try:
-        groups = list(distributed_c10d._world.pg_map)  # pyright: ignore[reportPrivateUsage]
-        return sum(group._get_sequence_number_for_group() for group in groups)  # pyright: ignore[reportPrivateUsage]
+        groups = cast("list[Any]", list(distributed_c10d._world.pg_map))  # pyright: ignore[reportPrivateUsage]
+        return sum(int(group._get_sequence_number_for_group()) for group in groups)
     except RuntimeError:  # a group that is being made or destroyed
         return 0
 

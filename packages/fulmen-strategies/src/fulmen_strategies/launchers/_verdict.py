@@ -47,10 +47,10 @@ def _mismatch(collectives: Mapping[int, Sequence[Collective]]) -> tuple[int, str
             called.setdefault((call.group, call.number), {})[rank] = call.what
     for (_, number), by_rank in sorted(called.items(), key=lambda item: item[0][1]):
         if len(set(by_rank.values())) > 1:
-            rank = _minority(by_rank)
-            if rank is not None:
-                usual = next(what for other, what in by_rank.items() if other != rank)
-                return rank, f"its collective number {number} was {by_rank[rank]}, and that of the others {usual}"
+            odd = _minority(by_rank)
+            if odd is not None:
+                usual = next(what for rank, what in by_rank.items() if rank != odd)
+                return odd, f"its collective number {number} was {by_rank[odd]}, and that of the others {usual}"
     return None
 
 

@@ -121,6 +121,7 @@ class World:
         # Of the ranks besides the one at fault, to be printed before its report.
         self._stacks: dict[int, list[str]] = {}
         self._collectives: dict[int, list[Collective]] = {}
+        self._aborted: set[int] = set()  # indices of processes that were ended to learn where they were
         self._own_error: BaseException | None = None  # what rank 0 raises
         self._stopping = threading.Lock()
         self._hook_before = sys.excepthook
@@ -161,6 +162,7 @@ class World:
                 f"rank 0 launches again, but rank {ranks} has already ended: every rank must run through the same "
                 "calls of the script."
             )
+        self._own_error = None
         self._is_ours.clear()
         self._is_delivered.clear()
 
@@ -268,6 +270,7 @@ class World:
 
     def _abort(self, indices: list[int]) -> None:
         """End processes by SIGABRT, at which faulthandler writes down where they were, even inside native code."""
+        self._aborted.update(indices)
         processes = [self._processes()[i] for i in indices]
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
@@ -392,7 +395,7 @@ class World:
             file = self._error_file(i)
             exit_code = process.poll()
             # The file comes first: a process may report its exception and then hang while it leaves.
-            if exit_code or (exit_code is None and os.path.exists(file)):
+            if i not in self._aborted and (exit_code or (exit_code is None and os.path.exists(file))):
                 rank = self.request.first_rank + i + 1
                 found = read_failure(
                     file, rank=rank, world_size=self.request.world_size, pid=process.pid, exit_code=exit_code
