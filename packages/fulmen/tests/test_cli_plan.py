@@ -19,10 +19,13 @@ NET = """
 import torch, fulmen
 from torch import nn
 
+class Layer(nn.Linear):
+    pass
+
 class Net(fulmen.LightningModule):
     def __init__(self, width: int = 8, layers: int = 1):
         super().__init__()
-        self.net = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+        self.net = nn.Sequential(*(Layer(width, width, bias=False) for _ in range(layers)))
 
     def training_step(self, batch, batch_idx):
         return self.net(batch).square().mean()
@@ -103,6 +106,15 @@ def test_what_does_not_fit_is_said_with_what_would_help(folder: Path, capsys: py
     assert numbers(capsys, *words, "--memory", "1MB", code=3)["verdict"][0].startswith("does NOT fit")
 
 
+def test_layers_that_fsdp_shards_as_units_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["planned_net.py:Net", "--init", "width=512", "layers=8", "--batch", "float32[4,512]", "--strategy", "fsdp"]
+    whole = numbers(capsys, *words, "--devices", "4", "--memory", "1MB", code=3)
+    units = numbers(capsys, *words, "--devices", "4", "--wrap", "Layer")
+    assert whole["parameters"] == units["parameters"] == 4 * 8 * 512 * 512 // 4
+    assert whole["communication"] > 4 * 8 * 512 * 512 > units["communication"]
+    assert any("auto_wrap_policy={Block} of the strategy" in line for line in whole["verdict"])
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -114,7 +126,10 @@ def test_what_does_not_fit_is_said_with_what_would_help(folder: Path, capsys: py
         (["planned_net.py:Nett"], "no class and no function. Did you mean 'Net'?"),
         (["planned_net.py:Net", "--init", "width"], "--init got 'width'. Write it as NAME=VALUE"),
         (["planned_net.py:Net", "--memory", "lots"], "--memory='lots' is no amount of memory"),
-        (["planned_net.py:Net", "--strategy-option", "a=1"], "--strategy-option=['a=1']: give --strategy too"),
+        (
+            ["planned_net.py:Net", "--strategy-option", "a=1"],
+            "--strategy-option=['a=1'] and --wrap=[]: give --strategy too",
+        ),
         (["planned_net.py:Net", "--batch", "float32"], "batch='float32' cannot be read"),
         (["--config", "config.yaml"], "trainer.devices='auto', from which no number of devices follows"),
         (["planned_net.py:Net", "--strategy", "ddpp"], "ddpp"),

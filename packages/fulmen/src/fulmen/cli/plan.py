@@ -16,6 +16,7 @@ from fulmen_protocols.errors import FulmenError, MisconfigurationException, did_
 
 if TYPE_CHECKING:  # the command line's help need not import torch
     from collections.abc import Callable, Sequence
+    from types import ModuleType
 
     from fulmen.memory_plan import MemoryPlan
     from fulmen.module import LightningModule
@@ -58,6 +59,9 @@ def plan(argv: Sequence[str]) -> int:
     add("--num-nodes", type=int, help="nodes (1)")
     add("--strategy", help="as the Trainer's: auto, ddp, fsdp, ...")
     add("--strategy-option", nargs="+", default=[], metavar="NAME=VALUE", help="arguments of that strategy")
+    add(
+        "--wrap", nargs="+", default=[], metavar="CLASS", help="layers that fsdp shards as units (its auto_wrap_policy)"
+    )
     add("--precision", help="as the Trainer's: 32-true, bf16-mixed, ...")
     add("--gradient-clip-val", type=float, help="as the Trainer's")
     add("--device", default="cuda", choices=["cuda", "cpu"], help="the kind of device planned for (cuda)")
@@ -104,18 +108,22 @@ def _plan(asked: argparse.Namespace) -> int:
     return 3 if memory is not None and made.excess(memory) > 0 else 0
 
 
-def _trainer_arguments(asked: argparse.Namespace) -> dict[str, Any]:
+def _trainer_arguments(asked: argparse.Namespace, units: set[object] | None = None) -> dict[str, Any]:
     """What was asked for, and nothing that would start, write or show anything."""
     from fulmen.memory_plan._fake_world import OneRankOf
 
     devices, nodes = asked.devices or 1, asked.num_nodes or 1
     strategy: object = asked.strategy or "auto"
     options = _pairs("--strategy-option", asked.strategy_option)
+    if units:
+        options["auto_wrap_policy"] = units
     if options:
         from fulmen_protocols import STRATEGIES, load
 
         if asked.strategy is None:
-            raise MisconfigurationException(f"--strategy-option={asked.strategy_option!r}: give --strategy too.")
+            raise MisconfigurationException(
+                f"--strategy-option={asked.strategy_option!r} and --wrap={asked.wrap!r}: give --strategy too."
+            )
         strategy = load(STRATEGIES, asked.strategy, **options)
     return {
         "accelerator": "cpu",
@@ -138,9 +146,13 @@ def _from_class(asked: argparse.Namespace) -> MemoryPlan:
 
     from fulmen.trainer import Trainer
 
-    made: Callable[[], LightningModule] = partial(_named(asked.model), **_pairs("--init", asked.init))
+    named = _named(asked.model)
+    made: Callable[[], LightningModule] = partial(named, **_pairs("--init", asked.init))
+    units: set[object] = {
+        _named(text if ":" in text else f"{asked.model.rpartition(':')[0]}:{text}") for text in asked.wrap
+    }
     with _quietly():
-        trainer = Trainer(**_trainer_arguments(asked))
+        trainer = Trainer(**_trainer_arguments(asked, units))
     return trainer.plan(made, batch=asked.batch, batch_size=asked.batch_size, device=asked.device)
 
 
@@ -152,13 +164,7 @@ def _named(text: str) -> Callable[..., Any]:
     if place.endswith(".py"):
         if not Path(place).is_file():
             raise MisconfigurationException(f"model={text!r}: there is no file {place!r} in {os.getcwd()!r}.")
-        sys.path.insert(0, str(Path(place).resolve().parent))  # as `python FILE.py` does
-        spec = spec_from_file_location(Path(place).stem, place)
-        assert spec is not None
-        assert spec.loader is not None
-        module = module_from_spec(spec)
-        sys.modules[Path(place).stem] = module
-        spec.loader.exec_module(module)
+        module = _executed(Path(place).resolve())
     else:
         try:
             module = import_module(place)
@@ -175,6 +181,21 @@ def _named(text: str) -> Callable[..., Any]:
             f"model={text!r}: {name!r} in {place!r} is {found!r}, no class and no function.{did_you_mean(name, names)}"
         )
     return cast("Callable[..., Any]", found)
+
+
+def _executed(file: Path) -> ModuleType:
+    """The module in ``file``, executed once, under the name that an import of it would have."""
+    known = sys.modules.get(file.stem)
+    if known is not None and known.__file__ is not None and Path(known.__file__).resolve() == file:
+        return known
+    sys.path.insert(0, str(file.parent))  # as `python FILE.py` does
+    spec = spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[file.stem] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def _pairs(flag: str, texts: Sequence[str]) -> dict[str, Any]:
@@ -211,7 +232,8 @@ def _quietly() -> Any:
 def _from_config(asked: argparse.Namespace) -> MemoryPlan:
     from fulmen.cli._planning import from_config
 
-    wanted = _trainer_arguments(asked)
+    units: set[object] = {_named(text) for text in asked.wrap}
+    wanted = _trainer_arguments(asked, units)
     given = {
         "devices": asked.devices,
         "num_nodes": asked.num_nodes,

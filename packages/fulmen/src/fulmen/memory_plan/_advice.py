@@ -47,6 +47,9 @@ def _savings(plan: MemoryPlan) -> list[tuple[str, int]]:
         saved = states * (plan.world_size - 1) // plan.world_size + plan.at_peak.get("communication", 0)
         found.append((f"strategy='fsdp' instead of {plan.strategy!r}, over the same {plan.world_size} ranks", saved))
     elif plan.world_size > 1:
+        gathered = plan.at_peak.get("communication", 0)
+        if gathered > 0.3 * plan.peak:
+            found.append(("smaller units: auto_wrap_policy={Block} of the strategy (--wrap Block)", gathered * 3 // 4))
         found.append(("twice as many devices to shard over", states // 2))
     else:
         found.append(("strategy='fsdp' on 8 devices", states * 7 // 8))

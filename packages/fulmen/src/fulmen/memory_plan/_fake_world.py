@@ -205,7 +205,8 @@ def replaceable_parameters() -> Generator[None]:
         if recurse:
             for child in module.children():
                 cast("Any", child)._apply(function)
-        places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)  # pyright: ignore[reportPrivateUsage]
+        held = (module._parameters, module._buffers)  # pyright: ignore[reportPrivateUsage]
+        places = cast("tuple[dict[str, Any], ...]", held)
         for tensors in places:
             for name, old in tensors.items():
                 if old is None:
