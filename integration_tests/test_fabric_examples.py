@@ -62,7 +62,7 @@ def test_the_language_model_runs_on_one_process_and_on_two(tmp_path: Path, strat
     devices = "1" if strategy == "auto" else "2"
     output = run(tmp_path, "language_model", "--max-steps", "6", "--devices", devices, "--strategy", strategy)
 
-    assert number(output, "Held-out loss") < 4.6
+    assert number(output, "Held-out loss") < 5
 
 
 @pytest.mark.slow
