@@ -41,6 +41,14 @@ class Strategy:
             os.remove(path)
 
 
+class Delivery:
+    """Brings news to loggers at once."""
+
+    def checkpoint(self, callback: Any, loggers: list[Any], about: dict[str, object]) -> None:
+        for logger in loggers:
+            logger.after_save_checkpoint(callback)
+
+
 @dataclass
 class StandIn:
     """What a callback sees of a Trainer, and a loop that calls its hooks in the Trainer's order."""
@@ -65,6 +73,7 @@ class StandIn:
         self.strategy = Strategy()
         self.state = SimpleNamespace(fn="fit")
         self._progress = Progress()
+        self._reporter = SimpleNamespace(delivery=Delivery())
         self.callback_metrics: dict[str, torch.Tensor] = {}
         self.saved: list[tuple[str, int]] = []
         self.printed: list[str] = []

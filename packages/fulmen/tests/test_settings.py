@@ -44,7 +44,7 @@ from fulmen.settings import parse_duration
         ({"barebones": True, "logger": True}, "barebones=True turns logger off"),
         ({"barebones": True, "enable_progress_bar": True}, "barebones=True turns enable_progress_bar off"),
         ({"accelerator": "gpuu"}, "gpuu"),
-        ({"accelerator": "cpu", "strategy": "dpd"}, "no strategy is named 'dpd'. Did you mean 'ddp'?"),
+        ({"accelerator": "cpu", "strategy": "ddpp"}, "no strategy is named 'ddpp'. Did you mean 'ddp'?"),
         ({"accelerator": "cpu", "precision": "bf16-mix"}, "Did you mean 'bf16-mixed'?"),
         ({"accelerator": "cpu", "devices": 0}, "0"),
         ({"accelerator": "cpu", "num_nodes": 0}, "num_nodes=0"),
@@ -69,15 +69,15 @@ def test_several_wrong_arguments_are_told_in_one_error() -> None:
 
 @pytest.mark.proves("9.55")
 def test_conflicts_of_backends_are_told_in_one_error() -> None:
-    with pytest.raises(ValueError, match="dpd") as raised:
-        fulmen.Trainer(accelerator="cpu", strategy="dpd", precision="17", logger=False)
+    with pytest.raises(ValueError, match="ddpp") as raised:
+        fulmen.Trainer(accelerator="cpu", strategy="ddpp", precision="17", logger=False)
 
     assert "17" in str(raised.value)
 
 
 def test_settings_and_backends_are_told_in_one_error_too() -> None:
     with pytest.raises(ValueError, match="max_epochs=-5") as raised:
-        fulmen.Trainer(accelerator="cpu", max_epochs=-5, strategy="dpd", logger=False)
+        fulmen.Trainer(accelerator="cpu", max_epochs=-5, strategy="ddpp", logger=False)
 
     assert "Did you mean 'ddp'?" in str(raised.value)
 

@@ -73,7 +73,7 @@ def test_what_is_passed_wins_and_our_prefix_goes_before_lightnings(monkeypatch: 
         ("PL_TRAINER_MAX_EPOCHS", "ten", "max_epochs='ten' must be a whole number"),
         ("FULMEN_TRAINER_ACCUMULATE_GRAD_BATCHES", "0", "accumulate_grad_batches=0 must be at least 1"),
         ("PL_TRAINER_BAREBONES", "maybe", "barebones='maybe' must be True or False"),
-        ("PL_TRAINER_STRATEGY", "dpd", "Did you mean 'ddp'?"),
+        ("PL_TRAINER_STRATEGY", "ddpp", "Did you mean 'ddp'?"),
     ],
 )
 def test_a_wrong_value_is_blamed_on_its_variable(

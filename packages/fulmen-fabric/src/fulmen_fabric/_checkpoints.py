@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from fulmen_fabric.assemble import Assembly
+    from fulmen_fabric.assembly import Assembly
 
 __all__ = ["Checkpoints"]
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from fulmen_fabric.assemble import Assembly
+    from fulmen_fabric.assembly import Assembly
     from fulmen_protocols import Accelerator, Precision, Strategy
 
 __all__ = ["Processes"]

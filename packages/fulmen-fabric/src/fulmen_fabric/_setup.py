@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from fulmen_fabric.assemble import Assembly
+    from fulmen_fabric.assembly import Assembly
 
 __all__ = ["Composer"]
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-    from fulmen_fabric.assemble import Assembly
+    from fulmen_fabric.assembly import Assembly
 
 __all__ = ["CapturedStep", "why_not_captured"]
 

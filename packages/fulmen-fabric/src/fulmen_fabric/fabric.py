@@ -10,7 +10,7 @@ from fulmen_fabric import _arguments
 from fulmen_fabric._callbacks import adopt, call_each, installed_callbacks
 from fulmen_fabric._checkpoints import Checkpoints
 from fulmen_fabric.abilities import supports
-from fulmen_fabric.assemble import assemble
+from fulmen_fabric.assembly import assemble
 from fulmen_fabric.capture import CapturedStep, why_not_captured
 from fulmen_fabric.rank_zero import rank_zero_deprecation, rank_zero_info
 from fulmen_fabric.seed import seed_everything

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-    from fulmen_fabric.assemble import Assembly
+    from fulmen_fabric.assembly import Assembly
     from fulmen_protocols import Collectives, ReduceOp
 
 __all__ = ["LocalCollectives", "World"]

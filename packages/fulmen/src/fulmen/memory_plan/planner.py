@@ -262,6 +262,7 @@ class _Planned:
         strategy = session.assembly.strategy
         if not supports(strategy, SupportsMemoryPlan):
             try:
+                _preparation.convert(session)
                 _preparation.place(session, sync_batchnorm=False)
             except Exception as error:
                 raise explained_place(error, strategy) from error
