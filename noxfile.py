@@ -134,7 +134,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def drills(session: nox.Session) -> None:
-    """Kill saves, damage files and break storages many times over, and print a table. [-- NAME COUNT, or full --resume]."""
+    """Kill saves, damage files, break storages many times over; print a table. [-- NAME COUNT, or full --resume]."""
     python = environment(session, "test")
     session.run(python, "-m", "tools.drills", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
