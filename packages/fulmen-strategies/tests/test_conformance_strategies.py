@@ -116,6 +116,10 @@ class TestModelParallelStrategyWithFullyShard(StrategyConformance):
     def num_processes(self) -> int:
         return 4
 
+    @pytest.fixture
+    def timeout_s(self) -> float:
+        return 180.0
+
 
 class TestFSDPStrategy(StrategyConformance):
     @pytest.fixture

@@ -495,7 +495,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     env = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", __file__, str(folder)],
-        env={**env, "OMP_NUM_THREADS": "1"}, text=True, timeout=240, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**env, "OMP_NUM_THREADS": "1"}, text=True, timeout=500, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         check=False,
     )  # fmt: skip
     (folder / "output").write_text(f"exit status {done.returncode}\n{done.stdout}")
