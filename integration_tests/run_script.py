@@ -104,8 +104,8 @@ def main() -> None:
         (folder / "failed-at").write_text(str(time.time()))
         raise LookupError("sample 7 is missing")
     elif task == "wait":
-        (folder / f"waits-{os.environ['RANK']}").write_text(str(os.getpid()))
         fulmen.Fabric().launch()
+        (folder / f"waits-{os.environ['RANK']}").write_text(str(os.getpid()))
         time.sleep(600)
     else:
         train(folder, int(sys.argv[3]), task)

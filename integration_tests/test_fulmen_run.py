@@ -191,12 +191,15 @@ def test_its_processes_end_with_it(number: signal.Signals, tmp_path: Path) -> No
     command = [*FULMEN, "run", "--accelerator=cpu", "--devices=2", str(SCRIPT), "wait", str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
     files = [tmp_path / "waits-0", tmp_path / "waits-1"]
-    wait_for(lambda: all(file.exists() and file.read_text() for file in files), 60)
-    time.sleep(4)  # until they have joined each other
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=40)
+    try:
+        wait_for(lambda: all(file.exists() and file.read_text() for file in files), 200)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
     pids = [int(file.read_text()) for file in files]
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 10)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 30)
     if number == signal.SIGTERM:
         assert process.returncode == 128 + signal.SIGTERM
         assert errors.splitlines()[-1] == "fulmen run got SIGTERM; its processes got it too."

@@ -102,7 +102,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE", "RANK")}
     command = [sys.executable, __file__, *arguments]
     env.pop("OMP_NUM_THREADS", None)
-    return subprocess.run(command, capture_output=True, text=True, timeout=250, check=False, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=env)
 
 
 @pytest.mark.proves("4.35", "4.37")
