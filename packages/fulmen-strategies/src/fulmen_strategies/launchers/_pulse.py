@@ -123,7 +123,7 @@ def _collectives_begun() -> int:
     if not dist.is_initialized():
         return 0
     try:
-        groups = cast("list[Any]", list(distributed_c10d._world.pg_map))  # pyright: ignore[reportPrivateUsage]
+        groups: list[Any] = list(distributed_c10d._world.pg_map)  # pyright: ignore[reportPrivateUsage]
         return sum(int(group._get_sequence_number_for_group()) for group in groups)
     except RuntimeError:  # a group that is being made or destroyed
         return 0
