@@ -99,6 +99,7 @@ def test_killing_the_trainer_at_any_instant_leaves_whole_checkpoints_and_no_proc
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_five_hundred_kills_of_the_trainer_leave_whole_checkpoints(tmp_path: Path) -> None:
     assert _kill_many(tmp_path, 500) > 50
 

@@ -90,5 +90,6 @@ def test_a_kill_at_any_instant_leaves_the_old_or_the_new_checkpoint(tmp_path: Pa
 
 @pytest.mark.proves("5.11")
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_five_hundred_kills_leave_the_old_or_the_new_checkpoint(tmp_path: Path) -> None:
     assert _kill_many(tmp_path / "last.ckpt", 500) > 50

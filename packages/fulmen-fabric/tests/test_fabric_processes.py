@@ -65,6 +65,7 @@ RAW = """
         out[name] = net.state_dict()
     torch.save(out, f"{sys.argv[1]}/{rank}.pt")
     dist.destroy_process_group()
+    import time; time.sleep(0.1)  # gloo's threads need the GIL to drop what they hold
 """
 
 OURS = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
@@ -148,6 +149,7 @@ class Ddp(Single):
     def teardown(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+            time.sleep(0.1)  # gloo's threads need the GIL to drop what they hold
 
 
 class TestDdp(StrategyConformance):
