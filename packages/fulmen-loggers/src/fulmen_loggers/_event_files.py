@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import time
 import weakref
 from typing import TYPE_CHECKING, Protocol, cast
@@ -53,6 +54,8 @@ class _EventFile:
         self._flushed_at = 0.0  # the first event is flushed at once, so that TensorBoard sees the run
         # Names sort by time within a process, and no two writers ever share one.
         unique = f".{os.getpid()}.{next(_count):06d}{suffix}"
+        # A user's hook and the thread that a run feeds the logger from may write at once.
+        self._lock = threading.Lock()
         self._events = cast("_Events", EventsWriter(os.path.join(logdir, "events"), unique))
         self._close = weakref.finalize(self, self._events.close)  # at exit, if nobody closed it
 
@@ -60,18 +63,22 @@ class _EventFile:
         return self._logdir
 
     def add_event(self, event: object) -> None:
-        self._events.write_event(event)
-        now = time.monotonic()
-        if now - self._flushed_at > self._flush_secs:
-            self._flushed_at = now
-            self.flush()
+        with self._lock:
+            self._events.write_event(event)
+            now = time.monotonic()
+            if now - self._flushed_at > self._flush_secs:
+                self._flushed_at = now
+                if self._close.alive:
+                    self._events.flush()
 
     def flush(self) -> None:
-        if self._close.alive:
-            self._events.flush()
+        with self._lock:
+            if self._close.alive:
+                self._events.flush()
 
     def close(self) -> None:
-        self._close()
+        with self._lock:
+            self._close()
 
     def reopen(self) -> None:
         """Never needed: a closed writer is replaced."""
@@ -121,11 +128,11 @@ class EventFiles(SummaryWriter):  # type: ignore[misc]
                 writers[folder] = self._new_file(folder)
             writers[folder].add_summary(_scalar(main_tag, value), global_step, walltime)
 
-    def add_row(self, values: Iterable[tuple[str, float]], step: int) -> None:
-        """Write scalars of one step as one event."""
+    def add_row(self, values: Iterable[tuple[str, float]], step: int, time_s: float) -> None:
+        """Write scalars of one step as one event, which happened ``time_s`` seconds after the epoch."""
         summary = _summary(value=[_value(tag=tag, simple_value=value) for tag, value in values])
         event_file = self._get_file_writer().event_writer
-        event_file.add_event(_event(wall_time=time.time(), step=step, summary=summary))
+        event_file.add_event(_event(wall_time=time_s, step=step, summary=summary))
 
     def add_settings(self, params: dict[str, object], metrics: dict[str, float]) -> None:
         """Write what TensorBoard's HPARAMS page shows: settings, and the names of the metrics to compare."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from contextlib import suppress
 from typing import IO, TYPE_CHECKING
 
 from fulmen_protocols.errors import MisconfigurationException
@@ -12,7 +13,7 @@ from fulmen_protocols.errors import MisconfigurationException
 if TYPE_CHECKING:
     from fulmen_loggers._folder import RunFolder
 
-__all__ = ["Table"]
+__all__ = ["Table", "read_rows"]
 
 _BLOCK_BYTES = 1 << 20
 
@@ -34,17 +35,25 @@ class Table:
         """Rows on disk."""
 
     def append(self, rows: list[dict[str, float]]) -> None:
-        """Write ``rows``; cells without a value stay empty. Columns are in order of first appearance."""
+        """Write ``rows``; cells without a value stay empty. Columns are in order of first appearance.
+
+        What fails leaves the table as it was, so that it can be tried again.
+        """
         if not self._opened:
             self._open()
             self._opened = True
         known = len(self._columns)
+        before = dict(self._columns)
         for row in rows:
             if not row.keys() <= self._columns.keys():
                 for name in row:
                     self._columns.setdefault(name, len(self._columns))
         if len(self._columns) > known:
-            self._widen(len(self._columns) - known, known)
+            try:
+                self._widen(len(self._columns) - known, known)
+            except BaseException:
+                self._columns = before
+                raise
         self._add(self._lines(rows))
         self.rows += len(rows)
 
@@ -107,14 +116,27 @@ class Table:
 
     def _add(self, lines: bytes) -> None:
         if self._folder.is_remote:
+            self._folder.write(self._path, bytes(self._remote + lines))
             self._remote += lines
-            self._folder.write(self._path, bytes(self._remote))
             return
+        size = os.path.getsize(self._path) if os.path.exists(self._path) else 0
         try:
             with open(self._path, "ab") as stream:
                 stream.write(lines)
         except OSError as error:
+            with suppress(OSError):
+                os.truncate(self._path, size)
             raise self._folder.unwritable(self._path, error) from error
+
+
+def read_rows(folder: RunFolder, path: str) -> list[dict[str, str]]:
+    """The rows of a file as texts by column; none where there is no file. A row that is not whole is left out."""
+    data = folder.read(path) or b""
+    whole = data[: data.rfind(b"\n") + 1].decode("utf-8", "replace")
+    return [
+        {name: text for name, text in row.items() if text is not None}
+        for row in csv.DictReader(io.StringIO(whole, newline=""))
+    ]
 
 
 def _lengthened(rows: bytes, commas: bytes) -> bytes:

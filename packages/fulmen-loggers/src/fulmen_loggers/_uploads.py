@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from fulmen_loggers._values import simplify
 from fulmen_protocols.errors import MisconfigurationException
@@ -49,30 +53,81 @@ class Uploads:
 
     def saved(self, callback: object) -> None:
         """A callback has saved: upload now, or remember to do so at the end."""
-        if self._log_model == "all" or (self._log_model is True and getattr(callback, "save_top_k", None) == -1):
-            self._upload(callback)
-        elif self._log_model is True:
-            self._waiting[id(callback)] = callback
+        upload = self.set_aside(callback)
+        if upload is not None:
+            upload()
 
     def finish(self) -> None:
         """Upload what was kept to the end of a successful run."""
-        for callback in self._waiting.values():
-            self._upload(callback)
-        self._waiting.clear()
+        upload = self.set_aside(None)
+        if upload is not None:
+            upload()
 
-    def _upload(self, callback: object) -> None:
+    def set_aside(self, callback: object | None) -> Callable[[], None] | None:
+        """What uploads the files that the callback has now; None: nothing, or not yet.
+
+        The files are linked, so that they can be deleted meanwhile. The argument None asks for what was kept until the
+        end.
+        """
+        if callback is None:
+            found = [one for kept in self._waiting.values() for one in self._new_files(kept)]
+            self._waiting.clear()
+        elif self._log_model == "all" or (self._log_model is True and getattr(callback, "save_top_k", None) == -1):
+            found = self._new_files(callback)
+        else:
+            if self._log_model is True:
+                self._waiting[id(callback)] = callback
+            return None
+        return partial(self._send_all, found) if found else None
+
+    def _new_files(self, callback: object) -> list[_SetAside]:
         found: list[tuple[float, str]] = []
         scores = _scores(callback)
         for name in scores:
             path = Path(name)
             if path.is_file():
                 found.append((path.stat().st_mtime, name))
+        new: list[_SetAside] = []
         for changed, name in sorted(found):
             if self._sent.get(name, -1.0) >= changed:
                 continue
             is_best = name == getattr(callback, "best_model_path", None)
-            self._send(Checkpoint(name, is_best, _metadata(callback, name, scores[name])))
+            link = _link(name)
+            metadata = _metadata(callback, name, scores[name])
+            new.append(_SetAside(Checkpoint(link or name, is_best, metadata), link is not None))
             self._sent[name] = changed
+        return new
+
+    def _send_all(self, found: list[_SetAside]) -> None:
+        while found:  # what was sent stays sent when the next one fails
+            self._send(found[0].checkpoint)
+            found.pop(0).forget()
+
+
+class _SetAside(NamedTuple):
+    checkpoint: Checkpoint
+    is_link: bool
+
+    def forget(self) -> None:
+        if self.is_link:
+            with suppress(OSError):
+                os.remove(self.checkpoint.path)
+                os.rmdir(os.path.dirname(self.checkpoint.path))
+
+
+def _link(path: str) -> str | None:
+    """A second name of a file, in a folder beside it; None where the file system has no such thing."""
+    folder = None
+    try:
+        folder = tempfile.mkdtemp(prefix=".uploading-", dir=os.path.dirname(path))
+        link = os.path.join(folder, os.path.basename(path))
+        os.link(path, link)
+    except OSError:
+        if folder is not None:
+            with suppress(OSError):
+                os.rmdir(folder)
+        return None
+    return link
 
 
 def _scores(callback: object) -> dict[str, object]:

@@ -6,6 +6,7 @@ import os
 import uuid
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
+from fulmen_loggers._guard import Guard
 from fulmen_loggers._optional import need, require
 from fulmen_loggers._values import as_mapping, as_number, flatten, simplify
 from fulmen_protocols.errors import MisconfigurationException
@@ -98,10 +99,19 @@ class CometLogger:
         self._prefix = prefix
         self._next_step = 0
         self._experiment: Experiment | None = None
+        self._graph: str | None = None
+        self._guard = Guard()
 
     @property
     def experiment(self) -> Experiment:
         """The ``CometExperiment``; opens it."""
+        experiment = self._experiment
+        if experiment is not None:
+            return experiment
+        with self._guard:
+            return self._open()
+
+    def _open(self) -> Experiment:
         if self._experiment is None:
             # Comet's own hooks into torch would log everything a second time.
             os.environ.setdefault("COMET_DISABLE_AUTO_LOGGING", "1")
@@ -158,18 +168,34 @@ class CometLogger:
         self.experiment.log_parameters(flatten(cast("dict[str, object]", simplify(values))))
 
     def log_graph(self, model: nn.Module, input_array: object | None = None) -> None:
-        """Record the model's structure as text."""
-        self.experiment.set_model_graph(str(model))
+        """Record the model's structure as text: the text is taken now, and sent by ``save`` or ``finalize``."""
+        self._graph = str(model)
 
     def save(self) -> None:
-        """Nothing to do: Comet writes by itself."""
+        """Send the model's graph, if there is one; Comet writes all else by itself."""
+        graph = self._graph
+        if graph is not None:
+            self.experiment.set_model_graph(graph)
+            self._graph = None
 
     def finalize(self, status: LoggerStatus) -> None:
         """Send everything, and note how the run ended."""
+        self.save()
         if self._experiment is None:
             return
         self._experiment.log_other("status", status)
         self._experiment.flush()
+
+    def reopen_options(self) -> dict[str, object]:
+        """Arguments with which another process goes on with this experiment; the account's key is not among them."""
+        return {
+            "workspace": self._start["workspace"],
+            "project": self._start["project"],
+            "experiment_key": self.version,
+            "online": self._start["online"],
+            "prefix": self._prefix,
+            **({} if self.save_dir is None else {"offline_directory": os.path.abspath(self.save_dir)}),
+        }
 
     def __getstate__(self) -> dict[str, object]:
         """The copy goes on with the same experiment, by its key."""

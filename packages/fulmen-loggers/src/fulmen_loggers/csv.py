@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from fulmen_loggers._folder import RunFolder
+from fulmen_loggers._guard import Guard
 from fulmen_loggers._hparams import FILE as HPARAMS_FILE
 from fulmen_loggers._hparams import Hyperparameters
-from fulmen_loggers._table import Table
+from fulmen_loggers._table import Table, read_rows
 from fulmen_loggers._values import as_number, prefixed
 from fulmen_protocols.errors import MisconfigurationException
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from fulmen_protocols.logger import LoggerStatus
 
@@ -61,6 +62,9 @@ class CSVLogger:
         self._next_step = 0
         self._hparams = Hyperparameters()
         self._table: Table | None = None
+        self._guard = Guard()
+        self._deliver: Callable[[], object] | None = None
+        self._earlier: frozenset[tuple[str, frozenset[tuple[str, str]]]] | None = None
 
     @property
     def name(self) -> str | None:
@@ -113,27 +117,62 @@ class CSVLogger:
             key = prefix + name if prefix else name
             if key != "step":
                 row[key] = value if type(value) is float else as_number(name, value)
+        with self._guard:
+            self._pending.append(row)
+            if len(self._pending) >= self._flush_at:
+                try:
+                    self._flush()
+                except BaseException:
+                    self._pending.pop()  # not taken, so that the caller can try again
+                    raise
         self._next_step = int(row["step"]) + 1
-        self._pending.append(row)
-        if len(self._pending) >= self._flush_at:
-            self._flush()
 
     def log_hyperparams(self, params: object = None, **more: object) -> None:
         """Record settings: a dict, a dataclass or a namespace. Later calls add to earlier ones."""
-        if params is not None:
-            self._hparams.add(params)
-        if more:
-            self._hparams.add(more)
+        with self._guard:
+            if params is not None:
+                self._hparams.add(params)
+            if more:
+                self._hparams.add(more)
 
     def save(self) -> None:
         """Write all rows and hyperparameters so far."""
+        if self._deliver is not None:
+            self._deliver()
         self._flush()
+
+    def waiting_rows(self, deliver: Callable[[], object] | None) -> None:
+        """Call ``deliver`` before ``save`` writes: a run hands over its rows a little later than it logs them."""
+        self._deliver = deliver
+
+    def has_row(self, metrics: Mapping[str, float], step: int) -> bool:
+        """Whether the table that an earlier process wrote holds exactly this row."""
+        if self._earlier is None:
+            rows = read_rows(self._folder, self._folder.join(self._folder.path, self.NAME_METRICS_FILE))
+            self._earlier = frozenset(
+                (row.pop("step", ""), frozenset((name, text) for name, text in row.items() if text)) for row in rows
+            )
+        row = frozenset((self._prefix + name, repr(as_number(name, value))) for name, value in metrics.items())
+        return (repr(int(step)), row) in self._earlier
+
+    def reopen_options(self) -> dict[str, object]:
+        """Arguments with which another process goes on with this run."""
+        return {
+            "save_dir": self.save_dir if self._folder.is_remote else os.path.abspath(self.save_dir),
+            "name": self.name,
+            "version": self.version,
+            "prefix": self._prefix.removesuffix(self.LOGGER_JOIN_CHAR),
+        }
 
     def finalize(self, status: LoggerStatus) -> None:
         """Write everything. Logging afterwards goes on in the same table."""
         self._flush()
 
     def _flush(self) -> None:
+        with self._guard:
+            self._write()
+
+    def _write(self) -> None:
         folder = self._folder
         folder.own()
         directory = folder.path
@@ -151,4 +190,4 @@ class CSVLogger:
         """The copy goes on with the file, so what is in memory is written first."""
         if self._pending:
             self._flush()
-        return {**self.__dict__, "_table": None}
+        return {**self.__dict__, "_table": None, "_deliver": None}

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import tempfile
 import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import yaml
 
+from fulmen_loggers._guard import Guard
 from fulmen_loggers._optional import need, require
 from fulmen_loggers._uploads import Checkpoint, Uploads
 from fulmen_loggers._values import as_mapping, as_number, flatten, prefixed, simplify
-from fulmen_protocols.errors import MisconfigurationException
+from fulmen_protocols.errors import BackendUnavailable, MisconfigurationException
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +32,8 @@ _FORBIDDEN = re.compile(r"[^a-zA-Z0-9_/. \-]+")
 _VALUE_LENGTH = 250
 _PARAMS_A_CALL = 100
 _METRICS_A_CALL = 1000
+_CONNECT_S = 5.0
+_STAYS_UNREACHABLE_S = 30.0
 
 
 class _ExperimentInfo(Protocol):
@@ -142,12 +148,26 @@ class MLFlowLogger:
         self._is_running = False
         self._next_step = 0
         self._renamed: set[str] = set()
+        self._guard = Guard()
+        self._unreachable: tuple[float, str] | None = None
         self._uploads = Uploads("MLFlowLogger", log_model, self._upload)
 
     @property
     def experiment(self) -> Client:
-        """The ``MlflowClient``; makes experiment and run at the first use."""
+        """The ``MlflowClient``; makes experiment and run at the first use.
+
+        Raises:
+            BackendUnavailable: no server answers at the address. The answer holds for half a minute.
+        """
+        client = self._client
+        if client is not None:
+            return client
+        with self._guard:
+            return self._connect()
+
+    def _connect(self) -> Client:
         if self._client is None:
+            self._see_that_a_server_listens()
             if self._folder is not None:
                 os.makedirs(self._folder, exist_ok=True)
             tracking = cast("_Tracking", need("MLFlowLogger", "mlflow.tracking", "mlflow"))
@@ -156,12 +176,32 @@ class MLFlowLogger:
             self._client = self._open(tracking.MlflowClient(self._address))
         return self._client
 
+    def _see_that_a_server_listens(self) -> None:
+        """MLflow itself tries for minutes before it says that nobody is there."""
+        place = urlsplit(self._address)
+        if place.scheme not in ("http", "https") or place.hostname is None or _goes_through_a_proxy(place.hostname):
+            return
+        if self._unreachable is not None and time.monotonic() - self._unreachable[0] < _STAYS_UNREACHABLE_S:
+            raise BackendUnavailable(self._unreachable[1])
+        port = place.port or (443 if place.scheme == "https" else 80)
+        try:
+            socket.create_connection((place.hostname, port), timeout=_CONNECT_S).close()
+        except OSError as error:
+            why = (
+                f"MLFlowLogger(tracking_uri={self._address!r}): no server answers there ({type(error).__name__}: "
+                f"{error}). Start it, correct tracking_uri or MLFLOW_TRACKING_URI, or give run_id=... to log to a run "
+                "that is known, whose rows are delivered when the server is back."
+            )
+            self._unreachable = (time.monotonic(), why)
+            raise BackendUnavailable(why) from error
+        self._unreachable = None
+
     def _running(self) -> Client:
         """The client, with a run that is marked as running, also when it had ended before."""
         client = self.experiment
         if not self._is_running:
-            self._is_running = True
             client.update_run(self.run_id, status="RUNNING")
+            self._is_running = True
         return client
 
     def _open(self, client: Client) -> Client:
@@ -184,7 +224,8 @@ class MLFlowLogger:
     @property
     def run_id(self) -> str:
         """The run's id."""
-        _ = self.experiment
+        if self._run_id is None:
+            _ = self.experiment
         return cast("str", self._run_id)
 
     @property
@@ -223,9 +264,13 @@ class MLFlowLogger:
         Raises:
             MisconfigurationException: a value is not a single number.
         """
-        at = self._next_step if step is None else int(step)
+        self.log_metrics_at(metrics, self._next_step if step is None else int(step), time.time())
+
+    def log_metrics_at(self, metrics: Mapping[str, float], step: int, time_s: float) -> None:
+        """``log_metrics`` of what was logged ``time_s`` seconds after the epoch. The same row twice is there once."""
+        at = step
         self._next_step = at + 1
-        now_ms = int(time.time() * 1000)
+        now_ms = int(time_s * 1000)
         entities = cast("_Entities", need("MLFlowLogger", "mlflow.entities", "mlflow"))
         row = [
             entities.Metric(self._allowed(self._prefix + name), as_number(name, value), now_ms, at)
@@ -265,6 +310,10 @@ class MLFlowLogger:
         """Upload what was saved, as ``log_model`` says."""
         self._uploads.saved(checkpoint_callback)
 
+    def checkpoint_upload(self, checkpoint_callback: object | None) -> Callable[[], None] | None:
+        """What uploads the callback's files as they are now, as ``log_model`` says; see ``SupportsDeferredUpload``."""
+        return self._uploads.set_aside(checkpoint_callback)
+
     def save(self) -> None:
         """Wait for rows that MLflow sends in the background."""
         if self._client is not None and self._synchronous is False:
@@ -280,6 +329,18 @@ class MLFlowLogger:
         self._client.set_terminated(self.run_id, "FAILED" if status == "failed" else "FINISHED")
         self._is_running = False
 
+    def reopen_options(self) -> dict[str, object]:
+        """Arguments with which another process goes on with this run."""
+        return {
+            "experiment_name": self._experiment_name,
+            "run_name": self._run_name,
+            "tracking_uri": self._address,
+            "tags": dict(self.tags),
+            "prefix": self._prefix.removesuffix(self.LOGGER_JOIN_CHAR),
+            "artifact_location": self._artifact_location,
+            "run_id": self._run_id,
+        }
+
     def __getstate__(self) -> dict[str, object]:
         """The copy goes on with the same run."""
         return {**self.__dict__, "_client": None}
@@ -291,3 +352,7 @@ class MLFlowLogger:
             Path(staging, "metadata.yaml").write_text(yaml.safe_dump(checkpoint.metadata), encoding="utf-8")
             Path(staging, "aliases.txt").write_text(str(checkpoint.aliases), encoding="utf-8")
             client.log_artifacts(run_id, staging, folder)
+
+
+def _goes_through_a_proxy(host: str) -> bool:
+    return bool(getproxies()) and not proxy_bypass(host)

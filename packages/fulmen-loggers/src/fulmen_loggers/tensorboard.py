@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
 from fulmen_loggers._folder import RunFolder
+from fulmen_loggers._guard import Guard
 from fulmen_loggers._hparams import FILE as HPARAMS_FILE
 from fulmen_loggers._hparams import Hyperparameters
 from fulmen_loggers._values import as_number, flatten, prefixed
 from fulmen_protocols.errors import MissingPackage
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
     from fulmen_loggers._event_files import EventFiles
@@ -74,6 +78,8 @@ class TensorBoardLogger:
         self._hp_metrics: dict[str, float] = {}
         # The HPARAMS page keeps the first settings it reads of a run: they are written by save, when all are known.
         self._hp_pending = False
+        self._guard = Guard()
+        self._deliver: Callable[[], object] | None = None
 
     @property
     def name(self) -> str | None:
@@ -121,6 +127,13 @@ class TensorBoardLogger:
         Raises:
             MisconfigurationException: the folder cannot be written.
         """
+        writer = self._writer
+        if writer is not None:
+            return writer
+        with self._guard:
+            return self._open()
+
+    def _open(self) -> EventFiles:
         if self._writer is None:
             # Here because it imports tensorboardX, which whoever logs to CSV only does not have.
             from fulmen_loggers._event_files import EventFiles
@@ -140,7 +153,13 @@ class TensorBoardLogger:
         Raises:
             MisconfigurationException: a value is not a single number.
         """
-        at = self._next_step if step is None else int(step)
+        self._write(metrics, self._next_step if step is None else int(step), time.time())
+
+    def log_metrics_at(self, metrics: Mapping[str, float | Mapping[str, float]], step: int, time_s: float) -> None:
+        """``log_metrics`` of what was logged ``time_s`` seconds after the epoch: TensorBoard's axis of wall time."""
+        self._write(metrics, step, time_s)
+
+    def _write(self, metrics: Mapping[str, float | Mapping[str, float]], at: int, time_s: float) -> None:
         self._next_step = at + 1
         writer, prefix = self.experiment, self._prefix
         row: list[tuple[str, float]] = []
@@ -155,9 +174,9 @@ class TensorBoardLogger:
             else:
                 row.append((tag, as_number(name, value)))
         if row:
-            writer.add_row(row, at)
+            writer.add_row(row, at, time_s)
         for tag, chart in charts:
-            writer.add_scalars(tag, chart, at)
+            writer.add_scalars(tag, chart, at, time_s)
 
     def log_hyperparams(
         self,
@@ -217,6 +236,26 @@ class TensorBoardLogger:
 
     def save(self) -> None:
         """Write everything so far to disk."""
+        if self._deliver is not None:
+            self._deliver()
+        with self._guard:
+            self._flush()
+
+    def waiting_rows(self, deliver: Callable[[], object] | None) -> None:
+        """Call ``deliver`` before ``save`` writes: a run hands over its rows a little later than it logs them."""
+        self._deliver = deliver
+
+    def reopen_options(self) -> dict[str, object]:
+        """Arguments with which another process goes on with this run."""
+        return {
+            "save_dir": self.save_dir if self._folder.is_remote else os.path.abspath(self.save_dir),
+            "name": self.name,
+            "version": self.version,
+            "prefix": self._prefix.removesuffix(self.LOGGER_JOIN_CHAR),
+            "sub_dir": self._sub_dir,
+        }
+
+    def _flush(self) -> None:
         folder = self._folder
         folder.own()
         directory = self.log_dir
@@ -231,12 +270,13 @@ class TensorBoardLogger:
     def finalize(self, status: LoggerStatus) -> None:
         """Write everything and close the files. Logging afterwards opens a further event file of the same run."""
         self.save()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        with self._guard:
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
 
     def __getstate__(self) -> dict[str, object]:
         """The copy opens an event file of its own, in the same folder."""
         if self._writer is not None:
             self._writer.flush()
-        return {**self.__dict__, "_writer": None}
+        return {**self.__dict__, "_writer": None, "_deliver": None}

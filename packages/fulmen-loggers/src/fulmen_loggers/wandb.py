@@ -7,13 +7,14 @@ import secrets
 import string
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
+from fulmen_loggers._guard import Guard
 from fulmen_loggers._optional import need, require
 from fulmen_loggers._uploads import Checkpoint, Uploads
 from fulmen_loggers._values import as_mapping, as_number, prefixed, simplify
 from fulmen_protocols.errors import MisconfigurationException
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -155,6 +156,7 @@ class WandbLogger:
         self._is_given = experiment is not None
         self._checkpoint_name = checkpoint_name
         self._add_file_policy = add_file_policy
+        self._guard = Guard()
         self._uploads = Uploads("WandbLogger", log_model, self._upload)
 
     @property
@@ -191,7 +193,14 @@ class WandbLogger:
 
         A run that is open already, made by ``wandb.init`` or by a sweep, is used as it is.
         """
-        if self._run is None or (getattr(self._run, "_is_finished", False) and not self._is_given):
+        run = self._run
+        if run is not None and (self._is_given or not getattr(run, "_is_finished", False)):
+            return run
+        with self._guard:
+            return self._open()
+
+    def _open(self) -> Run:
+        if self._run is None or getattr(self._run, "_is_finished", False):
             wandb = self._wandb()
             if wandb.run is not None:
                 self._run = wandb.run
@@ -290,6 +299,10 @@ class WandbLogger:
         """Upload what was saved, as ``log_model`` says."""
         self._uploads.saved(checkpoint_callback)
 
+    def checkpoint_upload(self, checkpoint_callback: object | None) -> Callable[[], None] | None:
+        """What uploads the callback's files as they are now, as ``log_model`` says; see ``SupportsDeferredUpload``."""
+        return self._uploads.set_aside(checkpoint_callback)
+
     def save(self) -> None:
         """Nothing to do: wandb writes by itself."""
 
@@ -301,6 +314,17 @@ class WandbLogger:
             self._uploads.finish()
         elif status == "failed" and not self._is_given and not getattr(self._run, "_is_finished", False):
             self._run.finish(exit_code=1)
+
+    def reopen_options(self) -> dict[str, object]:
+        """Arguments with which another process goes on with this run."""
+        chosen = {name: value for name, value in self._init.items() if name not in ("id", "dir", "resume", "mode")}
+        return {
+            **{name: value for name, value in chosen.items() if value is None or isinstance(value, (str, int, float))},
+            "id": self.version,
+            "save_dir": self.save_dir,
+            "offline": self._init.get("mode") == "offline",
+            "prefix": self._prefix.removesuffix(self.LOGGER_JOIN_CHAR),
+        }
 
     def __getstate__(self) -> dict[str, object]:
         """The copy opens the same run again, by its id."""
@@ -332,4 +356,7 @@ class WandbLogger:
         name = self._checkpoint_name or f"model-{self.experiment.id}"
         artifact = self._wandb().Artifact(name=name, type="model", metadata=checkpoint.metadata)
         artifact.add_file(checkpoint.path, name="model.ckpt", policy=self._add_file_policy)
-        self.experiment.log_artifact(artifact, aliases=checkpoint.aliases)
+        logged = self.experiment.log_artifact(artifact, aliases=checkpoint.aliases)
+        wait = getattr(logged, "wait", None)
+        if self._add_file_policy == "immutable" and callable(wait):
+            wait()  # wandb reads the file itself until it is uploaded

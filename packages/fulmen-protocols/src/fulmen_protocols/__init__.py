@@ -33,7 +33,19 @@ from fulmen_protocols.errors import (
 )
 from fulmen_protocols.exporter import Exporter
 from fulmen_protocols.launcher import Launcher
-from fulmen_protocols.logger import Logger, LoggerStatus, SupportsCheckpointUpload, SupportsGraph, SupportsLogDir
+from fulmen_protocols.logger import (
+    Logger,
+    LoggerStatus,
+    SupportsCallingThread,
+    SupportsCheckpointUpload,
+    SupportsDeferredUpload,
+    SupportsGraph,
+    SupportsLogDir,
+    SupportsReopening,
+    SupportsRowLookup,
+    SupportsRowTime,
+    SupportsWaitingRows,
+)
 from fulmen_protocols.precision import (
     Precision,
     PrecisionPlan,
@@ -134,9 +146,11 @@ __all__ = [
     "Strategy",
     "SupportsAsyncSave",
     "SupportsBoundMethods",
+    "SupportsCallingThread",
     "SupportsCheckpointUpload",
     "SupportsCollectives",
     "SupportsDataParallel",
+    "SupportsDeferredUpload",
     "SupportsDeviceStats",
     "SupportsForwardContext",
     "SupportsGradClipping",
@@ -153,11 +167,15 @@ __all__ = [
     "SupportsOutputConversion",
     "SupportsPatientBarrier",
     "SupportsPrecisionPlan",
+    "SupportsReopening",
     "SupportsReplicaCheck",
     "SupportsRequeue",
+    "SupportsRowLookup",
+    "SupportsRowTime",
     "SupportsShardedSave",
     "SupportsShardedState",
     "SupportsVerification",
+    "SupportsWaitingRows",
     "Topology",
     "WrapsCheckpointIO",
     "available",
