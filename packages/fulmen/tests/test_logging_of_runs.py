@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A logger's folder may be relative."""
+    monkeypatch.chdir(tmp_path)
+
+
 class Told:
     """A logger that notes what it is told."""
 

@@ -52,7 +52,8 @@ class TrainerActions(TrainerSurface):
                 "Call fit, validate, test or predict first."
             )
         save = self._session.measuring.action("save_checkpoint", _checkpointing.save)
-        save(self._as_trainer(), self._session, os.fspath(filepath), bool(weights_only), storage_options)
+        with self._reporter.within("checkpoints"):
+            save(self._as_trainer(), self._session, os.fspath(filepath), bool(weights_only), storage_options)
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on local rank 0, without breaking the progress bar."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fulmen import _checkpointing
+from fulmen._reporting import reporter_of
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -228,8 +229,9 @@ class LoggerConnectorView:
             return
         plain = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
         at = plain.pop("step", None) if step is None else step
+        x = trainer.fit_loop.epoch_loop.log_step if at is None else int(at)
         for logger in trainer.loggers:
-            logger.log_metrics(plain, step=trainer.fit_loop.epoch_loop.log_step if at is None else int(at))
+            reporter_of(trainer).pass_on(logger, plain, x)
 
     @property
     def callback_metrics(self) -> dict[str, Any]:

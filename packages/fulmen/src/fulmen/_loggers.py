@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from fulmen._reporting import reporter_of
 from fulmen._silent import DummyLogger, MutedLogger
 from fulmen.hparams import hyperparameters_for_loggers
 from fulmen_fabric import rank_zero_info, rank_zero_warn
@@ -92,6 +93,14 @@ def log_hyperparameters(trainer: Trainer, session: Session) -> None:
         return
     hparams = hyperparameters_for_loggers(session.module, session.datamodule)
     if not trainer.is_global_zero:
+        return
+    delivery = reporter_of(trainer).delivery
+    if delivery is not None:
+        if hparams is not None:
+            delivery.hyperparameters(hparams, trainer.loggers)
+        delivery.graph(session.module, trainer.loggers)
+        delivery.save(trainer.loggers)
+        delivery.settle(trainer.loggers)
         return
     for logger in trainer.loggers:
         if hparams is not None:

@@ -25,6 +25,9 @@ _STEP = {
     "predict": "predict_step",
 }
 
+_TIME = {"validate": "validation", "sanity_check": "sanity check"}
+"""What people call the stages."""
+
 
 class Metering:
     """What the loops call at their declared points."""
@@ -92,6 +95,7 @@ class Metering:
 
     def begin_eval(self, stage: str) -> MetricStore:
         """Start an evaluation from nothing."""
+        self.reporter.enter(_TIME.get(stage, stage))
         store = self.use(stage)
         for each in self._stores.values():  # the sanity check's and the validation's share their metric objects
             if each is not self.train:
@@ -123,6 +127,7 @@ class Metering:
         """Go back to the training store."""
         if sanity_check:
             self.reporter.reset()
+        self.reporter.enter("setup" if sanity_check else "training")
         self._attach(self.train)
 
     def finish(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -14,12 +15,15 @@ from fulmen._result_table import print_results
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from contextlib import AbstractContextManager
 
     from fulmen._metric_view import MetricView
     from fulmen.metrics import MetricStore, Scalar
+    from fulmen.runlog._delivery import Delivery
+    from fulmen.trainer import Trainer
     from fulmen_protocols.logger import Logger
 
-__all__ = ["Reporter", "print_results"]
+__all__ = ["Reporter", "print_results", "reporter_of"]
 
 _QUEUED_ROWS = 512
 """Rows of evaluation steps that wait for one common read."""
@@ -46,6 +50,7 @@ class Reporter:
     Attributes:
         loggers: settable at any time.
         store: the metrics of the loop that is running; set by the loop, None between runs.
+        delivery: brings rows to the loggers in threads of their own; None: they are called directly.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class Reporter:
         self.loggers: list[Logger] = loggers if isinstance(loggers, list) else list(loggers)  # a list is shared
         self.log_every_n_steps = log_every_n_steps
         self.store: MetricStore | None = None
+        self.delivery: Delivery | None = None
         self._is_global_zero = is_global_zero
         self._save_interval_s = save_interval_s
         self._saved_at = monotonic()
@@ -135,14 +141,14 @@ class Reporter:
 
     def report_step(self, store: MetricStore, *, batches_that_stepped: int, epoch: int) -> None:
         """A row of training step values at x = ``batches_that_stepped``. One device read, on rank 0."""
-        self._report(store.step_metrics(), x=batches_that_stepped, epoch=epoch)
+        self._report(store.step_metrics(), x=batches_that_stepped, epoch=epoch, of="step")
         if monotonic() - self._saved_at >= self._save_interval_s:
             self.save()
 
     def report_train_epoch(self, store: MetricStore, *, batches_that_stepped: int, epoch: int) -> None:
         """A row of the training epoch's values, at the x of its last batch. After the last ``reduce_epoch``."""
         self._take_callback(store)
-        self._report(store.epoch_metrics(), x=batches_that_stepped - 1, epoch=epoch)
+        self._report(store.epoch_metrics(), x=batches_that_stepped - 1, epoch=epoch, of="epoch")
         self.save()
 
     def report_eval_step(self, store: MetricStore, *, batches_seen: int, dataloader_idx: int | None = None) -> None:
@@ -179,7 +185,7 @@ class Reporter:
             self._take_bar(view.bar)
             return
         self._flush_queue()
-        self._report(view, x=batches_that_stepped, epoch=epoch)
+        self._report(view, x=batches_that_stepped, epoch=epoch, of="epoch")
         self.save()
 
     def results(self, store: MetricStore, *, num_dataloaders: int = 1) -> list[dict[str, float]]:
@@ -193,24 +199,51 @@ class Reporter:
 
     def log_metrics(self, metrics: Mapping[str, Scalar], *, x: int, epoch: int) -> None:
         """A row of the framework's own, such as learning rates. One device read if there are tensors."""
-        self._write(dict(zip(metrics, read_scalars(list(metrics.values())), strict=True)), x, epoch)
+        self._write(dict(zip(metrics, read_scalars(list(metrics.values())), strict=True)), x, epoch, "callback")
+
+    def pass_on(self, logger: Logger, metrics: Mapping[str, float], x: int) -> None:
+        """A callback's row for one logger, as it is."""
+        if not self._is_global_zero:
+            return
+        if self.delivery is None:
+            logger.log_metrics(metrics, step=x)
+        else:
+            self.delivery.row(metrics, x, (logger,), "callback", is_first=logger is self.loggers[0])
 
     def remember_steps(self, store: MetricStore) -> None:
         """Keep the last step's values for callbacks when the epoch's take over."""
         self._callback.update(as_tensors(store.step_metrics().callback, store.device))
 
+    def goes_on(self) -> None:
+        """Training begins, where a checkpoint has put it."""
+        if self.delivery is not None:
+            self.delivery.goes_on()
+
+    def enter(self, stage: str) -> None:
+        """From now on the run's time is spent in ``stage``."""
+        if self.delivery is not None:
+            self.delivery.enter(stage)
+
+    def within(self, stage: str) -> AbstractContextManager[None]:
+        """The block's time belongs to ``stage``."""
+        return nullcontext() if self.delivery is None else self.delivery.within(stage)
+
     def save(self) -> None:
         """Let every logger write what it buffers."""
         self._saved_at = monotonic()
-        if self._is_global_zero:
-            for logger in self.loggers:
-                logger.save()
+        if not self._is_global_zero:
+            return
+        if self.delivery is not None:
+            self.delivery.save(self.loggers)
+            return
+        for logger in self.loggers:
+            logger.save()
 
     def _take_callback(self, store: MetricStore) -> None:
         self.remember_steps(store)
         self._callback.update(store.callback_metrics)
 
-    def _report(self, view: MetricView, *, x: int, epoch: int) -> None:
+    def _report(self, view: MetricView, *, x: int, epoch: int, of: str) -> None:
         _require_scalars(view)
         self._take_logged(view.log)
         if not self._is_global_zero:
@@ -225,7 +258,7 @@ class Reporter:
         self._bar.update(bar)
         self._snapshot.set(bar)
         if view.log:
-            self._write({name: numbers[name] for name in view.log}, x, epoch)
+            self._write({name: numbers[name] for name in view.log}, x, epoch, of)
 
     def _take_logged(self, log: Mapping[str, Scalar]) -> None:
         for name, value in log.items():
@@ -234,13 +267,16 @@ class Reporter:
     def _take_bar(self, bar: Mapping[str, Scalar]) -> None:
         self._bar.update(self._snapshot.update(bar))
 
-    def _write(self, metrics: dict[str, float], x: int, epoch: int | None) -> None:
+    def _write(self, metrics: dict[str, float], x: int, epoch: int | None, of: str) -> None:
         """Give a row to every logger. A metric named ``step`` sets the x axis instead of being drawn."""
         if not self._is_global_zero:
             return
         x = int(metrics.pop("step", x))
         if epoch is not None:
             metrics.setdefault("epoch", epoch)
+        if self.delivery is not None:
+            self.delivery.row(metrics, x, self.loggers, of)
+            return
         for logger in self.loggers:
             logger.log_metrics(dict(metrics), step=x)
 
@@ -255,7 +291,13 @@ class Reporter:
         for row in rows:
             read = dict(zip(row.names, numbers[position : position + len(row.names)], strict=True))
             position += len(row.names)
-            self._write({**row.numbers, **read}, row.x, None)  # its x counts batches, not training steps
+            self._write({**row.numbers, **read}, row.x, None, "eval_step")  # its x counts batches, not training steps
+
+
+def reporter_of(trainer: Trainer) -> Reporter:
+    """Where a callback's own rows go: to the loggers as all others."""
+    reporter: Reporter = vars(trainer)["_reporter"]
+    return reporter
 
 
 def _require_scalars(view: MetricView) -> None:

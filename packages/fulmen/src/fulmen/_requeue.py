@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NoReturn
 
-from fulmen import _files
+from fulmen import _files, _run_log
 from fulmen.exceptions import PreemptedException
 from fulmen_fabric import rank_zero_info, rank_zero_warn
 from fulmen_fabric.abilities import supports
@@ -57,9 +57,8 @@ def save_and_requeue(trainer: Trainer, environment: SupportsRequeue, reason: str
     path = _files.join(folder, f"hpc_ckpt_{number}.ckpt")
     trainer.save_checkpoint(path)
     rank_zero_info(f"stopped ({reason}) and saved {path}")
+    _run_log.end(trainer, "finished")
     if trainer.is_global_zero:
-        for logger in trainer.loggers:
-            logger.finalize("finished")
         try:
             environment.requeue()
         except RuntimeError as error:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from fulmen import _callbacks, _checkpointing, _loggers, _measuring, _preparation, _switches, _verify
+from fulmen import _callbacks, _checkpointing, _loggers, _measuring, _preparation, _run_log, _switches, _verify
 from fulmen._actions import TrainerActions
 from fulmen._environment import defaults_from_environment
 from fulmen._evaluation import Evaluation
@@ -36,6 +36,7 @@ from fulmen.plan import Plan
 from fulmen.predict import predict
 from fulmen.profilers._choice import choose as choose_profiler
 from fulmen.progress import Progress
+from fulmen.runlog._settings import LogDelivery
 from fulmen.settings import BatchLimit, Interval, Settings
 from fulmen.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from fulmen.strategy_facade import StrategyFacade
@@ -183,6 +184,7 @@ class Trainer(TrainerActions):
         self._ckpt_path: str | None = None
         self._said: set[str] = set()
         self._loaders_before: dict[str, EvalLoaders] = {}
+        self.log_delivery = LogDelivery()
         self._reporter = Reporter(
             loggers=self.loggers,
             log_every_n_steps=settings.log_every_n_steps,
@@ -326,6 +328,7 @@ class Trainer(TrainerActions):
                     evaluation.sanity_check()
                     training.load()
                     self._plan = training.make_plan()
+                    self._reporter.goes_on()
                     training.begin(self._binder)
                     with _switches.anomaly_detection(self.settings):
                         while True:
@@ -397,6 +400,7 @@ class Trainer(TrainerActions):
             _measuring.prepare(self.profiler, self)
         _preparation.prepare_data(session)
         self._reporter.loggers = self.loggers
+        _run_log.begin(self, session)
         self._metering = Metering(
             session,
             self._reporter,
@@ -470,9 +474,7 @@ class Trainer(TrainerActions):
         for hook in binder.of_callbacks("teardown"):
             hook(stage=fn.value)
         session.scoped("teardown", module.teardown)(fn.value)
-        if self.world.is_global_zero:
-            for logger in self.loggers:
-                logger.finalize("success")
+        _run_log.end(self, "success")
         if session.measuring.is_on:
             self.profiler.describe()
             self.profiler.teardown(fn.value)
@@ -494,9 +496,8 @@ class Trainer(TrainerActions):
         session.close_loaders()  # not before: callbacks save the position in the data
         if session.datamodule is not None:
             session.datamodule.on_exception(error)
-        if self.world.is_global_zero and not isinstance(error, PreemptedException):  # that run is finalized already
-            for logger in self.loggers:
-                logger.finalize("failed")
+        if not isinstance(error, PreemptedException):  # that run is finalized already
+            _run_log.end(self, "failed", error)
         self.strategy.saving.close_after(error)
         self.state.stage = None
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import weakref
 from functools import partial
 from typing import TYPE_CHECKING
 
 from fulmen import _files
+from fulmen._run_log import checkpoint_saved
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,15 +21,12 @@ __all__ = ["tell_loggers", "write_scores"]
 
 
 def tell_loggers(callback: ModelCheckpoint, trainer: Trainer) -> None:
-    """Call ``after_save_checkpoint`` of the loggers that have it, on rank 0, once the file is there.
+    """Note in the run's log what was saved, and tell the loggers that take checkpoints, once the file is there.
 
-    They must not keep the callback alive.
+    On rank 0. They must not keep the callback alive.
     """
     if trainer.is_global_zero:
-        for logger in trainer.loggers:
-            after_save = getattr(logger, "after_save_checkpoint", None)
-            if after_save is not None:
-                trainer.strategy.saving.tell(partial(after_save, weakref.proxy(callback)))
+        trainer.strategy.saving.tell(partial(checkpoint_saved, trainer, callback))
 
 
 def write_scores(path: str, scores: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fulmen._reporting import reporter_of
 from fulmen.callbacks.callback import Callback
 from fulmen_fabric import rank_zero_warn, supports
 from fulmen_protocols import ACCELERATORS, SupportsDeviceStats, did_you_mean, load
@@ -92,10 +93,11 @@ class DeviceStatsMonitor(Callback):
         if self._filter_keys is not None:
             stats = {name: value for name, value in stats.items() if name in self._filter_keys}
         x = trainer.fit_loop.epoch_loop.log_step
+        reporter = reporter_of(trainer)
         for logger in trainer.loggers:
             separator = getattr(logger, "group_separator", "/")
             prefix = f"{type(self).__qualname__}.{hook}{separator}"
-            logger.log_metrics({prefix + name: value for name, value in stats.items()}, step=x)
+            reporter.pass_on(logger, {prefix + name: value for name, value in stats.items()}, x)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log at the batches that get rows."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fulmen._metric_read import read_scalars
+from fulmen._reporting import reporter_of
 from fulmen.callbacks.callback import Callback
 from fulmen_fabric.rank_zero import rank_zero_warn
 from fulmen_protocols.errors import MisconfigurationException
@@ -106,8 +107,9 @@ class LearningRateMonitor(Callback):
         if not latest:
             return
         if trainer.is_global_zero:
+            reporter = reporter_of(trainer)
             for logger in trainer.loggers:
-                logger.log_metrics(dict(latest), step=x)
+                reporter.pass_on(logger, dict(latest), x)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in latest.items()})
 
     def _extract(self, trainer: Trainer, interval: str) -> dict[str, float]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fulmen._metric_read import read_scalars
+from fulmen._reporting import reporter_of
 from fulmen.callbacks._device_clock import DeviceClock, Mark
 from fulmen.callbacks.callback import Callback
 from fulmen.states import RunningStage, TrainerFn
@@ -184,8 +185,9 @@ class ThroughputMonitor(Callback):
         separator = meter.throughput.separator
         metrics = {f"{trainer.state.stage}{separator}{name}": value for name, value in meter.compute().items()}
         trainer.logged_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        reporter = reporter_of(trainer)
         for logger in trainer.loggers:
-            logger.log_metrics({**metrics, **more}, step=x)
+            reporter.pass_on(logger, {**metrics, **more}, x)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of training."""

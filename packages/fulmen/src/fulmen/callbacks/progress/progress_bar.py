@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import builtins
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from fulmen.callbacks.callback import Callback
 from fulmen_fabric.rank_zero import rank_zero_warn
+from fulmen_protocols import BackendUnavailable
 from fulmen_protocols.errors import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -156,7 +158,13 @@ class ProgressBar(Callback):
 
 def _version_of(trainer: Trainer) -> dict[str, int | str]:
     """``v_num``: the loggers' versions; of a string its last 4 characters."""
-    versions = list(dict.fromkeys(logger.version for logger in trainer.loggers))
+    found: dict[int | str | None, None] = {}
+    for logger in trainer.loggers:
+        with suppress(BackendUnavailable):  # a server that is away stops no bar
+            found[logger.version] = None
+    versions = list(found)
+    if not versions:
+        return {}
     version = versions[0] if len(versions) == 1 else "_".join(str(each) for each in versions)
     if version is None or version == "":
         return {}
