@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import fulmen
-from fulmen.callbacks import WeightAveraging
+from fulmen.callbacks import EMAWeightAveraging, WeightAveraging
 from fulmen.demos import BoringDataModule, BoringModel
+from fulmen_checkpoint import ShardedCheckpointIO
 from fulmen_protocols import ExportError, MisconfigurationException, MissingPackage
 from fulmen_protocols.cli import main
 
@@ -479,6 +480,67 @@ def test_the_command_exports_the_average_from_an_averaged_checkpoint(
     averaged = Net(width=6)
     averaged.load_state_dict(saved["state_dict"])
     close(torch.export.load(tmp_path / "net.pt2").module()(x), averaged.eval()(x))
+
+
+@pytest.mark.proves("7.7", "7.8")
+@pytest.mark.parametrize("averaged", [False, True])
+def test_the_command_exports_from_a_sharded_checkpoint_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], averaged: bool
+) -> None:
+    net = Net(width=6)
+    callbacks = [EMAWeightAveraging(decay=0.5)] if averaged else []
+    trained(tmp_path, net, callbacks=callbacks, plugins=[ShardedCheckpointIO()])
+    assert (tmp_path / "last.ckpt" / "manifest.json").is_file()
+    saved = ShardedCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")
+    if averaged:
+        assert not torch.equal(saved["state_dict"]["first.weight"], saved["current_model_state"]["first.weight"])
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
+    monkeypatch.chdir(tmp_path)
+    command = "export last.ckpt --format torch_export --input-shape 1,4 --dynamic-batch --output net.pt2"
+
+    status = main([*command.split(), "--module", "test_module_exports:Net"])
+
+    assert status == 0, capsys.readouterr().err
+    x = torch.randn(3, 4)
+    same = Net(width=6)
+    same.load_state_dict(saved["state_dict"])
+    close(torch.export.load(tmp_path / "net.pt2").module()(x), same.eval()(x))
+
+
+SHARDS = """
+import os, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from fulmen_checkpoint import ShardedCheckpointIO
+
+dist.init_process_group("gloo", init_method=sys.argv[2], rank=int(sys.argv[3]), world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+whole = {"weight": torch.arange(12.0).reshape(4, 3) / 7, "bias": torch.tensor([1.0, -1.0, 0.5, 2.0])}
+state = {name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in whole.items()}
+ShardedCheckpointIO().save_sharded({"state_dict": state}, sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.proves("7.7")
+def test_the_command_exports_from_shards_that_two_ranks_have_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, meet = tmp_path / "shards", f"file://{tmp_path / 'meet'}"
+    ranks = [subprocess.Popen([sys.executable, "-c", SHARDS, str(folder), meet, str(rank)]) for rank in range(2)]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    assert len(list(folder.glob("*.distcp"))) == 2, "each rank wrote its own part"
+    monkeypatch.chdir(tmp_path)
+    command = "export shards --format torch_export --module torch.nn:Linear --init in_features=3 out_features=4"
+
+    status = main([*command.split(), "--input-shape", "1,3", "--dynamic-batch", "--output", "net.pt2"])
+
+    assert status == 0, capsys.readouterr().err
+    x = torch.randn(5, 3)
+    weight, bias = torch.arange(12.0).reshape(4, 3) / 7, torch.tensor([1.0, -1.0, 0.5, 2.0])
+    close(torch.export.load(tmp_path / "net.pt2").module()(x), x @ weight.T + bias)
 
 
 def test_the_command_is_listed_and_explained() -> None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+import json
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from fault_service_runner import Server
 from torch.utils.data import DataLoader
 
 import fulmen
 from fulmen.callbacks import ModelCheckpoint
 from fulmen.demos import BoringModel
 from fulmen.demos.boring_classes import RandomDataset
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from fulmen.runlog import LogDelivery, read_run
+from fulmen.runlog.commands import main as log_command
+from fulmen_protocols import BackendUnavailable
 
 needs_mlflow = pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
@@ -37,7 +44,7 @@ class Module(BoringModel):
         self.log("val_loss", self.step(batch))
 
 
-def run(logger: Any, folder: Path, module: Module) -> fulmen.Trainer:
+def run(logger: Any, folder: Path, module: Module, delivery: LogDelivery | None = None) -> fulmen.Trainer:
     torch.manual_seed(0)
     trainer = fulmen.Trainer(
         max_epochs=2,
@@ -48,6 +55,8 @@ def run(logger: Any, folder: Path, module: Module) -> fulmen.Trainer:
         enable_model_summary=False,
         default_root_dir=folder,
     )
+    if delivery is not None:
+        trainer.log_delivery = delivery
     loader = DataLoader(RandomDataset(32, 12), batch_size=2)
     trainer.fit(module, loader, loader)
     return trainer
@@ -105,3 +114,189 @@ def test_checkpoints_are_filed_under_the_project_and_id_of_a_wandb_run(
     assert kept.name == "epoch=0-step=6.ckpt"
     assert trainer.log_dir == str(tmp_path)
     wandb.finish()
+
+
+# ---------------------------------------------------------------------- services that raise, block or vanish
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def points_in_mlflow(address: str, run_id: str) -> list[tuple[int, float]]:
+    from mlflow.tracking import MlflowClient
+
+    history = MlflowClient(address).get_metric_history(run_id, "loss")
+    return [(point.step, point.value) for point in history]
+
+
+@needs_mlflow
+@pytest.mark.slow
+@pytest.mark.parametrize("comes_back", ["yes", "no"])
+def test_an_mlflow_server_that_is_killed_stops_no_run_and_gets_every_point_once(
+    tmp_path: Path, comes_back: str
+) -> None:
+    port = free_port()
+    runner = Path(__file__).with_name("fault_service_runner.py")
+    ended = subprocess.run(
+        [sys.executable, str(runner), str(tmp_path), str(port), comes_back],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout.splitlines()[-1])
+    [log] = tmp_path.rglob("run.jsonl")
+    rows = [located.record for located in read_run(str(log)).rows]
+    expected = [(row["x"], row["values"]["loss"]) for row in rows]  # type: ignore[index]
+    assert told["steps"] == 30
+    assert [x for x, _ in expected] == list(range(30))
+
+    server = Server(tmp_path, port)
+    server.start()
+    try:
+        if comes_back == "no":
+            assert f"fulmen log replay {log.parent}" in ended.stderr
+            assert len(points_in_mlflow(server.address, told["run"])) < 30
+            assert log_command(["replay", str(log.parent)]) == 0
+            assert log_command(["replay", str(log.parent)]) == 0
+        assert sorted(points_in_mlflow(server.address, told["run"])) == expected
+        from mlflow.tracking import MlflowClient
+
+        assert MlflowClient(server.address).get_run(told["run"]).info.status == "FINISHED"
+    finally:
+        server.kill()
+
+
+@needs_mlflow
+def test_an_mlflow_server_that_is_down_at_the_start_is_one_error_before_training(tmp_path: Path) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    logger = fulmen.loggers.MLFlowLogger(tracking_uri=address)
+
+    with pytest.raises(BackendUnavailable, match=rf"tracking_uri='{address}'\): no server answers.*Start it"):
+        run(logger, tmp_path, Module())
+
+
+@needs_mlflow
+def test_an_mlflow_server_that_is_down_beside_another_logger_or_with_a_known_run_stops_nothing(tmp_path: Path) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    csv = fulmen.loggers.CSVLogger(tmp_path, version="run")
+
+    for loggers in ([csv, fulmen.loggers.MLFlowLogger(tracking_uri=address)], [mlflow_of(address, "abc")]):
+        with pytest.warns(UserWarning, match="MLFlowLogger did not get everything that was logged"):
+            trainer = run(loggers, tmp_path, Module(), LogDelivery(finalize_timeout_s=3))
+        assert trainer.global_step == 12
+
+
+def mlflow_of(address: str, run_id: str) -> Any:
+    return fulmen.loggers.MLFlowLogger(tracking_uri=address, run_id=run_id)
+
+
+def service(kind: str, folder: Path) -> Any:
+    if kind == "wandb":
+        pytest.importorskip("wandb")
+        return fulmen.loggers.WandbLogger(project="away", offline=True, save_dir=folder)
+    if kind == "comet":
+        pytest.importorskip("comet_ml")
+        return fulmen.loggers.CometLogger(online=False, project="away", offline_directory=str(folder))
+    pytest.importorskip("mlflow")
+    return fulmen.loggers.MLFlowLogger("away", tracking_uri=f"sqlite:///{folder / 'm.db'}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["raises", "blocks", "vanishes"])
+@pytest.mark.parametrize("kind", ["wandb", "mlflow", "comet"])
+def test_a_service_that_fails_costs_no_step_and_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, fault: str
+) -> None:
+    logger = service(kind, tmp_path)
+    release, calls = threading.Event(), [0]
+    method = "log_metrics_at" if kind == "mlflow" else "log_metrics"
+    inner = getattr(type(logger), method)
+
+    def faulty(self: Any, *args: Any, **kwargs: Any) -> None:
+        calls[0] += 1
+        if fault == "blocks":
+            release.wait(60)
+        if fault == "raises" or (fault == "vanishes" and calls[0] > 3):
+            raise ConnectionError("nobody answers")
+        inner(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(logger), method, faulty)
+    with pytest.warns(UserWarning, match=f"{type(logger).__name__} did not get everything that was logged"):
+        trainer = run(logger, tmp_path, Module(), LogDelivery(finalize_timeout_s=2, retry_s=0.05))
+
+    assert trainer.global_step == 12
+    [log] = tmp_path.rglob("run.jsonl")
+    rows = [located.record for located in read_run(str(log)).rows]
+    assert [row["x"] for row in rows if "train/loss" in row["values"]] == [1, 3, 5, 7, 9, 11]  # type: ignore[operator]
+    assert sum("val_loss" in row["values"] for row in rows) == 2  # type: ignore[operator]
+    monkeypatch.undo()
+    release.set()
+    (_, box) = vars(trainer)["_reporter"].delivery._boxes[id(logger)]
+    assert box.wait_finished(60), "it is back, and gets what it missed"
+    if kind == "wandb":
+        import wandb
+
+        wandb.finish()
+
+
+@pytest.mark.slow
+def test_a_runs_log_is_replayed_to_wandb_offline_and_read_back(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    run(fulmen.loggers.CSVLogger(tmp_path, version="run"), tmp_path, Module())
+    folder = tmp_path / "lightning_logs" / "run"
+
+    options = ["project=again", "id=replayed", "offline=True", f"save_dir={tmp_path}"]
+    assert log_command(["replay", str(folder), "--logger", "wandb", "--option", *options]) == 0
+    import wandb
+
+    wandb.finish()
+    [written] = tmp_path.rglob("run-replayed.wandb")
+    history = history_of(written)
+
+    rows = [located.record for located in read_run(str(folder)).rows]
+    found = [(row["trainer/global_step"], row["train/loss"]) for row in history if "train/loss" in row]
+    expected = [(row["x"], row["values"]["train/loss"]) for row in rows if "train/loss" in row["values"]]  # type: ignore[index, operator]
+    assert found == expected
+
+
+def history_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run that Weights & Biases has written to a file."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    store = DataStore()
+    store.open_for_scan(str(path))
+    found: list[dict[str, Any]] = []
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.HasField("history"):
+            items = record.history.item
+            found.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return found
+
+
+@needs_mlflow
+@pytest.mark.slow
+@pytest.mark.proves("6.7")
+def test_every_checkpoint_is_uploaded_although_retention_deletes_it_meanwhile(tmp_path: Path) -> None:
+    logger = fulmen.loggers.MLFlowLogger("kept", tracking_uri=f"sqlite:///{tmp_path / 'm.db'}", log_model="all",
+                                         artifact_location=(tmp_path / "artifacts").as_uri())  # fmt: skip
+    trainer = fulmen.Trainer(
+        max_epochs=3,
+        logger=logger,
+        callbacks=[ModelCheckpoint(dirpath=tmp_path / "kept", filename="{epoch}")],  # keeps the last one only
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(BoringModel())
+
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["epoch=2.ckpt"]
+    uploaded = sorted(path.name for path in (tmp_path / "artifacts").rglob("*.ckpt"))
+    assert uploaded == ["epoch=0.ckpt", "epoch=1.ckpt", "epoch=2.ckpt"]
