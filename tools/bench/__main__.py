@@ -16,6 +16,7 @@ NAMES = (
     "gpu_overhead",
     "async_save",
     "checkpoint",
+    "logging",
 )
 
 

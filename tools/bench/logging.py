@@ -1,0 +1,93 @@
+"""What logging costs: the training thread for a row to CSV and TensorBoard, and a table of a million rows."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from statistics import median
+
+import torch
+
+from fulmen.runlog._delivery import Delivery
+from fulmen.runlog._settings import LogDelivery
+from fulmen_loggers import CSVLogger, TensorBoardLogger
+
+__all__ = ["main"]
+
+_ROW_GOAL_US = 30.0
+_COLUMNS_EVERY = 100_000
+_BLOCK = 500
+
+
+def main() -> int:
+    """Print the figures; 1 when a row costs the training thread more than its goal in the quietest block of steps."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--step-us", type=float, default=1000.0, help="work of the step itself, in microseconds")
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    arguments = parser.parse_args()
+    cpu, wall, drained = handing_over(arguments.steps, arguments.step_us)
+    print(f"a row of 20 floats to CSV and TensorBoard, {arguments.steps} steps of {arguments.step_us:.0f} us each;")
+    print(f"means of blocks of {_BLOCK} steps: the least one, their median")
+    print(f"  CPU time of the training thread  {min(cpu):6.1f} us {median(cpu):6.1f} us   (goal {_ROW_GOAL_US:.0f})")
+    print(f"  wall time in the call            {min(wall):6.1f} us {median(wall):6.1f} us")
+    print(f"  both loggers had everything {drained * 1000:.0f} ms after the last step")
+    print(f"CSV, a new column every {_COLUMNS_EVERY} rows:")
+    before = 0.0
+    for count in (arguments.rows // 4, arguments.rows // 2, arguments.rows):
+        seconds = table(count)
+        grown = f", {seconds / before:.2f} times the line before" if before else ""
+        print(f"  {count:>9} rows {seconds:6.1f} s, {seconds / count * 1e6:5.2f} us a row{grown}")
+        before = seconds
+    return int(min(cpu) > _ROW_GOAL_US)
+
+
+def handing_over(steps: int, step_us: float) -> tuple[list[float], list[float], float]:
+    """CPU and wall time of a row in microseconds, means of blocks; seconds until all was delivered."""
+    weights = torch.randn(64, 64)
+    with tempfile.TemporaryDirectory() as folder:
+        loggers = [CSVLogger(folder), TensorBoardLogger(folder)]
+        delivery = Delivery(LogDelivery(), lambda _: False)
+        position = [0]
+        delivery.begin(os.path.join(folder, "run.jsonl"), loggers, {"fn": "fit"}, lambda: position[0], dict)
+        delivery.goes_on()
+        metrics = {f"metric_{n}": 0.1234567 * (n + 1) for n in range(20)}
+        walls: list[float] = []
+        cpus: list[float] = []
+        for step in range(steps):
+            until = time.perf_counter() + step_us * 1e-6
+            while time.perf_counter() < until:
+                weights @ weights
+            position[0] = step
+            row = {name: value + step for name, value in metrics.items()}
+            cpu_before, before = time.thread_time(), time.perf_counter()
+            delivery.row(row, step, loggers, "step")
+            walls.append(time.perf_counter() - before)
+            cpus.append(time.thread_time() - cpu_before)
+        ended = time.perf_counter()
+        delivery.end("success", loggers)
+        drained = time.perf_counter() - ended
+    return _blocks(cpus), _blocks(walls), drained
+
+
+def _blocks(seconds: list[float]) -> list[float]:
+    return [sum(seconds[n : n + _BLOCK]) / _BLOCK * 1e6 for n in range(0, len(seconds) - _BLOCK + 1, _BLOCK)]
+
+
+def table(rows: int) -> float:
+    """Seconds to write ``rows`` rows of 3 columns and more."""
+    with tempfile.TemporaryDirectory() as folder:
+        logger = CSVLogger(folder)
+        started = time.perf_counter()
+        for step in range(rows):
+            row = {"loss": step * 0.5, "accuracy": step * 0.25}
+            row.update({f"late_{n}": 1.0 for n in range(step // _COLUMNS_EVERY)})
+            logger.log_metrics(row, step)
+        logger.save()
+        return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
