@@ -15,8 +15,15 @@ from fulmen_protocols.errors import MisconfigurationException, MissingPackage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 STATS = {"cpu_percent", "cpu_vm_percent", "cpu_swap_percent"}
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A logger without a folder has its run's log in the working folder."""
+    monkeypatch.chdir(tmp_path)
 
 
 class Rows:
