@@ -71,7 +71,7 @@ def chosen(policy: Policy, root: nn.Module) -> list[nn.Module]:
             )
         picked: AbstractSet[nn.Module] = found.keys()
     elif isinstance(policy, AbstractSet):
-        classes = tuple(cast("AbstractSet[type[nn.Module]]", policy))
+        classes = tuple(cast("Iterable[type[nn.Module]]", policy))
         picked = {module for module in root.modules() if isinstance(module, classes)}
     elif _takes_module_alone(policy):
         picked = {module for module in root.modules() if policy(module)}
