@@ -33,7 +33,7 @@ from fulmen_strategies.collectives import TorchCollectives
 from fulmen_strategies.launchers._rank import become_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch.distributed.device_mesh import DeviceMesh
@@ -312,7 +312,7 @@ class FSDPStrategy:
             materialise(module, torch.device("cpu") if offloaded else device, self.collectives)
             for layer in module.modules():
                 for name, buffer in layer.named_buffers(recurse=False):
-                    layer._buffers[name] = buffer.to(device)
+                    layer._buffers[name] = buffer.to(device)  # pyright: ignore[reportPrivateUsage]
         for parameter in ignored:
             parameter.data = parameter.data.to(device)
         torchmetrics: Any = sys.modules.get("torchmetrics")
@@ -438,7 +438,7 @@ def _both_checkpointings(older: object, policy: Policy | None) -> Policy | None:
 
 
 def _refuse_first_fsdp(module: nn.Module) -> None:
-    for name, one in module.named_modules():
+    for name, one in cast("Iterable[tuple[str, nn.Module]]", module.named_modules()):
         if isinstance(one, FullyShardedDataParallel):
             raise MisconfigurationException(
                 f"{name or type(module).__name__} is wrapped in torch's FullyShardedDataParallel, but FSDPStrategy "
@@ -468,8 +468,12 @@ def _entry(placed: nn.Module) -> ShardedEntry:
 
 def _notify(entry: ShardedEntry, optimizer: Optimizer) -> None:
     """Tell ``entry`` of each step, once for each optimizer."""
+
+    def tell(*_: object) -> None:
+        entry.after_step()
+
     if "_fulmen_tells" not in optimizer.__dict__:
-        optimizer.__dict__["_fulmen_tells"] = optimizer.register_step_post_hook(lambda *_: entry.after_step())
+        optimizer.__dict__["_fulmen_tells"] = optimizer.register_step_post_hook(tell)
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

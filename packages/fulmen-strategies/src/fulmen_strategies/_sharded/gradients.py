@@ -7,7 +7,7 @@ replicated along an axis, and every rank gets the same number. Nothing is read b
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -46,15 +46,14 @@ def total_norm(gradients: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     parts = [_norm_of_layout(mesh, axes, tensors, norm_type) for (mesh, axes), tensors in groups.items()]
     device = parts[0].device
     joined = torch.stack([part.to(device) for part in parts])
-    norm: Tensor = torch.linalg.vector_norm(joined, norm_type) if len(parts) > 1 else joined[0]
-    return norm
+    return cast("Tensor", torch.linalg.vector_norm(joined, norm_type)) if len(parts) > 1 else joined[0]
 
 
 def _norm_of_layout(mesh: DeviceMesh | None, axes: tuple[int, ...], parts: list[Tensor], norm_type: float) -> Tensor:
     dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
     norms = _norms(parts, norm_type, dtype)
     device = norms.device
-    norm: Tensor = torch.linalg.vector_norm(norms, norm_type)
+    norm = cast("Tensor", torch.linalg.vector_norm(norms, norm_type))
     if mesh is None or not axes:
         return norm
     on_mesh = norm.to(mesh.device_type)
@@ -78,7 +77,7 @@ def _norms(parts: list[Tensor], norm_type: float, dtype: torch.dtype) -> Tensor:
     full = [part for part in parts if part.numel()]
     if not full:
         return torch.zeros(1, dtype=dtype, device=device)
-    norms = torch._foreach_norm(full, norm_type, dtype)  # pyright: ignore[reportPrivateUsage]
+    norms = torch._foreach_norm(full, norm_type, dtype)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
     return torch.stack([each.to(device) for each in norms])
 
 
@@ -110,7 +109,7 @@ def clip_by_norm(
         )
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for device, parts in _by_device(gradients).items():
-        torch._foreach_mul_(parts, factor.to(device))  # pyright: ignore[reportPrivateUsage]
+        torch._foreach_mul_(parts, factor.to(device))  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
     return norm
 
 
@@ -119,8 +118,8 @@ def clip_by_value(parameters: Sequence[Tensor], clip_value: float) -> None:
     """Clamp every element of the gradients of ``parameters`` to ``[-clip_value, clip_value]`` in place."""
     bound = float(clip_value)
     for parts in _by_device(_gradients(parameters)).values():
-        torch._foreach_clamp_min_(parts, -bound)  # pyright: ignore[reportPrivateUsage]
-        torch._foreach_clamp_max_(parts, bound)  # pyright: ignore[reportPrivateUsage]
+        torch._foreach_clamp_min_(parts, -bound)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
+        torch._foreach_clamp_max_(parts, bound)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
 
 
 @torch.no_grad()

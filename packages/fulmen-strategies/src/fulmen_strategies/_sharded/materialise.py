@@ -110,7 +110,8 @@ def _on_device(like: DTensor, device: torch.device) -> DTensor:
 def _put(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
     # Not by setattr, behind which a sharding wrapper or a user's property may stand.
     for name, tensor in tensors.items():
-        places: dict[str, Any] = layer._parameters if name in layer._parameters else layer._buffers
+        inside: Any = layer
+        places: dict[str, Any] = inside._parameters if name in inside._parameters else inside._buffers
         places[name] = tensor
 
 

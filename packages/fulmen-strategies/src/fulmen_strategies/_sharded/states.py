@@ -68,7 +68,7 @@ def load_module_state(
     targets: dict[str, object] = module.state_dict()
     entries = state.items() if _is_sharded(state) else each_from_first(state, collectives)
     ready = {name: _fitted(value, targets.get(name)) for name, value in entries}
-    outcome = module.load_state_dict(ready, strict=strict)
+    outcome = cast("Any", module.load_state_dict(ready, strict=strict))
     return Outcome(list(outcome.missing_keys), list(outcome.unexpected_keys))
 
 
@@ -90,7 +90,7 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any], collect
     )
     mine = cast("list[dict[str, Any]]", state["param_groups"] if state else [])
     groups = collectives.broadcast_object(mine)
-    by_number = dict(zip(itertools.chain(*(group["params"] for group in groups)), parameters, strict=False))
+    by_number = _numbered(groups, parameters)
     ready: dict[Any, dict[str, object]] = {}
     for name, value in each_from_first(flat, collectives):
         _, number, key = name.split("/", 2)
@@ -101,8 +101,14 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any], collect
 def _fitted_by_parameter(
     entries: Mapping[int, object], groups: list[dict[str, Any]], parameters: list[Tensor]
 ) -> dict[int, Any]:
-    by_number = dict(zip(itertools.chain(*(group["params"] for group in groups)), parameters, strict=False))
+    by_number = _numbered(groups, parameters)
     return {n: map_tensors(lambda t, n=n: _fitted_state(t, by_number.get(n)), each) for n, each in entries.items()}  # type: ignore[misc]
+
+
+def _numbered(groups: list[dict[str, Any]], parameters: list[Tensor]) -> dict[int, Tensor]:
+    """Each parameter by the number that a saved state has for it; torch says where the two do not fit."""
+    numbers = [cast("list[int]", group["params"]) for group in groups]
+    return dict(zip(itertools.chain(*numbers), parameters, strict=False))
 
 
 def _fitted_state(value: object, parameter: Tensor | None) -> object:

@@ -62,7 +62,7 @@ def chosen(policy: Policy, root: nn.Module) -> list[nn.Module]:
     """
     if isinstance(policy, CustomPolicy):
         # Its only entry point; with no option of the root's, any option found is one of the policy's own.
-        found = policy._run_policy(root, set(), {})  # pyright: ignore[reportPrivateUsage]
+        found = cast("dict[nn.Module, dict[str, Any]]", cast("Any", policy)._run_policy(root, set(), {}))
         special = next((options for options in found.values() if options), None)
         if special is not None:
             raise MisconfigurationException(
@@ -71,7 +71,7 @@ def chosen(policy: Policy, root: nn.Module) -> list[nn.Module]:
             )
         picked: AbstractSet[nn.Module] = found.keys()
     elif isinstance(policy, AbstractSet):
-        classes = tuple(policy)
+        classes = tuple(cast("AbstractSet[type[nn.Module]]", policy))
         picked = {module for module in root.modules() if isinstance(module, classes)}
     elif _takes_module_alone(policy):
         picked = {module for module in root.modules() if policy(module)}
@@ -131,7 +131,8 @@ def without_shared(units: list[nn.Module], root: nn.Module) -> list[nn.Module]:
         crossing = {unit for found in homes.values() if len(found) > 1 for unit in found if unit is not root}
         if not crossing:
             return units
-        names = {module: name for name, module in root.named_modules()}
+        named = cast("Iterable[tuple[str, nn.Module]]", root.named_modules())
+        names = {module: name for name, module in named}
         warnings.warn(
             f"{', '.join(sorted(names[unit] for unit in crossing))} share parameters with modules outside, so they are "
             "not sharded as units of their own but with the rest of the model.",
