@@ -483,7 +483,8 @@ def _overrides_configure_model(module: nn.Module) -> bool:
 
 
 def _refuse_fsdp1(module: nn.Module) -> None:
-    found = next((name for name, one in module.named_modules() if isinstance(one, FullyShardedDataParallel)), None)
+    modules = cast("Iterator[tuple[str, nn.Module]]", module.named_modules())
+    found = next((name for name, one in modules if isinstance(one, FullyShardedDataParallel)), None)
     if found is not None:
         raise MisconfigurationTypeError(
             f"ModelParallelStrategy was given {type(module).__name__}, whose {found or 'root'!r} is wrapped in "

@@ -78,7 +78,8 @@ def reduce_epoch_values(schema: Schema, entries: Entries, adopt: Adopt, data_gro
         schema.exchange([entry.row for entry in mine.values()])
         messages = _gather(schema, mine)
     count = len(schema.rows)
-    spoken = schema.only_once(torch.tensor([message[1 : 1 + count] for message in messages])).tolist()
+    given = torch.tensor([message[1 : 1 + count] for message in messages])
+    spoken = cast("list[list[float]]", schema.only_once(given).tolist())
     metric_ranks = range(len(messages)) if data_group is None else torch.distributed.get_process_group_ranks(data_group)
     for index, row in enumerate(schema.rows):
         entry = mine.get(row.identity) or adopt(row)
