@@ -184,8 +184,9 @@ class _SaysWhoFailed(logging.Handler):
         self._restarts += 1
         if self._restarts > self._max_restarts:
             return  # the final report follows
-        killed = isinstance(exit_code, int) and exit_code < 0
-        how = f"was killed by signal {-exit_code}" if killed else f"ended with exit code {exit_code}"
+        how = f"ended with exit code {exit_code}"
+        if isinstance(exit_code, int) and exit_code < 0:
+            how = f"was killed by signal {-exit_code}"
         text = (
             f"the process of local rank {local_rank} (process {pid}) {how}; all processes start again "
             f"(restart {self._restarts} of {self._max_restarts})."

@@ -53,7 +53,7 @@ class Outcome:
     """After a fit, on the CPU."""
     callbacks: list[tuple[str, dict[str, Any]]] = field(default_factory=list[tuple[str, dict[str, Any]]])
     """Class and state of each callback that has one, or of any other: nothing."""
-    versions: list[object] = field(default_factory=list[object])
+    versions: list[int | str | None] = field(default_factory=list["int | str | None"])
     """Of the loggers: what is logged later belongs to the same run."""
     ckpt_path: str | None = None
     log_dir: str | None = None
