@@ -140,7 +140,8 @@ def _launch(request: Request, processes: Processes, max_restarts: int) -> None:
     configs: dict[str, object] = {"is_host": request.node_rank == 0}
     backend = "c10d"
     if request.num_nodes > 1 and max_restarts == 0:
-        backend, configs = "static", {"rank": request.node_rank}  # nodes keep the ranks that they were given
+        backend = "static"
+        configs = {"rank": request.node_rank}  # nodes keep the ranks that they were given
     folder = tempfile.mkdtemp(prefix="fulmen-run-")
     config = LaunchConfig(
         min_nodes=request.num_nodes,
