@@ -102,7 +102,7 @@ def _on_cpu(value: Any) -> Any:
 
 
 def _state_of(callback: Any) -> tuple[str, dict[str, Any]]:
-    state = callback.state_dict() if hasattr(callback, "state_dict") else {}
+    state: dict[str, Any] = callback.state_dict() if hasattr(callback, "state_dict") else {}
     return type(callback).__qualname__, move_data_to_device(state, torch.device("cpu"))
 
 
