@@ -140,7 +140,8 @@ def _launch(request: Request, processes: Processes, max_restarts: int) -> None:
     configs: dict[str, object] = {"is_host": request.node_rank == 0}
     backend = "c10d"
     if request.num_nodes > 1 and max_restarts == 0:
-        backend, configs = "static", {"rank": request.node_rank}  # nodes keep the ranks that they were given
+        backend = "static"
+        configs = {"rank": request.node_rank}  # nodes keep the ranks that they were given
     folder = tempfile.mkdtemp(prefix="fulmen-run-")
     config = LaunchConfig(
         min_nodes=request.num_nodes,
@@ -184,8 +185,9 @@ class _SaysWhoFailed(logging.Handler):
         self._restarts += 1
         if self._restarts > self._max_restarts:
             return  # the final report follows
-        killed = isinstance(exit_code, int) and exit_code < 0
-        how = f"was killed by signal {-exit_code}" if killed else f"ended with exit code {exit_code}"
+        how = f"ended with exit code {exit_code}"
+        if isinstance(exit_code, int) and exit_code < 0:
+            how = f"was killed by signal {-exit_code}"
         text = (
             f"the process of local rank {local_rank} (process {pid}) {how}; all processes start again "
             f"(restart {self._restarts} of {self._max_restarts})."

@@ -144,7 +144,7 @@ class World:
     @property
     def runs_apart(self) -> bool:
         """Whether ``launch`` would run its function in other processes than this one, and bring its value back."""
-        launcher = self._assembly.launcher
+        launcher: object = self._assembly.launcher
         return supports(launcher, LaunchesApart) and not self._assembly.environment.creates_processes_externally
 
     @property

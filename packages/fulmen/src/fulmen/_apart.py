@@ -53,7 +53,7 @@ class Outcome:
     """After a fit, on the CPU."""
     callbacks: list[tuple[str, dict[str, Any]]] = field(default_factory=list[tuple[str, dict[str, Any]]])
     """Class and state of each callback that has one, or of any other: nothing."""
-    versions: list[object] = field(default_factory=list[object])
+    versions: list[int | str | None] = field(default_factory=list["int | str | None"])
     """Of the loggers: what is logged later belongs to the same run."""
     ckpt_path: str | None = None
     log_dir: str | None = None
@@ -102,7 +102,7 @@ def _on_cpu(value: Any) -> Any:
 
 
 def _state_of(callback: Any) -> tuple[str, dict[str, Any]]:
-    state = callback.state_dict() if hasattr(callback, "state_dict") else {}
+    state: dict[str, Any] = callback.state_dict() if hasattr(callback, "state_dict") else {}
     return type(callback).__qualname__, move_data_to_device(state, torch.device("cpu"))
 
 

@@ -214,7 +214,7 @@ class Trainer(TrainerActions):
 
     def __getstate__(self) -> dict[str, Any]:
         # A call that has ended belongs to this process: its loaders and hooks stay.
-        gone = {"_session": None, "_loaders_before": {}}
+        gone: dict[str, object] = {"_session": None, "_loaders_before": {}}
         return {
             name: value for name, value in {**self.__dict__, **gone}.items() if name not in ("_metering", "_binder")
         }
