@@ -29,6 +29,7 @@ __all__ = ["ElasticRank", "is_elastic"]
 _POLL_S = 0.2
 _VERDICT_S = 2.0  # how long a lost connection may wait for the failure that explains it
 _NOTICE_S = 4.0  # how long a process may take to end by itself when another has failed
+_REPORTED = "reported"
 _PATIENCE_S = 0.7  # how long ranks may take to say where they are
 
 
@@ -98,7 +99,8 @@ class ElasticRank:
     def _watch(self) -> None:
         while True:
             cause = self._failed()
-            if cause is not None:
+            # Where somebody has reported already, it may be this process that hangs: SIGTERM would not end it.
+            if cause is not None or os.path.exists(os.path.join(self._folder, _REPORTED)):
                 break
             time.sleep(_POLL_S)
         self._report(cause)
@@ -135,7 +137,7 @@ class ElasticRank:
         if failure is None:
             return
         try:
-            os.close(os.open(os.path.join(self._folder, "reported"), os.O_CREAT | os.O_EXCL))
+            os.close(os.open(os.path.join(self._folder, _REPORTED), os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return
         positions = read_positions(self._folder)
