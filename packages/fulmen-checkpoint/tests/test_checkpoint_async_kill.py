@@ -46,6 +46,11 @@ for line in sys.stdin:
 """
 
 
+def _shared() -> list[str]:
+    """What is in shared memory, but for the semaphores of other processes' multiprocessing."""
+    return sorted(name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-"))
+
+
 def _wait_for_end(pid: int) -> None:
     for _ in range(1000):
         if not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text():
@@ -57,7 +62,7 @@ def _wait_for_end(pid: int) -> None:
 def _kill_many(folder: Path, times: int) -> int:
     """Kills ``times`` trainers one after the other; returns how often half a file was there at that moment."""
     rng, io, newest, cut = random.Random(0), TorchCheckpointIO(), 0, 0
-    shared = sorted(os.listdir("/dev/shm"))
+    shared = _shared()
     saver = subprocess.Popen(
         [sys.executable, "-c", _SAVER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -89,7 +94,7 @@ def _kill_many(folder: Path, times: int) -> int:
                 if not is_staging(name):
                     io.verify_checkpoint(folder / name)
         saver.stdin.close()
-    assert sorted(os.listdir("/dev/shm")) == shared
+    assert _shared() == shared
     return cut
 
 

@@ -810,7 +810,7 @@ def test_it_offers_what_ddp_can_do() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start_method": "spawn"}, "'spawn'"),
+        ({"start_method": "spwan"}, "'spwan'. Did you mean 'spawn'"),
         ({"find_unused_parameter": True}, "Did you mean 'find_unused_parameters'"),
         ({"module": nn.Linear(1, 1)}, "'module'"),
         ({"ddp_comm_state": 1}, "ddp_comm_hook is None"),

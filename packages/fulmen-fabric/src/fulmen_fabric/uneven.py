@@ -114,7 +114,7 @@ class UnevenRounds:
             own: how many of them there are to be read; infinite: all.
             join: takes part in the collectives of one batch.
         """
-        lengths = cast("list[float]", self._collectives.all_gather_object(own))
+        lengths = self._collectives.all_gather_object(own)
         if math.isinf(max(lengths)):
             for batch, _ in self.over(batches if math.isinf(own) else islice(batches, int(own))):
                 if self.is_borrowed:

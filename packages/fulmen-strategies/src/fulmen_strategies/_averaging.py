@@ -63,7 +63,7 @@ def average_after_steps(optimizers: Sequence[Optimizer], period: int, state: Pos
                 f"model_averaging_period={period} cannot work with {type(optimizer).__name__}, which communicates "
                 "parameters itself: use a plain optimizer, or leave the period out."
             )
-        averager = PeriodicModelAverager(period, warmup_steps=state.start_localSGD_iter)
+        averager = PeriodicModelAverager(period, warmup_steps=cast("int", state.start_localSGD_iter))  # pyright: ignore[reportUnknownMemberType]
         optimizer.register_step_post_hook(_After(averager))
 
 

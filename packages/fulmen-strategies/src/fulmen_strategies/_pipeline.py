@@ -140,7 +140,7 @@ class Stages:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         own = total_norm(gradients, norm_type)
         each = self._along.all_gather(own)  # a NaN of one stage is one of all
-        norm: Tensor = torch.linalg.vector_norm(each, norm_type)  # pyright: ignore[reportUnknownMemberType]
+        norm = cast("Tensor", torch.linalg.vector_norm(each, norm_type))  # pyright: ignore[reportUnknownMemberType]
         if error_if_nonfinite and not bool(norm.isfinite()):  # one synchronisation, which the caller has asked for
             raise RuntimeError(
                 f"the norm of order {norm_type} of the pipeline's gradients is {norm.item()}, so they cannot be "

@@ -199,7 +199,7 @@ def _load_weights(session: Session, state: Mapping[str, Any], *, strict: bool) -
     strategy = session.assembly.strategy
     if not supports(strategy, SupportsShardedState):
         outcome = session.module.load_state_dict(state, strict=strict)
-        return list(outcome.missing_keys), list(outcome.unexpected_keys)
+        return cast("list[str]", outcome.missing_keys), cast("list[str]", outcome.unexpected_keys)
     assert session.placed is not None
     own = session.module.state_dict().keys()
     strategy.load_module_state(session.placed, state, strict=strict)

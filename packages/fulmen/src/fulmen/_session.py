@@ -375,7 +375,13 @@ def unchanged(batch: object, dataloader_idx: int) -> object:
 
 def _weighed(backward: Callable[..., object], weigh: Callable[[Tensor], Tensor] | None) -> Callable[..., object]:
     """The user's ``backward``, for a loss with its weight among those of other ranks."""
-    return backward if weigh is None else lambda loss, **kwargs: backward(weigh(loss), **kwargs)
+    if weigh is None:
+        return backward
+
+    def weighed(loss: Tensor, **kwargs: object) -> object:
+        return backward(weigh(loss), **kwargs)
+
+    return weighed
 
 
 def _positional(function: Callable[..., Any]) -> int:
