@@ -6,7 +6,7 @@ Source: Lin et al. 2020, "Don't use large mini-batches, use local SGD", by torch
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager

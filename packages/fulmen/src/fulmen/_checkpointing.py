@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fulmen._canonical import as_named_here, canonical
 from fulmen._checkpoint_layout import LIGHTNING_VERSION, lightning_loops, progress_from_lightning
