@@ -52,8 +52,10 @@ def configure_model(session: Session) -> None:
         session.scoped("configure_model", session.module.configure_model)()
 
 
-def convert(session: Session) -> None:
-    """Convert the module to its precision, before weights are loaded: a checkpoint may hold them packed."""
+def convert(session: Session, *, sync_batchnorm: bool) -> None:
+    """Replace layers and convert to the precision, before weights are loaded: a checkpoint may hold them packed."""
+    if sync_batchnorm and session.world.world_size > 1 and session.fn is TrainerFn.FITTING:
+        session.batch_norms = synchronise_batch_norms(session.module)
     precision = session.assembly.precision
     if not supports(session.assembly.strategy, SupportsPrecisionPlan):
         precision.convert_module(session.module)
@@ -61,13 +63,10 @@ def convert(session: Session) -> None:
         precision.replace_layers(session.module)
 
 
-def place(session: Session, *, sync_batchnorm: bool) -> None:
+def place(session: Session) -> None:
     """Let the strategy place the module: ``session.placed``."""
     strategy, module = session.assembly.strategy, session.module
-    fits = session.fn is TrainerFn.FITTING
-    if sync_batchnorm and session.world.world_size > 1 and fits:
-        session.batch_norms = synchronise_batch_norms(module)
-    if not fits and supports(strategy, SupportsInferencePlacement):
+    if session.fn is not TrainerFn.FITTING and supports(strategy, SupportsInferencePlacement):
         session.placed = strategy.place_for_inference(module)
     else:
         session.placed = strategy.place(module)

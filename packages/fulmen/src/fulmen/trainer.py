@@ -453,7 +453,8 @@ class Trainer(TrainerActions):
         self.strategy.barrier("setup")
 
         _preparation.configure_model(session)
-        _preparation.convert(session)
+        _layer_sync.apply(session)
+        _preparation.convert(session, sync_batchnorm=self.settings.sync_batchnorm and self.assembly.layer_sync is None)
         _callbacks.tell_configured(self.callbacks, self, module)
         checkpoint = None
         if self.world.world_size > 1:  # each rank has looked for "last" by itself
@@ -462,8 +463,7 @@ class Trainer(TrainerActions):
             checkpoint = _checkpointing.load(self, self._ckpt_path, weights_only)
             if not _checkpointing.is_sharded(session):
                 _checkpointing.restore_modules_and_callbacks(self, session, checkpoint)
-        _layer_sync.apply(session)
-        _preparation.place(session, sync_batchnorm=self.settings.sync_batchnorm and self.assembly.layer_sync is None)
+        _preparation.place(session)
         self.strategy.model = session.placed
         if checkpoint is not None and _checkpointing.is_sharded(session):  # no rank may have had room for the whole
             _checkpointing.restore_modules_and_callbacks(self, session, checkpoint)

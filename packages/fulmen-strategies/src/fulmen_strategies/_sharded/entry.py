@@ -76,7 +76,7 @@ class ShardedEntry(nn.Module):
         # Not as arguments of the call: FSDP would rebuild every batch's containers and cast what is in them.
         self._call[0] = (method, args, kwargs)
         try:
-            output = self()
+            output = self(None)  # on accelerators FSDP takes apart what it is called with, and fails with nothing
         except BaseException:
             self._recover()
             raise

@@ -262,8 +262,8 @@ class _Planned:
         strategy = session.assembly.strategy
         if not supports(strategy, SupportsMemoryPlan):
             try:
-                _preparation.convert(session)
-                _preparation.place(session, sync_batchnorm=False)
+                _preparation.convert(session, sync_batchnorm=False)
+                _preparation.place(session)
             except Exception as error:
                 raise explained_place(error, strategy) from error
             return
