@@ -41,10 +41,16 @@ class Model(fulmen.LightningModule):
     """A language model; with ``tensor_parallel`` it places itself on the mesh."""
 
     def __init__(
-        self, width: int = 64, layers: int = 2, heads: int = 4, vocabulary: int = 128, places: bool = False
+        self,
+        width: int = 64,
+        layers: int = 2,
+        heads: int = 4,
+        vocabulary: int = 128,
+        places: bool = False,
+        fused: bool | None = None,
     ) -> None:
         super().__init__()
-        self.places = places
+        self.places, self.fused = places, fused
         self.tokens = nn.Embedding(vocabulary, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.head = nn.Linear(width, vocabulary, bias=False)
@@ -71,7 +77,7 @@ class Model(fulmen.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW as it comes."""
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+        return torch.optim.AdamW(self.parameters(), lr=1e-3, fused=self.fused)
 
 
 def strategy_of(asked: dict[str, Any]) -> Any:

@@ -79,6 +79,15 @@ def test_each_of_64_ranks_holds_its_part_of_what_fsdp_shards() -> None:
     assert block < plan.communication
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_step_on_shards_makes_nothing_of_the_whole_size(fused: bool) -> None:
+    """AdamW's temporary lists have the size of this rank's shards: a 64th of the model."""
+    model = {**LARGE, "fused": fused}
+    plan = planned({"strategy": "fsdp", "devices": 64, "precision": "32-true", "model": model, "batch": [1, 3]}, "cuda")
+    # The peak is where the embedding or the head, 15 % of the model each, and a block are whole, with their gradients.
+    assert plan.peak < 4 * plan.parameter_count
+
+
 def test_mixed_precision_gathers_halves_for_a_gpu() -> None:
     asked: dict[str, Any] = {"strategy": "fsdp", "devices": 8, "model": LARGE, "batch": [1, 129]}
     whole, mixed = (planned({**asked, "precision": precision}, "cuda") for precision in ("32-true", "bf16-mixed"))

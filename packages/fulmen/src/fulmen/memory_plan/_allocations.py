@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -49,6 +50,8 @@ class AllocationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  #
         self._marks: list[tuple[int, str]] = [(0, "forward")]
         self._purpose = "activations"
         self._resize: Callable[..., Any] | None = None
+        self._guess: Callable[..., Any] | None = None
+        self._is_guessing = False
 
     # ------------------------------------------------------------------ what is recorded
 
@@ -64,6 +67,18 @@ class AllocationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  #
             return result
 
         storages.resize_ = resize_and_record  # put back in __exit__
+        # To learn the shape of a result, DTensor runs each operator once on fake tensors of the whole shapes.
+        propagator: Any = ShardingPropagator
+        self._guess = guess = propagator._propagate_tensor_meta_non_cached
+
+        def guess_unrecorded(*args: Any, **kwargs: Any) -> Any:
+            before, recorder._is_guessing = recorder._is_guessing, True
+            try:
+                return guess(*args, **kwargs)
+            finally:
+                recorder._is_guessing = before
+
+        propagator._propagate_tensor_meta_non_cached = guess_unrecorded
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -71,6 +86,8 @@ class AllocationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  #
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         storages: Any = torch.UntypedStorage
         storages.resize_ = self._resize
+        propagator: Any = ShardingPropagator
+        propagator._propagate_tensor_meta_non_cached = self._guess
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -78,6 +95,8 @@ class AllocationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  #
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it will come again with the tensors of this rank
         result = func(*args, **(kwargs or {}))
+        if self._is_guessing:
+            return result
         for tensor in _tensors(result):
             self._see(tensor, self._purpose)
         if func.namespace in _COMMUNICATION:
