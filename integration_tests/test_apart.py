@@ -206,3 +206,15 @@ def test_a_fabric_runs_a_function_in_new_processes(strategy: str) -> None:
         MisconfigurationException, match=f"launch.. got no function, and strategy '{strategy}' runs one"
     ):
         fabric.launch()
+
+
+@pytest.mark.proves("4.35")
+def test_processes_by_fork_know_nothing_of_a_group_that_this_process_is_in() -> None:
+    alone = fulmen.Fabric(accelerator="cpu", devices=1, strategy="ddp")
+    alone.launch()
+    try:
+        fabric = fulmen.Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
+        assert fabric.launch(work, 1.0) == {"total": 3.0, "rank": 0, "gradient": 0.5}
+        assert alone.all_reduce(torch.ones(()), reduce_op="sum").item() == 1.0
+    finally:
+        alone.close()

@@ -42,6 +42,7 @@ def same(left: Any, right: Any) -> bool:
 
 @pytest.mark.proves("5.13", "5.39")
 @pytest.mark.parametrize("kind", ["torch", "safetensors"])
+@pytest.mark.slow
 def test_two_ranks_leave_the_files_of_synchronous_saving_and_go_on_from_them_bit_for_bit(
     kind: str, tmp_path: Path
 ) -> None:

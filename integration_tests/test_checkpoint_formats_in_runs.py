@@ -54,6 +54,7 @@ def _flat(value: Any) -> Any:
 
 
 @pytest.mark.proves("5.1")
+@pytest.mark.slow
 def test_lightning_goes_on_from_a_checkpoint_of_ours_in_any_format_once_it_is_converted(tmp_path: Path) -> None:
     pytest.importorskip("lightning")
     train("fulmen", 2, tmp_path / "ours.ckpt")

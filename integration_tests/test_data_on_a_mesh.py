@@ -13,6 +13,8 @@ from tempfile import mkdtemp
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
 from mesh_data_script import BATCH, EPOCHS, SIZE
 
 SCRIPT = Path(__file__).with_name("mesh_data_script.py")

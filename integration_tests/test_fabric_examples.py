@@ -41,6 +41,7 @@ def test_the_classifier_reaches_its_score_after_a_stop_too(tmp_path: Path) -> No
     assert number(output, "Test accuracy") >= 97
 
 
+@pytest.mark.slow
 def test_cross_validation_reaches_its_score_and_resumes_in_a_fold(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     whole = run(tmp_path / "whole", "kfold", "--folds", "3", "--max-epochs", "6")

@@ -157,6 +157,7 @@ def test_it_ends_when_no_restart_is_left(tmp_path: Path) -> None:
     assert not results(tmp_path, "trained")
 
 
+@pytest.mark.slow
 def test_with_min_devices_it_goes_on_without_the_process_that_failed(tmp_path: Path) -> None:
     done = run("--devices", 3, "--min-devices", 1, "--max-restarts", 2, SCRIPT, "kill", tmp_path, 3)
     assert done.returncode == 0, done.stderr
@@ -166,12 +167,14 @@ def test_with_min_devices_it_goes_on_without_the_process_that_failed(tmp_path: P
     assert "1 processes go on without it (0 restarts are left)" in done.stderr
 
 
+@pytest.mark.slow
 def test_fewer_than_min_devices_are_an_end(tmp_path: Path) -> None:
     done = run("--devices", 2, "--min-devices", 2, "--max-restarts", 2, SCRIPT, "kill", tmp_path, 3)
     assert done.returncode == 128 + signal.SIGKILL
     assert len(list(tmp_path.glob("life-*-1"))) == 1
 
 
+@pytest.mark.slow
 def test_torchrun_recovers_too(tmp_path: Path) -> None:
     command = [*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "3", str(SCRIPT), "kill", str(tmp_path), "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment())
@@ -212,7 +215,7 @@ def test_its_processes_end_with_it(number: signal.Signals, tmp_path: Path) -> No
     ("words", "said"),
     [
         (["--strategy=ddp_spawn"], "--strategy='ddp_spawn' starts its processes by itself.*use its counterpart"),
-        (["--strategy=dpp"], "--strategy='dpp' is not installed.*Did you mean 'ddp'"),
+        (["--strategy=ddpp"], "--strategy='ddpp' is not installed.*Did you mean 'ddp'"),
         (["--accelerator=tpu"], "--accelerator='tpu': torch's agent starts no TPU processes"),
         (["--accelerator=cpuu"], "cpuu"),
         (["--accelerator=cpu", "--devices=0"], "devices=0"),

@@ -48,6 +48,7 @@ def alike(ours: Any, theirs: Any) -> bool:
 
 @lightning_is_needed
 @pytest.mark.proves("6.12", "6.27")
+@pytest.mark.slow
 def test_values_can_be_logged_from_the_same_hooks_in_the_same_ways_with_the_same_outcome() -> None:
     ours, theirs = results("fulmen", "places"), results("lightning.pytorch", "places")
 

@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 lightning = pytest.importorskip("lightning", reason="Lightning is not installed to compare with")
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose logger has no folder keeps its log in the working folder."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+
+
 def theirs(path: str) -> Any:
     module, _, name = path.rpartition(".")
     with warnings.catch_warnings():

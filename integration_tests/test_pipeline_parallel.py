@@ -56,7 +56,7 @@ def one_process() -> tuple[Part, torch.optim.Optimizer, float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     epoch = losses[-(len(losses) // EPOCHS) :]
     return model, optimizer, sum(epoch) / len(epoch)
 

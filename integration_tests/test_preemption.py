@@ -128,6 +128,7 @@ def step_of(end: str) -> int:
 
 @pytest.mark.proves("4.44", "4.45", "5.29", "6.8")
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_a_job_preempted_again_and_again_ends_like_one_that_never_was(unbroken: str, tmp_path: Path) -> None:
     job = Job(tmp_path, array=True)
 

@@ -71,6 +71,7 @@ def test_the_sizes_found_are_those_of_lightning(name: str) -> None:
 
 
 @pytest.mark.proves("13.1", "13.2")
+@pytest.mark.slow
 def test_two_ranks_find_one_learning_rate_and_no_batch_size(tmp_path: Path) -> None:
     run("fulmen", "ranks", str(tmp_path))
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))

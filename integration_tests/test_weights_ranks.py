@@ -53,6 +53,7 @@ def test_ranks_validate_save_and_end_with_one_average_which_is_that_of_each_step
         pytest.param("accumulation", marks=pytest.mark.proves("11.11")),
     ],
 )
+@pytest.mark.slow
 def test_two_ranks_train_as_one_process_does_with_their_batches_together(case: str, tmp_path: Path) -> None:
     first, second = run(tmp_path / "ddp", case, 2)
     (alone,) = run(tmp_path / "alone", case, 1)

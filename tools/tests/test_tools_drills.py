@@ -18,6 +18,7 @@ from fulmen_checkpoint import TorchCheckpointIO
 
 
 @pytest.mark.parametrize("name", ["mutated", "flips", "faults"])
+@pytest.mark.slow
 def test_a_short_drill_goes_through(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "12"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -25,6 +26,7 @@ def test_a_short_drill_goes_through(name: str, capsys: pytest.CaptureFixture[str
     assert sum(int(line.split("|")[3]) for line in lines[2:]) >= 12
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_kills_go_through(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kills", "12"]) == 0
@@ -34,7 +36,9 @@ def test_kills_go_through(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_unknown_drill_is_named() -> None:
-    with pytest.raises(SystemExit, match="no drill is named fire; there are: flips, faults, mutated, kills, train"):
+    with pytest.raises(
+        SystemExit, match="no drill is named fire; there are: flips, faults, mutated, kills, failures, train"
+    ):
         main(["fire", "3"])
 
 

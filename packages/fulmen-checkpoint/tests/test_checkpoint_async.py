@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.proves("5.13")
 
 
-@pytest.fixture
 def _shared() -> list[str]:
     """What is in shared memory, but for the semaphores of other processes' multiprocessing."""
     return sorted(name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-"))
 
 
+@pytest.fixture
 def io() -> Iterator[AsyncCheckpointIO]:
     made = AsyncCheckpointIO()
     yield made

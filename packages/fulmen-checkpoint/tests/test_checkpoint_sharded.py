@@ -373,6 +373,7 @@ def _check_on_one(path: str, storage: FsspecStorage | None = None) -> None:
 
 
 @pytest.mark.parametrize(("saved_by", "loaded_by"), [(4, 2), (2, 4)])
+@pytest.mark.slow
 def test_shards_of_some_ranks_load_on_another_number_in_another_layout(
     tmp_path: Path, saved_by: int, loaded_by: int
 ) -> None:

@@ -267,6 +267,7 @@ def test_a_loop_killed_twice_ends_as_one_that_was_not(tmp_path):
     assert outcome(folder)["seen"] == outcome(tmp_path / "whole")["seen"]
 
 
+@pytest.mark.slow
 def test_two_ranks_of_which_one_is_killed_go_on_as_two_and_as_one(tmp_path):
     whole = life(tmp_path / "whole", 2)
     assert whole.returncode == 0, whole.stderr

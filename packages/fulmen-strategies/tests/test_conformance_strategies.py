@@ -103,6 +103,7 @@ class TestModelParallelStrategy(StrategyConformance):
 
 # torch warns of what a layer split by rows returns: a view, which nobody may change in place.
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+@pytest.mark.slow
 class TestModelParallelStrategyWithFullyShard(StrategyConformance):
     @pytest.fixture
     def strategy(self) -> Strategy:

@@ -503,6 +503,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.slow
 def test_on_four_ranks(folder: Path, name: str) -> None:
     file = folder / f"{name}-0.json"
     if not file.exists():

@@ -113,6 +113,7 @@ def test_the_configuration_can_be_printed_and_used(folder: Path) -> None:
 
 @pytest.mark.proves("12.8")
 @pytest.mark.timeout(180)
+@pytest.mark.slow
 def test_two_ranks_write_one_configuration_and_both_refuse_to_write_over_it(folder: Path) -> None:
     argv = ("fit", "--config=config.yaml", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.logger=false",
             "--trainer.enable_checkpointing=false", "--trainer.default_root_dir=out")  # fmt: skip

@@ -10,9 +10,10 @@ import sys
 import time
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from fulmen_protocols import Launcher, missing_members
+from fulmen_protocols import Launcher, LaunchesApart, missing_members
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,6 +103,30 @@ class _Run:
         time.sleep(600)
         return None
 
+    def killed(self) -> object:
+        value = self.launch(self.wait_for_the_signal)
+        self.launcher.kill(signal.SIGTERM)
+        return value
+
+    def killed_from_outside(self) -> object:
+        """While a launch waits for its processes, another thread ends them; the launch then ends with an error."""
+
+        def end() -> None:
+            self.everyone_came()
+            self.launcher.kill(signal.SIGTERM)
+
+        Thread(target=end, daemon=True).start()
+        try:
+            self.launch(self.sleep)
+        except RuntimeError:
+            return "the main process goes on"
+        return "the launch did not notice"
+
+    def sleep(self) -> object:
+        self.record()
+        time.sleep(600)
+        return None
+
     def wait_for_the_signal(self) -> object:
         if self.record() != 0:
             time.sleep(600)
@@ -122,8 +147,7 @@ def main(task: str, factory: str, num_processes: str, folder: str) -> None:
         run.launch(run.value)
         value = run.launch(run.value_again)
     elif task == "kill":
-        value = run.launch(run.wait_for_the_signal)
-        run.launcher.kill(signal.SIGTERM)
+        value = run.killed_from_outside() if isinstance(run.launcher, LaunchesApart) else run.killed()
     else:
         functions = {"value": run.value, "rank 1 fails": run.rank_1_fails, "rank 0 fails": run.rank_0_fails}
         value = run.launch(functions[task])

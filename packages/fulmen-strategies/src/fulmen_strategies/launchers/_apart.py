@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fulmen_strategies._inherited_group import forget_inherited_group
 from fulmen_strategies._marks import LAUNCHED, STARTER_IS_NO_RANK
 from fulmen_strategies.launchers._failure import record_exception
 from fulmen_strategies.launchers._rank import become_rank
@@ -101,6 +102,7 @@ def run_rank(
     os.environ[STARTER_IS_NO_RANK] = "1"
     os.environ["TORCHELASTIC_ERROR_FILE"] = home.error(local_rank)
     torch.set_num_threads(threads)
+    forget_inherited_group()
     become_rank()
     function, switches = carried.content
     if switches is not None:
