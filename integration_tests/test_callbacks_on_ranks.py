@@ -43,6 +43,7 @@ EXPECTED = {
 
 @pytest.mark.proves("9.32", "11.16")
 @pytest.mark.parametrize("kind", EXPECTED)
+@pytest.mark.slow
 def test_every_sample_is_predicted_once_over_all_ranks_and_each_rank_knows_which_it_had(kind: str) -> None:
     found = [rank["predictions"][kind] for rank in ranks()]
 
@@ -101,6 +102,7 @@ def test_an_error_on_all_ranks_is_saved_by_all_together() -> None:
 
 
 @pytest.mark.proves("5.26")
+@pytest.mark.slow
 def test_a_rank_that_fails_alone_saves_nothing_ends_the_run_and_says_why(tmp_path: Path) -> None:
     done = run(tmp_path, "alone")
 

@@ -177,6 +177,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_ranks_of_ddp_each_write_a_part_and_another_number_of_ranks_goes_on(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(_DDP)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parent.parent / "docs" / "examples" / "digits.py"
 
 
@@ -45,6 +47,7 @@ def test_the_digits_example_learns_reports_and_goes_on_where_it_stopped(tmp_path
     assert validated == [30, 31], "the second run validates after the epochs that it adds, counted from 0"
 
 
+@pytest.mark.slow
 def test_the_digits_example_trains_on_two_processes_with_no_line_changed(tmp_path: Path) -> None:
     output = run(tmp_path, "--devices", "2", "--max-epochs", "8")
 

@@ -53,6 +53,7 @@ def test_cross_validation_reaches_its_score_and_resumes_in_a_fold(tmp_path: Path
     assert number(whole, "Accuracy over 3 folds") >= 94
 
 
+@pytest.mark.slow
 def test_the_adversarial_and_the_reinforced_loop_run(tmp_path: Path) -> None:
     assert "clusters drawn" in run(tmp_path, "gan", "--max-epochs", "1")
     assert "Poles stand for" in run(tmp_path, "actor_critic", "--max-updates", "5")

@@ -8,8 +8,15 @@ from __future__ import annotations
 import pytest
 from tools.drills.failures import FAULTS, judge
 
-DEFAULT = [("raise in training_step", 2), ("SIGKILL", 1), ("hang in Python", 0)]
-MORE = [("one collective skipped", 1), ("sys.exit(3)", 2), ("sys.exit(3)", 0), ("SIGSEGV", 0), ("os._exit(7)", 3)]
+DEFAULT = [("raise in training_step", 2), ("SIGKILL", 1)]
+MORE = [
+    ("hang in Python", 0),
+    ("one collective skipped", 1),
+    ("sys.exit(3)", 2),
+    ("sys.exit(3)", 0),
+    ("SIGSEGV", 0),
+    ("os._exit(7)", 3),
+]
 
 
 @pytest.mark.proves("4.34")

@@ -149,6 +149,7 @@ def test_one_run_survives_ten_kills(tmp_path: Path) -> None:
     check_lives(tmp_path, deaths=10, epochs=6)
 
 
+@pytest.mark.slow
 def test_it_ends_when_no_restart_is_left(tmp_path: Path) -> None:
     done = run("--devices", 2, "--max-restarts", 1, SCRIPT, "kill", tmp_path, 9)
     assert done.returncode == 128 + signal.SIGKILL

@@ -179,6 +179,7 @@ def test_four_ranks_stop_at_the_same_step_when_two_of_them_are_told(tmp_path: Pa
 
 @pytest.mark.proves("6.8", "9.51")
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_ranks_that_sigterm_ends_leave_a_checkpoint_that_goes_on_bit_for_bit(unbroken: str, tmp_path: Path) -> None:
     root = tmp_path / "root"
     assert launched(root, asked=[1], at=5, signal="SIGTERM", on_exception=True, pause_s=[0.0, 0.01]) == 143

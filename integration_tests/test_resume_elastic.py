@@ -63,6 +63,7 @@ def test_a_run_goes_on_on_another_number_of_ranks_with_every_sample_of_the_epoch
         assert ledger == samples(unbroken, 1), "in the order of the run that was never stopped"
 
 
+@pytest.mark.slow
 def test_the_metric_of_an_epoch_counts_the_batches_of_all_ranks_before_and_after(tmp_path: Path) -> None:
     run(tmp_path / "first", 2, stop=2 * 12 + 5)  # in the last epoch
     second = run(tmp_path / "second", 1, resume=tmp_path / "first" / "saved.ckpt")
@@ -70,6 +71,7 @@ def test_the_metric_of_an_epoch_counts_the_batches_of_all_ranks_before_and_after
 
 
 @pytest.mark.proves("5.38")
+@pytest.mark.slow
 def test_a_sampler_that_splits_by_itself_is_refused_on_another_number_of_ranks(tmp_path: Path) -> None:
     run(tmp_path / "first", 2, "user's sampler", stop=3)
     second = run(tmp_path / "second", 1, "user's sampler", resume=tmp_path / "first" / "saved.ckpt")

@@ -121,6 +121,7 @@ def test_a_metric_of_an_epoch_weighs_every_real_sample_the_same() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.slow
 def test_an_evaluation_of_1_to_50_samples_equals_that_of_one_process(world: int) -> None:
     for seen in ranks(world):
         for samples in range(1, 51):

@@ -254,6 +254,7 @@ def equal(left, right):
     return all(torch.equal(left["model"][name], right["model"][name]) for name in left["model"])
 
 
+@pytest.mark.slow
 def test_a_loop_killed_twice_ends_as_one_that_was_not(tmp_path):
     whole = life(tmp_path / "whole", 1)
     assert whole.returncode == 0, whole.stderr
