@@ -5,6 +5,7 @@ This file is also a script: ``python test_process_launcher.py METHOD FOLDER [ung
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fulmen_protocols import LaunchesApart, MisconfigurationException, RankFailure, Topology
 from fulmen_strategies import DDPStrategy, LightningEnvironment, ProcessLauncher
@@ -171,6 +173,26 @@ def test_the_error_is_that_of_the_rank_that_failed_and_nobody_is_left(fail: Call
     if fail is raise_lookup:
         assert isinstance(failed.value.__cause__, LookupError)
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.proves("4.35")
+def test_a_fork_never_collects_what_its_parent_has_left_behind() -> None:
+    """The destructor of a process group joins threads; in a fork they do not exist, and it would wait for ever."""
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{LightningEnvironment().main_port}", rank=0, world_size=1
+    )
+    dist.all_reduce(torch.ones(2))
+    garbage: list[object] = [dist.group.WORLD]
+    garbage.append(garbage)
+    gc.collect()
+    gc.disable()
+    try:
+        dist.destroy_process_group()
+        del garbage
+        assert launch(lambda: gc.collect() >= 0 and gc.isenabled())
+    finally:
+        gc.enable()
+        gc.collect()
 
 
 def test_a_system_exit_of_the_function_is_one_here() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
 import random
@@ -96,6 +97,10 @@ def run_rank(
     may_leave: Event,
 ) -> None:
     """The life of one rank. It stays until all have come to their end: others may still need what it holds."""
+    # What a fork has inherited must never be collected here: the destructor of a process group waits for threads that
+    # only the parent has.
+    gc.freeze()
+    gc.enable()
     os.environ.update(variables)
     # Not the launching process: in a process that a fork server has made, that server is the parent.
     os.environ[LAUNCHED] = str(os.getppid())

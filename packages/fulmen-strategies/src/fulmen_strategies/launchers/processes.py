@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -142,7 +143,8 @@ class ProcessLauncher:
                 name=f"rank{request.first_rank + local_rank}",
             )
             try:
-                process.start()
+                with _no_collection():
+                    process.start()
             except (pickle.PicklingError, AttributeError, TypeError) as error:
                 self._processes = started
                 raise _cannot_travel(self._method, error) from error
@@ -232,6 +234,18 @@ def _passing_on(kill: Callable[[int], None]) -> Generator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def _no_collection() -> Generator[None]:
+    """Within the block, collect no garbage: a fork begins so too, and comes to `run_rank` before it collects any."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _require_main_guard() -> None:
