@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -165,6 +166,13 @@ class Ended(NamedTuple):
     def last_lines(self) -> str:
         return "\n".join(self.output.strip().splitlines()[-8:])
 
+    @property
+    def verdict(self) -> str:
+        """What the launcher says last, of the rank that failed first; where the others stood comes before."""
+        lines = self.last_lines.splitlines()
+        starts = [at for at, line in enumerate(lines) if re.match(r"rank \d+ of \d+ .* first[,;]", line)]
+        return "\n".join(lines[starts[-1] if starts else 0 :])
+
     def result(self, rank: int) -> object:
         return json.loads((self.folder / f"result-{rank}.json").read_text())
 
@@ -244,7 +252,7 @@ class TestWhenOneRankFails:
     def test_the_last_lines_name_the_rank_and_show_its_own_end(self, ended: dict[Case, Ended], case: Case) -> None:
         if case.task == "sys.exit":
             pytest.skip("rank 0 has asked to end without a word")
-        last = ended[case].last_lines
+        last = ended[case].verdict
         end_of_culprit = {
             "exit": "exit code 3" if case.culprit else "os._exit",
             "kill": "SIGKILL" if case.culprit else "killed",
