@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from fulmen_protocols import Position, read_positions
 from fulmen_strategies._marks import LAUNCHED, STARTER_IS_NO_RANK, Starter, process_exists
-from fulmen_strategies.launchers._failure import Failure, exit_of_a_run, is_consequence, read_failure
+from fulmen_strategies.launchers._failure import Failure, exit_of_a_run, is_consequence, read_failure, tell
 from fulmen_strategies.launchers._own_end import OwnEnd
 from fulmen_strategies.launchers._pulse import Collective, Pulse, ask_all, read_standing
 from fulmen_strategies.launchers._verdict import odd_rank, others, recent
@@ -110,7 +110,7 @@ class ElasticRank:
         while True:
             if self._agent.is_gone():
                 if self._rank == self._first:
-                    os.write(2, self._agent.last_words().encode())
+                    tell(self._agent.last_words())
                 os._exit(1)
             cause = self._failed()
             # Where somebody has reported already, it may be this process that hangs: SIGTERM would not end it.
@@ -165,7 +165,7 @@ class ElasticRank:
         text = others(stacks, positions, self._world_size)
         if failure.kept_waiting:
             text += recent(self._collectives(positions), self._world_size)
-        os.write(2, (text if self._agent_tells else f"{text}{failure}\n").encode())
+        tell(text if self._agent_tells else f"{text}{failure}\n")
 
     def _collectives(self, positions: dict[int, Position]) -> dict[int, list[Collective]]:
         found: dict[int, list[Collective]] = {}

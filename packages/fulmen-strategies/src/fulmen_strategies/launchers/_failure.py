@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,7 +20,16 @@ if TYPE_CHECKING:
 
     from fulmen_protocols import Position
 
-__all__ = ["Failure", "exit_of_a_run", "is_consequence", "read_failure", "read_stack", "record_exception", "stack_file"]
+__all__ = [
+    "Failure",
+    "exit_of_a_run",
+    "is_consequence",
+    "read_failure",
+    "read_stack",
+    "record_exception",
+    "stack_file",
+    "tell",
+]
 
 # What the transports say when a peer has vanished. It decides only whom to ask first and how long to wait for a better
 # answer, never whether something is an error.
@@ -154,6 +164,12 @@ def read_failure(file: str, *, rank: int, world_size: int, pid: int, exit_code: 
     except (OSError, ValueError, KeyError, TypeError):
         trace = read_stack(file)
     return Failure(rank, world_size, pid, exit_code, trace, time_s, consequence, collectives=collectives)
+
+
+def tell(text: str) -> None:
+    """Write ``text`` to the terminal at once, if there still is one: who ends processes must not fail over a report."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
 
 
 def stack_file(file: str) -> str:

@@ -13,7 +13,7 @@ from fulmen_protocols import read_positions
 from fulmen_strategies._marks import LAUNCHED, NOTES, STARTER_IS_NO_RANK, Starter, process_exists
 from fulmen_strategies.environments._table import is_launched
 from fulmen_strategies.launchers._elastic import ElasticRank, is_elastic
-from fulmen_strategies.launchers._failure import is_consequence, read_stack
+from fulmen_strategies.launchers._failure import is_consequence, read_stack, tell
 from fulmen_strategies.launchers._own_end import OwnEnd
 from fulmen_strategies.launchers._pulse import Pulse
 
@@ -82,7 +82,7 @@ class _Rank:
         self._announcing.acquire()  # never released: one of the two threads that may come here ends the process
         if os.environ.get(STARTER_IS_NO_RANK) == "1":
             if os.environ.get("LOCAL_RANK") == "0":
-                os.write(2, self._starter.last_words().encode())
+                tell(self._starter.last_words())
         elif os.environ.get("LOCAL_RANK") == "1":
             world_size = os.environ.get("WORLD_SIZE", "?")
             rank = int(os.environ.get("RANK", "1")) - 1
@@ -97,7 +97,7 @@ class _Rank:
                 f"rank {rank} of {world_size} (process {self._starter.pid}) ended first{where}; the run was ended. "
                 "What is known of it:\n" + "".join(f"[rank{rank}]: {line}\n" for line in end.splitlines())
             )
-            os.write(2, report.encode())
+            tell(report)
         os._exit(1)
 
     def _on_uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
