@@ -185,9 +185,8 @@ def test_fewer_than_min_devices_are_an_end(tmp_path: Path) -> None:
 
 @pytest.mark.proves("4.34")
 def test_it_goes_on_without_the_one_that_hung_and_not_the_one_that_waited_for_it(tmp_path: Path) -> None:
-    place = tmp_path / "run" / "attempt_0" / "0"
-    place.mkdir(parents=True)
-    file, own = str(place / "error.json"), RuntimeError("gloo: timed out waiting for 8000ms")
+    own, file, other = RuntimeError("gloo: timed out waiting for 8000ms"), str(tmp_path / "0"), str(tmp_path / "1")
+    record_exception(other, own)  # which does not know for whom it has waited
     hung = Failure(
         rank=2, world_size=4, pid=77, exit_code=None, trace="line 1\nline 2", time_s=0.0, is_consequence=False,
         kept_waiting="it had begun 3 collectives, and the others 4",
@@ -195,7 +194,9 @@ def test_it_goes_on_without_the_one_that_hung_and_not_the_one_that_waited_for_it
     record_exception(file, own, hung)
     waited = ProcessFailure(local_rank=0, pid=os.getpid(), exitcode=1, error_file=file)
 
-    failed = _Failed(ChildFailedError("script", {0: waited}), 4, str(tmp_path))
+    ended = ProcessFailure(local_rank=1, pid=os.getpid(), exitcode=1, error_file=other)
+
+    failed = _Failed(ChildFailedError("script", {0: waited, 1: ended}), 4, str(tmp_path))
 
     assert (failed.local_rank, failed.exit_status) == (2, 1)
     assert failed.report("3 processes go on without it (1 restarts are left)").splitlines() == [

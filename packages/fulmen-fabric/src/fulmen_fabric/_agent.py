@@ -202,12 +202,18 @@ class _SaysWhoFailed(logging.Handler):
         print(text, file=sys.stderr, flush=True)
 
 
-def _comes_first(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, float, int]:
-    """Orders failures: first no rank that the agent has ended, none that lost a connection, then the earliest."""
+def _comes_first(item: tuple[int, ProcessFailure]) -> tuple[bool, int, float, int]:
+    """Orders failures: first no rank that the agent has ended, none that lost a connection, then the earliest.
+
+    Of those that lost a connection one that knows to whom comes first.
+    """
     rank, failure = item
     reply = failure.error_file_data
     ended = failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM) and "time_s" not in reply
-    return ended, bool(reply.get("is_consequence", False)), float(reply.get("time_s", failure.timestamp)), rank
+    explains = 0
+    if reply.get("is_consequence"):
+        explains = 2 if reply.get("first") is None else 1
+    return ended, explains, float(reply.get("time_s", failure.timestamp)), rank
 
 
 class _Failed(Exception):  # it is caught in this module

@@ -107,7 +107,7 @@ class FSDPStrategy:
         self._rank = RankPlace("FSDPStrategy", process_group_backend, timeout)
         self._offload = arguments.offload(cpu_offload)
         self._policy = auto_wrap_policy
-        self._recomputed = _both_checkpointings(activation_checkpointing, activation_checkpointing_policy)
+        self._recomputed = arguments.recomputed(activation_checkpointing, activation_checkpointing_policy)
         self._sharding = arguments.sharding(sharding_strategy, device_mesh, has_policy=auto_wrap_policy is not None)
         self._state_kind: Literal["full", "sharded"] | None = state_dict_type
         self._default_state_kind: Literal["full", "sharded"] = "full"
@@ -410,23 +410,6 @@ class FSDPStrategy:
 def cpu_offload(**options: Any) -> FSDPStrategy:
     """An FSDPStrategy with ``cpu_offload=True``, registered as ``"fsdp_cpu_offload"``."""
     return FSDPStrategy(cpu_offload=True, **options)
-
-
-def _both_checkpointings(older: object, policy: Policy | None) -> Policy | None:
-    if older is None:
-        return policy
-    if policy is not None:
-        raise MisconfigurationException(
-            "FSDPStrategy got both activation_checkpointing and activation_checkpointing_policy. Give the latter only."
-        )
-    classes = set(cast("list[Any]", older) if isinstance(older, (list, tuple, set)) else [older])
-    units.check_policy("activation_checkpointing", classes)
-    warnings.warn(
-        "FSDPStrategy(activation_checkpointing=...) is deprecated: write activation_checkpointing_policy={...}.",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    return cast("Policy", classes)
 
 
 def _refuse_first_fsdp(module: nn.Module) -> None:
