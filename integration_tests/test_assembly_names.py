@@ -74,7 +74,9 @@ for name, entry in STRATEGY_REGISTRY.items():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
     theirs = dict(line.split() for line in done.stdout.splitlines())
     # Engines are packages of their own.
-    theirs = {name: kind for name, kind in theirs.items() if not any(word in name for word in ("deepspeed", "xla"))}
+    theirs = {
+        name: kind for name, kind in theirs.items() if not any(word in name for word in ("deepspeed", "xla", "tpu"))
+    }
 
     assert len(theirs) >= 8
     assert {name: type(load(STRATEGIES, name)).__name__ for name in theirs} == theirs

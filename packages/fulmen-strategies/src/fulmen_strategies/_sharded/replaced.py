@@ -40,7 +40,7 @@ class Replaced:
         """Let ``optimizer`` step the parameters that there are now; its state is laid out, and cast, as they are."""
         for group in optimizer.param_groups:
             for index, parameter in enumerate(cast("list[Tensor]", group["params"])):
-                found = cast("TensorWeakRef | None", self._now.get(parameter))
+                found = cast("TensorWeakRef | None", self._now.get(parameter))  # type: ignore[no-untyped-call]  # torch's own
                 now = None if found is None else cast("nn.Parameter | None", found())
                 if now is not None:
                     group["params"][index] = now

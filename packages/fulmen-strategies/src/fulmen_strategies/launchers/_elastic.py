@@ -56,6 +56,7 @@ class ElasticRank:
         self._agent = Starter(int(os.environ.get(LAUNCHED, os.getppid())))
         # That of `fulmen run` prints whose fault it was, and where that one was; torchrun's prints a table.
         self._agent_tells = os.environ.get(STARTER_IS_NO_RANK) == "1"
+        self._reporting = threading.Lock()  # this process must not end while its watch is in the middle of a report
         self._hook_before = sys.excepthook
         sys.excepthook = self._on_uncaught
         self.end = OwnEnd(self._file)
@@ -67,10 +68,12 @@ class ElasticRank:
     def _on_uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if self.end.is_of_this_process:
             first: Failure | None = None
-            if is_consequence(error) and self._wait_for_a_cause() is None:
-                self.end.record(error)
-                first = self._who_kept_us_waiting()
-                self._report(first)
+            if is_consequence(error):
+                cause = self._wait_for_a_cause()
+                if cause is None:
+                    self.end.record(error)
+                    cause = first = self._who_kept_us_waiting()
+                self._report(cause)
             if not self._agent_tells:
                 # Its message is what the agent shows last, so it begins with whose it is.
                 position = read_positions(self._folder).get(self._rank)
@@ -153,19 +156,20 @@ class ElasticRank:
         """Print what is known, unless another process of this node does, or the agent will."""
         if failure is None:
             return
-        try:
-            os.close(os.open(os.path.join(self._folder, _REPORTED), os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return
-        positions = read_positions(self._folder)
-        alive = {rank for rank, each in positions.items() if rank != failure.rank and process_exists(each.pid)}
-        ask_all(self._folder, alive, _PATIENCE_S)
-        standing = {rank: read_standing(self._folder, rank) for rank in alive}
-        stacks = {rank: said.stack for rank, said in standing.items() if said is not None}
-        text = others(stacks, positions, self._world_size)
-        if failure.kept_waiting:
-            text += recent(self._collectives(positions), self._world_size)
-        tell(text if self._agent_tells else f"{text}{failure}\n")
+        with self._reporting:
+            try:
+                os.close(os.open(os.path.join(self._folder, _REPORTED), os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return
+            positions = read_positions(self._folder)
+            alive = {rank for rank, each in positions.items() if rank != failure.rank and process_exists(each.pid)}
+            ask_all(self._folder, alive, _PATIENCE_S)
+            standing = {rank: read_standing(self._folder, rank) for rank in alive}
+            stacks = {rank: said.stack for rank, said in standing.items() if said is not None}
+            text = others(stacks, positions, self._world_size)
+            if failure.kept_waiting:
+                text += recent(self._collectives(positions), self._world_size)
+            tell(text if self._agent_tells else f"{text}{failure}\n")
 
     def _collectives(self, positions: dict[int, Position]) -> dict[int, list[Collective]]:
         found: dict[int, list[Collective]] = {}
