@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import shutil
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     from fulmen_fabric.run import Request
+    from fulmen_protocols import Position
 
 __all__ = ["Processes", "plan", "supervise"]
 
@@ -188,15 +191,15 @@ class _SaysWhoFailed(logging.Handler):
         args = record.args
         if not str(record.msg).startswith("failed (exitcode") or not isinstance(args, tuple) or len(args) < 3:
             return
-        exit_code, local_rank, pid = args[:3]
+        exit_code, local_rank, pid = cast("tuple[int, int, int]", args[:3])
         self._restarts += 1
         if self._restarts > self._max_restarts:
             return  # the final report follows
         how = f"ended with exit code {exit_code}"
-        if isinstance(exit_code, int) and exit_code < 0:
+        if exit_code < 0:
             how = f"was killed by signal {-exit_code}"
         text = (
-            f"the process of local rank {local_rank} (process {pid}{_at(self._folder, int(pid))}) {how}; "
+            f"the process of local rank {local_rank} (process {pid}{_at(self._folder, pid)}) {how}; "
             f"all processes start again (restart {self._restarts} of {self._max_restarts})."
         )
         print(text, file=sys.stderr, flush=True)
@@ -230,8 +233,11 @@ class _Failed(Exception):  # it is caught in this module
         rank, failure = min(error.failures.items(), key=_comes_first)
         self._rank, self._failure, self._world_size = rank, failure, world_size
         self._where = _at(folder, failure.pid)
-        # The agent sees who ends first. Who kept that one waiting, it has found out itself.
-        self._waited_for = cast("dict[str, Any] | None", failure.error_file_data.get("first"))
+        # The agent sees who ends first. Who kept that one waiting, it has found out itself; and one that hangs is ended
+        # by the others' report.
+        self._waited_for: dict[str, Any] | None = failure.error_file_data.get("first") or _blamed(
+            folder, failure.pid, rank
+        )
         culprit = rank if self._waited_for is None else int(self._waited_for["rank"])
         self.local_rank = failure.local_rank + culprit - rank
         """Whose fault it was."""
@@ -267,13 +273,30 @@ def _shown(rank: int, lines: Sequence[str]) -> str:
     return "\n".join(f"[rank{rank}]: {line}" for line in lines)
 
 
-def _at(folder: str, pid: int) -> str:
-    """Where that process was last, as a part of a sentence; "" where it has not said."""
+def _attempt(folder: str, pid: int) -> tuple[Path, Position] | None:
+    """The folder of the attempt to which that process belongs, and where it was last; None where it has not said."""
     for attempt in Path(folder).glob("*/attempt_*"):
         for position in read_positions(str(attempt)).values():
             if position.pid == pid:
-                return f", at {position}"
-    return ""
+                return attempt, position
+    return None
+
+
+def _at(folder: str, pid: int) -> str:
+    """Where that process was last, as a part of a sentence; "" where it has not said."""
+    found = _attempt(folder, pid)
+    return "" if found is None else f", at {found[1]}"
+
+
+def _blamed(folder: str, pid: int, rank: int) -> dict[str, Any] | None:
+    """What another process of the same attempt has written of ``rank``, for which it had waited; None if nothing."""
+    found = _attempt(folder, pid)
+    for file in () if found is None else found[0].glob("*/error.json"):
+        with contextlib.suppress(OSError, ValueError):
+            first = json.loads(file.read_text(encoding="utf-8")).get("first")
+            if first and first["rank"] == rank:
+                return cast("dict[str, Any]", first)
+    return None
 
 
 def _trace(failure: ProcessFailure) -> str:

@@ -449,7 +449,3 @@ def _notify(entry: ShardedEntry, optimizer: Optimizer) -> None:
 
     if "_fulmen_tells" not in optimizer.__dict__:
         optimizer.__dict__["_fulmen_tells"] = optimizer.register_step_post_hook(tell)
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

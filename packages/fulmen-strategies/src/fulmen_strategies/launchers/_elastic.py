@@ -71,8 +71,9 @@ class ElasticRank:
             if is_consequence(error):
                 cause = self._wait_for_a_cause()
                 if cause is None:
-                    self.end.record(error)
+                    self.end.record(error)  # so that others do not take it for the cause
                     cause = first = self._who_kept_us_waiting()
+                    self.end.record(error, first)  # the agent must find it when the report has ended that one
                 self._report(cause)
             if not self._agent_tells:
                 # Its message is what the agent shows last, so it begins with whose it is.
