@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from fulmen_fabric._agent import _Failed, plan
 from fulmen_fabric.run import command, parse
-from fulmen_protocols import MisconfigurationException
+from fulmen_protocols import MisconfigurationException, Whereabouts
 from fulmen_protocols.cli import main
 from fulmen_strategies.launchers._failure import Failure, record_exception
 
@@ -184,19 +184,28 @@ def test_fewer_than_min_devices_are_an_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.proves("4.34")
-def test_it_goes_on_without_the_one_that_hung_and_not_the_one_that_waited_for_it(tmp_path: Path) -> None:
-    own, file, other = RuntimeError("gloo: timed out waiting for 8000ms"), str(tmp_path / "0"), str(tmp_path / "1")
-    record_exception(other, own)  # which does not know for whom it has waited
+@pytest.mark.parametrize("ends_first", [0, 2])
+def test_it_goes_on_without_the_one_that_hung_and_not_the_one_that_waited_for_it(
+    ends_first: int, tmp_path: Path
+) -> None:
+    attempt = tmp_path / "run" / "attempt_0"
+    files = {rank: attempt / str(rank) / "error.json" for rank in (0, 1, 2)}
+    for file in files.values():
+        file.parent.mkdir(parents=True)
+    Whereabouts(str(attempt / "at.2"))  # of this process
+    own = RuntimeError("gloo: timed out waiting for 8000ms")
     hung = Failure(
         rank=2, world_size=4, pid=77, exit_code=None, trace="line 1\nline 2", time_s=0.0, is_consequence=False,
         kept_waiting="it had begun 3 collectives, and the others 4",
     )  # fmt: skip
-    record_exception(file, own, hung)
-    waited = ProcessFailure(local_rank=0, pid=os.getpid(), exitcode=1, error_file=file)
+    record_exception(str(files[0]), own, hung)
+    record_exception(str(files[1]), own)  # which does not know for whom it has waited
+    seen = {
+        rank: ProcessFailure(local_rank=rank, pid=os.getpid(), exitcode=1, error_file=str(files[rank]))
+        for rank in {1, ends_first}
+    }
 
-    ended = ProcessFailure(local_rank=1, pid=os.getpid(), exitcode=1, error_file=other)
-
-    failed = _Failed(ChildFailedError("script", {0: waited, 1: ended}), 4, str(tmp_path))
+    failed = _Failed(ChildFailedError("script", seen), 4, str(tmp_path))
 
     assert (failed.local_rank, failed.exit_status) == (2, 1)
     assert failed.report("3 processes go on without it (1 restarts are left)").splitlines() == [
