@@ -21,8 +21,7 @@ from fulmen_protocols.cli import main
 from fulmen_strategies.launchers._failure import Failure, record_exception
 
 SCRIPT = Path(__file__).with_name("run_script.py")
-STEPS_AN_EPOCH = 96 // 12  # samples over two ranks' batches of 6
-STEPS = 3 * STEPS_AN_EPOCH
+STEPS = 3 * 96 // 12  # epochs x samples over two ranks' batches of 6
 FULMEN = [sys.executable, "-c", "import sys; from fulmen_protocols.cli import main; sys.exit(main())"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval", "0.1"]
 
@@ -125,7 +124,7 @@ def check_lives(folder: Path, deaths: int, world_size: int = 2, epochs: int = 3)
     return found
 
 
-@pytest.mark.parametrize("kind", ["kill", "raise"])
+@pytest.mark.parametrize("kind", ["kill", pytest.param("raise", marks=pytest.mark.slow)])
 def test_training_goes_on_from_the_last_checkpoint_when_a_process_is_lost(kind: str, tmp_path: Path) -> None:
     done = run("--devices", 2, "--max-restarts", 3, SCRIPT, kind, tmp_path, 3)
     assert done.returncode == 0, done.stderr
@@ -133,11 +132,12 @@ def test_training_goes_on_from_the_last_checkpoint_when_a_process_is_lost(kind: 
     assert found[0]["life"] == 3
     assert found[0]["steps"][-1] == STEPS
     how = "was killed by signal 9" if kind == "kill" else "ended with exit code 1"
-    for restart in (1, 2):
-        where = f", at step {3 * restart}, in training, epoch {3 * restart // STEPS_AN_EPOCH}"
-        said = f"{how}; all processes start again (restart {restart} of 3)."
-        [line] = [line for line in done.stderr.splitlines() if line.endswith(said)]
-        assert where in line
+    # The agent looks ten times a second; on a busy machine it may see first how the other process ended in consequence.
+    lines = [line for line in done.stderr.splitlines() if "; all processes start again (restart " in line]
+    assert [f"(restart {number} of 3)." in line for number, line in enumerate(lines, start=1)] == [True, True]
+    assert any(how in line for line in lines)
+    for number, line in enumerate(lines, start=1):
+        assert f", at step {3 * number}, in training, epoch 0, batch {3 * number}) " in line
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ __all__ = ["ElasticRank", "is_elastic"]
 _POLL_S = 0.2
 _VERDICT_S = 1.5  # how long a lost connection may wait for the failure that explains it
 _NOTICE_S = 2.5  # how long a process may take to end by itself when another has failed
+_PRECEDENCE_S = 1.5  # how long the one that has failed may take to end before those that fail in consequence
 _PATIENCE_S = 0.7  # how long ranks may take to say where they are
 _REPORTED = "reported"
 
@@ -70,7 +71,9 @@ class ElasticRank:
             first: Failure | None = None
             if is_consequence(error):
                 cause = self._wait_for_a_cause()
-                if cause is None:
+                if cause is not None:
+                    _let_end(cause.pid)
+                else:
                     self.end.record(error)  # so that others do not take it for the cause
                     cause = first = self._who_kept_us_waiting()
                     self.end.record(error, first)  # the agent must find it when the report has ended that one
@@ -178,3 +181,10 @@ class ElasticRank:
             standing = read_standing(self._folder, rank)
             found[rank] = list(self._read(rank, position).collectives if standing is None else standing.collectives)
         return found
+
+
+def _let_end(pid: int) -> None:
+    """Wait a moment for that process to end: an agent takes for the cause what it sees first."""
+    until = time.monotonic() + _PRECEDENCE_S
+    while process_exists(pid) and time.monotonic() < until:
+        time.sleep(0.02)
