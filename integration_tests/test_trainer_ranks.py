@@ -25,7 +25,7 @@ def ranks(accelerator: str = "cpu") -> list[dict[str, Any]]:
             [sys.executable, str(SCRIPT), folder, accelerator],
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=900,
             check=False,
             env=environment,
         )
