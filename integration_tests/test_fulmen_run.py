@@ -216,6 +216,23 @@ def test_it_goes_on_without_the_one_that_hung_and_not_the_one_that_waited_for_it
     ]
 
 
+def test_one_that_was_on_its_way_out_when_the_agent_ended_all_keeps_its_exit_code(tmp_path: Path) -> None:
+    for rank, error in enumerate((RuntimeError("gloo: connection closed by peer"), SystemExit(3))):
+        record_exception(str(tmp_path / str(rank)), error)
+    seen = {
+        rank: ProcessFailure(local_rank=rank, pid=os.getpid(), exitcode=code, error_file=str(tmp_path / str(rank)))
+        for rank, code in ((0, 1), (1, -signal.SIGTERM))
+    }
+
+    failed = _Failed(ChildFailedError("script", seen), 2, str(tmp_path))
+
+    assert (failed.local_rank, failed.exit_status) == (1, 3)
+    assert failed.report("the run was ended").splitlines() == [
+        f"rank 1 of 2 (process {os.getpid()}) failed first; the run was ended. Its own report:",
+        "[rank1]: SystemExit: 3",
+    ]
+
+
 @pytest.mark.slow
 def test_torchrun_recovers_too(tmp_path: Path) -> None:
     command = [*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "3", str(SCRIPT), "kill", str(tmp_path), "3"]

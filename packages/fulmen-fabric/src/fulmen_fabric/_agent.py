@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Processes", "plan", "supervise"]
 
 _DEFAULT_PORT = 29400
+_ENDED_BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM)
 _NOT_BY_AN_AGENT = ("spawn", "fork", "notebook", "xla")
 _AGENT = "FULMEN_LAUNCHED"
 """Tells the ranks who started them: they report their end to this process, and do not outlive it."""
@@ -212,7 +213,7 @@ def _comes_first(item: tuple[int, ProcessFailure]) -> tuple[bool, int, float, in
     """
     rank, failure = item
     reply = failure.error_file_data
-    ended = failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM) and "time_s" not in reply
+    ended = failure.exitcode in _ENDED_BY_SIGTERM and "time_s" not in reply
     explains = 0
     if reply.get("is_consequence"):
         explains = 2 if reply.get("first") is None else 1
@@ -232,6 +233,10 @@ class _Failed(Exception):  # it is caught in this module
         super().__init__()
         rank, failure = min(error.failures.items(), key=_comes_first)
         self._rank, self._failure, self._world_size = rank, failure, world_size
+        self._exit_code = failure.exitcode
+        if self._exit_code in _ENDED_BY_SIGTERM and "time_s" in failure.error_file_data:
+            # It was on its way out when the agent saw one that has failed in consequence, and ended all.
+            self._exit_code = int(failure.error_file_data.get("exit_code", 1))
         self._where = _at(folder, failure.pid)
         # The agent sees who ends first. Who kept that one waiting, it has found out itself; and one that hangs is ended
         # by the others' report.
@@ -245,8 +250,7 @@ class _Failed(Exception):  # it is caught in this module
     @property
     def exit_status(self) -> int:
         """What a shell would call it: the exit code, or 128 + signal."""
-        code = self._failure.exitcode
-        return code if code > 0 else 128 - code
+        return self._exit_code if self._exit_code > 0 else 128 - self._exit_code
 
     def report(self, then: str) -> str:
         """What is known of the rank that failed first: its own traceback, its exit code or its signal."""
@@ -255,12 +259,12 @@ class _Failed(Exception):  # it is caught in this module
             return f"{self._waited_for['charge']}; {then}. There it stood:\n{shown}"
         rank, failure = self._rank, self._failure
         trace = _trace(failure)
-        if failure.exitcode < 0:
+        if self._exit_code < 0:
             how = f"was killed by {failure.signal_name()}"
         elif trace:
             how = "failed"
         else:
-            how = f"ended with exit code {failure.exitcode}"
+            how = f"ended with exit code {self._exit_code}"
         lines = trace.rstrip().splitlines()
         if not lines:
             why = " Nobody sent it? Then the kernel did, when memory ran out." if failure.exitcode == -9 else ""

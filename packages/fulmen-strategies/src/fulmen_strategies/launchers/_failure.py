@@ -135,6 +135,7 @@ def record_exception(file: str, error: BaseException, first: Failure | None = No
             "extraInfo": {"py_callstack": shown, "timestamp": str(int(time.time()))},
         },
         "time_s": time.time(),
+        "exit_code": error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1,
         "is_consequence": is_consequence(error),
         "collectives": last_collectives(),
         "first": None if first is None else {"rank": first.rank, "charge": first.charge, "trace": first.trace},
