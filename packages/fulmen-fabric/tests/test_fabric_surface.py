@@ -155,9 +155,9 @@ class MakesAnew(Engine):
     def place(self, module):
         self.new = {}
         for part in module.modules():
-            for name, old in list(part._parameters.items()):
+            for name, old in list(part.named_parameters(recurse=False)):
                 self.new[old] = nn.Parameter(old.detach().clone())
-                part._parameters[name] = self.new[old]
+                setattr(part, name, self.new[old])
         return module
 
     def prepare_optimizers(self, module, optimizers):

@@ -96,9 +96,8 @@ class Composer:
             compiler = cast("Callable[..., Any]", compiled.dynamo_ctx)
             if recompile:
                 called = cast("Callable[..., nn.Module]", type(compiled))(placed, compiler)
-            else:  # what nn.Module.compile does: the module's own calls are compiled, and the wrapper's are not
-                calls = module._call_impl  # pyright: ignore[reportPrivateUsage] -- torch has no public way to it
-                module.__dict__["_compiled_call_impl"] = compiler(calls)
+            else:
+                module.__dict__["_compiled_call_impl"] = compiler(_calls_of(module))
         wrapped = self._wrap(called, placed, module)
         self._wrappers.add(wrapped)
         return wrapped
@@ -373,6 +372,16 @@ class Composer:
                 "no_backward_sync() has no effect."
             )
         return nullcontext()
+
+
+def _calls_of(module: nn.Module) -> Callable[..., object]:
+    """What ``nn.Module.compile`` compiles: the module's own calls. In a function of ours, as torch skips its own."""
+    run = module._call_impl  # pyright: ignore[reportPrivateUsage] -- torch has no public way to it
+
+    def call(*args: object, **kwargs: object) -> object:
+        return run(*args, **kwargs)
+
+    return call
 
 
 def _plain_backward(loss: Tensor, _model: nn.Module | None, *args: Any, **kwargs: Any) -> None:
