@@ -376,7 +376,8 @@ class Composer:
 
 def _calls_of(module: nn.Module) -> Callable[..., object]:
     """What ``nn.Module.compile`` compiles: the module's own calls. In a function of ours, as torch skips its own."""
-    run = module._call_impl  # pyright: ignore[reportPrivateUsage] -- torch has no public way to it
+    calls = module._call_impl  # pyright: ignore[reportPrivateUsage] -- torch has no public way to it
+    run = cast("Callable[..., object]", calls)
 
     def call(*args: object, **kwargs: object) -> object:
         return run(*args, **kwargs)
