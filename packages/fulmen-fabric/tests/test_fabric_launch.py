@@ -139,6 +139,7 @@ def test_strategies_that_make_new_processes_require_a_function(strategy):
         fabric.launch()
 
 
+@pytest.mark.processes
 @pytest.mark.proves("8.4")
 def test_a_function_in_spawned_processes_gives_back_what_rank_0_returned(tmp_path):
     body = """
@@ -218,12 +219,14 @@ def ranks(tmp_path_factory):
     return run(tmp_path_factory.mktemp("ranks"), RANKS)
 
 
+@pytest.mark.processes
 @pytest.mark.proves("8.12")
 def test_the_others_wait_for_rank_0_longer_than_their_group_waits_for_anything(ranks):
     assert [one["order"] for one in ranks] == ["0101", "0101"]
     assert ranks[1]["control"] == "ran out"
 
 
+@pytest.mark.processes
 @pytest.mark.proves("8.12")
 @pytest.mark.parametrize("name", ["plain", "compiled"])
 def test_gradients_stay_local_within_no_backward_sync_and_are_averaged_after(ranks, name):
@@ -231,6 +234,7 @@ def test_gradients_stay_local_within_no_backward_sync_and_are_averaged_after(ran
     assert [one[name] for one in ranks] == [[1.0, 4.0], [3.0, 4.0]]
 
 
+@pytest.mark.processes
 @pytest.mark.proves("8.4")
 def test_under_a_command_line_launch_joins_the_processes_and_may_be_left_out(tmp_path):
     body = """

@@ -376,8 +376,8 @@ class Composer:
 
 def _calls_of(module: nn.Module) -> Callable[..., object]:
     """What ``nn.Module.compile`` compiles: the module's own calls. In a function of ours, as torch skips its own."""
-    calls = module._call_impl  # pyright: ignore[reportPrivateUsage] -- torch has no public way to it
-    run = cast("Callable[..., object]", calls)
+    # torch has no public way to it
+    run = cast("Callable[..., object]", module._call_impl)  # pyright: ignore[reportPrivateUsage]
 
     def call(*args: object, **kwargs: object) -> object:
         return run(*args, **kwargs)
