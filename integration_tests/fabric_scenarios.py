@@ -552,7 +552,15 @@ def a_compiled_module() -> Any:
     model, opt = fabric.setup(torch.compile(net := Net(), backend=backend), torch.optim.SGD(net.parameters(), lr=0.1))
     fabric.backward(model(torch.ones(2, 6)).sum())
     opt.step()
-    return {"compiled": bool(compiled), "names": list(model.state_dict()), "weights": dict(model.state_dict())}
+    found = {"compiled": bool(compiled), "names": list(model.state_dict()), "weights": dict(model.state_dict())}
+    compiled.clear()
+    torch._dynamo.reset()  # else what was compiled for the first serves the second
+    inside = fabric.setup(torch.compile(Net(), backend=backend), _reapply_compile=False)
+    found["inside"] = [inside(torch.ones(2, 6)), bool(compiled)]
+    after = torch.compile(fabric.setup(net2 := Net()), backend=backend)
+    with fabric.no_backward_sync(after):
+        fabric.backward(after(torch.ones(2, 6)).sum())
+    return {**found, "gradient": net2.layer_1.weight.grad}
 
 
 @alone

@@ -18,8 +18,10 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from fulmen_fabric._devices import find_accelerator, find_devices
 from fulmen_fabric._hanging import end_hanging_children
-from fulmen_fabric._resolve import Notes, find_accelerator, find_devices, find_precision
+from fulmen_fabric._notes import Notes
+from fulmen_fabric._precisions import find_precision
 from fulmen_protocols import STRATEGIES, available, did_you_mean, read_positions
 
 if TYPE_CHECKING:
@@ -30,9 +32,9 @@ if TYPE_CHECKING:
     from fulmen_fabric.run import Request
     from fulmen_protocols import Position
 
-__all__ = ["Processes", "plan", "supervise"]
+__all__ = ["Processes", "endpoint", "plan", "supervise"]
 
-_DEFAULT_PORT = 29400
+_DEFAULT_ADDRESS, _DEFAULT_PORT = "127.0.0.1", 29400
 _NOT_BY_AN_AGENT = ("spawn", "fork", "notebook", "xla")
 _AGENT = "FULMEN_LAUNCHED"
 """Tells the ranks who started them: they report their end to this process, and do not outlive it."""
@@ -129,6 +131,12 @@ def supervise(request: Request, processes: Processes) -> int:
             return 0
 
 
+def endpoint(request: Request) -> str:
+    """Where the agents of all nodes meet: host and port of node 0; port 0 is any that is free."""
+    port = request.main_port or (0 if request.num_nodes == 1 else _DEFAULT_PORT)
+    return f"{request.main_address or _DEFAULT_ADDRESS}:{port}"
+
+
 def _devices_argument(request: Request, processes: Processes) -> str:
     return request.devices if request.strategy == "dp" else processes.as_argument()
 
@@ -139,11 +147,7 @@ def _launch(request: Request, processes: Processes, max_restarts: int) -> None:
     Raises:
         _Failed: one has failed, and all have ended.
     """
-    address = request.main_address or "127.0.0.1"
-    if request.num_nodes == 1 and request.main_port is None:
-        endpoint = f"{address}:0"
-    else:
-        endpoint = f"{address}:{request.main_port or _DEFAULT_PORT}"
+    address = request.main_address or _DEFAULT_ADDRESS
     configs: dict[str, object] = {"is_host": request.node_rank == 0}
     backend = "c10d"
     if request.num_nodes > 1 and max_restarts == 0:
@@ -157,7 +161,7 @@ def _launch(request: Request, processes: Processes, max_restarts: int) -> None:
         logs_specs=DefaultLogsSpecs(log_dir=folder),
         run_id=uuid.uuid4().hex if request.num_nodes == 1 else "fulmen",
         rdzv_backend=backend,
-        rdzv_endpoint=endpoint,
+        rdzv_endpoint=endpoint(request),
         rdzv_configs=configs,
         max_restarts=max_restarts,
         # A host's own name cannot always be resolved.

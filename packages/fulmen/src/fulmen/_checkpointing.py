@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any, cast
 
-from fulmen._canonical import as_named_here, canonical
 from fulmen._checkpoint_layout import LIGHTNING_VERSION, lightning_loops, progress_from_lightning
 from fulmen._checkpoint_path import resolve_path
 from fulmen._exact_state import (
@@ -20,6 +19,7 @@ from fulmen.hparams import checkpoint_entries
 from fulmen.states import TrainerStatus
 from fulmen_fabric import rank_zero_info, rank_zero_warn
 from fulmen_fabric.abilities import supports
+from fulmen_fabric.compiled import as_named_here, canonical
 from fulmen_protocols import (
     CheckpointError,
     MisconfigurationException,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fulmen import _instantiator
-from fulmen._canonical import as_named_here
 from fulmen.hparams import load_hparams_from_csv, load_hparams_from_yaml, restored
+from fulmen_fabric.compiled import as_named_here
 from fulmen_protocols import CHECKPOINT_IOS, MisconfigurationException, MisconfigurationTypeError, load
 
 if TYPE_CHECKING:
