@@ -22,6 +22,7 @@ from fulmen_strategies._process_group import ProcessGroupMembership
 from fulmen_strategies._sharded.gradients import clip_by_norm, clip_by_value
 from fulmen_strategies._sharded.layout import laid_out_like, local
 from fulmen_strategies._sharded.materialise import is_on_meta, materialise
+from fulmen_strategies._sharded.open_gradients import has_open_gradients, load_open_gradients, open_gradients
 from fulmen_strategies._sharded.states import (
     load_module_state,
     load_optimizer_state,
@@ -434,6 +435,24 @@ class ModelParallelStrategy:
         if self._stages is not None:
             state = self._stages.own_optimizer(state, [len(group["params"]) for group in optimizer.param_groups])
         load_optimizer_state(optimizer, state, self._own_stage)
+
+    def has_open_gradients(self, module: nn.Module) -> bool:
+        """Whether this rank holds any gradient, reduced or not."""
+        return has_open_gradients(module, module)
+
+    def open_gradients(self, module: nn.Module, *, full: bool) -> Mapping[str, object]:
+        """The state of every rank's gradients; ``full`` as in ``module_state``."""
+        _reshard(module)
+        return open_gradients(module, module, self.collectives, full=full)
+
+    def load_open_gradients(self, module: nn.Module, state: Mapping[str, object]) -> None:
+        """Load what ``open_gradients`` gave.
+
+        Raises:
+            CheckpointError: ranks have gradients of their own in it, and there are other ranks now.
+        """
+        _reshard(module)
+        load_open_gradients(module, module, self.collectives, state)
 
 
 def _state_laid_out_like(parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
