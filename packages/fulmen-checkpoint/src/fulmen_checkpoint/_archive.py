@@ -96,7 +96,7 @@ class _Archive:
         start, size = self._position(), content.nbytes
         self._gathered += _local_header(encoded, start, size)
         if size < _GATHER_BYTES:
-            crc = _crc.crc32(content)
+            crc = _crc.crc32(content, 0)
             self._gathered += content
         else:
             self._flush()
@@ -149,7 +149,7 @@ class _Archive:
         found: list[int] = []
         for piece, sum_ in zip(reversed(pieces), reversed(sums), strict=True):
             # What the other thread has not begun is done here: on busy cores nobody waits for it.
-            found.append(_crc.crc32(piece) if sum_ is None or sum_.cancel() else sum_.result())
+            found.append(_crc.crc32(piece, 0) if sum_ is None or sum_.cancel() else sum_.result())
         for piece, piece_crc in zip(pieces, reversed(found), strict=True):
             self._chunks.add_crc(piece_crc, piece.nbytes)
             crc = _crc.joined(crc, piece_crc, piece.nbytes)
@@ -157,7 +157,7 @@ class _Archive:
 
     def _begin(self, piece: memoryview) -> Future[int] | None:
         try:
-            return self._helper.submit(_crc.crc32, piece)
+            return self._helper.submit(_crc.crc32, piece, 0)
         except RuntimeError:  # the interpreter is shutting down and starts no threads any more
             return None
 

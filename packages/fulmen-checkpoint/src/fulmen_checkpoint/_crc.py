@@ -9,14 +9,28 @@ give access to.
 
 from __future__ import annotations
 
+import importlib
+import zlib
 from functools import cache, lru_cache
+from typing import TYPE_CHECKING, cast
 
-try:
-    from zlib_ng.zlib_ng import crc32
-except ImportError:
-    from zlib import crc32
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from _typeshed import ReadableBuffer
 
 __all__ = ["crc32", "joined"]
+
+
+def _fastest() -> Callable[[ReadableBuffer, int], int]:
+    try:
+        module = importlib.import_module("zlib_ng.zlib_ng")
+    except ImportError:
+        return zlib.crc32
+    return cast("Callable[[ReadableBuffer, int], int]", module.crc32)
+
+
+crc32 = _fastest()
 
 # P without its highest term. In these numbers the highest bit stands for x to the power 0.
 _P = 0xEDB88320

@@ -134,7 +134,7 @@ def pickled(checkpoint: Mapping[str, object]) -> Pickled:
 def on_host(storages: Iterable[torch.UntypedStorage]) -> Iterator[memoryview]:
     """The bytes of each storage, copied to host memory if they are elsewhere; valid until the next is asked for."""
     for storage in storages:
-        host = storage if storage.device.type == "cpu" else storage.cpu()
+        host = storage if storage.device.type == "cpu" else cast("torch.UntypedStorage", cast("Any", storage).cpu())
         if host.nbytes() == 0:
             yield memoryview(b"")
         else:

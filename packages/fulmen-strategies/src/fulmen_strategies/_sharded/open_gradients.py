@@ -113,9 +113,9 @@ def load_open_gradients(
             like = None if spec is None else (spec.mesh, spec.shape, spec.stride)
             expected = tuple(shards._orig_size) if spec is None else None
         else:
-            is_spread = isinstance(parameter, DTensor)
-            like = (parameter.device_mesh, parameter.shape, parameter.stride()) if is_spread else None
-            expected = None if is_spread else tuple(parameter.shape)
+            here: Tensor = parameter
+            like = (here.device_mesh, here.shape, here.stride()) if isinstance(here, DTensor) else None
+            expected = None if like is not None else tuple(here.shape)
         if (like is None) != (placements is None) or (expected is not None and tuple(value.shape) != expected):
             raise CheckpointError(
                 f"this checkpoint was saved inside an accumulation window, and its gradient of {name!r} is laid out "
@@ -137,7 +137,7 @@ def _each(root: nn.Module, module: nn.Module) -> Iterator[_Found]:
         if isinstance(unit, FSDPModule):
             for group in cast("Any", unit)._get_fsdp_state()._fsdp_param_groups:
                 records.update((id(record.sharded_param), record) for record in group.fsdp_params)
-    for name, parameter in cast("Iterator[tuple[str, nn.Parameter]]", module.named_parameters()):
+    for name, parameter in module.named_parameters():
         yield _Found(name.replace("_orig_mod.", ""), parameter, records.get(id(parameter)))
 
 
