@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import mmap
+import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -33,8 +34,13 @@ def test_a_run_longer_than_any_chunk_counts_as_well() -> None:
     assert _crc.joined(zlib.crc32(data[:5]), zlib.crc32(data[5:]), len(data) - 5) == zlib.crc32(data)
 
 
+@pytest.mark.parametrize("load", [0.0, 1000.0], ids=["a core is free", "none is"])
 @pytest.mark.parametrize("sizes", [[0, 1, 5], [MIB // 4 - 31, 17, MIB // 4 + 3, 1], [9 * MIB // 4 + 1, 3 * MIB // 4]])
-def test_every_record_of_a_file_has_the_checksum_that_zip_tools_compute(sizes: list[int], tmp_path: Path) -> None:
+def test_every_record_of_a_file_has_the_checksum_that_zip_tools_compute(
+    sizes: list[int], load: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     make = torch.Generator().manual_seed(0)
     state = {f"w{i}": torch.randn(size, generator=make) for i, size in enumerate(sizes)}
     TorchCheckpointIO().save_checkpoint({"state_dict": state}, tmp_path / "a.ckpt")

@@ -7,6 +7,7 @@ zip archive's records, where the file's digest needs one too: both come from the
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, TYPE_CHECKING, NamedTuple
@@ -86,6 +87,8 @@ class _Archive:
     def __init__(self, sink: IO[bytes], helper: ThreadPoolExecutor) -> None:
         self._sink = sink
         self._helper = helper
+        self._beside = _has_free_core()
+        """Whether checksums are computed while the bytes before them are written, and not in turns."""
         self._chunks = _digest.Chunks()
         self._gathered = bytearray()
         self._entries: list[_Entry] = []
@@ -142,24 +145,38 @@ class _Archive:
 
     def _pass_on(self, block: memoryview, crc: int) -> int:
         """Write a block; returns the checksum of its record up to there."""
-        # Checksum and file release the GIL: on a free core the checksum costs no time beside the write.
         pieces = list(self._chunks.split(block))
-        sums: list[Future[int] | None] = [self._begin(piece) for piece in pieces]
-        self._sink.write(block)
-        found: list[int] = []
-        for piece, sum_ in zip(reversed(pieces), reversed(sums), strict=True):
-            # What the other thread has not begun is done here: on busy cores nobody waits for it.
-            found.append(_crc.crc32(piece, 0) if sum_ is None or sum_.cancel() else sum_.result())
-        for piece, piece_crc in zip(pieces, reversed(found), strict=True):
+        for piece, piece_crc in zip(pieces, self._written(block, pieces), strict=True):
             self._chunks.add_crc(piece_crc, piece.nbytes)
             crc = _crc.joined(crc, piece_crc, piece.nbytes)
         return crc
+
+    def _written(self, block: memoryview, pieces: Sequence[memoryview]) -> Sequence[int]:
+        """Write a block; returns the checksum of each of its pieces."""
+        found: list[int] = []
+        if not self._beside:
+            for piece in pieces:  # what the checksum has read is in the cache when it is written
+                found.append(_crc.crc32(piece, 0))
+                self._sink.write(piece)
+            return found
+        # Checksum and file release the GIL.
+        sums: list[Future[int] | None] = [self._begin(piece) for piece in pieces]
+        self._sink.write(block)
+        for piece, sum_ in zip(reversed(pieces), reversed(sums), strict=True):
+            # What the other thread has not begun is done here: nobody waits for a core that others have taken.
+            found.append(_crc.crc32(piece, 0) if sum_ is None or sum_.cancel() else sum_.result())
+        return found[::-1]
 
     def _begin(self, piece: memoryview) -> Future[int] | None:
         try:
             return self._helper.submit(_crc.crc32, piece, 0)
         except RuntimeError:  # the interpreter is shutting down and starts no threads any more
             return None
+
+
+def _has_free_core() -> bool:
+    cores = os.cpu_count() or 1
+    return cores > 1 and (not hasattr(os, "getloadavg") or os.getloadavg()[0] < cores)
 
 
 def _is_large(size: int) -> bool:
