@@ -1,4 +1,4 @@
-"""Saves inside accumulation windows of sharded strategies, and what resumes: ``python window_ranks_script.py FOLDER RANKS``.
+"""Saves inside accumulation windows of sharded strategies, and what resumes: ``window_ranks_script.py FOLDER RANKS``.
 
 Two ranks save and go on; one rank then tries what they saved. Rank 0 writes what it found to ``FOLDER/RANKS.pt``.
 """

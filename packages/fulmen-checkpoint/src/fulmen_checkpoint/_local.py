@@ -60,7 +60,7 @@ def write_atomic(path: str) -> Generator[IO[bytes]]:
 
 
 class _EagerFile(io.FileIO):
-    """A file whose bytes the disk begins to write while more are added, so that less is left for the fsync at the end."""
+    """A file whose bytes the disk begins to write while more are added: less is left for the fsync at the end."""
 
     def __init__(self, path: str, mode: str) -> None:
         super().__init__(path, mode)

@@ -34,9 +34,9 @@ _MMAP_BYTES = 1 << 20
 class TorchCheckpointIO:
     """``torch.save`` files that survive crashes and tell damage. Satisfies ``fulmen_protocols.CheckpointIO``.
 
-    The file streams to its place, record for record what ``torch.save`` makes; the checkpoint is never held in memory a
-    second time. It can be moved, copied and read by plain ``torch.load(weights_only=True)``; files that plain ``torch.save`` or
-    Lightning wrote load too.
+    The file streams to its place, record for record what ``torch.save`` makes; the checkpoint is never held in memory
+    a second time. It can be moved, copied and read by plain ``torch.load(weights_only=True)``; files that plain
+    ``torch.save`` or Lightning wrote load too.
 
     Args:
         storage: where files live; by default every local path and every URL that fsspec knows.

@@ -27,8 +27,8 @@ from fulmen_protocols import (
     SupportsLoaderProcessing,
     SupportsManualBackward,
     SupportsNoSync,
-    SupportsPrecisionPlan,
     SupportsOpenGradients,
+    SupportsPrecisionPlan,
     SupportsShardedState,
 )
 

@@ -1,4 +1,4 @@
-"""Gradients that wait for the end of an accumulation window, where parameters are spread over ranks: saved and restored.
+"""Gradients that wait for the end of an accumulation window, of parameters that are spread over ranks: save and load.
 
 A gradient is one of two kinds. Where ranks have added theirs up it is laid out like its parameter, and can be spread
 over any ranks again. Where they have not (FSDP keeps whole gradients until the window's last batch; sums of a layer's
