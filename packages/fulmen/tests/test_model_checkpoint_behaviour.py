@@ -790,6 +790,10 @@ def test_the_folder_is_looked_at_through_fsspec(tmp_path: Path) -> None:
         ({"every_n_epochs": -1}, "every_n_epochs=-1"),
         ({"every_n_train_steps": 1, "every_n_epochs": 1}, "every_n_train_steps and every_n_epochs"),
         ({"every_n_epochs": 1, "train_time_interval": timedelta(1)}, "every_n_epochs and train_time_interval"),
+        (
+            {"every_n_train_steps": 1, "train_time_interval": timedelta(1)},
+            "every_n_train_steps and train_time_interval",
+        ),
     ],
 )
 def test_contradictory_arguments_are_refused(arguments: dict[str, Any], words: str) -> None:

@@ -12,9 +12,9 @@ from fulmen._exact_state import (
     foreign_state,
     loader_states,
     require_known_version,
-    restore_gradients,
 )
 from fulmen._partial_resume import EVERYTHING, change, options, tell
+from fulmen._window_gradients import restore_gradients
 from fulmen.hparams import checkpoint_entries
 from fulmen.states import TrainerStatus
 from fulmen_fabric import rank_zero_info, rank_zero_warn
@@ -100,7 +100,7 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
         precision = trainer.assembly.precision
         if supports(precision, SupportsGradScaling):
             checkpoint["MixedPrecision"] = precision.state_dict()
-        checkpoint["fulmen"] = exact_state(trainer, session)
+        checkpoint["fulmen"] = exact_state(trainer, session, full=full)
     checkpoint.update(checkpoint_entries(module))
     if session.datamodule is not None:
         checkpoint.update(checkpoint_entries(session.datamodule, prefix="datamodule_"))
@@ -228,7 +228,7 @@ def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, A
     for config, state in zip(session.schedulers, states, strict=False):
         config.scheduler.load_state_dict(state)
     if resume.takes("progress"):
-        restore_gradients(session, trainer._progress)  # pyright: ignore[reportPrivateUsage]
+        restore_gradients(session)
     if resume is not EVERYTHING:
         file = options(session.optimizers)
         change(resume, session.optimizers, scheduled=bool(states and session.schedulers))
