@@ -40,7 +40,7 @@ class Server:
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
             assert self.process.poll() is None, (self.folder / "server.log").read_text()
             try:
@@ -117,7 +117,8 @@ def wandb(folder: str) -> None:
     trainer = trainer_for(folder, logger, LogDelivery(finalize_timeout_s=5, retry_s=0.2, longest_retry_s=1))
 
     def kill() -> None:
-        logger.save()  # what was logged before has been handed over
+        (_, box) = vars(trainer)["_reporter"].delivery._boxes[id(logger)]
+        assert box.drain(120), "what was logged before has been handed over"
         [service] = [p for p in psutil.Process().children(recursive=True) if "wandb-core" in p.name()]
         service.kill()
 

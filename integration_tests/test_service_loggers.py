@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from fault_service_runner import Server
 from torch.utils.data import DataLoader
 
 import fulmen
@@ -26,6 +25,10 @@ from fulmen.demos.boring_classes import RandomDataset
 from fulmen.runlog import LogDelivery, read_run
 from fulmen.runlog.commands import main as log_command
 from fulmen_protocols import BackendUnavailable
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fault_service_runner import Server
 
 needs_mlflow = pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]

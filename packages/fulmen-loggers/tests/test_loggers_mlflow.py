@@ -63,7 +63,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
-            wait_for(f"http://127.0.0.1:{port}", process, limit_s=120)
+            wait_for(f"http://127.0.0.1:{port}", process, limit_s=240)
             yield f"http://127.0.0.1:{port}"
         finally:
             os.killpg(process.pid, signal.SIGKILL)  # it keeps nothing that outlives the test
