@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -80,7 +80,7 @@ def test_a_version_is_the_next_free_number_or_the_text_that_is_given(tmp_path: P
     assert TensorBoardLogger(tmp_path, name="", version=7).log_dir == str(tmp_path / "version_7")
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.tuples(st.text(), st.floats(width=64) | st.integers(-5, 5))),
     st.integers(-(2**40), 2**40),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader
@@ -207,7 +207,7 @@ def test_numbers_that_json_lacks_and_any_hyperparameter_come_back() -> None:
     assert record["values"] == {"a": "nan", "b": "-inf", "c": 0.1}
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(st.text(), st.floats() | st.integers() | st.booleans() | st.just(10**400), max_size=5),
     st.floats(0, 2e9),
