@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def module_class(base: Any) -> Any:
-    class Model(base):  # type: ignore[misc]
+    class Model(base):  # type: ignore[misc]  # which class, a parameter says
         def __init__(self, manual: bool) -> None:
             super().__init__()
             self.automatic_optimization = not manual
@@ -52,7 +52,7 @@ def module_class(base: Any) -> Any:
 
 
 def callback_class(base: Any) -> Any:
-    class Saves(base):  # type: ignore[misc]
+    class Saves(base):  # type: ignore[misc]  # which class, a parameter says
         def __init__(self, folder: Path) -> None:
             self.folder = folder
             self.paths: dict[str, Path] = {}

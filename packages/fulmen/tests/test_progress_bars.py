@@ -322,7 +322,7 @@ def test_get_metrics_can_be_overridden(
 ) -> None:
     monkeypatch.setattr(_bars, "PLAIN_EPOCH_INTERVAL_S", 0.0)
 
-    class Mine(kind):  # type: ignore[misc]
+    class Mine(kind):  # type: ignore[misc]  # which class, a parameter says
         def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
             items: dict[str, Any] = super().get_metrics(trainer, pl_module)
             items.pop("half")
@@ -435,7 +435,7 @@ def test_an_error_in_training_leaves_the_terminal_readable(kind: type[Any], caps
 
 def test_missing_rich_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rich", None)
-    with pytest.raises(MissingPackage, match="pip install rich"):
+    with pytest.raises(MissingPackage, match=r"pip install 'fulmen\[rich\]'"):
         RichProgressBar()
 
 

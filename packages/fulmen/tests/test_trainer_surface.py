@@ -44,7 +44,7 @@ class Line(fulmen.LightningModule):
 
 
 def loader(samples: int = 8) -> DataLoader[Any]:
-    return DataLoader(torch.ones(samples, 2), batch_size=2)  # type: ignore[arg-type]
+    return DataLoader(torch.ones(samples, 2), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
 
 
 def trainer(**options: Any) -> fulmen.Trainer:
@@ -295,10 +295,10 @@ def test_loops_and_connectors_answer_under_their_names(tmp_path: Path) -> None:
 
     name = "on_train_batch_end"
     assert seen == [
-        (1, 1, False, 0, 0, 1, False, name, 1),
-        (2, 2, True, 1, 1, 2, True, name, 1),
-        (1, 3, False, 0, 2, 3, False, name, 1),
-        (2, 4, True, 1, 3, 4, True, name, 1),
+        (0, 1, False, 0, 0, 1, False, name, 1),
+        (1, 2, True, 1, 1, 2, True, name, 1),
+        (0, 3, False, 0, 2, 3, False, name, 1),
+        (1, 4, True, 1, 3, 4, True, name, 1),
     ]
     assert saved["global_step"] == 4
     assert (run.fit_loop.max_epochs, run.fit_loop.max_batches, run.fit_loop.done) == (2, 2, True)

@@ -31,6 +31,8 @@ from fulmen_protocols import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch.optim import Optimizer
+
     from fulmen._session import Session
     from fulmen.trainer import Trainer
 
@@ -38,6 +40,8 @@ __all__ = [
     "dump",
     "is_sharded",
     "load",
+    "module_state",
+    "optimizer_state",
     "resolve_path",
     "restore_modules_and_callbacks",
     "restore_training",
@@ -60,25 +64,40 @@ def save(
         trainer.strategy.saving.finish()
 
 
+def module_state(session: Session) -> dict[str, Any]:
+    """The weights as a checkpoint holds them, by their plain names. Every rank must call it."""
+    strategy, module = session.assembly.strategy, session.module
+    if not supports(strategy, SupportsShardedState):
+        return canonical(module.state_dict())
+    placed = module if session.placed is None else session.placed
+    return canonical(dict(strategy.module_state(placed, full=_is_full(session))))
+
+
+def optimizer_state(session: Session, optimizer: Optimizer) -> dict[str, Any]:
+    """The state of one of the session's optimizers as a checkpoint holds it. Every rank must call it."""
+    strategy = session.assembly.strategy
+    if not supports(strategy, SupportsShardedState):
+        return optimizer.state_dict()
+    placed = session.module if session.placed is None else session.placed
+    return dict(strategy.optimizer_state(placed, optimizer, full=_is_full(session)))
+
+
+def _is_full(session: Session) -> bool:
+    # Shards stay where they are if that is wanted, and if there is a format that every rank writes.
+    strategy, checkpoint_io = session.assembly.strategy, session.assembly.checkpoint_io
+    wanted = supports(strategy, SupportsShardedState) and strategy.state_kind == "sharded"
+    return not (wanted and supports(checkpoint_io, SupportsShardedSave))
+
+
 def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> dict[str, Any]:
     """The content of a checkpoint of this moment. Every rank must call it."""
     progress = trainer._progress  # pyright: ignore[reportPrivateUsage]
-    module, strategy = session.module, trainer.assembly.strategy
-    placed = session.placed if session.placed is not None else module
-    sharded = strategy if supports(strategy, SupportsShardedState) else None
-    # Shards stay where they are if that is wanted, and if there is a format that every rank writes.
-    full = not (
-        sharded is not None
-        and sharded.state_kind == "sharded"
-        and supports(trainer.strategy.checkpoint_io, SupportsShardedSave)
-    )
+    module = session.module
     checkpoint: dict[str, Any] = {
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
         "pytorch-lightning_version": LIGHTNING_VERSION,
-        "state_dict": canonical(
-            module.state_dict() if sharded is None else dict(sharded.module_state(placed, full=full))
-        ),
+        "state_dict": module_state(session),
         "loops": lightning_loops(
             progress,
             loader_states(session, progress),
@@ -92,10 +111,7 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
             state = session.within("state_dict", callback.state_dict)() if hasattr(callback, "state_dict") else None
             if state:
                 callbacks[_state_key(callback)] = state
-        checkpoint["optimizer_states"] = [
-            optimizer.state_dict() if sharded is None else dict(sharded.optimizer_state(placed, optimizer, full=full))
-            for optimizer in session.optimizers
-        ]
+        checkpoint["optimizer_states"] = [optimizer_state(session, optimizer) for optimizer in session.optimizers]
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in session.schedulers]
         precision = trainer.assembly.precision
         if supports(precision, SupportsGradScaling):

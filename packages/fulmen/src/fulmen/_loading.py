@@ -110,7 +110,7 @@ def _location(map_location: object) -> torch.device | str | None:
         return map_location
     if callable(map_location):
         # Files are read into host memory, whatever device wrote them: ask where a storage of the host would go.
-        storage = cast("Any", map_location)(torch.UntypedStorage(0), "cpu")  # type: ignore[no-untyped-call]
+        storage = cast("Any", map_location)(torch.UntypedStorage(0), "cpu")  # type: ignore[no-untyped-call]  # its owner has left it untyped
         return None if storage is None else torch.device(storage.device)
     raise MisconfigurationTypeError(
         f"load_from_checkpoint got map_location={map_location!r}. Give a device: tensors are read into host memory and "

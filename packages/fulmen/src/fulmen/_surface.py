@@ -239,11 +239,9 @@ class TrainerSurface(SettingsSurface, LoopSurface):
     @property
     def estimated_stepping_batches(self) -> float:
         """Optimizer steps of the whole fit; ``inf`` when unbounded. May ask for the training loader."""
-        session = self._session
-        if session is None:
+        if self._session is None:
             return math.inf
-        if not self._train_loader_is_known:
-            train_loader(session, self.settings).setup(self._progress.epoch)
+        self._load_training_data()
         return replace(
             self._plan,
             max_epochs=self.max_epochs,
@@ -251,6 +249,11 @@ class TrainerSurface(SettingsSurface, LoopSurface):
             accumulate=self.accumulate_grad_batches,
             batches=self.num_training_batches,
         ).estimated_steps()
+
+    def _load_training_data(self) -> None:
+        """Ask for the training loader, unless it is known or nothing is trained."""
+        if self._session is not None and not self._train_loader_is_known:
+            train_loader(self._session, self.settings).setup(self._progress.epoch)
 
     @property
     def num_training_batches(self) -> float:

@@ -285,7 +285,7 @@ class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, Hyperpar
         if self._trainer is None and self._fabric is not None:
             self._fabric.backward(loss, *args, **kwargs)
         else:
-            loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+            loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]  # its owner has left it untyped
 
     @never_compiled
     def toggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fulmen import (
     _callbacks,
     _checkpointing,
+    _foreign_methods,
     _layer_sync,
     _loggers,
     _measuring,
@@ -188,12 +189,13 @@ class Trainer(TrainerActions):
         with _verify.collected(wrong):
             _verify.vendors_flags(model_registry, suggest_integrations)
         _verify.raise_all(wrong)
+        _foreign_methods.check_backends(self.assembly)
         settings = self.settings
         self.world = World(self.assembly)
         self.callbacks: list[Any] = _callbacks.complete(given, settings)
         self.loggers = _loggers.complete(logger, settings)
         self.state = TrainerState()
-        self.strategy = StrategyFacade(self.assembly.strategy, self.world, self.assembly.checkpoint_io)
+        self.strategy = StrategyFacade(self)
         self._progress = Progress()
         self._stopping = Stopping(self._progress, self.world, self.assembly.environment)
         self._session: Session | None = None
