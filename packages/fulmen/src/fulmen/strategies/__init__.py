@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _REFUSED = {
     "ParallelStrategy": "a strategy of several processes needs no base class; what it has besides a Strategy are its "
-    "launcher and collectives (docs/guides/write-a-strategy.md). trainer.world_size > 1 tells whether there are several",
+    "launcher and collectives (docs/guides/write-a-strategy.md). trainer.world_size > 1 tells if there are several",
 }
 
 __all__ = ["DDPStrategy", "FSDPStrategy", "ModelParallelStrategy", "SingleDeviceStrategy", "Strategy"]
