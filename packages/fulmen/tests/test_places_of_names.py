@@ -75,6 +75,8 @@ def test_the_version_is_the_distributions() -> None:
     ("module", "name", "instead"),
     [
         ("strategies", "ParallelStrategy", "write-a-strategy"),
+        ("strategies", "StrategyRegistry", "fulmen plugins"),
+        ("accelerators", "AcceleratorRegistry", "fulmen plugins"),
         ("plugins", "FSDPPrecision", "mixed_precision="),
         ("loggers", "NeptuneLogger", r"Trainer\(logger="),
     ],
@@ -85,7 +87,7 @@ def test_a_name_that_is_not_there_on_purpose_says_so_where_it_is_imported(module
 
 
 def test_another_name_is_an_ordinary_slip() -> None:
-    for module in ("strategies", "plugins", "loggers"):
+    for module in ("accelerators", "strategies", "plugins", "loggers"):
         assert not hasattr(importlib.import_module(f"fulmen.{module}"), "Nonsense")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fulmen._run_loaders import train_loader
 from fulmen._surface_loops import LoopSurface
@@ -126,9 +126,9 @@ class TrainerSurface(SettingsSurface, LoopSurface):
     # ------------------------------------------------------------------ what we run
 
     @property
-    def lightning_module(self) -> LightningModule | None:
-        """The module of the last call."""
-        return None if self._session is None else self._session.module
+    def lightning_module(self) -> LightningModule:
+        """The module of the last call; None before the first, which is not in the type: callbacks run later."""
+        return cast("LightningModule", None if self._session is None else self._session.module)
 
     @property
     def model(self) -> nn.Module | None:

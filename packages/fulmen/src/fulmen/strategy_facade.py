@@ -73,8 +73,8 @@ class StrategyFacade:
         return _empty, (), dict(self.__dict__)  # pickle's own way refuses an object whose __class__ is not its type
 
     @property
-    def lightning_module(self) -> LightningModule | None:
-        """The module of the last call, as the user wrote it."""
+    def lightning_module(self) -> LightningModule:
+        """The module of the last call, as the user wrote it; None before the first."""
         return self._trainer.lightning_module
 
     @property

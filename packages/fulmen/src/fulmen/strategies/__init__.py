@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _REFUSED = {
     "ParallelStrategy": "a strategy of several processes needs no base class; what it has besides a Strategy are its "
     "launcher and collectives (docs/guides/write-a-strategy.md). trainer.world_size > 1 tells if there are several",
+    "StrategyRegistry": "names come from the entry points of installed packages (docs/guides/write-a-strategy.md). "
+    "`fulmen plugins` lists them, and a strategy without a name is passed as an object",
 }
 
 __all__ = ["DDPStrategy", "FSDPStrategy", "ModelParallelStrategy", "SingleDeviceStrategy", "Strategy"]

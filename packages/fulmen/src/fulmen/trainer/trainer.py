@@ -286,7 +286,7 @@ class Trainer(TrainerActions):
         return_predictions: bool | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
-    ) -> list[Any] | list[list[Any]] | None:
+    ) -> list[Any] | None:
         """Run the model over the loaders.
 
         Returns:
