@@ -10,6 +10,7 @@ import pytest
 
 import fulmen
 import fulmen_fabric
+from fulmen.loggers.logger import Logger, rank_zero_experiment
 from fulmen_fabric import rank_zero_only
 
 PLACES = [
@@ -96,7 +97,7 @@ def test_finding_the_trainer_costs_no_torch_until_it_is_named() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-class Recorder(fulmen.pytorch.loggers.logger.Logger):
+class Recorder(Logger):
     """As Lightning's documentation shows it."""
 
     def __init__(self) -> None:
@@ -112,7 +113,7 @@ class Recorder(fulmen.pytorch.loggers.logger.Logger):
         return 0
 
     @property
-    @fulmen.pytorch.loggers.logger.rank_zero_experiment
+    @rank_zero_experiment
     def experiment(self) -> list[str]:
         self.opened += 1
         return ["a run"]
