@@ -155,6 +155,9 @@ SAVING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"every_n_train_steps": 4, "save_top_k": 2, "monitor": "val_loss", "save_on_train_epoch_end": False},
         {"check_val_every_n_epoch": 1, "max_epochs": 5},
     ),
+    "newest two of steps": ({"every_n_train_steps": 2, "save_top_k": 2, "monitor": "step", "mode": "max"}, {}),
+    "newest two of epochs": ({"save_top_k": 2, "monitor": "epoch", "mode": "max"}, {}),
+    "oldest of epochs": ({"monitor": "epoch"}, {}),
     "no trigger": ({"every_n_train_steps": 0, "save_last": True}, {}),
     "every second epoch": ({"every_n_epochs": 2, "save_top_k": -1}, {}),
     "every second epoch by validation": (
