@@ -97,6 +97,10 @@ class TorchCheckpointIO:
                 ) from error
             writer.finish()
 
+    def cannot_hold(self, checkpoint: Mapping[str, object]) -> list[tuple[str, object]]:
+        """The objects in ``checkpoint`` that could not be loaded safely, each with its place; none if that is allowed."""
+        return [] if self.allow_unsafe else find_unsafe(pack(checkpoint))
+
     def load_checkpoint(
         self,
         path: str | os.PathLike[str],

@@ -65,7 +65,7 @@ class StrategyFacade:
         """Those of the running fit, as ``self.optimizers()`` gives them in manual optimization."""
 
     # Outside code asks isinstance(trainer.strategy, FSDPStrategy), and must not be told no.
-    @property  # type: ignore[override]  # object's can be set too, which nobody does to a strategy
+    @property  # type: ignore[misc]  # object's can be set too, which nobody does to a strategy
     def __class__(self) -> type[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]  # the same
         return type(self.backend)
 
@@ -233,7 +233,8 @@ class StrategyFacade:
         Raises:
             MisconfigurationException: no model is attached yet.
         """
-        return _checkpointing.module_state(self._session("lightning_module_state_dict()"))
+        session = self._session("lightning_module_state_dict()")
+        return _checkpointing.module_state(session, full=_checkpointing.is_full(session))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state of one of ``optimizers``, or of its wrapper, as a checkpoint holds it. Every rank must call it.
@@ -245,7 +246,7 @@ class StrategyFacade:
         plain = getattr(optimizer, "optimizer", optimizer)
         for known in session.optimizers:
             if known is plain or known is optimizer:
-                return _checkpointing.optimizer_state(session, known)
+                return _checkpointing.optimizer_state(session, known, full=_checkpointing.is_full(session))
         raise MisconfigurationException(
             f"optimizer_state({type(optimizer).__name__}): this fit trains with "
             f"{', '.join(type(each).__name__ for each in session.optimizers) or 'no optimizer'}, and it is none of "

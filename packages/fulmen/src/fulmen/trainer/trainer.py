@@ -35,6 +35,7 @@ from fulmen._metering import Metering
 from fulmen._reporting import Reporter
 from fulmen._session import Session
 from fulmen._stopping import Stopping
+from fulmen._storable import warn_of_left_out
 from fulmen._training import Training
 from fulmen.datamodule import LightningDataModule
 from fulmen.evaluate import evaluate
@@ -342,6 +343,8 @@ class Trainer(TrainerActions):
         for owner in (session.module, session.datamodule):
             if owner is not None and owner.hparams:
                 drop_unpicklable(owner)
+                if fn is TrainerFn.FITTING:
+                    warn_of_left_out(owner, self.strategy.checkpoint_io)
         if self.world.runs_apart:
             options = {"ckpt_path": self._ckpt_path, "weights_only": weights_only, "verbose": verbose, "keep": keep}
             return run_apart(self, Call(fn, session.module, given, session.datamodule, options))
