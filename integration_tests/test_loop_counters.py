@@ -178,7 +178,7 @@ def reading_class(base: Any) -> Any:
                 (
                     moment, fit_loop.batch_idx, fit_loop.epoch_loop.batch_idx, fit_loop.epoch_loop.total_batch_idx,
                     batches.current.ready, batches.current.processed, batches.current.completed, batches.total.ready,
-                    epochs.ready, epochs.started, epochs.processed, epochs.completed,
+                    epochs.ready, epochs.started, epochs.processed, epochs.completed, trainer.is_last_batch,
                 )
             )  # fmt: skip
 

@@ -342,3 +342,18 @@ def test_fit_forgets_an_earlier_request_to_stop() -> None:
     run.fit(Line(), loader())
 
     assert (run.current_epoch, run.should_stop) == (2, False)
+
+
+@pytest.mark.proves("A.2", "9.46")
+def test_the_last_batch_is_known_in_its_own_step_where_schedules_of_manual_optimization_look() -> None:
+    class Manual(Line):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            seen.append((self.trainer.current_epoch, batch_idx, self.trainer.is_last_batch))
+
+    seen: list[Any] = []
+    trainer(max_epochs=2, limit_train_batches=2).fit(Manual(), loader(8))
+    assert seen == [(0, 0, False), (0, 1, True), (1, 0, False), (1, 1, True)]

@@ -64,7 +64,7 @@ class TrainingEpochLoopView:
         current, total = (
             Counts(done + begun, done + begun, done, done - ending) for done in (progress.batch, progress.total_batches)
         )
-        return ProgressView(current, total, progress.epoch_is_whole)
+        return ProgressView(current, total, self._trainer.is_last_batch)
 
     @property
     def log_step(self) -> int:

@@ -1,4 +1,4 @@
-"""Hyperparameters that a checkpoint cannot hold, since only code from the file could bring them back, are left out of it.
+"""Hyperparameters that only code from a file could bring back are left out of checkpoints.
 
 The model's weights, and so a resume, do not need them; ``load_from_checkpoint`` is given them again.
 """

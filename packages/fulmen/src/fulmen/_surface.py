@@ -225,8 +225,8 @@ class TrainerSurface(SettingsSurface, LoopSurface):
 
     @property
     def is_last_batch(self) -> bool:
-        """Whether the batch just trained ended its epoch."""
-        return self._progress.epoch_is_whole
+        """Whether the batch in hand, or the one just trained, is the last of its epoch."""
+        return self._progress.last_is_in_hand or self._progress.epoch_is_whole
 
     @property
     def val_check_batch(self) -> float | None:
