@@ -15,6 +15,7 @@ GONE = {
     "accelerators": {"XLAAccelerator", "register_accelerators"},
     "loggers": {"LitLogger"},
     "plugins": {"DeepSpeedPrecision", "FSDPPrecision", "XLACheckpointIO", "XLAPrecision"},
+    "plugins.environments": {"XLAEnvironment"},
     "plugins.io": {"XLACheckpointIO"},
     "plugins.precision": {"DeepSpeedPrecision", "FSDPPrecision", "XLAPrecision"},
     "strategies": {"DeepSpeedStrategy", "ParallelStrategy"},
@@ -24,21 +25,20 @@ GONE = {
 PLACES = [
     "accelerators", "callbacks", "cli", "core", "core.datamodule", "core.module", "demos.boring_classes", "loggers",
     "plugins", "plugins.environments", "plugins.io", "plugins.precision", "profilers", "strategies", "trainer", "tuner",
-    "utilities", "utilities.types",
+    "utilities",
 ]  # fmt: skip
 
 
 def public_names(module: Any) -> set[str]:
-    """What ``__all__`` lists, else the classes and functions that the package itself defines."""
+    """What ``__all__`` lists, else the classes that are defined there or, in a package, re-exported from Fabric."""
     listed = getattr(module, "__all__", None)
     if listed is not None:
         return set(listed)
+    homes = (module.__name__, *(["lightning.fabric.plugins"] if hasattr(module, "__path__") else []))
     return {
         name
         for name, value in vars(module).items()
-        if not name.startswith("_")
-        and str(getattr(value, "__module__", "")).startswith(("lightning.pytorch", "lightning.fabric.plugins"))
-        and isinstance(value, type)
+        if not name.startswith("_") and isinstance(value, type) and value.__module__.startswith(homes)
     }
 
 

@@ -98,7 +98,7 @@ class TorchCheckpointIO:
             writer.finish()
 
     def cannot_hold(self, checkpoint: Mapping[str, object]) -> list[tuple[str, object]]:
-        """The objects in ``checkpoint`` that could not be loaded safely, each with its place; none if they may be saved."""
+        """The objects in ``checkpoint`` that could not be loaded safely, each with its place; none where all may be."""
         return [] if self.allow_unsafe else find_unsafe(pack(checkpoint))
 
     def load_checkpoint(

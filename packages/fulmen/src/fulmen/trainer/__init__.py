@@ -6,19 +6,23 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fulmen.trainer.trainer import Trainer as Trainer
+    from fulmen_fabric import seed_everything as seed_everything
 
-__all__ = ["Trainer"]
+_HOME = {"Trainer": "fulmen.trainer.trainer", "seed_everything": "fulmen_fabric"}
+
+__all__ = ["Trainer", "seed_everything"]
 
 
 if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that is found here
-    # Found when it is named: the command line reads the source of fulmen.trainer.trainer without importing torch.
+    # When it is named: the command line reads the source of fulmen.trainer.trainer without importing torch.
     def __getattr__(name: str) -> object:
-        if name != "Trainer":
+        if name not in _HOME:
             raise AttributeError(f"module 'fulmen.trainer' has no attribute {name!r}")
-        from fulmen.trainer.trainer import Trainer
+        from importlib import import_module
 
-        globals()[name] = Trainer
-        return Trainer
+        value: object = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
