@@ -95,6 +95,10 @@ class TorchCheckpointIO:
         with storage_errors(target, "written"), storage.write_atomic(target) as sink:
             _archive.write(sink, _archive.Parts(head, _snapshot.on_host(source.storages), frame.tail))
 
+    def cannot_hold(self, checkpoint: Mapping[str, object]) -> list[tuple[str, object]]:
+        """The objects in ``checkpoint`` that could not be loaded safely, each with its place; none where all may be."""
+        return [] if self.allow_unsafe else find_unsafe(pack(checkpoint))
+
     def load_checkpoint(
         self,
         path: str | os.PathLike[str],

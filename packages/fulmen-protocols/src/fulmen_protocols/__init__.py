@@ -5,6 +5,7 @@ from fulmen_protocols.callback import HOOKS, Callback
 from fulmen_protocols.checkpoint_io import (
     CheckpointIO,
     SupportsAsyncSave,
+    SupportsContentCheck,
     SupportsShardedSave,
     SupportsVerification,
     WrapsCheckpointIO,
@@ -171,6 +172,7 @@ __all__ = [
     "SupportsCallingThread",
     "SupportsCheckpointUpload",
     "SupportsCollectives",
+    "SupportsContentCheck",
     "SupportsDataParallel",
     "SupportsDeferredUpload",
     "SupportsDeviceMesh",

@@ -90,7 +90,7 @@ def synchronise_batch_norms(module: nn.Module) -> dict[str, nn.Module]:
         The layers that were replaced, by name; the new ones have the same parameters.
     """
     replaced = {name: layer for name, layer in batch_norms(module).items() if not isinstance(layer, nn.SyncBatchNorm)}
-    nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+    nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]  # its owner has left it untyped
     return replaced
 
 

@@ -141,7 +141,7 @@ class Session:
         strategy = self.assembly.strategy
         if self.placed is not None and supports(strategy, SupportsBoundMethods):
             return strategy.bind_method(self.placed, name)
-        return getattr(self.module, name)  # type: ignore[no-any-return]
+        return getattr(self.module, name)  # type: ignore[no-any-return]  # Any by its nature
 
     def step_method(
         self, name: str, *, several_loaders: bool = False, bind: bool = True, manually: bool = False

@@ -1,6 +1,9 @@
 """Plugins by the names people look for here: precisions, checkpoint IO and cluster environments."""
 
+from typing import TYPE_CHECKING
+
 from fulmen._layer_sync import TorchSyncBatchNorm
+from fulmen._not_here import not_here
 from fulmen_checkpoint import (
     AsyncCheckpointIO,
     SafetensorsCheckpointIO,
@@ -11,11 +14,13 @@ from fulmen_precision import (
     BitsandbytesPrecision,
     DoublePrecision,
     Float8Precision,
+    FullPrecision,
     HalfPrecision,
     MixedPrecision,
     StochasticHalfPrecision,
     TransformerEnginePrecision,
 )
+from fulmen_protocols import CheckpointIO, ClusterEnvironment, LayerSync, Precision
 from fulmen_strategies import (
     KubeflowEnvironment,
     LightningEnvironment,
@@ -25,17 +30,27 @@ from fulmen_strategies import (
     TorchElasticEnvironment,
 )
 
+_REFUSED = {
+    "FSDPPrecision": "FSDPStrategy applies every precision itself; write Trainer(precision='bf16-mixed') or "
+    "FSDPStrategy(mixed_precision=...)",
+}
+
 __all__ = [
     "AsyncCheckpointIO",
     "BitsandbytesPrecision",
+    "CheckpointIO",
+    "ClusterEnvironment",
     "DoublePrecision",
     "Float8Precision",
+    "FullPrecision",
     "HalfPrecision",
     "KubeflowEnvironment",
     "LSFEnvironment",
+    "LayerSync",
     "LightningEnvironment",
     "MPIEnvironment",
     "MixedPrecision",
+    "Precision",
     "SLURMEnvironment",
     "SafetensorsCheckpointIO",
     "ShardedCheckpointIO",
@@ -45,3 +60,9 @@ __all__ = [
     "TorchSyncBatchNorm",
     "TransformerEnginePrecision",
 ]
+
+
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that is found here
+
+    def __getattr__(name: str) -> object:
+        raise not_here("fulmen.plugins", name, _REFUSED)
