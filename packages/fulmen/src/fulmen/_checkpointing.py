@@ -23,6 +23,8 @@ from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
     CheckpointError,
     MisconfigurationException,
+    OwnsBackward,
+    OwnsCheckpoints,
     SupportsGradScaling,
     SupportsShardedSave,
     SupportsShardedState,
@@ -66,6 +68,8 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
     module, strategy = session.module, trainer.assembly.strategy
     placed = session.placed if session.placed is not None else module
     sharded = strategy if supports(strategy, SupportsShardedState) else None
+    if not weights_only and supports(strategy, OwnsCheckpoints):
+        sharded = None  # the engine writes module and optimizers: hooks are shown what this rank holds
     # Shards stay where they are if that is wanted, and if there is a format that every rank writes.
     full = not (
         sharded is not None
@@ -92,13 +96,10 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
             state = session.within("state_dict", callback.state_dict)() if hasattr(callback, "state_dict") else None
             if state:
                 callbacks[_state_key(callback)] = state
-        checkpoint["optimizer_states"] = [
-            optimizer.state_dict() if sharded is None else dict(sharded.optimizer_state(placed, optimizer, full=full))
-            for optimizer in session.optimizers
-        ]
+        checkpoint["optimizer_states"] = _optimizer_states(session, sharded, full=full)
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in session.schedulers]
         precision = trainer.assembly.precision
-        if supports(precision, SupportsGradScaling):
+        if supports(precision, SupportsGradScaling) and not supports(strategy, OwnsBackward):
             checkpoint["MixedPrecision"] = precision.state_dict()
         checkpoint["fulmen"] = exact_state(trainer, session)
     checkpoint.update(checkpoint_entries(module))
@@ -122,13 +123,25 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
     return checkpoint
 
 
+def _optimizer_states(session: Session, sharded: SupportsShardedState | None, *, full: bool) -> list[Any]:
+    if supports(session.assembly.strategy, OwnsCheckpoints):
+        return []
+    if sharded is None or session.placed is None:
+        return [optimizer.state_dict() for optimizer in session.optimizers]
+    return [dict(sharded.optimizer_state(session.placed, each, full=full)) for each in session.optimizers]
+
+
 def _state_key(callback: Any) -> str:
     return str(getattr(callback, "state_key", type(callback).__qualname__))
 
 
-def load(trainer: Trainer, path: str, weights_only: bool | None) -> dict[str, Any]:
-    """Read a checkpoint to the CPU, and say so."""
+def load(trainer: Trainer, session: Session, path: str, weights_only: bool | None) -> dict[str, Any]:
+    """Read a checkpoint to the CPU, and say so; of one that an engine wrote, what is no module and no optimizer."""
     rank_zero_info(f"restoring from {path}")
+    strategy = session.assembly.strategy
+    if supports(strategy, OwnsCheckpoints) and strategy.owns_checkpoint(path):
+        session.engine_checkpoint, session.engine_weights_only = path, weights_only
+        return strategy.read_rest(path, weights_only)
     return trainer.strategy.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
 
 
@@ -146,7 +159,10 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
     module = session.module
     session.scoped("on_load_checkpoint", module.on_load_checkpoint)(checkpoint)
     if session.resume.takes("weights"):
-        _restore_weights(trainer, session, checkpoint)
+        if session.engine_checkpoint is None:
+            _restore_weights(trainer, session, checkpoint)
+        elif not trainer._fitting:  # pyright: ignore[reportPrivateUsage]
+            _restore_by_engine(session, optimizers=False)
     if session.datamodule is not None and session.resume.takes("data"):
         state = checkpoint.get(type(session.datamodule).__qualname__)
         if state:
@@ -220,9 +236,11 @@ def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, A
     if not trainer._fitting:  # pyright: ignore[reportPrivateUsage]
         return
     code = options(session.optimizers)
+    if session.engine_checkpoint is not None:
+        _restore_fit_by_engine(session)
     if resume.takes("progress"):
         _restore_progress(trainer, session, checkpoint)
-    if resume.takes("optimizers"):
+    if resume.takes("optimizers") and session.engine_checkpoint is None:
         _restore_optimizers(trainer, session, checkpoint)
     states = checkpoint.get("lr_schedulers", ()) if resume.takes("schedulers") else ()
     for config, state in zip(session.schedulers, states, strict=False):
@@ -235,8 +253,43 @@ def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, A
         tell(resume, trainer.ckpt_path, code, file, options(session.optimizers))
 
 
+def _restore_fit_by_engine(session: Session) -> None:
+    """Module and optimizers, once the engine is there to load them."""
+    resume = session.resume
+    weights, optimizers = resume.takes("weights"), resume.takes("optimizers")
+    if optimizers and not weights:
+        raise MisconfigurationException(
+            f"Resume asks for the optimizers of {session.engine_checkpoint!r} without its weights, and the strategy's "
+            "engine loads the two together. Take the weights too."
+        )
+    if weights:
+        _restore_by_engine(session, optimizers=optimizers)
+
+
+def _restore_by_engine(session: Session, *, optimizers: bool) -> None:
+    strategy, placed = session.assembly.strategy, session.placed
+    assert supports(strategy, OwnsCheckpoints)
+    assert placed is not None
+    assert session.engine_checkpoint is not None
+    try:
+        strategy.load_checkpoint(
+            placed,
+            session.engine_checkpoint,
+            optimizers=optimizers,
+            strict=session.module.strict_loading,
+            weights_only=session.engine_weights_only,
+        )
+    except RuntimeError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"the weights of {session.engine_checkpoint!r} do not fit {type(session.module).__name__}: {error}\nGive the "
+            "checkpoint of this model, or set strict_loading=False on it to load what fits by name."
+        ) from error
+
+
 def _restore_progress(trainer: Trainer, session: Session, checkpoint: dict[str, Any]) -> None:
-    _require_training_state(trainer, checkpoint)
+    _require_training_state(trainer, session, checkpoint)
     exact = checkpoint.get("fulmen")
     progress = trainer._progress  # pyright: ignore[reportPrivateUsage]
     if exact is None:
@@ -252,8 +305,9 @@ def _restore_progress(trainer: Trainer, session: Session, checkpoint: dict[str, 
     session.resumed = foreign_state(checkpoint) if exact is None else exact
 
 
-def _require_training_state(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    if "optimizer_states" not in checkpoint:
+def _require_training_state(trainer: Trainer, session: Session, checkpoint: dict[str, Any]) -> None:
+    by_engine = supports(session.assembly.strategy, OwnsCheckpoints) and "loops" in checkpoint
+    if not by_engine and "optimizer_states" not in checkpoint:
         raise CheckpointError(
             f"{trainer.ckpt_path} holds weights only (it was saved with save_weights_only=True), so training cannot "
             "resume from it. Load the weights with load_from_checkpoint and start anew."
@@ -261,8 +315,14 @@ def _require_training_state(trainer: Trainer, checkpoint: dict[str, Any]) -> Non
 
 
 def _restore_optimizers(trainer: Trainer, session: Session, checkpoint: dict[str, Any]) -> None:
-    _require_training_state(trainer, checkpoint)
+    _require_training_state(trainer, session, checkpoint)
     strategy = trainer.assembly.strategy
+    if supports(strategy, OwnsCheckpoints):
+        rank_zero_warn(
+            f"{trainer.ckpt_path} is one file: the weights are loaded from it, and the optimizers begin anew. To go on "
+            "with theirs, give the folder that the strategy's engine saved."
+        )
+        return
     states = checkpoint["optimizer_states"]
     if len(states) != len(session.optimizers):
         raise CheckpointError(
