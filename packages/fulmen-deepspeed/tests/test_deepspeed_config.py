@@ -219,7 +219,9 @@ def test_the_run_fills_accumulation_clipping_and_the_batch_size() -> None:
     }  # fmt: skip
     own = {"train_micro_batch_size_per_gpu": 3, "gradient_clipping": 2.0}
     assert configs.for_engine(own, run, logs_throughput=True) == {**own, "gradient_accumulation_steps": 4}
-    assert "train_micro_batch_size_per_gpu" not in configs.for_engine({"train_batch_size": 64}, run, logs_throughput=True)
+    assert "train_micro_batch_size_per_gpu" not in configs.for_engine(
+        {"train_batch_size": 64}, run, logs_throughput=True
+    )
 
 
 def test_deepspeed_s_timer_waits_for_the_device_only_where_somebody_listens() -> None:
@@ -233,7 +235,9 @@ def test_deepspeed_s_timer_waits_for_the_device_only_where_somebody_listens() ->
 def test_a_configuration_that_accumulates_or_clips_otherwise_than_the_trainer_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match=r"gradient_accumulation_steps=2.*accumulate_grad_batches"):
         configs.check_accumulation({"gradient_accumulation_steps": 2})
-    with pytest.raises(MisconfigurationException, match=r"gradient_clip_val=1.0.*gradient_clipping=0.5.*one of the two"):
+    with pytest.raises(
+        MisconfigurationException, match=r"gradient_clip_val=1.0.*gradient_clipping=0.5.*one of the two"
+    ):
         configs.check_clipping({"gradient_clipping": 0.5}, 1.0, "norm")
     with pytest.raises(MisconfigurationException, match=r"gradient_clip_algorithm='value'.*Use .*'norm'"):
         configs.check_clipping({}, 1.0, "value")

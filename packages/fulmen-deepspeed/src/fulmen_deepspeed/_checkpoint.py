@@ -42,7 +42,9 @@ class EngineCheckpoints:
     def owns(self, path: str) -> bool:
         """See ``DeepSpeedStrategy.owns_checkpoint``."""
         if "://" in path:
-            return self._owns_remote(path)
+            if self._load_full_weights:
+                return False
+            raise _remote(path)
         problem = _folder.require(path)
         if problem is None:
             return True
@@ -55,9 +57,6 @@ class EngineCheckpoints:
             )
         return False
 
-    def _owns_remote(self, path: str) -> bool:
-        raise NotImplementedError
-
     def verify(self, path: str) -> None:
         """See ``DeepSpeedStrategy.verify_checkpoint``."""
         _folder.check_whole(path)
@@ -67,6 +66,8 @@ class EngineCheckpoints:
     def save(self, engine: Any, rest: Mapping[str, object], path: str) -> None:
         """Every rank writes into a folder beside ``path``, which takes its name when it is whole."""
         ranks = self._ranks()
+        if "://" in path:
+            raise _remote(path)
         path = ranks.broadcast_object(os.path.abspath(path))
         staging = f"{path}.staging"
         client = _folder.client_state(dict(rest))
@@ -106,9 +107,7 @@ class EngineCheckpoints:
         _folder.check_whole(path)
         return _folder.rest_of(_folder.tag_of(path), weights_only)
 
-    def load(
-        self, entry: EngineEntry, path: str, *, optimizers: bool, strict: bool, weights_only: bool | None
-    ) -> None:
+    def load(self, entry: EngineEntry, path: str, *, optimizers: bool, strict: bool, weights_only: bool | None) -> None:
         """Module and optimizer, through the engine; the module alone, from the whole weights."""
         path = os.path.abspath(path)
         ranks = self._ranks()
@@ -165,6 +164,13 @@ class EngineCheckpoints:
         _load_buffers(entry, folder)
 
 
+def _remote(path: str) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"{path!r} is a URL, and DeepSpeed reads and writes its folders on local paths. Give a path that every node "
+        "sees, and copy the folder to or from there."
+    )
+
+
 def _commit(staging: str, path: str) -> None:
     """Check what was written, list it, and give it its name."""
     for file in _folder.model_files(os.path.join(staging, _folder.TAG)):
@@ -190,7 +196,11 @@ def _commit(staging: str, path: str) -> None:
 
 
 def _allowed() -> set[str]:
-    return {f"{one.__module__}.{one.__qualname__}" for one in torch.serialization.get_safe_globals() if isinstance(one, type)}
+    return {
+        f"{one.__module__}.{one.__qualname__}"
+        for one in torch.serialization.get_safe_globals()
+        if isinstance(one, type)
+    }
 
 
 def _make_universal(folder: str, universal: str) -> None:

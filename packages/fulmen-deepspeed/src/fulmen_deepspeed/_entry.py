@@ -1,4 +1,4 @@
-"""The way into a module that DeepSpeed's engine trains: every call of it, or of one of its methods, goes through here."""
+"""The way into a module that DeepSpeed's engine trains, for every call of it or of one of its methods."""
 
 from __future__ import annotations
 

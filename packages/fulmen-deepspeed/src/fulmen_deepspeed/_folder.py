@@ -156,7 +156,9 @@ def read_file(path: str, weights_only: bool | None) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise unsafe(path, error) from error
     except (EOFError, RuntimeError, ValueError) as error:
-        raise CheckpointCorrupt(f"{path!r} cannot be read: {error}. It is damaged, or was not written whole.") from error
+        raise CheckpointCorrupt(
+            f"{path!r} cannot be read: {error}. It is damaged, or was not written whole."
+        ) from error
     if not isinstance(loaded, dict):
         raise CheckpointCorrupt(f"{path!r} holds a {type(loaded).__name__}, and not what DeepSpeed saves.")
     return cast("dict[str, Any]", loaded)

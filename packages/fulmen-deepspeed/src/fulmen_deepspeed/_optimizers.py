@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from fulmen_deepspeed import _states
 from fulmen_deepspeed._library import submodule
@@ -18,6 +17,8 @@ from fulmen_protocols.errors import MisconfigurationException
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from torch.optim import Optimizer
 
     from fulmen_deepspeed._entry import EngineEntry
     from fulmen_deepspeed.collectives import EngineCollectives
@@ -49,8 +50,8 @@ def check(optimizers: Sequence[Optimizer], module: nn.Module, config: Mapping[st
     """
     if len(optimizers) > 1:
         raise MisconfigurationException(
-            f"strategy 'deepspeed' was given {len(optimizers)} optimizers, and its engine steps one. Put all parameters "
-            "into one optimizer, with a group for each setting."
+            f"strategy 'deepspeed' was given {len(optimizers)} optimizers, and its engine steps one. Put all "
+            "parameters into one optimizer, with a group for each setting."
         )
     if not optimizers:
         return
@@ -64,8 +65,8 @@ def check(optimizers: Sequence[Optimizer], module: nn.Module, config: Mapping[st
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise MisconfigurationException(
-            f"{name} evaluates its loss several times a step, and DeepSpeed's engine steps after one backward pass. Use "
-            "another optimizer, such as AdamW."
+            f"{name} evaluates its loss several times a step, and DeepSpeed's engine steps after one backward pass. "
+            "Use another optimizer, such as AdamW."
         )
     own = {id(parameter) for parameter in module.parameters()}
     if not any(id(one) in own for group in optimizer.param_groups for one in group["params"]):
@@ -201,7 +202,9 @@ def load_state(
         )
     for group, options in zip(optimizer.param_groups, groups, strict=True):
         group.update({name: value for name, value in options.items() if name != "params"})
-    flat_state = {(number, key): value for number, each in (saved or {}).get("state", {}).items() for key, value in each.items()}
+    flat_state = {
+        (number, key): value for number, each in (saved or {}).get("state", {}).items() for key, value in each.items()
+    }
     parameters = [(index, one) for index, group in enumerate(layout.groups) for one in group]
     flats = _flat_groups(zero)
     for (number, key), value in _states.each_from_first(flat_state, collectives):

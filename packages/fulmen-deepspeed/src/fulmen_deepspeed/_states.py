@@ -150,7 +150,9 @@ def _set(name: str, target: Any, value: Any, entry: EngineEntry, collectives: En
 
 
 def _misfit(name: str, given: object, own: object) -> RuntimeError:
-    return RuntimeError(f"{name} has shape {tuple(cast('Any', given))} in the state and {tuple(cast('Any', own))} here.")
+    return RuntimeError(
+        f"{name} has shape {tuple(cast('Any', given))} in the state and {tuple(cast('Any', own))} here."
+    )
 
 
 def local_part(value: Tensor, parameter: Any, collectives: EngineCollectives) -> Tensor:
@@ -161,12 +163,14 @@ def local_part(value: Tensor, parameter: Any, collectives: EngineCollectives) ->
     return padded.narrow(0, share * collectives.rank, share)
 
 
-def each_from_first(
-    state: Mapping[Any, Any], collectives: EngineCollectives
-) -> Iterator[tuple[Any, Any]]:
+def each_from_first(state: Mapping[Any, Any], collectives: EngineCollectives) -> Iterator[tuple[Any, Any]]:
     """Every entry of rank 0's ``state`` on every rank, one after the other, so that none need hold them all."""
     described = [
-        (name, (value.shape, value.dtype) if isinstance(value, Tensor) else None, None if isinstance(value, Tensor) else value)
+        (
+            name,
+            (value.shape, value.dtype) if isinstance(value, Tensor) else None,
+            None if isinstance(value, Tensor) else value,
+        )
         for name, value in state.items()
     ]
     for name, tensor, plain in collectives.broadcast_object(described):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,13 +13,14 @@ from fulmen_deepspeed.consolidation import consolidated
 from fulmen_protocols.errors import CheckpointError, MisconfigurationException
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
     from os import PathLike
 
 __all__ = ["DeepSpeedCheckpointIO"]
 
 
 class DeepSpeedCheckpointIO:
-    """Reads DeepSpeed's folders where one checkpoint is wanted, on one process: ``load_from_checkpoint``, consolidation.
+    """Reads DeepSpeed's folders where one process wants one checkpoint: ``load_from_checkpoint``, consolidation.
 
     It writes nothing: that takes the engine and all its ranks, which is what ``DeepSpeedStrategy`` does.
     """

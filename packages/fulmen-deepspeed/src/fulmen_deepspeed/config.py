@@ -231,8 +231,8 @@ def with_precision(config: Config, plan: PrecisionPlan, scale: LossScale, device
             )
     if section == "fp16" and device_type == "cpu":
         raise MisconfigurationException(
-            "strategy 'deepspeed' was asked for float16 (precision='16-mixed' or '16-true') on 'cpu', where DeepSpeed's "
-            "engine has none. Use precision='bf16-mixed', or accelerator='gpu'."
+            "strategy 'deepspeed' was asked for float16 (precision='16-mixed' or '16-true') on 'cpu', where the "
+            "engine of DeepSpeed has none. Use precision='bf16-mixed', or accelerator='gpu'."
         )
     if section is None or _is_enabled(config, section):
         return config

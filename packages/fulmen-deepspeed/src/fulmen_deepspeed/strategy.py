@@ -507,7 +507,9 @@ class DeepSpeedStrategy:
         self, module: nn.Module, path: str, *, optimizers: bool, strict: bool, weights_only: bool | None = None
     ) -> None:
         """Load the module from the folder ``path``, and the state of its optimizer, of any number of ranks."""
-        self._checkpoints.load(self._entry(module), path, optimizers=optimizers, strict=strict, weights_only=weights_only)
+        self._checkpoints.load(
+            self._entry(module), path, optimizers=optimizers, strict=strict, weights_only=weights_only
+        )
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

@@ -356,8 +356,8 @@ class Composer:
         if supports(strategy, OwnsGradClipping):
             asked = f"clip_val={clip_val!r}" if max_norm is None else f"max_norm={max_norm!r}"
             raise MisconfigurationException(
-                f"clip_gradients({asked}) under strategy {self._assembly.strategy_name!r}, whose engine clips inside its "
-                "step. Leave the call out, and set the norm in the engine's own configuration."
+                f"clip_gradients({asked}) under strategy {self._assembly.strategy_name!r}, whose engine clips inside "
+                "its step. Leave the call out, and set the norm in the engine's own configuration."
             )
         if supports(precision, SupportsGradScaling) and self._scales():
             precision.unscale(optimizer)

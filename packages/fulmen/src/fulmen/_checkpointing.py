@@ -283,8 +283,8 @@ def _restore_by_engine(session: Session, *, optimizers: bool) -> None:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
-            f"the weights of {session.engine_checkpoint!r} do not fit {type(session.module).__name__}: {error}\nGive the "
-            "checkpoint of this model, or set strict_loading=False on it to load what fits by name."
+            f"the weights of {session.engine_checkpoint!r} do not fit {type(session.module).__name__}: {error}\n"
+            "Give the checkpoint of this model, or set strict_loading=False on it to load what fits by name."
         ) from error
 
 

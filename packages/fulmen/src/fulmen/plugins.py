@@ -1,5 +1,9 @@
 """Plugins by the names people look for here: precisions, checkpoint IO and cluster environments."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from fulmen._layer_sync import TorchSyncBatchNorm
 from fulmen_checkpoint import (
     AsyncCheckpointIO,
@@ -16,6 +20,7 @@ from fulmen_precision import (
     StochasticHalfPrecision,
     TransformerEnginePrecision,
 )
+from fulmen_protocols import MissingPackage
 from fulmen_strategies import (
     KubeflowEnvironment,
     LightningEnvironment,
@@ -25,9 +30,13 @@ from fulmen_strategies import (
     TorchElasticEnvironment,
 )
 
+if TYPE_CHECKING:
+    from fulmen_deepspeed import DeepSpeedPrecision as DeepSpeedPrecision
+
 __all__ = [
     "AsyncCheckpointIO",
     "BitsandbytesPrecision",
+    "DeepSpeedPrecision",
     "DoublePrecision",
     "Float8Precision",
     "HalfPrecision",
@@ -45,3 +54,18 @@ __all__ = [
     "TorchSyncBatchNorm",
     "TransformerEnginePrecision",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name != "DeepSpeedPrecision":
+        raise AttributeError(f"module 'fulmen.plugins' has no attribute {name!r}")
+    try:
+        from fulmen_deepspeed import DeepSpeedPrecision
+    except ModuleNotFoundError as error:
+        if error.name != "fulmen_deepspeed":
+            raise
+        raise MissingPackage(
+            f"{name} needs a package that is not installed. Run: pip install 'fulmen[deepspeed]'"
+        ) from error
+    globals()[name] = DeepSpeedPrecision
+    return DeepSpeedPrecision
