@@ -177,6 +177,8 @@ class DeepSpeedStrategy:
         self._logging_level = logging_level
         self._from_run = config_module.FromRun()
         self._casting = Casting(SINGLE)
+        self._deepspeed: Any = None  # the library, once the kind of device is known
+        self._local_rank = 0
         self._device: torch.device | None = None
         self._kind: str | None = None
         self._group = ProcessGroup()
