@@ -8,12 +8,11 @@ from fulmen_checkpoint._directory import TORCH_INDEX
 from fulmen_checkpoint.names import MANIFEST
 from fulmen_protocols import (
     CHECKPOINT_IOS,
-    BrokenPlugin,
     RecognisesFolders,
     SupportsVerification,
     available,
+    load,
     load_factory,
-    missing_members,
 )
 
 if TYPE_CHECKING:
@@ -31,10 +30,10 @@ def reader_of(storage: Storage, path: str) -> CheckpointIO | None:
     for name in available(CHECKPOINT_IOS):
         try:
             factory = load_factory(CHECKPOINT_IOS, name)
-        except (ImportError, BrokenPlugin):  # whoever asks for it by name is told
+        except ImportError:  # whoever asks for it by name is told
             continue
-        if not missing_members(RecognisesFolders, factory) and factory.recognises(names):  # type: ignore[attr-defined]
-            return factory()
+        if isinstance(factory, RecognisesFolders) and factory.recognises(names):
+            return load(CHECKPOINT_IOS, name)
     return None
 
 

@@ -41,6 +41,7 @@ class EngineEntry(nn.Module):
         own["engine"] = None
         own["trains"] = False
         own["is_manual"] = False
+        own["make_engine"] = None
         module.__dict__[_MARK] = self
 
     # Any: DeepSpeed has no type information.
@@ -54,6 +55,16 @@ class EngineEntry(nn.Module):
         """Whether the engine has an optimizer."""
         return bool(self.__dict__["trains"])
 
+    @property
+    def make_engine(self) -> Callable[[], None] | None:
+        """What makes an engine for evaluation, where the module cannot compute without one."""
+        made: Callable[[], None] | None = self.__dict__["make_engine"]
+        return made
+
+    @make_engine.setter
+    def make_engine(self, make: Callable[[], None] | None) -> None:
+        self.__dict__["make_engine"] = make
+
     def attach(self, engine: Any, *, trains: bool) -> None:
         """From now on calls go through ``engine``."""
         self.__dict__["engine"], self.__dict__["trains"] = engine, trains
@@ -66,6 +77,8 @@ class EngineEntry(nn.Module):
     def run(self, method: Callable[..., object] | None, *args: object, **kwargs: object) -> Any:
         """Run ``method`` of the module, or the module, with inputs in the dtype of computation."""
         casting: Casting = self.__dict__["casting"]
+        if self.engine is None and self.make_engine is not None:
+            self.make_engine()
         engine, module = self.engine, self.module
         if engine is None:
             function = module if method is None else method

@@ -12,7 +12,6 @@ from torch.distributed.distributed_c10d import _get_default_store  # pyright: ig
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch._C._distributed_c10d import Store
 
     from fulmen_protocols.collectives import ReduceOp
 
@@ -62,7 +61,7 @@ class EngineCollectives:
 
     def patient_barrier(self, name: str = "") -> None:
         """As ``barrier``, but without a time limit: one rank may be downloading data for hours."""
-        store = cast("Store", _get_default_store())
+        store = _get_default_store()
         key = f"fulmen/patient_barrier/{next(_patience)}"
         try:
             if store.add(f"{key}/arrived", 1) == self._world_size:

@@ -339,39 +339,29 @@ class DeepSpeedStrategy:
             yield
 
     def place(self, module: nn.Module) -> nn.Module:
-        """Return the entry of ``module``, moved to the device in place; the engine is made with the optimizer.
+        """Return the entry of ``module``, on the device in place and with the weights of rank 0.
 
-        A module that an engine has trained before gets a new engine.
+        The training engine is made with the optimizer, by ``prepare_optimizers``. A module that an engine has trained
+        keeps it until then, and is evaluated through it. Parameters are spread over ranks by the engine, which stage 3
+        also makes for a module without an optimizer, when it is first called.
         """
         before = entry_of(module)
         if before is not None:
+            if before.engine is not None and before in self._entries:
+                return before
             _dismantle(before)
             module = before.module
-        if self.stage < 3 and not _states.is_partitioned(module):
-            module = module.to(self.root_device)
+        if not _states.is_partitioned(module):
+            plan = self._casting.plan
+            dtype = plan["parameter"] if plan["parameter"] == plan["compute"] != torch.float32 else None
+            module = module.to(self.root_device, dtype)
+            for tensor in (*module.parameters(), *module.buffers()):
+                self.collectives.broadcast(tensor)
         entry = EngineEntry(module, self._casting, self.root_device)
+        if self.stage == 3:
+            entry.make_engine = partial(self._make_evaluation_engine, entry)
         self._entries.append(entry)
         return entry
-
-    def place_for_inference(self, module: nn.Module) -> nn.Module:
-        """Return the entry of ``module`` with the weights of rank 0; in stage 3 they are spread over the ranks.
-
-        A module that an engine is training goes on through it.
-        """
-        before = entry_of(module)
-        if before is not None and before.engine is not None and before in self._entries:
-            return before
-        placed = self.place(module)
-        assert isinstance(placed, EngineEntry)
-        if self.stage == 3:
-            self._make_evaluation_engine(placed)
-        else:
-            plan = self._casting.plan
-            if plan["parameter"] == plan["compute"] != torch.float32:
-                placed.module.to(plan["compute"])
-            for tensor in (*placed.module.parameters(), *placed.module.buffers()):
-                self.collectives.broadcast(tensor)
-        return placed
 
     def bind_method(self, placed: nn.Module, name: str) -> Callable[..., object]:
         """The original module's method ``name``, run inside the engine's forward."""
@@ -400,8 +390,6 @@ class DeepSpeedStrategy:
         entry = self._entry(module)
         _optimizers.check(optimizers, entry.module, self._config)
         if not optimizers and not self.makes_optimizers:
-            if self.stage == 3 and entry.engine is None:
-                self._make_evaluation_engine(entry)
             return []
         if entry.engine is not None:
             _take_down_engine(entry)
@@ -548,7 +536,8 @@ class DeepSpeedStrategy:
         return config_module.for_engine(made, self._from_run, logs_throughput=self._logs_throughput)
 
     def _initialize(self, module: nn.Module, settings: config_module.Config, optimizer: Optimizer | None) -> Any:
-        index = self._local_rank if self.root_device.index is None else self.root_device.index
+        device = self.root_device
+        index = self._local_rank if device.type == "cpu" else device.index
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         with_optimizer = optimizer is not None or "optimizer" in settings
         engine, _, _, _ = self._deepspeed.initialize(
