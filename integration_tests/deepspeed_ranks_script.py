@@ -6,6 +6,7 @@ With one rank it also loads what two have saved. Rank 0 writes what it found to 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -36,7 +37,9 @@ def data() -> TensorDataset:
 
 
 def loader() -> DataLoader[Any]:
-    return DataLoader(data(), batch_size=BATCH // RANKS)
+    """This rank's part: together the ranks' batches are those of one process that reads in order."""
+    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))  # rank 0 starts the others
+    return DataLoader(TensorDataset(*(each[rank::RANKS] for each in data().tensors)), batch_size=BATCH // RANKS)
 
 
 class Net(fulmen.LightningModule):
@@ -84,7 +87,13 @@ class Bare(Net):
 
 def trainer(strategy: Any, **settings: Any) -> fulmen.Trainer:
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    given = {"max_epochs": 1, "enable_checkpointing": False, "devices": RANKS, **settings}
+    given = {
+        "max_epochs": 1,
+        "enable_checkpointing": False,
+        "devices": RANKS,
+        "use_distributed_sampler": False,
+        **settings,
+    }
     return fulmen.Trainer(accelerator="cpu", strategy=strategy, default_root_dir=FOLDER, **quiet, **given)
 
 
@@ -245,7 +254,7 @@ def fabric() -> None:
     one, one_optimizer, _ = fab.setup(first, schedule_optimizer, scheduler=schedule)
     two, two_optimizer = fab.setup(second, torch.optim.SGD(second.parameters(), lr=0.1))
     losses: list[list[float]] = []
-    batches = fab.setup_dataloaders(loader())
+    batches = fab.setup_dataloaders(loader(), use_distributed_sampler=False)
     for x, y in batches:
         row: list[float] = []
         for model, optimizer in ((one, one_optimizer), (two, two_optimizer)):

@@ -229,6 +229,7 @@ def test_deepspeed_s_timer_waits_for_the_device_only_where_somebody_listens() ->
 
     assert off["timers"] == {"throughput": {"enabled": False}}
     assert off["train_micro_batch_size_per_gpu"] == 1
+    assert off["gradient_clipping"] == 0.0, "DeepSpeed's own default would clip to 1"
 
 
 @pytest.mark.proves("4.29")

@@ -255,7 +255,7 @@ class FromRun:
     accumulation: int | None = None
     """Batches per optimizer step."""
     clipping: float | None = None
-    """Largest norm of the gradients; 0: they are not clipped."""
+    """Largest norm of the gradients; 0 or None: they are not clipped, unless the configuration says so."""
     batch_size: int | None = None
     """Samples in a batch of one rank."""
 
@@ -303,8 +303,8 @@ def for_engine(config: Config, run: FromRun, *, logs_throughput: bool) -> Config
     made = copy.deepcopy(config)
     if run.accumulation is not None:
         made["gradient_accumulation_steps"] = run.accumulation
-    if run.clipping is not None:
-        made.setdefault("gradient_clipping", run.clipping)
+    # DeepSpeed clips to a norm of 1 where nobody says anything.
+    made.setdefault("gradient_clipping", run.clipping or 0.0)
     if "train_batch_size" not in made:
         made.setdefault("train_micro_batch_size_per_gpu", run.batch_size or 1)
     if not logs_throughput:

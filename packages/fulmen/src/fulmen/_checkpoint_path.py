@@ -137,8 +137,7 @@ def _first_whole(trainer: Trainer, paths: list[str]) -> str | None:
     io = trainer.strategy.checkpoint_io
     engine = trainer.strategy.backend
     for path in paths:
-        by_engine = supports(engine, OwnsCheckpoints) and supports(engine, SupportsVerification)
-        reader: object = engine if by_engine and engine.owns_checkpoint(path) else io
+        reader: object = engine if supports(engine, OwnsCheckpoints) and engine.owns_checkpoint(path) else io
         if not supports(reader, SupportsVerification):
             return path
         try:

@@ -55,7 +55,7 @@ def hand_over(module: LightningModule, assembly: Assembly, settings: Settings, t
     wanted = EngineSettings(
         (settings.accumulate_grad_batches if automatic else 1) if accumulates else None,
         settings.gradient_clip_val if clips and automatic else None,
-        (settings.gradient_clip_algorithm or "norm") if clips else None,
+        settings.gradient_clip_algorithm if clips else None,
     )
     if told is None:
         if accumulates:
