@@ -26,6 +26,8 @@ from fulmen_checkpoint.commands import main as checkpoint_command
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
+    # DeepSpeed calls what torch is about to remove.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
 ]
 
@@ -91,7 +93,9 @@ def by_hand(
             optimizer.zero_grad()
             if schedule:
                 scheduler.step()
-    return {"losses": losses, "weights": net.state_dict()}
+    with torch.no_grad():
+        after = F.mse_loss(net(x), y).item()
+    return {"losses": losses, "weights": net.state_dict(), "after": after}
 
 
 def assert_weights(got: dict[str, list[float]], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
@@ -113,7 +117,7 @@ def test_every_stage_trains_as_plain_pytorch_with_accumulation_and_clipping(name
 @pytest.mark.proves("4.29")
 def test_the_trainer_steps_the_scheduler_of_the_module_after_each_update_of_the_engine() -> None:
     for name in STAGES:
-        assert found()[name]["rates"] == pytest.approx([0.05, 0.05, 0.05, 0.05, 0.025])
+        assert found()[name]["rates"] == pytest.approx([0.05, 0.05, 0.05, 0.025, 0.025])
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -121,7 +125,7 @@ def test_what_was_trained_is_evaluated_during_and_after_the_fit(name: str) -> No
     result = found()[name]
 
     assert result["validated"] == pytest.approx(result["tested"], rel=1e-6)
-    assert result["validated"] < result["losses"][0]
+    assert result["validated"] == pytest.approx(by_hand(window=WINDOW, clip=CLIP)["after"], rel=1e-4)
 
 
 @pytest.mark.proves("3.15", "4.28")

@@ -49,6 +49,8 @@ class TestEngineCollectives(CollectivesConformance):
         return f"{__file__}:joined"
 
 
+# DeepSpeed calls what torch is about to remove.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @needs_deepspeed
 @pytest.mark.slow
 class TestDeepSpeedStrategy(StrategyConformance):

@@ -178,7 +178,7 @@ class TorchCheckpointIO:
                 except _digest.Damage as damage:
                     raise corrupt(target, str(damage)) from None
         except (IsADirectoryError, CheckpointNotFound):
-            if not self._is_folder(target):
+            if not self._is_folder(target) and _registered.reader_of(self.storage, target) is None:
                 raise
             return self.storage.exists(_directory.join(target, MANIFEST))
 
