@@ -125,6 +125,7 @@ def stages() -> None:
         run.fit(net, loader(), loader())
         result = {"losses": net.losses, "weights": weights(run), "rates": net.rates, "steps": run.global_step}
         result["validated"] = run.callback_metrics["loss"].item()
+        result["batch"] = run.strategy.model.engine.train_micro_batch_size_per_gpu()
         result["tested"] = run.test(net, loader(), verbose=False)[0]["loss"]
         found[name] = result
     found["stage_0"] = trained(DeepSpeedStrategy(stage=0), **WINDOWS)
@@ -162,6 +163,36 @@ def resized() -> None:
     for name in STAGES[1:]:
         path = str(FOLDER / name / "last.ckpt")
         found[f"resized {name}"] = trained(name, fit={"ckpt_path": path}, max_epochs=2, **WINDOWS)
+
+
+class Offloaded(Net):
+    def configure_optimizers(self) -> Any:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(self.parameters(), lr=0.05, weight_decay=0.01, adamw_mode=True)
+
+
+class MadeLate(Net):
+    """Its layers are made where the strategy wants them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.net, self.scale
+        self.is_made = False
+
+    def configure_model(self) -> None:
+        if not self.is_made:
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2))
+            self.scale = nn.Parameter(torch.ones(2))
+            self.is_made = True
+
+
+def offload() -> None:
+    """Optimizer state, and in stage 3 parameters, in host memory; and a model that is spread as it is made."""
+    for name in ("deepspeed_stage_1_offload", "deepspeed_stage_2_offload", "deepspeed_stage_3_offload"):
+        found[name] = trained(name, Offloaded())
+    found["made late"] = trained("deepspeed_stage_3", MadeLate(), **WINDOWS)
 
 
 def configured() -> None:
@@ -287,7 +318,7 @@ def fabric() -> None:
 
 CASES: dict[str, Callable[[], None]] = {
     "stages": stages, "halves": halves, "checkpoints": checkpoints, "configured": configured, "manual": manual,
-    "refusals": refusals, "fabric": fabric, "resized": resized,
+    "refusals": refusals, "fabric": fabric, "offload": offload, "resized": resized,
 }  # fmt: skip
 
 

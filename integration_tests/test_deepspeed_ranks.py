@@ -190,6 +190,25 @@ def test_one_file_with_all_weights_is_loaded_where_that_is_said(name: str) -> No
     assert found()[f"single {name}"] == pytest.approx(found()[f"folder {name}"], rel=1e-6)
 
 
+@pytest.mark.proves("4.2", "4.3", "4.28")
+@pytest.mark.parametrize("name", [f"deepspeed_stage_{stage}_offload" for stage in (1, 2, 3)])
+def test_offloading_to_host_memory_trains_as_plain_pytorch(name: str) -> None:
+    expected, got = by_hand(schedule=False), found()[name]
+
+    assert got["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+    assert_weights(got["weights"], expected["weights"])
+
+
+@pytest.mark.proves("4.28")
+def test_a_model_that_is_spread_as_it_is_made_trains_as_one_made_before() -> None:
+    assert found()["made late"]["losses"] == pytest.approx(found()["deepspeed_stage_3"]["losses"], rel=1e-4)
+
+
+@pytest.mark.proves("4.29")
+def test_the_engine_is_told_the_size_of_the_loader_s_batches() -> None:
+    assert found()["deepspeed_stage_2"]["batch"] == BATCH // 2
+
+
 @pytest.mark.proves("4.28", "4.29")
 def test_the_configuration_may_define_the_optimizer_and_the_scheduler() -> None:
     result, alone = found()["configured"], found()["configured alone"]
