@@ -363,6 +363,18 @@ class DeepSpeedStrategy:
         self._entries.append(entry)
         return entry
 
+    def place_for_plan(self, module: nn.Module, device: torch.device) -> tuple[nn.Module, Mapping[str, int]]:
+        """Refuse: what the engine will allocate is not to be seen from outside.
+
+        Raises:
+            MisconfigurationException: always.
+        """
+        raise MisconfigurationException(
+            "a memory plan cannot be made of strategy 'deepspeed', whose engine keeps buffers of its own. Ask "
+            "DeepSpeed: estimate_zero2_model_states_mem_needs_all_live of deepspeed.runtime.zero.stage_1_and_2, or "
+            "estimate_zero3_model_states_mem_needs_all_live of deepspeed.runtime.zero.stage3."
+        )
+
     def bind_method(self, placed: nn.Module, name: str) -> Callable[..., object]:
         """The original module's method ``name``, run inside the engine's forward."""
         entry = self._entry(placed)
