@@ -8,7 +8,7 @@ import os
 import pickle
 import shutil
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -196,11 +196,9 @@ def _commit(staging: str, path: str) -> None:
 
 
 def _allowed() -> set[str]:
-    return {
-        f"{one.__module__}.{one.__qualname__}"
-        for one in torch.serialization.get_safe_globals()
-        if isinstance(one, type)
-    }
+    allowed = cast("list[object]", torch.serialization.get_safe_globals())
+    kinds = [cast("type[object]", one) for one in allowed if isinstance(one, type)]
+    return {f"{kind.__module__}.{kind.__qualname__}" for kind in kinds}
 
 
 def _make_universal(folder: str, universal: str) -> None:

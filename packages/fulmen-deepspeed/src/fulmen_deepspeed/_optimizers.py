@@ -205,11 +205,13 @@ def load_state(
     flat_state = {
         (number, key): value for number, each in (saved or {}).get("state", {}).items() for key, value in each.items()
     }
-    parameters = [(index, one) for index, group in enumerate(layout.groups) for one in group]
+    parameters: list[tuple[int, nn.Parameter]] = [
+        (index, one) for index, group in enumerate(layout.groups) for one in group
+    ]
     flats = _flat_groups(zero)
     for (number, key), value in _states.each_from_first(flat_state, collectives):
-        index, parameter = parameters[number]
-        if isinstance(value, Tensor) and value.shape == _shape(parameter):
+        index, parameter = parameters[int(number)]
+        if isinstance(value, Tensor) and key != "step" and value.shape == _shape(parameter):
             for flat, place, part in _places(zero, parameter, value, flats[index], collectives):
                 buffer = optimizer.state[flat].setdefault(key, torch.zeros_like(flat))
                 buffer.narrow(0, place, part.numel()).copy_(part)
@@ -240,7 +242,8 @@ def _places(
 def _link(zero: Any, optimizer: Optimizer) -> None:
     """Let parameters of stages 1 and 2 find their part of the state again."""
     for name in ("bit16_groups", "bf16_groups"):
-        for index, group in enumerate(getattr(zero, name, ())):
+        groups: list[list[Any]] = list(getattr(zero, name, []))
+        for index, group in enumerate(groups):
             flat = _flat_groups(zero)[index][0]
             for parameter in group:
                 if getattr(parameter, "_hp_mapping", None) is not None:

@@ -11,7 +11,7 @@ import sys
 import time
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
@@ -105,11 +105,12 @@ def _let_threads_finish_at_exit() -> None:
 def _forget() -> None:
     """Clear what DeepSpeed keeps of the group in its modules, so that the next run finds nothing of this one."""
     groups = submodule("deepspeed.utils.groups")
-    for name, value in list(vars(groups).items()):
+    known: dict[str, Any] = dict(vars(groups))
+    for name, value in known.items():
         if not name.startswith("_") or not name.endswith(("_GROUP", "_GROUPS", "_RANKS")):
             continue
         if isinstance(value, dict):
-            value.clear()
+            cast("dict[object, object]", value).clear()
         elif value is not None:
             setattr(groups, name, None)
     submodule("deepspeed.comm.comm").cdb = None

@@ -95,7 +95,8 @@ def _weights(folder: str, weights_only: bool | None) -> dict[str, Any]:
         order = [*state, *(name for name in merged if name not in state)]
         state = {name: merged.get(name, state.get(name)) for name in order}
     # Weights alone are stored in the engine's dtype; buffers and other tensors keep theirs.
-    buffers = set(first.get("buffer_names") or ())
+    named: list[str] = list(first.get("buffer_names") or [])
+    buffers = set(named)
     return {
         name.removeprefix(_LIGHTNINGS_PREFIX): _single(value) if name not in buffers else value
         for name, value in state.items()

@@ -551,12 +551,13 @@ class DeepSpeedStrategy:
         device = self.root_device
         index = self._local_rank if device.type == "cpu" else device.index
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        with_optimizer = optimizer is not None or "optimizer" in settings
+        if optimizer is None and "optimizer" not in settings:
+            parameters = []
         engine, _, _, _ = self._deepspeed.initialize(
             args=Namespace(device_rank=index),
             config=settings,
             model=module,
-            model_parameters=parameters if with_optimizer else [],
+            model_parameters=parameters,
             optimizer=optimizer,
             dist_init_required=False,
         )
