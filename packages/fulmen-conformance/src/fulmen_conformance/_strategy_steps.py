@@ -11,8 +11,13 @@ from fulmen_conformance._kit import offers
 from fulmen_protocols import (
     OwnsAccumulation,
     OwnsBackward,
+    OwnsCheckpoints,
+    OwnsGradClipping,
+    OwnsOptimizers,
     OwnsOptimizerStep,
+    OwnsSchedulers,
     Strategy,
+    SupportsBatchSize,
     SupportsBoundMethods,
     SupportsCollectives,
     SupportsDataParallel,
@@ -26,6 +31,7 @@ from fulmen_protocols import (
     SupportsPrecisionCheck,
     SupportsPrecisionPlan,
     SupportsShardedState,
+    SupportsWindowEnds,
     SupportsWorldCheck,
 )
 
@@ -42,7 +48,12 @@ __all__ = ["ABILITIES", "backward", "differences", "full_state", "gradients", "p
 ABILITIES: tuple[type, ...] = (
     OwnsAccumulation,
     OwnsBackward,
+    OwnsCheckpoints,
+    OwnsGradClipping,
     OwnsOptimizerStep,
+    OwnsOptimizers,
+    OwnsSchedulers,
+    SupportsBatchSize,
     SupportsBoundMethods,
     SupportsCollectives,
     SupportsDataParallel,
@@ -56,6 +67,7 @@ ABILITIES: tuple[type, ...] = (
     SupportsPrecisionCheck,
     SupportsPrecisionPlan,
     SupportsShardedState,
+    SupportsWindowEnds,
     SupportsWorldCheck,
 )
 

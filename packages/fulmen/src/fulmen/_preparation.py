@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
+from fulmen import _engine
 from fulmen.optimizer import parse_optimizers
 from fulmen.states import TrainerFn
 from fulmen_fabric import move_data_to_device, rank_zero_info
@@ -131,6 +132,9 @@ def make_optimizers(session: Session, *, steps_own_schedulers: bool) -> None:
         steps_own_schedulers: whether the module has its own ``lr_scheduler_step``, and so may use any scheduler.
     """
     module = session.module
+    if _engine.makes_optimizers(session.assembly.strategy):
+        session.optimizers, session.schedulers = _engine.made_optimizers(session)
+        return
     returned = session.scoped("configure_optimizers", module.configure_optimizers)()
     optimizers, session.schedulers = parse_optimizers(
         returned,
@@ -139,6 +143,7 @@ def make_optimizers(session: Session, *, steps_own_schedulers: bool) -> None:
     )
     assert session.placed is not None
     session.optimizers = list(session.assembly.strategy.prepare_optimizers(session.placed, optimizers))
+    session.schedulers += _engine.made_schedulers(session)
     for optimizer in session.optimizers:
         bring_state(optimizer)
     precision = session.assembly.precision
