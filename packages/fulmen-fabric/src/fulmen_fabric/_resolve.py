@@ -18,6 +18,8 @@ from fulmen_protocols import (
     LAUNCHERS,
     PRECISIONS,
     STRATEGIES,
+    BackendUnavailable,
+    BringsParts,
     BrokenPlugin,
     CarriesParts,
     LayerSync,
@@ -30,6 +32,7 @@ from fulmen_protocols import (
     SupportsPrecisionPlan,
     SupportsShardedState,
     SupportsStateKindChoice,
+    SupportsStrategyChoice,
     SupportsWorldCheck,
     WrapsCheckpointIO,
     available,
@@ -51,6 +54,7 @@ __all__ = [
     "check_strategy",
     "choose_state_kind",
     "devices_of_strategy",
+    "environment_of_strategy",
     "find_accelerator",
     "find_checkpoint_io",
     "find_devices",
@@ -279,7 +283,7 @@ def _quietly_load(seam: Seam[T], name: str) -> T | None:
         return load(seam, name)
     except MissingPackage:
         return None
-    except (BrokenPlugin, NotConforming) as error:
+    except (BackendUnavailable, BrokenPlugin, NotConforming) as error:
         rank_zero_warn(f"{error} It is not considered.")
         return None
 
@@ -328,6 +332,14 @@ def _detection_order(name: str) -> tuple[int, str]:
     if name == "local":
         return len(_DETECTION_ORDER) + 1, name
     return (_DETECTION_ORDER.index(name) if name in _DETECTION_ORDER else len(_DETECTION_ORDER)), name
+
+
+def environment_of_strategy(
+    given: ClusterEnvironment | None, found: ClusterEnvironment | None, strategy: Strategy
+) -> ClusterEnvironment | None:
+    """The strategy's own environment where it brings one and the user has given none, else ``found``."""
+    own = strategy.own_environment() if given is None and supports(strategy, BringsParts) else None
+    return found if own is None else own
 
 
 def find_devices(
@@ -393,29 +405,41 @@ def is_interactive() -> bool:
 
 
 def find_strategy(
-    asked: object, accelerator_name: str, world_size: int, num_nodes: int, notes: Notes
+    asked: object, accelerator: Accelerator | None, world_size: int, num_nodes: int, notes: Notes
 ) -> tuple[Strategy, str] | None:
     """The strategy and its name."""
+    chooses = accelerator if accelerator is not None and supports(accelerator, SupportsStrategyChoice) else None
     if not isinstance(asked, str):
         strategy = notes.take(STRATEGIES, asked)
+        if strategy is not None and chooses is not None:
+            notes.conflicts.attempt(lambda: chooses.check_strategy(strategy))
         return None if strategy is None else (strategy, type(strategy).__name__)
     # Lightning takes any case; a vendor's name may hold capitals.
     name = asked if asked in available(STRATEGIES) else asked.lower()
+    if chooses is not None:
+        before, name = name, chooses.choose_strategy(name, world_size)
+        if before not in ("auto", name):
+            rank_zero_warn(f"strategy={asked!r} on accelerator {_name_of(accelerator)!r} means {name!r}.")
+    processes = "one device" if world_size == 1 else f"{world_size} processes"
     if name == "auto":
-        name = _auto_strategy(accelerator_name, world_size, num_nodes)
-        processes = "one device" if world_size == 1 else f"{world_size} processes"
+        name = _auto_strategy(world_size, num_nodes)
+    if asked.lower() == "auto":
         notes.chosen.append(f"strategy='auto' chose {name!r} for {processes}.")
-    if name == "dp" and accelerator_name == "cpu":
+    if name == "dp" and _name_of(accelerator) == "cpu":
         name = "ddp"
         rank_zero_warn("strategy='dp' splits batches over GPUs, of which a run on the CPU has none: using 'ddp'.")
     strategy = notes.load(STRATEGIES, name)
+    if strategy is not None and chooses is not None:
+        notes.conflicts.attempt(lambda: chooses.check_strategy(strategy))
     return None if strategy is None else (strategy, name)
 
 
-def _auto_strategy(accelerator_name: str, world_size: int, num_nodes: int) -> str:
+def _name_of(accelerator: Accelerator | None) -> str:
+    return "" if accelerator is None else accelerator.name()
+
+
+def _auto_strategy(world_size: int, num_nodes: int) -> str:
     installed = available(STRATEGIES)
-    if accelerator_name == "tpu":
-        return "single_xla" if world_size == 1 else "xla"
     if world_size == 1:
         return "single_device"
     return "ddp_fork" if num_nodes == 1 and is_interactive() and "ddp_fork" in installed else "ddp"
@@ -516,7 +540,7 @@ def _canonical_precision(asked: object, notes: Notes) -> str | None:
 
 
 def find_precision(
-    asked: object, given: Precision | None, device_type: str | None, notes: Notes
+    asked: object, given: Precision | None, strategy: Strategy | None, device_type: str | None, notes: Notes
 ) -> tuple[Precision, str] | None:
     """The precision and its canonical name. ``device_type`` is None where the devices are in conflict already."""
     if given is not None:
@@ -530,6 +554,14 @@ def find_precision(
     name = _canonical_precision(asked, notes)
     if name is None:
         return None
+    if strategy is not None and supports(strategy, BringsParts):
+        before = len(notes.conflicts)
+        own = notes.conflicts.attempt(lambda: strategy.own_precision(name))
+        if own is not None:
+            notes.sources[PRECISIONS.noun] = f"{name} of {type(strategy).__name__}"
+            return own, name
+        if len(notes.conflicts) > before:
+            return None
     factory = notes.conflicts.attempt(lambda: load_factory(PRECISIONS, name))
     if factory is None or device_type is None:
         return None
@@ -568,10 +600,15 @@ def find_checkpoint_io(given: CheckpointIO | None, strategy: Strategy | None, no
     The latter also goes into a wrapper that has none.
     """
     if given is None:
+        own = strategy.own_checkpoint_io() if strategy is not None and supports(strategy, BringsParts) else None
+        if own is not None:
+            notes.sources[CHECKPOINT_IOS.noun] = f"{type(own).__name__} of {type(strategy).__name__}"
+            return own
         shards = strategy is not None and supports(strategy, SupportsShardedState) and strategy.state_kind == "sharded"
         return notes.load(CHECKPOINT_IOS, "sharded" if shards else "torch")
     if supports(given, WrapsCheckpointIO) and given.checkpoint_io is None:
-        given.checkpoint_io = notes.load(CHECKPOINT_IOS, "torch")
+        own = strategy.own_checkpoint_io() if strategy is not None and supports(strategy, BringsParts) else None
+        given.checkpoint_io = notes.load(CHECKPOINT_IOS, "torch") if own is None else own
     return given
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fulmen_protocols.topology import Topology
 
 __all__ = [
+    "BringsParts",
     "CarriesParts",
     "OwnsAccumulation",
     "OwnsBackward",
@@ -114,6 +115,27 @@ class CarriesParts(Protocol):
     @property
     def parts(self) -> StrategyParts:
         """What the user gave."""
+        ...
+
+
+@runtime_checkable
+class BringsParts(Protocol):
+    """A strategy that brings parts of its own kind, for what the user has given nowhere."""
+
+    def own_environment(self) -> ClusterEnvironment | None:
+        """What tells its processes their ranks; None: whatever is detected."""
+        ...
+
+    def own_precision(self, name: str) -> Precision | None:
+        """The precision of that canonical name; None: the one that is registered under it.
+
+        Raises:
+            ValueError: this strategy cannot train in it; the message names those that it can.
+        """
+        ...
+
+    def own_checkpoint_io(self) -> CheckpointIO | None:
+        """What writes its checkpoints, of the kind that ``state_kind`` says; None: the one for that kind."""
         ...
 
 
