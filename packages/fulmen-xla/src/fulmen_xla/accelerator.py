@@ -49,7 +49,7 @@ class XLAAccelerator:
     def auto_device_count(self) -> int:
         """All devices of this machine; of a TPU its chips (or cores), else what the runtime's variables say."""
         kind = platform()
-        if self._only is not None and kind != self._only:
+        if not kind or (self._only is not None and kind != self._only):
             return 0
         if kind == "TPU":
             try:

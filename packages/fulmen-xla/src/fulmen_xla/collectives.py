@@ -73,9 +73,7 @@ class XLACollectives:
             MisconfigurationException: no such operation.
         """
         if op not in _OPERATIONS:
-            raise MisconfigurationException(
-                f"all_reduce got op={op!r}. Allowed: {', '.join(map(repr, _OPERATIONS))}."
-            )
+            raise MisconfigurationException(f"all_reduce got op={op!r}. Allowed: {', '.join(map(repr, _OPERATIONS))}.")
         here = _as_number(self._here(tensor).clone())
         result: Tensor = self._xm.all_reduce(getattr(self._xm, _OPERATIONS[op]), here)
         if op == "mean":

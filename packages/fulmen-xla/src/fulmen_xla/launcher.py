@@ -170,6 +170,4 @@ def _first_failure(home: str) -> str | None:
 
 
 def _told(home: str, error: Exception) -> RankFailure:
-    return RankFailure(
-        _first_failure(home) or f"torch-xla could not run the replicas: {type(error).__name__}: {error}"
-    )
+    return RankFailure(_first_failure(home) or f"torch-xla could not run the replicas: {type(error).__name__}: {error}")

@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-import torch
-from torch import Tensor
-
 from fulmen_protocols.errors import MisconfigurationException
 from fulmen_xla import _base, _sharding
+from fulmen_xla._entry import Entry
 from fulmen_xla._host import map_tensors, to_host
 from fulmen_xla._library import library, require
 from fulmen_xla._modes import start_spmd
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    import torch
     from torch import nn
     from torch.optim import Optimizer
 
@@ -146,7 +145,9 @@ class XLASPMDStrategy:
             RuntimeError: ``setup_environment`` has not run yet.
         """
         if self._device is None:
-            raise RuntimeError("root_device of XLASPMDStrategy is unknown until setup_environment has run: call it first.")
+            raise RuntimeError(
+                "root_device of XLASPMDStrategy is unknown until setup_environment has run: call it first."
+            )
         return self._device
 
     @property
@@ -198,7 +199,7 @@ class XLASPMDStrategy:
         return cast(
             "nn.Module",
             wrapper(
-                module,
+                Entry(module),  # torch-xla wants a forward, which a module with nothing but steps has not
                 mesh=self.mesh,
                 shard_output=_sharding.shard_output,
                 auto_wrap_policy=None if self._policy is None else self._policy(),
@@ -281,8 +282,8 @@ class XLASPMDStrategy:
 
 def _original(module: nn.Module) -> nn.Module:
     """The user's module of one that ``place`` has wrapped."""
-    inner: object = module._modules.get("_orig_module")
-    return module if inner is None else cast("nn.Module", inner)
+    entry = module._modules.get("_orig_module")
+    return entry.module if isinstance(entry, Entry) else module
 
 
 def _canonical(name: str) -> str:
