@@ -1,6 +1,9 @@
 """Plugins by the names people look for here: precisions, checkpoint IO and cluster environments."""
 
+from typing import TYPE_CHECKING
+
 from fulmen._layer_sync import TorchSyncBatchNorm
+from fulmen._xla_names import from_xla
 from fulmen_checkpoint import (
     AsyncCheckpointIO,
     SafetensorsCheckpointIO,
@@ -25,6 +28,12 @@ from fulmen_strategies import (
     TorchElasticEnvironment,
 )
 
+if TYPE_CHECKING:
+    from fulmen_xla import XLACheckpointIO as XLACheckpointIO
+    from fulmen_xla import XLAEnvironment as XLAEnvironment
+    from fulmen_xla import XLAPrecision as XLAPrecision
+    from fulmen_xla import XLAShardedCheckpointIO as XLAShardedCheckpointIO
+
 __all__ = [
     "AsyncCheckpointIO",
     "BitsandbytesPrecision",
@@ -45,3 +54,10 @@ __all__ = [
     "TorchSyncBatchNorm",
     "TransformerEnginePrecision",
 ]
+
+# Not in __all__, where a star import without fulmen-xla would end.
+_OF_XLA = frozenset({"XLACheckpointIO", "XLAEnvironment", "XLAPrecision", "XLAShardedCheckpointIO"})
+
+
+def __getattr__(name: str) -> object:
+    return from_xla(__name__, name, _OF_XLA)
