@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from fulmen_protocols.cli import main
+
 if find_spec("torch_xla") is None or os.environ.get("PJRT_DEVICE") is None:
     pytest.skip("needs torch_xla and PJRT_DEVICE=CPU", allow_module_level=True)
 
@@ -74,8 +76,15 @@ def consolidated(path: Path, folder: Path) -> dict[str, torch.Tensor]:
     file = path
     if path.is_dir():
         file = folder / "whole.ckpt"
-        command = [sys.executable, "-m", "fulmen_protocols.cli", "consolidate", str(path), "--output_file", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert main(["consolidate", str(path), "--output_file", str(file)]) == 0
     state: dict[str, torch.Tensor] = torch.load(file, weights_only=True)["state_dict"]
     return state
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
+@pytest.mark.proves("13.5")
+def test_the_profiler_s_server_listens_and_steps_are_marked(tmp_path: Path) -> None:
+    found = run("profiler", tmp_path, 1)
+
+    assert found == {"listens": True, "numbered": {"validation_step": 6}, "open": []}

@@ -1,4 +1,5 @@
-"""Trains on XLA devices and on the CPU: ``python -m integration_tests.xla_runner SCENARIO FOLDER``; prints one line of JSON.
+"""Trains on XLA devices and on the CPU: ``python -m integration_tests.xla_runner SCENARIO FOLDER``; prints one line of
+JSON.
 
 The XLA part comes first: torch's autograd counts the devices at its first backward pass, and torch-xla has none before.
 """
@@ -6,6 +7,7 @@ The XLA part comes first: torch's autograd counts the devices at its first backw
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -113,7 +115,8 @@ def fitted(folder: Path, **settings: Any) -> dict[str, Any]:
 
 
 def looped(folder: Path, **settings: Any) -> dict[str, Any]:
-    """The same by a loop of one's own: two steps, a checkpoint, two steps; and the last two again from the checkpoint."""
+    """The same by a loop of one's own: two steps, a checkpoint, two steps; and the last two again from the "
+    "checkpoint."""
     fabric = fulmen.Fabric(**settings)
     fabric.launch()
 
@@ -151,7 +154,23 @@ def looped(folder: Path, **settings: Any) -> dict[str, Any]:
     }
 
 
+def profiled(folder: Path) -> dict[str, Any]:
+    """Two batches of a sanity check and four of an epoch's validation, and whether somebody listens at the port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    profiler = fulmen.profilers.XLAProfiler(port=port)
+    run = trainer(folder, 1, accelerator="xla", enable_checkpointing=False, profiler=profiler)
+    run.fit(made(), loader(), loader())
+    with socket.socket() as client:
+        listens = client.connect_ex(("127.0.0.1", port)) == 0
+    numbered = {name.rpartition(".")[2]: count for name, count in profiler._steps.items()}
+    return {"listens": listens, "numbered": numbered, "open": sorted(profiler._open)}
+
+
 def main(scenario: str, folder: Path) -> dict[str, Any]:
+    if scenario == "profiler":
+        return profiled(folder)
     from fulmen_xla import XLAShardedCheckpointIO, XLASPMDStrategy
 
     xla: dict[str, Any] = {"accelerator": "xla"}

@@ -2,10 +2,10 @@
 
 ``python -m tools.cuda_stubs SITE_PACKAGES/torch/lib FOLDER``, then run with ``LD_LIBRARY_PATH=FOLDER``.
 
-torch_xla is made for torch's wheel from PyPI, which links against some four gigabytes of NVIDIA's libraries. On a CPU none
-of their functions is ever called, but the loader wants each library and each symbol to be there. So each gets a stub:
-a library of its name that defines the symbols torch looks for, in the versions it looks for; the functions return an
-error, and ``torch.cuda.is_available()`` is False. Good for tests and for nothing else. Needs gcc and binutils.
+torch_xla is made for torch's wheel from PyPI, which links against some four gigabytes of NVIDIA's libraries. On a CPU
+none of their functions is ever called, but the loader wants each library and each symbol to be there. So each gets a
+stub: a library of its name that defines the symbols torch looks for, in the versions it looks for; the functions return
+an error, and ``torch.cuda.is_available()`` is False. Good for tests and for nothing else. Needs gcc and binutils.
 """
 
 from __future__ import annotations

@@ -22,7 +22,18 @@ from tools.workspace import CONSTRAINTS, ROOT, closure, group, packages, require
 HOME = ROOT / ".nox" / "xla"
 PAIR = ["torch==2.9.1", "torch_xla==2.9.0"]
 """torch_xla names the minor version of torch that it was built for."""
-NEEDED = ["typing_extensions", "filelock", "sympy", "networkx", "jinja2", "fsspec", "numpy", "absl-py", "pyyaml", "requests"]
+NEEDED = [
+    "typing_extensions",
+    "filelock",
+    "sympy",
+    "networkx",
+    "jinja2",
+    "fsspec",
+    "numpy",
+    "absl-py",
+    "pyyaml",
+    "requests",
+]
 """What the pair needs on a CPU; its own metadata would bring CUDA."""
 TESTED = ["fulmen", "fulmen-xla", "fulmen-conformance"]
 OF_ANOTHER_TORCH = {"torch", "torchmetrics", "torchao", "bitsandbytes", "lightning", "pytorch-lightning"}
@@ -39,7 +50,9 @@ def pip(python: Path, *arguments: str | Path) -> None:
 def requirements() -> list[str]:
     """Third-party libraries of the packages under test and of their tests."""
     _, theirs = closure(TESTED, packages())
-    wanted = {requirement_name(one): one for one in [*theirs, *NEEDED, "pytest", "pytest-timeout", "hypothesis", "psutil"]}
+    wanted = {
+        requirement_name(one): one for one in [*theirs, *NEEDED, "pytest", "pytest-timeout", "hypothesis", "psutil"]
+    }
     return [one for name, one in sorted(wanted.items()) if name not in OF_ANOTHER_TORCH]
 
 
@@ -58,7 +71,9 @@ def ensure() -> Path:
     pip(python, "--no-deps", *PAIR)
     pins = HOME / "constraints.txt"
     lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines(keepends=True)
-    pins.write_text("".join(line for line in lines if line.startswith("#") or requirement_name(line) not in OF_ANOTHER_TORCH))
+    pins.write_text(
+        "".join(line for line in lines if line.startswith("#") or requirement_name(line) not in OF_ANOTHER_TORCH)
+    )
     pip(python, "-c", pins, *listed, *build)
     editable = [part for package in packages() for part in ("-e", package.path)]
     pip(python, "--no-deps", "--no-build-isolation", *editable)

@@ -369,6 +369,4 @@ def test_replicas_cannot_be_started_once_a_device_is_open() -> None:
     torch.ones(1, device=DEVICE).cpu()
 
     with pytest.raises(MisconfigurationException, match="has opened a device of PJRT's CPU runtime already"):
-        XLALauncher().launch(
-            int, num_processes=1, num_nodes=2, node_rank=0, main_address="127.0.0.1", main_port=1
-        )
+        XLALauncher().launch(int, num_processes=1, num_nodes=2, node_rank=0, main_address="127.0.0.1", main_port=1)

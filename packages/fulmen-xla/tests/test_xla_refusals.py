@@ -1,7 +1,7 @@
 """What is refused before any device is opened: without torch-xla, with one for another torch, and with wrong options.
 
-None of this needs torch-xla: where options are tested, an empty distribution of its name and the right version is on the
-path, which must not be imported.
+None of this needs torch-xla: where options are tested, an empty distribution of its name and the right version is on
+the path, which must not be imported.
 """
 
 from __future__ import annotations
@@ -335,7 +335,7 @@ def test_devices_are_unknown_before_the_environment_is_set_up(right_pair: None) 
             _ = strategy.root_device
 
 
-# --------------------------------------------------------------------------------------------------- environment, launcher
+# --------------------------------------------------------------------------------------------------- environment, lau
 
 
 @pytest.mark.proves("4.43")

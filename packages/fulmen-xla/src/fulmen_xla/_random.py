@@ -1,7 +1,7 @@
 """Random numbers of XLA devices, where torch looks for them.
 
-torch asks ``torch.get_device_module(device)`` for a device's generator; torch-xla registers no such module, and draws from
-one generator for each device that ``torch.manual_seed`` does not reach. Both are mended here.
+torch asks ``torch.get_device_module(device)`` for a device's generator; torch-xla registers no such module, and draws
+from one generator for each device that ``torch.manual_seed`` does not reach. Both are mended here.
 """
 
 from __future__ import annotations

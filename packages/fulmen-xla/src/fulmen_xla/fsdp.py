@@ -37,8 +37,8 @@ __all__ = ["XLAFSDPStrategy"]
 class XLAFSDPStrategy:
     """Fully sharded data parallelism by ``torch_xla.distributed.fsdp.XlaFullyShardedDataParallel``.
 
-    Optimizers must be made from the placed module, whose parameters are shards. For one machine ``xla_spmd`` does the same
-    with less: the compiler spreads the work, and nothing is wrapped by hand.
+    Optimizers must be made from the placed module, whose parameters are shards. For one machine ``xla_spmd`` does the
+    same with less: the compiler spreads the work, and nothing is wrapped by hand.
 
     Args:
         accelerator: as the Trainer's argument.
@@ -47,10 +47,10 @@ class XLAFSDPStrategy:
         precision: an ``XLAPrecision``; parameters stay float32, and layers compute in its dtype.
         precision_plugin: its other name.
         auto_wrap_policy: classes of layers that are gathered one by one, or torch-xla's policy function.
-        activation_checkpointing_policy: classes of layers whose activations are computed again in the backward pass; they
-            are wrapped one by one, too.
-        state_dict_type: ``"sharded"``: a folder with a file of each rank. ``"full"``: one file, for which rank 0 gathers
-            everything; on one host only.
+        activation_checkpointing_policy: classes of layers whose activations are computed again in the backward pass;
+            they are wrapped one by one, too.
+        state_dict_type: ``"sharded"``: a folder with a file of each rank. ``"full"``: one file, for which rank 0
+            gathers everything; on one host only.
         sequential_save: ranks of a host write one after the other, which takes less memory and longer.
         kwargs: those of torch-xla's class; ``flatten_parameters`` is refused, since names would be lost.
 
@@ -143,8 +143,8 @@ class XLAFSDPStrategy:
         check_replicas("xla_fsdp", len(devices))
         if self._kind == "full" and num_nodes > 1:
             raise MisconfigurationException(
-                f"XLAFSDPStrategy(state_dict_type='full') with num_nodes={num_nodes}: hosts of a TPU share no file system "
-                "and rank 0 would gather everything over the network. Use state_dict_type='sharded'."
+                f"XLAFSDPStrategy(state_dict_type='full') with num_nodes={num_nodes}: hosts of a TPU share no file "
+                "system and rank 0 would gather everything over the network. Use state_dict_type='sharded'."
             )
 
     @property
@@ -211,8 +211,8 @@ class XLAFSDPStrategy:
             held: list[Any] = [one for group in optimizer.param_groups for one in group["params"]]
             if not all(getattr(one, "_is_sharded", False) for one in held):
                 raise MisconfigurationException(
-                    f"{type(optimizer).__name__} holds parameters that strategy 'xla_fsdp' has replaced by shards. Place "
-                    "the module first and make the optimizer from that: model = fabric.setup(model); optimizer = "
+                    f"{type(optimizer).__name__} holds parameters that strategy 'xla_fsdp' has replaced by shards. "
+                    "Place the module first and make the optimizer from that: model = fabric.setup(model); optimizer = "
                     "fabric.setup_optimizers(Optimizer(model.parameters()))."
                 )
         return optimizers
@@ -249,8 +249,8 @@ class XLAFSDPStrategy:
             MisconfigurationException: always, as in Lightning; torch-xla's FSDP clips by norm.
         """
         raise MisconfigurationException(
-            f"gradient_clip_val={clip_value!r} with gradient_clip_algorithm='value' under strategy 'xla_fsdp', which clips "
-            "by norm only. Use gradient_clip_algorithm='norm'."
+            f"gradient_clip_val={clip_value!r} with gradient_clip_algorithm='value' under strategy 'xla_fsdp', which "
+            "clips by norm only. Use gradient_clip_algorithm='norm'."
         )
 
     def process_loader(self, loader: Iterable[object]) -> Iterable[object]:

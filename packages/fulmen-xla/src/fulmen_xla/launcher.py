@@ -96,7 +96,7 @@ class XLALauncher:
             _carried[key] = function
         try:
             library().launch(_run, args=(key, None if by_fork else function, home), start_method=self._method)
-        except Exception as error:  # noqa: BLE001  # a dead process breaks the pool; why it died is in its file
+        except Exception as error:  # a dead process breaks the pool; why it died is in its file
             raise _told(home, error) from error
         finally:
             _carried.pop(key, None)
@@ -129,8 +129,8 @@ def _require_closed() -> None:
     loaded: Any = sys.modules.get("torch_xla")
     if loaded is not None and loaded._XLAC._xla_runtime_is_initialized():
         raise MisconfigurationException(
-            f"replicas cannot be started: this process has opened a device of PJRT's {platform()} runtime already. Move "
-            "no tensor to an XLA device before the launch (in a notebook: restart the kernel)."
+            f"replicas cannot be started: this process has opened a device of PJRT's {platform()} runtime already. "
+            "Move no tensor to an XLA device before the launch (in a notebook: restart the kernel)."
         )
 
 

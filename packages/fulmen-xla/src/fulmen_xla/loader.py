@@ -23,15 +23,16 @@ class XLADeviceLoader:
     """Iterates over a loader through torch-xla's ``MpDeviceLoader``, which also cuts the graph after each batch.
 
     Batches are taken from the loader in the thread that iterates, one ahead of the batch in hand, so that random draws
-    of samplers and data sets come in one order in every run; only the upload runs in threads of its own. Containers keep
-    their type. An error of the loader is raised at the batch it belongs to. Whoever stops early leaves no thread behind.
+    of samplers and data sets come in one order in every run; only the upload runs in threads of its own. Containers
+    keep their type. An error of the loader is raised at the batch it belongs to. Whoever stops early leaves no thread
+    behind.
 
     Args:
         loader: gives the batches: nested mappings, lists, tuples and dataclass instances with tensors.
         device: where they go.
         ahead: how many batches are on their way to the device while one is in hand, at least 1.
-        input_sharding: how tensors are spread over devices, an object with ``minibatch`` and ``xla_spec`` as torch-xla's
-            ``ShardingSpec`` has them; None: they are not.
+        input_sharding: how tensors are spread over devices, an object with ``minibatch`` and ``xla_spec`` as
+            torch-xla's ``ShardingSpec`` has them; None: they are not.
     """
 
     def __init__(

@@ -37,8 +37,8 @@ __all__ = ["XLAStrategy", "check_replicas", "debug"]
 class XLAStrategy:
     """Data parallelism in torch-xla's own way: a process for each chip, which PJRT starts and connects.
 
-    Each parameter's gradient is averaged over the replicas as soon as the backward pass has it, in the recorded graph, so
-    that hooks and clipping see the mean, and accumulation can hold it back.
+    Each parameter's gradient is averaged over the replicas as soon as the backward pass has it, in the recorded graph,
+    so that hooks and clipping see the mean, and accumulation can hold it back.
 
     Args:
         accelerator: as the Trainer's argument.
@@ -219,8 +219,8 @@ def check_replicas(strategy: str, count: int) -> None:
     kind = platform()
     if count > 1 and kind == "CPU":
         raise MisconfigurationException(
-            f"strategy {strategy!r} with {count} devices of PJRT's CPU runtime: its replicas are threads of one process, "
-            "and their collectives wait for each other for ever. Use strategy='xla_spmd', or devices=1."
+            f"strategy {strategy!r} with {count} devices of PJRT's CPU runtime: its replicas are threads of one "
+            "process, and their collectives wait for each other for ever. Use strategy='xla_spmd', or devices=1."
         )
     if count > 1 and kind == "TPU":
         version = library("_internal.tpu").version()

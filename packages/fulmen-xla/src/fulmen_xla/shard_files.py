@@ -89,8 +89,8 @@ class XLAShardFilesIO:
         if not file.exists():
             found = ", ".join(sorted(one.name for one in folder.glob("checkpoint_rank-*.pth"))[:4])
             raise CheckpointNotFound(
-                f"{str(folder)!r} has no {file.name}, this rank's part; it has {found}. Load it with as many devices as "
-                "saved it, or save with state_dict_type='full'."
+                f"{str(folder)!r} has no {file.name}, this rank's part; it has {found}. Load it with as many devices "
+                "as saved it, or save with state_dict_type='full'."
             )
         return self._file.load_checkpoint(file, map_location, weights_only)
 

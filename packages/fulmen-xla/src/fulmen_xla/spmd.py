@@ -44,8 +44,9 @@ class XLASPMDStrategy:
     """Fully sharded data parallelism by torch-xla's compiler (``SpmdFullyShardedDataParallel``), in one process.
 
     The program is written for one device. Parameters, gradients and optimizer state are spread over the devices of the
-    mesh's dimension ``"fsdp"``, each batch along its first dimension over all of them; the compiler adds what the devices
-    must tell each other. So there is one rank, batches are those of the whole run, and losses are those of one device.
+    mesh's dimension ``"fsdp"``, each batch along its first dimension over all of them; the compiler adds what the
+    devices must tell each other. So there is one rank, batches are those of the whole run, and losses are those of one
+    device.
 
     Args:
         accelerator: as the Trainer's argument.
@@ -133,8 +134,8 @@ class XLASPMDStrategy:
         count = max(1, len(self._devices))
         if count % self._copies:
             raise MisconfigurationException(
-                f"XLASPMDStrategy(data_parallel_size={self._copies}) does not divide the {count} device(s) of this run. "
-                f"Use one of {', '.join(str(n) for n in range(1, count + 1) if count % n == 0)}."
+                f"XLASPMDStrategy(data_parallel_size={self._copies}) does not divide the {count} device(s) of this "
+                f"run. Use one of {', '.join(str(n) for n in range(1, count + 1) if count % n == 0)}."
             )
 
     @property
@@ -177,8 +178,8 @@ class XLASPMDStrategy:
         asked = len(self._devices) or count
         if asked != count:
             raise MisconfigurationException(
-                f"strategy 'xla_spmd' drives every device that the runtime has, which are {count}, and devices={asked} was "
-                f"asked for. Use devices='auto', or set CPU_NUM_DEVICES or TPU_VISIBLE_CHIPS."
+                f"strategy 'xla_spmd' drives every device that the runtime has, which are {count}, and "
+                f"devices={asked} was asked for. Use devices='auto', or set CPU_NUM_DEVICES or TPU_VISIBLE_CHIPS."
             )
         self._debugging.start()
         self._mesh = _sharding.make_mesh(count, self._copies)

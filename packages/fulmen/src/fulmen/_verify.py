@@ -325,7 +325,9 @@ def strategy(asked: object) -> None:
         MisconfigurationException: it drives several devices from one process, through a wrapper that splits arguments.
     """
     if (isinstance(asked, str) and asked.lower() == "dp") or (
-        not isinstance(asked, (str, type)) and supports(asked, SupportsDevices) and supports(asked, SupportsBoundMethods)
+        not isinstance(asked, (str, type))
+        and supports(asked, SupportsDevices)
+        and supports(asked, SupportsBoundMethods)
     ):
         name = repr(asked) if isinstance(asked, str) else type(asked).__name__
         raise MisconfigurationException(
