@@ -1,5 +1,4 @@
-"""Trains on XLA devices and on the CPU: ``python -m integration_tests.xla_runner SCENARIO FOLDER``; prints one line of
-JSON.
+"""Trains on XLA devices and on the CPU: ``python -m integration_tests.xla_runner SCENARIO FOLDER`` prints JSON.
 
 The XLA part comes first: torch's autograd counts the devices at its first backward pass, and torch-xla has none before.
 """

@@ -93,10 +93,8 @@ def environment(**more: str) -> dict[str, str]:
 def main(arguments: list[str]) -> int:
     """Run the tests; those of four devices in a process of their own, for a process has one mode."""
     python = ensure()
-    if arguments:
-        runs = [(arguments, {})]
-    else:
-        runs = [(ONE_DEVICE, {}), (FOUR_DEVICES, {"CPU_NUM_DEVICES": "4"})]
+    whole: list[tuple[list[str], dict[str, str]]] = [(ONE_DEVICE, {}), (FOUR_DEVICES, {"CPU_NUM_DEVICES": "4"})]
+    runs = [(arguments, {})] if arguments else whole
     failed = 0
     for paths, more in runs:
         command = [str(python), "-m", "pytest", "-m", "slow or not slow", *paths]

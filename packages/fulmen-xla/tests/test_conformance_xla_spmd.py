@@ -108,7 +108,7 @@ def test_shards_are_saved_by_torch_xla_s_planner_and_read_by_torch_anywhere(
     strategy: XLASPMDStrategy, tmp_path: Path
 ) -> None:
     _, placed, optimizer = trained(strategy)
-    module, other, other_optimizer = trained(strategy, steps=1)
+    module, other, _ = trained(strategy, steps=1)
     io = XLAShardedCheckpointIO()
     expected = strategy.module_state(placed, full=True)
     saved = {

@@ -6,8 +6,6 @@ import queue
 from collections import deque
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor
-
 from fulmen_xla._host import map_tensors, tensors_of
 from fulmen_xla._library import library
 
@@ -15,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
 
     import torch
+    from torch import Tensor
 
 __all__ = ["XLADeviceLoader"]
 

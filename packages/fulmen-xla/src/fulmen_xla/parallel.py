@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fulmen_protocols.errors import MisconfigurationException
 from fulmen_xla import _base
 from fulmen_xla._library import library, platform, require
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
     from contextlib import AbstractContextManager
 
+    import torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
