@@ -147,6 +147,18 @@ class XLAFSDPStrategy:
                 "system and rank 0 would gather everything over the network. Use state_dict_type='sharded'."
             )
 
+    def check_module(self, module: nn.Module) -> None:
+        """Refuse a module that belongs to a Trainer: its ``configure_optimizers`` would find no parameter.
+
+        Raises:
+            MisconfigurationException: it does.
+        """
+        if getattr(module, "_trainer", None) is not None:
+            raise MisconfigurationException(
+                f"strategy 'xla_fsdp' with a Trainer: torch-xla's FSDP leaves {type(module).__name__} itself without "
+                "parameters, from which it could make its optimizers. Use strategy='xla_spmd', or a Fabric."
+            )
+
     @property
     def root_device(self) -> torch.device:
         """The device of this replica. Raises ``RuntimeError`` before ``setup_environment``."""
@@ -169,8 +181,9 @@ class XLAFSDPStrategy:
         """Shard ``module``'s parameters and wrap it. All replicas get the first one's weights.
 
         Raises:
-            MisconfigurationException: a parameter is not float32.
+            MisconfigurationException: a parameter is not float32, or the module is a Trainer's.
         """
+        self.check_module(module)
         strange = [name for name, one in module.named_parameters() if one.dtype is not torch.float32]
         if strange:
             raise MisconfigurationException(
