@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -361,6 +363,55 @@ def test_the_environment_asks_the_runtime_once_replicas_run() -> None:
         environment = XLAEnvironment()
         assert environment.world_size() == 1
         assert environment.global_rank() == environment.local_rank() == environment.node_rank() == 0
+
+
+LAUNCH = """
+import os
+from fulmen_protocols import RankFailure
+from fulmen_xla import XLALauncher
+
+PLACE = dict(num_processes=2, num_nodes=1, node_rank=0, main_address="127.0.0.1", main_port=1)
+
+
+def place():
+    from torch_xla import runtime
+    return runtime.global_ordinal(), runtime.world_size(), os.getpid()
+
+
+def fails():
+    if place()[0] == 1:
+        raise KeyError("of rank 1")
+    return 0
+
+
+if __name__ == "__main__":
+    rank, size, pid = XLALauncher().launch(place, **PLACE)
+    assert (rank, size) == (0, 2) and pid != os.getpid(), (rank, size)
+    try:
+        XLALauncher().launch(fails, **PLACE)
+    except RankFailure as failure:
+        assert "rank 1 of this run failed first" in str(failure) and "KeyError: 'of rank 1'" in str(failure), failure
+        print("both as expected")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.proves("4.31")
+def test_replicas_are_started_rank_zero_s_value_comes_back_and_a_failure_is_told(tmp_path: Path) -> None:
+    script = tmp_path / "launch.py"
+    script.write_text(LAUNCH)
+
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "CPU_NUM_DEVICES": "2"},
+        capture_output=True,
+        text=True,
+        timeout=1000,
+        check=False,
+    )
+
+    assert "both as expected" in done.stdout, done.stdout + done.stderr
 
 
 def test_replicas_cannot_be_started_once_a_device_is_open() -> None:

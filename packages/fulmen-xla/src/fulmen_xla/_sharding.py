@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 from torch import Tensor
 
 from fulmen_xla._host import tensors_of
@@ -26,6 +25,8 @@ __all__ = [
 
 def make_mesh(devices: int, copies: int) -> Any:
     """All devices as ``copies`` rows of shards."""
+    import numpy as np  # which torch-xla brings
+
     spmd = library("distributed.spmd")
     return spmd.Mesh(np.arange(devices), (copies, devices // copies), ("data", "fsdp"))
 
