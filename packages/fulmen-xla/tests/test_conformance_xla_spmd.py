@@ -41,6 +41,11 @@ class TestXLASPMDStrategy(StrategyConformance):
         return DEVICE
 
     @pytest.fixture
+    def tolerance(self) -> float:
+        # XLA compiles plain PyTorch's steps, which nobody cuts, as one program: the last bits are rounded otherwise.
+        return 1e-6
+
+    @pytest.fixture
     def strategy(self) -> Strategy:
         return XLASPMDStrategy()
 
