@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Set as AbstractSet
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -83,7 +83,8 @@ def own_precision(strategy: str, name: str) -> Precision:
             f"precision={name!r} with strategy {strategy}: XLA devices train in {', '.join(map(repr, _ALLOWED))}. "
             "'bf16-true' is what TPUs are made for."
         )
-    return XLAPrecision(cast("Literal['32-true', '16-true', 'bf16-true']", name))
+    allowed: Any = name
+    return XLAPrecision(allowed)
 
 
 def check_plan(strategy: str, plan: PrecisionPlan) -> None:
@@ -161,10 +162,11 @@ def wrap_policy(
         return None
     if callable(asked):
         return lambda: asked
-    if not isinstance(asked, (AbstractSet, list, tuple)) or not all(isinstance(one, type) for one in asked):
+    found: list[Any] = list(asked) if isinstance(asked, (AbstractSet, list, tuple)) else [asked]
+    if not all(isinstance(one, type) for one in found):
         raise MisconfigurationTypeError(
             f"{strategy}(auto_wrap_policy={asked!r}) is neither a set of layer classes, such as {{nn.Linear}}, nor a "
             "policy function of torch_xla.distributed.fsdp.wrap."
         )
-    classes = set(asked)
+    classes = set(found)
     return lambda: partial(library("distributed.fsdp.wrap").transformer_auto_wrap_policy, transformer_layer_cls=classes)

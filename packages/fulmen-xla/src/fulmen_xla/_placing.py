@@ -47,7 +47,7 @@ class Moves:
     def follow(self, optimizers: Sequence[Optimizer]) -> None:
         """Let optimizers that were made from a module before it was moved hold the parameters it has now."""
         for optimizer in optimizers:
-            for group in cast("list[dict[str, Any]]", optimizer.param_groups):
+            for group in optimizer.param_groups:
                 group["params"] = [self._now(parameter) for parameter in group["params"]]
             state = cast("dict[Tensor, Any]", optimizer.state)
             for old in [one for one in state if self._now(one) is not one]:

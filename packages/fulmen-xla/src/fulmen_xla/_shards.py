@@ -13,7 +13,7 @@ from fulmen_xla._library import library
 from fulmen_xla._placing import sync
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import nn
     from torch.optim import Optimizer
@@ -56,7 +56,7 @@ class Layout:
 
     def find_shards(self, placed: nn.Module) -> None:
         """Learn which shard came of which parameter."""
-        for prefix, wrapper in placed.named_modules():
+        for prefix, wrapper in cast("Iterable[tuple[str, Any]]", placed.named_modules()):
             for parameter in cast("list[Any]", getattr(wrapper, "sharded_params", None) or []):
                 name = _canonical(f"{prefix}.{parameter._orig_name}")
                 self._shards[name] = _Shard(parameter, torch.Size(parameter._orig_size), wrapper)
@@ -100,7 +100,7 @@ class Layout:
 
     def optimizer_state(self, optimizer: Optimizer, collectives: XLACollectives, *, full: bool) -> dict[str, object]:
         sync()
-        state = cast("dict[str, Any]", optimizer.state_dict())
+        state: dict[str, Any] = optimizer.state_dict()
         if not full:
             return state
         shards = self._by_number(optimizer)

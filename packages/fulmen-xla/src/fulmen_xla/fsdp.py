@@ -95,7 +95,8 @@ class XLAFSDPStrategy:
         )
         self._policy = _base.wrap_policy("XLAFSDPStrategy", auto_wrap_policy or activation_checkpointing_policy)
         self._recomputed = tuple(activation_checkpointing_policy or ())
-        if not all(isinstance(one, type) for one in self._recomputed):
+        given: list[Any] = list(activation_checkpointing_policy or ())
+        if not all(isinstance(one, type) for one in given):
             raise MisconfigurationTypeError(
                 f"XLAFSDPStrategy(activation_checkpointing_policy={activation_checkpointing_policy!r}) is not a set of "
                 "layer classes, such as {nn.Linear}."

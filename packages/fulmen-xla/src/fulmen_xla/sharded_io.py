@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from fulmen_protocols.errors import CheckpointCorrupt, CheckpointError
 from fulmen_xla._host import map_tensors
@@ -76,9 +78,9 @@ class XLAShardedCheckpointIO:
             with warnings.catch_warnings():
                 # torch's advice to a planner of torch-xla's, and to who saves without a process group on purpose.
                 warnings.simplefilter("ignore")
-                dcp.save(
+                save(
                     cast("dict[str, Any]", tensors),
-                    storage_writer=dcp.FileSystemWriter(stage),
+                    storage_writer=FileSystemWriter(stage),
                     planner=library("experimental.distributed_checkpoint").SPMDSavePlanner(),
                     no_dist=True,
                 )
@@ -113,7 +115,7 @@ class XLAShardedCheckpointIO:
         if not (folder / _REST).exists():
             return self._file.load_checkpoint(path, map_location, weights_only)
         tree = self._file.load_checkpoint(folder / _REST, None, weights_only)
-        reader = dcp.FileSystemReader(folder)
+        reader = FileSystemReader(folder)
         try:
             index = reader.read_metadata().state_dict_metadata
             tensors: dict[str, Any] = {
@@ -139,7 +141,7 @@ class XLAShardedCheckpointIO:
         tree = self._file.load_checkpoint(folder / _REST)
         targets: dict[str, Tensor] = {}
         _pair(tree, into, targets, str(folder))
-        reader = dcp.FileSystemReader(folder)
+        reader = FileSystemReader(folder)
         index = cast("dict[str, Any]", reader.read_metadata().state_dict_metadata)
         for name, target in targets.items():
             if tuple(index[name].size) != tuple(target.shape):
@@ -178,10 +180,10 @@ class XLAShardedCheckpointIO:
         self._file.teardown()
 
 
-def _load(tensors: dict[str, Any], reader: dcp.FileSystemReader, planner: Any) -> None:
+def _load(tensors: dict[str, Any], reader: FileSystemReader, planner: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=True)
+        load(tensors, storage_reader=reader, planner=planner, no_dist=True)
 
 
 def _local(path: str | os.PathLike[str]) -> Path:

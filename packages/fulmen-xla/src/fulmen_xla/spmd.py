@@ -285,7 +285,7 @@ class XLASPMDStrategy:
 
 def _original(module: nn.Module) -> nn.Module:
     """The user's module of one that ``place`` has wrapped."""
-    entry = module._modules.get("_orig_module")
+    entry: object = getattr(module, "_orig_module", None)
     return entry.module if isinstance(entry, Entry) else module
 
 
