@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-__all__ = ["Moves", "created_on_host", "sync"]
+__all__ = ["Moves", "created_on_host", "quiet_hooks", "sync"]
+
+
+def quiet_hooks() -> None:
+    """Ignore torch's notice of backward hooks on layers whose inputs need no gradient: torch-xla's shall fire there."""
+    warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
 
 
 def sync() -> None:

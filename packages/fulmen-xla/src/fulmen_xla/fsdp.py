@@ -12,7 +12,7 @@ from fulmen_protocols.errors import MisconfigurationException, MisconfigurationT
 from fulmen_xla import _base, _shards
 from fulmen_xla._entry import Entry, enter
 from fulmen_xla._library import library, require
-from fulmen_xla._placing import created_on_host
+from fulmen_xla._placing import created_on_host, quiet_hooks
 from fulmen_xla.checkpoint_io import XLACheckpointIO
 from fulmen_xla.parallel import XLAStrategy, check_replicas
 from fulmen_xla.shard_files import XLAShardFilesIO
@@ -191,6 +191,7 @@ class XLAFSDPStrategy:
                 f"strategy 'xla_fsdp' shards float32 parameters, and {strange[0]} of {type(module).__name__} is none. "
                 "Make the model in float32 and choose what it computes in by precision='bf16-true'."
             )
+        quiet_hooks()
         layout = _shards.Layout(module)
         if self.collectives.world_size > 1:
             module.to(self.root_device)

@@ -11,7 +11,7 @@ from fulmen_xla._entry import Entry
 from fulmen_xla._host import map_tensors, to_host
 from fulmen_xla._library import library, require
 from fulmen_xla._modes import start_spmd
-from fulmen_xla._placing import Moves, created_on_host, sync
+from fulmen_xla._placing import Moves, created_on_host, quiet_hooks, sync
 from fulmen_xla._random import register, seed_like_torch
 from fulmen_xla.checkpoint_io import XLACheckpointIO
 from fulmen_xla.loader import XLADeviceLoader
@@ -196,6 +196,7 @@ class XLASPMDStrategy:
         ``module`` keeps computing the same; the wrapper also spreads what its ``forward`` returns.
         """
         self._moves.move(module, self.root_device)
+        quiet_hooks()
         wrapper: Any = library("experimental.spmd_fully_sharded_data_parallel").SpmdFullyShardedDataParallel
         # Layers of a module that was placed before, for the fit before a test say, are wrapped already.
         wraps = self._policy is not None and not any(isinstance(one, wrapper) for one in module.modules())
