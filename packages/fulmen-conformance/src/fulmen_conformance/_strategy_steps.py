@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from fulmen_conformance._kit import offers
 from fulmen_protocols import (
+    BringsParts,
+    LimitsInferenceMode,
     OwnsAccumulation,
     OwnsBackward,
     OwnsOptimizerStep,
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["ABILITIES", "backward", "differences", "full_state", "gradients", "prepare", "step", "train"]
 
 ABILITIES: tuple[type, ...] = (
+    BringsParts,
+    LimitsInferenceMode,
     OwnsAccumulation,
     OwnsBackward,
     OwnsOptimizerStep,

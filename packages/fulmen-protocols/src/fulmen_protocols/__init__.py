@@ -78,6 +78,7 @@ from fulmen_protocols.storage import Storage
 from fulmen_protocols.strategy import (
     BringsParts,
     CarriesParts,
+    LimitsInferenceMode,
     OwnsAccumulation,
     OwnsBackward,
     OwnsOptimizerStep,
@@ -142,6 +143,7 @@ __all__ = [
     "Launcher",
     "LaunchesApart",
     "LayerSync",
+    "LimitsInferenceMode",
     "Logger",
     "LoggerStatus",
     "MisconfigurationException",

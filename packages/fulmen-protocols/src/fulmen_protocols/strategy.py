@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BringsParts",
     "CarriesParts",
+    "LimitsInferenceMode",
     "OwnsAccumulation",
     "OwnsBackward",
     "OwnsOptimizerStep",
@@ -165,6 +166,16 @@ class SupportsInferencePlacement(Protocol):
 
     def place_for_inference(self, module: nn.Module) -> nn.Module:
         """Return ``module`` on this process's device with the weights of rank 0, ready for evaluation."""
+        ...
+
+
+@runtime_checkable
+class LimitsInferenceMode(Protocol):
+    """A strategy whose devices may not know ``torch.inference_mode``; an evaluation then takes ``torch.no_grad``."""
+
+    @property
+    def allows_inference_mode(self) -> bool:
+        """Whether they know it."""
         ...
 
 

@@ -61,6 +61,7 @@ class XLAFSDPStrategy:
     """
 
     drives = "xla"
+    allows_inference_mode = False  # XLA tensors keep a version counter, which inference tensors have not
 
     def __init__(
         self,

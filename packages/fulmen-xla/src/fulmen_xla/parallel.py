@@ -54,6 +54,7 @@ class XLAStrategy:
     """
 
     drives = "xla"
+    allows_inference_mode = False  # XLA tensors keep a version counter, which inference tensors have not
 
     def __init__(
         self,

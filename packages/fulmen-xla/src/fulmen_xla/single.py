@@ -51,6 +51,7 @@ class SingleDeviceXLAStrategy:
     """
 
     drives = "xla"
+    allows_inference_mode = False  # XLA tensors keep a version counter, which inference tensors have not
 
     def __init__(
         self,

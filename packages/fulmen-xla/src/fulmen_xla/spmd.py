@@ -66,6 +66,7 @@ class XLASPMDStrategy:
     """
 
     drives = "xla"
+    allows_inference_mode = False  # XLA tensors keep a version counter, which inference tensors have not
 
     def __init__(
         self,
