@@ -33,7 +33,7 @@ class Tied(fulmen.LightningModule):
         self.losses: list[Any] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(F.gelu(self.second(F.gelu(self.norm(self.first(x))))))
+        return self.head(F.gelu(self.second(F.gelu(self.first(self.norm(x))))))
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         x, y = batch
