@@ -46,7 +46,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def alone(session: nox.Session) -> None:
-    """Install each package with nothing but its declared needs; run its tests and its README. [-- NAME ...]."""
+    """Install each package with nothing but its declared needs; run its tests and its README. [-- --whole NAME ...]."""
     python = environment(session)
     session.run(python, "-m", "tools.alone", *session.posargs)
 

@@ -24,7 +24,7 @@ def run(command: list[str], folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.proves("4.14", "6.18", "9.34")
-@pytest.mark.parametrize(("optimizer", "accumulate"), [("sgd", 1), ("adam", 4)])
+@pytest.mark.parametrize(("optimizer", "accumulate"), [pytest.param("sgd", 1, marks=pytest.mark.slow), ("adam", 4)])
 def test_ddp_through_the_trainer_equals_a_raw_ddp_loop_bit_for_bit(
     optimizer: str, accumulate: int, tmp_path: Path
 ) -> None:

@@ -1,10 +1,11 @@
 """Install each package with nothing but its declared needs, and see that it works.
 
-``python -m tools.alone [name ...]``
+``python -m tools.alone [--whole] [name ...]``
 
 For each package, in an environment of its own under .nox/alone: its wheel, the wheels of ours that it declares, and the
 third-party libraries that those declare. In it every module is imported; then what its tests declare is added
-(dependency group ``test``), and its tests and the Python blocks of its README run.
+(dependency group ``test``), and its tests and the Python blocks of its README run. Those that start many processes run
+only with ``--whole``: they take long, and what a package imports the others show as well.
 
 Torch is one gigabyte. It is installed once and lent by a .pth file to the packages that declare it; a package that does
 not declare it cannot see it.
@@ -130,8 +131,8 @@ def size_report(limit_mb: float, sizes: dict[str, int]) -> str:
     return line
 
 
-def check(package: Package, wheels: dict[str, Path], tools: Path, torch: Path) -> Report:
-    """Take one package through all the steps."""
+def check(package: Package, wheels: dict[str, Path], tools: Path, torch: Path, which: str) -> Report:
+    """Take one package through all the steps, with the tests whose markers are ``which``."""
     report, started = Report(package.name), time.perf_counter()
     environment = HOME / package.name
     python = str(python_of(environment))
@@ -166,7 +167,7 @@ def check(package: Package, wheels: dict[str, Path], tools: Path, torch: Path) -
             step(
                 "install for tests", *install_command(environment, [*[wheels[p.name] for p in more_ours], *more_theirs])
             )
-            step("tests", python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", str(tests))
+            step("tests", python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, str(tests))
     except Failed as failure:
         report.failed = str(failure)
     report.seconds = time.perf_counter() - started
@@ -175,6 +176,9 @@ def check(package: Package, wheels: dict[str, Path], tools: Path, torch: Path) -
 
 def main(names: list[str]) -> int:
     """Check the named packages, or all; two at a time; return 0 if every one works alone."""
+    which = "not slow and not processes"
+    if "--whole" in names:
+        names, which = [name for name in names if name != "--whole"], "not slow"
     unknown = set(names) - {package.name for package in packages()}
     if unknown:
         raise SystemExit(f"no package is named {', '.join(sorted(unknown))}")
@@ -185,7 +189,7 @@ def main(names: list[str]) -> int:
     tools, torch = shared("tests", TEST_TOOLS), shared("torch", ["torch"])
     reports = []
     with ThreadPoolExecutor(2) as pool:
-        for report in pool.map(lambda package: check(package, wheels, tools, torch), chosen):
+        for report in pool.map(lambda package: check(package, wheels, tools, torch, which), chosen):
             print(f"===== {report.package} =====")
             print("\n".join(part.strip() for part in report.output if part.strip()), flush=True)
             reports.append(report)

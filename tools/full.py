@@ -30,7 +30,7 @@ STEPS: dict[str, list[list[str]]] = {
     "lint": [[PY, "-m", "ruff", "check", "."], [PY, "-m", "ruff", "format", "--check", "."]],
     "layers": [[PY, "-m", "tools.check_layers"]],
     "api": [[PY, "-m", "tools.api"]],
-    "alone": [[PY, "-m", "tools.alone"]],
+    "alone": [[PY, "-m", "tools.alone", "--whole"]],
     "xla": [[PY, "-m", "tools.xla"]],
     "docs": [[PY, "-m", "tools.docs"]],
     "demo": [

@@ -16,7 +16,14 @@ def pages() -> list[Path]:
     return sorted(path for path in candidates if blocks(path.read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def when(page: Path) -> list[pytest.MarkDecorator]:
+    """A package's README is slow: ``alone`` runs it besides, with less installed."""
+    return [pytest.mark.slow] if page.is_relative_to(ROOT / "packages") else []
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, id=str(page.relative_to(ROOT)), marks=when(page)) for page in pages()]
+)
 def test_the_python_blocks_of_a_page_run_as_they_stand(page: Path) -> None:
     result = run(page)
 

@@ -17,7 +17,7 @@ from fulmen_checkpoint import AsyncCheckpointIO, TorchCheckpointIO, find_last
 from fulmen_checkpoint.names import is_staging
 from fulmen_protocols import CheckpointError
 
-pytestmark = pytest.mark.proves("5.13")
+pytestmark = [pytest.mark.proves("5.13"), pytest.mark.processes]
 
 # For each line "n" forks a child that saves over and over, prunes the one before, and prints each number once that save
 # has returned. Its writer's id comes first.

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from fulmen_protocols import CheckpointIO
 
+pytestmark = pytest.mark.processes
+
 
 def _read(options: dict[str, object]) -> Callable[[str], bytes | None]:
     def read(url: str) -> bytes | None:

@@ -20,6 +20,8 @@ import fulmen_conformance
 if TYPE_CHECKING:
     from types import ModuleType
 
+pytestmark = pytest.mark.processes
+
 DRILLS = Path(__file__).with_name("drills")
 
 

@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, Weig
 
 from fulmen_data import distribute_loader, set_epoch
 
+pytestmark = pytest.mark.processes
+
 WORLD = 2
 
 

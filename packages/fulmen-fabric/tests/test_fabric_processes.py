@@ -11,6 +11,8 @@ import textwrap
 import pytest
 import torch
 
+pytestmark = pytest.mark.processes
+
 COMMON = """
     import sys
     import torch

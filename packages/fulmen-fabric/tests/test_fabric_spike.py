@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+pytestmark = pytest.mark.processes
+
 
 def run(detection: SpikeDetection, losses: Sequence[float], first: int = 0) -> int | None:
     """The batch at which the loop ends, None if it goes through."""

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     from fulmen_protocols import ClusterEnvironment, Strategy, Topology
 
+pytestmark = pytest.mark.processes
+
 
 def joined(topology: Topology) -> TorchCollectives:
     strategy = DDPStrategy()

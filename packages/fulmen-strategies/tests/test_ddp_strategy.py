@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
     Check = Callable[["Rank"], None]
 
+pytestmark = pytest.mark.processes
+
 # ------------------------------------------------------------------------------------------- what the ranks train
 
 

@@ -25,6 +25,8 @@ from fulmen_protocols import MisconfigurationException, RankFailure, Topology
 from fulmen_strategies import DDPStrategy, LightningEnvironment, LocalLauncher
 from fulmen_strategies.launchers._command import script_index
 
+pytestmark = pytest.mark.processes
+
 # ---------------------------------------------------------------------------------------------------- the script
 
 

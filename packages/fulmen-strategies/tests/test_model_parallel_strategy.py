@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
     Check = Callable[["Rank"], None]
 
+pytestmark = pytest.mark.processes
+
 RANKS = 4
 SHAPES = [(1, 4), (2, 2), (4, 1)]
 # Partial sums are added in another order than one process adds them.

@@ -28,6 +28,8 @@ from fulmen_strategies import DDPStrategy, LightningEnvironment, ProcessLauncher
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.processes
+
 
 def launch(function: Callable[[], Any], method: str = "fork", processes: int = 2, launcher: Any = None) -> Any:
     environment = LightningEnvironment()

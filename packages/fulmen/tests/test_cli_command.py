@@ -11,6 +11,8 @@ import pytest
 import torch
 import yaml
 
+pytestmark = pytest.mark.processes
+
 MODULE = """
 import torch
 from torch.utils.data import DataLoader, TensorDataset

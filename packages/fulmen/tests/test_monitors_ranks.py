@@ -13,6 +13,8 @@ import pytest
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.processes
+
 SCRIPT = """
 import contextlib, io, json, os, sys, time, warnings
 import torch
