@@ -176,14 +176,14 @@ class StrategyConformance(Kit):
         finally:  # what leaks must not reach the tests that follow
             torch.set_default_dtype(before[0])
 
-    def test_a_placed_module_computes_what_the_module_computed(self, kit_ready: Strategy) -> None:
+    def test_a_placed_module_computes_what_the_module_computed(self, kit_ready: Strategy, tolerance: float) -> None:
         """On failure look at ``place``: weights changed, or left on another device."""
         module, x = tiny_net(), batches(1)[0][0]
         expected = tiny_net(device=kit_ready.root_device)(x.to(kit_ready.root_device))
 
         placed = kit_ready.place(module)
 
-        assert equal_bits(placed(x.to(kit_ready.root_device)), expected)
+        assert _same(placed(x.to(kit_ready.root_device)), expected, tolerance)
         assert {parameter.device for parameter in placed.parameters()} == {kit_ready.root_device}
 
     @pytest.mark.parametrize("optimizer", [sgd, adam], ids=["SGD with momentum", "Adam"])
@@ -265,7 +265,7 @@ class StrategyConformance(Kit):
 
         assert differences(full_state(kit_ready, module, placed), expected.state_dict(), tolerance=tolerance) == []
 
-    def test_a_bound_method_runs_the_module_s_method(self, kit_ready: Strategy) -> None:
+    def test_a_bound_method_runs_the_module_s_method(self, kit_ready: Strategy, tolerance: float) -> None:
         """``training_step`` goes through the wrapper. On failure look at ``bind_method``: arguments, result, graph."""
         need(kit_ready, SupportsBoundMethods)
         module = tiny_net()
@@ -276,10 +276,11 @@ class StrategyConformance(Kit):
         loss = bound((x, y))
 
         assert isinstance(loss, torch.Tensor)
-        assert equal_bits(loss, tiny_net(device=kit_ready.root_device).loss_of((x, y)))
+        assert _same(loss, tiny_net(device=kit_ready.root_device).loss_of((x, y)), tolerance)
         backward(kit_ready, loss, placed)
         assert all(parameter.grad is not None for parameter in placed.parameters())
-        assert equal_bits(placed(x), tiny_net(device=kit_ready.root_device)(x)), "forward itself is as before"
+        again = tiny_net(device=kit_ready.root_device)(x)
+        assert _same(placed(x), again, tolerance), "forward itself is as before"
 
     @pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
     def test_clipping_by_norm_is_pytorch_s(self, kit_ready: Strategy, norm_type: float) -> None:
@@ -323,7 +324,7 @@ class StrategyConformance(Kit):
 
         torch.testing.assert_close(gradients(placed), gradients(plain))
 
-    def test_placing_for_inference_keeps_what_is_computed(self, kit_ready: Strategy) -> None:
+    def test_placing_for_inference_keeps_what_is_computed(self, kit_ready: Strategy, tolerance: float) -> None:
         """On failure look at ``place_for_inference``: weights, device, training mode."""
         need(kit_ready, SupportsInferencePlacement)
         x = batches(1)[0][0].to(kit_ready.root_device)
@@ -331,7 +332,7 @@ class StrategyConformance(Kit):
         placed = cast("SupportsInferencePlacement", kit_ready).place_for_inference(tiny_net())
 
         with torch.no_grad():
-            assert equal_bits(placed(x), tiny_net(device=kit_ready.root_device)(x))
+            assert _same(placed(x), tiny_net(device=kit_ready.root_device)(x), tolerance)
 
     def test_a_precision_plan_is_honoured_or_refused(
         self, strategy: Strategy, kit_topology: Topology, tolerance: float
@@ -488,6 +489,12 @@ class StrategyConformance(Kit):
     def test_the_group_can_be_left_and_joined_again(self, kit_check: Callable[[str], None]) -> None:
         """Two whole cycles, ``teardown`` twice each. On failure look at process groups that stay behind."""
         kit_check("two_cycles")
+
+
+def _same(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    return equal_bits(got, expected) or bool(
+        tolerance and torch.allclose(got.cpu(), expected.cpu(), rtol=tolerance, atol=tolerance)
+    )
 
 
 def _weights_after_training(

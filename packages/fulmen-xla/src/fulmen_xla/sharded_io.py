@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import shutil
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from fulmen_protocols.errors import CheckpointCorrupt, CheckpointError
+from fulmen_xla._dcp_index import SafeReader
 from fulmen_xla._host import map_tensors
 from fulmen_xla._library import library, require
 from fulmen_xla._placing import sync
@@ -37,7 +40,7 @@ class XLAShardedCheckpointIO:
     """Writes each device's shards by torch-xla's ``SPMDSavePlanner`` and reads them by its ``SPMDLoadPlanner``.
 
     No tensor is put together on the host, neither to save it nor to load it into a placed model (``load_sharded``). A
-    folder is written under a name of its own and renamed when it is complete; it lives on a local path. Its tensors can
+    folder is written under a name of its own, with a digest of each file, and renamed when it is complete; it lives on a local path. Its tensors can
     be read by ``torch.distributed.checkpoint.load`` on any machine.
 
     Args:
@@ -84,7 +87,7 @@ class XLAShardedCheckpointIO:
                     planner=library("experimental.distributed_checkpoint").SPMDSavePlanner(),
                     no_dist=True,
                 )
-            self._file.save_checkpoint(tree, stage / _REST)
+            self._file.save_checkpoint({"tree": tree, "files": _digests(stage)}, stage / _REST)
             _replace(folder, stage)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
@@ -114,8 +117,8 @@ class XLAShardedCheckpointIO:
         folder = Path(os.fspath(path))
         if not (folder / _REST).exists():
             return self._file.load_checkpoint(path, map_location, weights_only)
-        tree = self._file.load_checkpoint(folder / _REST, None, weights_only)
-        reader = FileSystemReader(folder)
+        tree = self._read_rest(folder, weights_only)
+        reader = SafeReader(folder)
         try:
             index = reader.read_metadata().state_dict_metadata
             tensors: dict[str, Any] = {
@@ -123,6 +126,8 @@ class XLAShardedCheckpointIO:
                 for name, entry in index.items()
             }
             _load(tensors, reader, None)
+        except CheckpointError:
+            raise
         except Exception as error:
             raise _damaged(folder, error) from error
         if map_location is not None:
@@ -138,10 +143,10 @@ class XLAShardedCheckpointIO:
             CheckpointError: ``into`` has a tensor that the checkpoint has not, or has in another shape.
         """
         folder = _local(path)
-        tree = self._file.load_checkpoint(folder / _REST)
+        tree = self._read_rest(folder, None)
         targets: dict[str, Tensor] = {}
         _pair(tree, into, targets, str(folder))
-        reader = FileSystemReader(folder)
+        reader = SafeReader(folder)
         index = cast("dict[str, Any]", reader.read_metadata().state_dict_metadata)
         for name, target in targets.items():
             if tuple(index[name].size) != tuple(target.shape):
@@ -163,9 +168,22 @@ class XLAShardedCheckpointIO:
             }
             if others:
                 _load(others, reader, None)
+        except CheckpointError:
+            raise
         except Exception as error:
             raise _damaged(folder, error) from error
         return cast("dict[str, object]", _put_back(tree, {**others, **targets}))
+
+    def _read_rest(self, folder: Path, weights_only: bool | None) -> object:
+        """What is no tensor, after every file has been compared with its digest."""
+        rest: dict[str, Any] = self._file.load_checkpoint(folder / _REST, None, weights_only)
+        found = _digests(folder)
+        damaged = [name for name, digest in rest["files"].items() if found.get(name) != digest]
+        if damaged:
+            raise CheckpointCorrupt(
+                f"{str(folder)!r} is damaged: {damaged[0]!r} is not as it was written, or missing. Load another one."
+            )
+        return cast("object", rest["tree"])
 
     def verify_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Read all of it, and throw it away. Raises as ``load_checkpoint``."""
@@ -180,7 +198,17 @@ class XLAShardedCheckpointIO:
         self._file.teardown()
 
 
-def _load(tensors: dict[str, Any], reader: FileSystemReader, planner: Any) -> None:
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of torch's, in hexadecimal."""
+    found: dict[str, str] = {}
+    for file in sorted(folder.iterdir()):
+        if file.name != _REST:
+            with file.open("rb") as stream:
+                found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def _load(tensors: dict[str, Any], reader: SafeReader, planner: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         load(tensors, storage_reader=reader, planner=planner, no_dist=True)
@@ -211,7 +239,8 @@ def _put_back(tree: object, tensors: Mapping[str, Tensor]) -> object:
         entries = cast("dict[object, object]", tree)
         if set(entries) == {_TENSOR}:
             return tensors[cast("str", entries[_TENSOR])]
-        return {key: _put_back(value, tensors) for key, value in entries.items()}
+        changed = {key: _put_back(value, tensors) for key, value in entries.items()}
+        return changed if type(entries) is dict else OrderedDict(changed)  # pickles of plain data hold no other mapping
     if isinstance(tree, (list, tuple)):
         items = [_put_back(value, tensors) for value in cast("list[object]", tree)]
         return items if isinstance(tree, list) else tuple(items)
