@@ -55,6 +55,6 @@ class _Unpickler(pickle.Unpickler):
         if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath"):
             return PosixPath if name == "PosixPath" else WindowsPath
         raise CheckpointUnsafe(
-            f"the index of a checkpoint names {module}.{name}, which no index of torch.distributed.checkpoint holds. It "
-            "was not read."
+            f"the index of a checkpoint names {module}.{name}, which no index of torch.distributed.checkpoint holds. "
+            "It was not read."
         )

@@ -40,8 +40,8 @@ class XLAShardedCheckpointIO:
     """Writes each device's shards by torch-xla's ``SPMDSavePlanner`` and reads them by its ``SPMDLoadPlanner``.
 
     No tensor is put together on the host, neither to save it nor to load it into a placed model (``load_sharded``). A
-    folder is written under a name of its own, with a digest of each file, and renamed when it is complete; it lives on a local path. Its tensors can
-    be read by ``torch.distributed.checkpoint.load`` on any machine.
+    folder is written under a name of its own, with a digest of each file, and renamed when it is complete; it lives on
+    a local path. Its tensors can be read by ``torch.distributed.checkpoint.load`` on any machine.
 
     Args:
         checkpoint_io: writes and reads what is no folder of this kind; None: the one that is registered as ``"torch"``.
