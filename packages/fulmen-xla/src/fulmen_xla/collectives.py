@@ -64,7 +64,7 @@ class XLACollectives:
     def broadcast_object(self, value: T, source: int = 0) -> T:
         """A picklable object of rank ``source``."""
         self._require_rank(source)
-        return self._exchange(value if self.rank == source else None)[source]
+        return cast("T", self._exchange(value if self.rank == source else None)[source])
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp = "mean") -> Tensor:
         """A new tensor combining ``tensor`` over ranks; an integer ``mean`` is rounded down.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fulmen_protocols.errors import MisconfigurationException
 from fulmen_xla import _base
@@ -163,7 +163,7 @@ class XLAStrategy:
                 library("core.xla_model").broadcast_master_param(module)
             for parameter in module.parameters():
                 if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(self._reduce)
+                    cast("Any", parameter).register_post_accumulate_grad_hook(self._reduce)
         return module
 
     def place_for_inference(self, module: nn.Module) -> nn.Module:
