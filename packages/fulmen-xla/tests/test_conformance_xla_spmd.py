@@ -155,7 +155,7 @@ def test_the_numbers_are_those_of_one_device(strategy: XLASPMDStrategy) -> None:
         loss = F.mse_loss(placed(x), y)
         loss.backward()
         strategy.optimizer_step(optimizer, placed)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
 
     plain = network()
     optimizer = torch.optim.Adam(plain.parameters(), 0.01)
@@ -165,7 +165,7 @@ def test_the_numbers_are_those_of_one_device(strategy: XLASPMDStrategy) -> None:
         loss = F.mse_loss(plain(x), y)
         loss.backward()
         optimizer.step()
-        expected.append(float(loss))
+        expected.append(float(loss.detach()))
     assert losses == pytest.approx(expected, rel=1e-5)
 
 

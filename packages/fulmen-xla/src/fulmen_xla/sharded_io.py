@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import secrets
@@ -26,6 +27,8 @@ from fulmen_xla.checkpoint_io import XLACheckpointIO
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch.distributed.checkpoint.planner import SavePlan
 
     from fulmen_protocols.checkpoint_io import CheckpointIO
 
@@ -75,6 +78,7 @@ class XLAShardedCheckpointIO:
 
         tree = cast("dict[str, object]", map_tensors(name, checkpoint))
         sync()
+        library("core.xla_model").wait_device_ops()
         folder.parent.mkdir(parents=True, exist_ok=True)
         stage = folder.with_name(f".{folder.name}.part-{secrets.token_hex(4)}")
         try:
@@ -84,8 +88,14 @@ class XLAShardedCheckpointIO:
                 save(
                     cast("dict[str, Any]", tensors),
                     storage_writer=FileSystemWriter(stage),
-                    planner=library("experimental.distributed_checkpoint").SPMDSavePlanner(),
+                    planner=_planner(),
                     no_dist=True,
+                )
+            lost = tensors.keys() - SafeReader(stage).read_metadata().state_dict_metadata.keys()
+            if lost:
+                raise CheckpointError(
+                    f"the checkpoint {str(folder)!r} was not written: torch-xla's planner has left out {len(lost)} "
+                    f"of {len(tensors)} tensors, which are on no device yet. Call torch_xla.sync() before saving."
                 )
             self._file.save_checkpoint({"tree": tree, "files": _digests(stage)}, stage / _REST)
             _replace(folder, stage)
@@ -196,6 +206,20 @@ class XLAShardedCheckpointIO:
     def teardown(self) -> None:
         """Let the other IO finish."""
         self._file.teardown()
+
+
+def _planner() -> Any:
+    """torch-xla's, which would leave out a shard of which two devices have a copy: both would count as the second."""
+    planner: Any = library("experimental.distributed_checkpoint").SPMDSavePlanner()
+    plan_all = planner.create_local_plan
+
+    def plan_each_once() -> SavePlan:
+        plan: SavePlan = plan_all()
+        first = {item.index: item for item in reversed(plan.items)}
+        return dataclasses.replace(plan, items=[item for item in plan.items if first[item.index] is item])
+
+    planner.create_local_plan = plan_each_once
+    return planner
 
 
 def _digests(folder: Path) -> dict[str, str]:
