@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -43,7 +44,7 @@ class XLACollectives:
         """Run what is recorded, and wait for the others."""
         library().sync()
         self._xm.wait_device_ops()
-        self._xm.rendezvous(f"fulmen {name}")
+        self._meet(f"fulmen {name}", b"")
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """``tensor`` of rank ``source``, written in place on the others.
@@ -96,8 +97,14 @@ class XLACollectives:
 
     def _exchange(self, value: Any) -> list[Any]:
         # The payloads come from our own replicas.
-        told: list[bytes] = self._xm.rendezvous("fulmen objects", pickle.dumps(value))
+        told = self._meet("fulmen objects", pickle.dumps(value))
         return [cast("object", pickle.loads(one)) for one in told]
+
+    def _meet(self, tag: str, payload: bytes) -> list[bytes]:
+        with warnings.catch_warnings():
+            # torch-xla itself calls what it has deprecated.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return cast("list[bytes]", self._xm.rendezvous(tag, payload))
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(library().device())
