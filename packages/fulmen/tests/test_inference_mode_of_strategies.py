@@ -34,7 +34,12 @@ def test_predicting_takes_inference_mode_only_where_the_strategy_knows_it(
     strategy: type[SingleDeviceStrategy], inference_mode: bool, tmp_path: Path
 ) -> None:
     trainer = fulmen.Trainer(
-        accelerator="cpu", strategy=strategy(), logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+        accelerator="cpu",
+        strategy=strategy(),
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
     )
 
     seen = trainer.predict(Model(), DataLoader(TensorDataset(torch.zeros(2, 2))))
