@@ -77,7 +77,7 @@ def quantized(session: nox.Session) -> None:
 
 @nox.session
 def xla(session: nox.Session) -> None:
-    """Install torch-xla with its own torch and test fulmen-xla on it: one device of the CPU runtime, and four as one."""
+    """Install torch-xla with its own torch and test fulmen-xla on its CPU runtime: one device, and four as one."""
     session.run(sys.executable, "-m", "tools.xla", *session.posargs, external=True)
 
 
