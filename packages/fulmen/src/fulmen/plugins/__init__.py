@@ -32,12 +32,22 @@ from fulmen_strategies import (
 
 if TYPE_CHECKING:
     from fulmen_deepspeed import DeepSpeedPrecision as DeepSpeedPrecision
+    from fulmen_xla import XLACheckpointIO as XLACheckpointIO
+    from fulmen_xla import XLAEnvironment as XLAEnvironment
+    from fulmen_xla import XLAPrecision as XLAPrecision
+    from fulmen_xla import XLAShardedCheckpointIO as XLAShardedCheckpointIO
 
 _REFUSED = {
     "FSDPPrecision": "FSDPStrategy applies every precision itself; write Trainer(precision='bf16-mixed') or "
     "FSDPStrategy(mixed_precision=...)",
 }
-_ELSEWHERE = {"DeepSpeedPrecision": "fulmen_deepspeed"}
+_ELSEWHERE = {
+    "DeepSpeedPrecision": "fulmen_deepspeed",
+    "XLACheckpointIO": "fulmen_xla",
+    "XLAEnvironment": "fulmen_xla",
+    "XLAPrecision": "fulmen_xla",
+    "XLAShardedCheckpointIO": "fulmen_xla",
+}
 
 __all__ = [
     "AsyncCheckpointIO",

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from fulmen_strategies import FSDPStrategy as FSDPStrategy
     from fulmen_strategies import ModelParallelStrategy as ModelParallelStrategy
     from fulmen_strategies import SingleDeviceStrategy as SingleDeviceStrategy
+    from fulmen_xla import SingleDeviceXLAStrategy as SingleDeviceXLAStrategy
+    from fulmen_xla import XLAFSDPStrategy as XLAFSDPStrategy
+    from fulmen_xla import XLASPMDStrategy as XLASPMDStrategy
+    from fulmen_xla import XLAStrategy as XLAStrategy
 
 _HOME = {
     "DDPStrategy": "fulmen_strategies",
@@ -20,7 +24,11 @@ _HOME = {
     "FSDPStrategy": "fulmen_strategies",
     "ModelParallelStrategy": "fulmen_strategies",
     "SingleDeviceStrategy": "fulmen_strategies",
+    "SingleDeviceXLAStrategy": "fulmen_xla",
     "Strategy": "fulmen_protocols",
+    "XLAFSDPStrategy": "fulmen_xla",
+    "XLASPMDStrategy": "fulmen_xla",
+    "XLAStrategy": "fulmen_xla",
 }
 _REFUSED = {
     "ParallelStrategy": "a strategy of several processes needs no base class; what it has besides a Strategy are its "
