@@ -262,7 +262,7 @@ class Runs:
 
         class Watching(Adam):
             def on_before_optimizer_step(self, optimizer: Any) -> None:
-                seen["gradients"] = str(next(self.parameters()).grad.device.type)  # type: ignore[union-attr]
+                seen["gradients"] = str(next(self.parameters()).grad.device.type)  # type: ignore[union-attr]  # known to be there
 
         model = Watching()
         model.metric = torchmetrics.MeanMetric()

@@ -176,7 +176,7 @@ def test_a_trainer_takes_one_plugin_of_each_kind_and_a_fabric_no_layer_sync() ->
     sync = DoublesLayers()
     plugins = [DoublePrecision(), TorchCheckpointIO(), LightningEnvironment(), sync]
     quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 1}
-    trainer = fulmen.Trainer(plugins=plugins, **quiet)  # type: ignore[arg-type]
+    trainer = fulmen.Trainer(plugins=plugins, **quiet)  # type: ignore[arg-type]  # wrong on purpose
     assert trainer.assembly.layer_sync is sync
     assert trainer.assembly.precision is plugins[0]
     for twice, noun in (
@@ -186,10 +186,10 @@ def test_a_trainer_takes_one_plugin_of_each_kind_and_a_fabric_no_layer_sync() ->
         ([sync, TorchSyncBatchNorm()], "layer sync"),
     ):
         with pytest.raises(MisconfigurationException, match=f"2 of them are a {noun} .* Give at most one"):
-            fulmen.Trainer(plugins=twice, **quiet)  # type: ignore[arg-type]
+            fulmen.Trainer(plugins=twice, **quiet)  # type: ignore[arg-type]  # wrong on purpose
     for wrong in (object(), "ddp"):
         with pytest.raises(MisconfigurationTypeError, match="plugins: "):
-            fulmen.Trainer(plugins=[wrong], **quiet)  # type: ignore[arg-type]
+            fulmen.Trainer(plugins=[wrong], **quiet)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(MisconfigurationException, match="DoublesLayers is a layer sync, which a Trainer applies"):
         fulmen.Fabric(accelerator="cpu", plugins=[sync])
 

@@ -15,11 +15,13 @@ NAMES = (
     "memory",
     "instructions",
     "gpu_overhead",
+    "deepspeed",
     "float8",
     "scaling",
     "async_save",
     "checkpoint",
     "logging",
+    "sinks",
 )
 
 

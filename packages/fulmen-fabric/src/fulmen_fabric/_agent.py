@@ -18,8 +18,10 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from fulmen_fabric._devices import find_accelerator, find_devices
 from fulmen_fabric._hanging import end_hanging_children
-from fulmen_fabric._resolve import Notes, find_accelerator, find_devices, find_precision
+from fulmen_fabric._notes import Notes
+from fulmen_fabric._precisions import find_precision
 from fulmen_protocols import STRATEGIES, available, did_you_mean, read_positions
 
 if TYPE_CHECKING:
@@ -30,9 +32,9 @@ if TYPE_CHECKING:
     from fulmen_fabric.run import Request
     from fulmen_protocols import Position
 
-__all__ = ["Processes", "plan", "supervise"]
+__all__ = ["Processes", "endpoint", "plan", "supervise"]
 
-_DEFAULT_PORT = 29400
+_DEFAULT_ADDRESS, _DEFAULT_PORT = "127.0.0.1", 29400
 _ENDED_BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM)
 _NOT_BY_AN_AGENT = ("spawn", "fork", "notebook", "xla")
 _AGENT = "FULMEN_LAUNCHED"
@@ -76,7 +78,7 @@ def plan(request: Request) -> Processes:
     if request.strategy is not None and (refusal := _refuse_strategy(request.strategy, available(STRATEGIES))):
         notes.conflicts.add(refusal)
     if request.precision is not None:
-        find_precision(request.precision, None, found[1][0].type if found else None, notes)
+        find_precision(request.precision, None, None, found[1][0].type if found else None, notes)
     count = len(found[0]) if found else 1
     if request.min_devices is not None and request.min_devices > count:
         notes.conflicts.add(f"--min-devices={request.min_devices} is more than the {count} of --devices={asked!r}.")
@@ -130,6 +132,12 @@ def supervise(request: Request, processes: Processes) -> int:
             return 0
 
 
+def endpoint(request: Request) -> str:
+    """Where the agents of all nodes meet: host and port of node 0; port 0 is any that is free."""
+    port = request.main_port or (0 if request.num_nodes == 1 else _DEFAULT_PORT)
+    return f"{request.main_address or _DEFAULT_ADDRESS}:{port}"
+
+
 def _devices_argument(request: Request, processes: Processes) -> str:
     return request.devices if request.strategy == "dp" else processes.as_argument()
 
@@ -140,11 +148,7 @@ def _launch(request: Request, processes: Processes, max_restarts: int) -> None:
     Raises:
         _Failed: one has failed, and all have ended.
     """
-    address = request.main_address or "127.0.0.1"
-    if request.num_nodes == 1 and request.main_port is None:
-        endpoint = f"{address}:0"
-    else:
-        endpoint = f"{address}:{request.main_port or _DEFAULT_PORT}"
+    address = request.main_address or _DEFAULT_ADDRESS
     configs: dict[str, object] = {"is_host": request.node_rank == 0}
     backend = "c10d"
     if request.num_nodes > 1 and max_restarts == 0:
@@ -158,7 +162,7 @@ def _launch(request: Request, processes: Processes, max_restarts: int) -> None:
         logs_specs=DefaultLogsSpecs(log_dir=folder),
         run_id=uuid.uuid4().hex if request.num_nodes == 1 else "fulmen",
         rdzv_backend=backend,
-        rdzv_endpoint=endpoint,
+        rdzv_endpoint=endpoint(request),
         rdzv_configs=configs,
         max_restarts=max_restarts,
         # A host's own name cannot always be resolved.

@@ -27,6 +27,7 @@ from fulmen_strategies._sharded.casting import Casting
 from fulmen_strategies._sharded.checks import wrapped_by_first_fsdp
 from fulmen_strategies._sharded.entry import ShardedEntry, sharded_entry
 from fulmen_strategies._sharded.materialise import is_on_meta, materialise
+from fulmen_strategies._sharded.open_gradients import has_open_gradients, load_open_gradients, open_gradients
 from fulmen_strategies._sharded.replaced import Replaced
 
 if TYPE_CHECKING:
@@ -405,6 +406,27 @@ class FSDPStrategy:
     def load_optimizer_state(self, module: nn.Module, optimizer: Optimizer, state: Mapping[str, object]) -> None:
         """Load what ``optimizer_state`` gave, of either kind, from any number of ranks."""
         states.load_optimizer_state(optimizer, state, self.collectives)
+
+    def has_open_gradients(self, module: nn.Module) -> bool:
+        """Whether this rank holds any gradient, reduced or not."""
+        entry = _entry(module)
+        return has_open_gradients(entry, entry.module)
+
+    def open_gradients(self, module: nn.Module, *, full: bool) -> Mapping[str, object]:
+        """The state of every rank's gradients; ``full`` as in ``module_state``."""
+        entry = _entry(module)
+        entry.reshard_all()
+        return open_gradients(entry, entry.module, self.collectives, full=full)
+
+    def load_open_gradients(self, module: nn.Module, state: Mapping[str, object]) -> None:
+        """Load what ``open_gradients`` gave.
+
+        Raises:
+            CheckpointError: ranks have gradients of their own in it, and there are other ranks now.
+        """
+        entry = _entry(module)
+        entry.reshard_all()
+        load_open_gradients(entry, entry.module, self.collectives, state)
 
 
 def cpu_offload(**options: Any) -> FSDPStrategy:

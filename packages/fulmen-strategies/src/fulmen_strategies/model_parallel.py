@@ -21,6 +21,7 @@ from fulmen_strategies._sharded import states
 from fulmen_strategies._sharded.checks import overrides_configure_model, refuse_unreduced, wrapped_by_first_fsdp
 from fulmen_strategies._sharded.gradients import clip_by_norm, clip_by_value, parameters_of
 from fulmen_strategies._sharded.materialise import is_on_meta, materialise
+from fulmen_strategies._sharded.open_gradients import has_open_gradients, load_open_gradients, open_gradients
 from fulmen_strategies._sharded.replaced import Replaced
 from fulmen_strategies._sharded.replicas import dimensions, share_values
 from fulmen_strategies.collectives import TorchCollectives
@@ -358,6 +359,24 @@ class ModelParallelStrategy:
         if self._stages is not None:
             state = self._stages.own_optimizer(state, [len(group["params"]) for group in optimizer.param_groups])
         states.load_optimizer_state(optimizer, state, self._own_stage)
+
+    def has_open_gradients(self, module: nn.Module) -> bool:
+        """Whether this rank holds any gradient, reduced or not."""
+        return has_open_gradients(module, module)
+
+    def open_gradients(self, module: nn.Module, *, full: bool) -> Mapping[str, object]:
+        """The state of every rank's gradients; ``full`` as in ``module_state``."""
+        states.reshard(module)
+        return open_gradients(module, module, self.collectives, full=full)
+
+    def load_open_gradients(self, module: nn.Module, state: Mapping[str, object]) -> None:
+        """Load what ``open_gradients`` gave.
+
+        Raises:
+            CheckpointError: ranks have gradients of their own in it, and there are other ranks now.
+        """
+        states.reshard(module)
+        load_open_gradients(module, module, self.collectives, state)
 
 
 def _has_stages(mesh: DeviceMesh) -> bool:
