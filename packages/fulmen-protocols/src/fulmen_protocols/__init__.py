@@ -1,9 +1,10 @@
 """The seams between fulmen's packages: protocols, value types, errors and discovery. Imports no torch."""
 
-from fulmen_protocols.accelerator import Accelerator, SupportsDeviceStats
+from fulmen_protocols.accelerator import Accelerator, SupportsDeviceStats, SupportsStrategyChoice
 from fulmen_protocols.callback import HOOKS, Callback
 from fulmen_protocols.checkpoint_io import (
     CheckpointIO,
+    RecognisesFolders,
     SupportsAsyncSave,
     SupportsContentCheck,
     SupportsShardedSave,
@@ -14,6 +15,14 @@ from fulmen_protocols.cluster_environment import ClusterEnvironment, SupportsReq
 from fulmen_protocols.collectives import Collectives, ReduceOp, SupportsPatientBarrier
 from fulmen_protocols.command import Command
 from fulmen_protocols.discovery import available, check, load, load_factory, missing_members
+from fulmen_protocols.engine import (
+    OwnsCheckpoints,
+    OwnsGradClipping,
+    OwnsOptimizers,
+    OwnsSchedulers,
+    SupportsBatchSize,
+    SupportsWindowEnds,
+)
 from fulmen_protocols.errors import (
     BackendNotFound,
     BackendUnavailable,
@@ -77,7 +86,9 @@ from fulmen_protocols.seams import (
 from fulmen_protocols.stateful import Optimizable, Stateful, Steppable
 from fulmen_protocols.storage import Storage
 from fulmen_protocols.strategy import (
+    BringsParts,
     CarriesParts,
+    LimitsInferenceMode,
     OwnsAccumulation,
     OwnsBackward,
     OwnsOptimizerStep,
@@ -125,6 +136,7 @@ __all__ = [
     "Accelerator",
     "BackendNotFound",
     "BackendUnavailable",
+    "BringsParts",
     "BrokenPlugin",
     "Callback",
     "CarriesParts",
@@ -142,6 +154,7 @@ __all__ = [
     "Launcher",
     "LaunchesApart",
     "LayerSync",
+    "LimitsInferenceMode",
     "Logger",
     "LoggerStatus",
     "MisconfigurationException",
@@ -152,13 +165,18 @@ __all__ = [
     "Optimizable",
     "OwnsAccumulation",
     "OwnsBackward",
+    "OwnsCheckpoints",
+    "OwnsGradClipping",
     "OwnsOptimizerStep",
+    "OwnsOptimizers",
+    "OwnsSchedulers",
     "Position",
     "Precision",
     "PrecisionPlan",
     "Profiler",
     "ProgressReporter",
     "RankFailure",
+    "RecognisesFolders",
     "ReduceOp",
     "Seam",
     "Stateful",
@@ -168,6 +186,7 @@ __all__ = [
     "StrategyParts",
     "SupportsAdvice",
     "SupportsAsyncSave",
+    "SupportsBatchSize",
     "SupportsBoundMethods",
     "SupportsCallingThread",
     "SupportsCheckpointUpload",
@@ -207,8 +226,10 @@ __all__ = [
     "SupportsShardedSave",
     "SupportsShardedState",
     "SupportsStateKindChoice",
+    "SupportsStrategyChoice",
     "SupportsVerification",
     "SupportsWaitingRows",
+    "SupportsWindowEnds",
     "SupportsWorldCheck",
     "Topology",
     "Whereabouts",

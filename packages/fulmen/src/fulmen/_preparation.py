@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
+from fulmen import _engine
 from fulmen.optimizer import parse_optimizers
 from fulmen.states import TrainerFn
+from fulmen.utilities.parameter_tying import find_shared_parameters, set_shared_parameters
 from fulmen_fabric import move_data_to_device, rank_zero_info
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
@@ -116,7 +118,10 @@ def give_back(session: Session) -> None:
     _pass_on_advice(session)
     if session.world.device.type == "cpu" or supports(session.assembly.strategy, SupportsShardedState):
         return
+    # On devices whose tensors are of another kind (XLA) a moved parameter is a new one, and sharing would be lost.
+    shared = find_shared_parameters(session.module)
     session.module.cpu()
+    set_shared_parameters(session.module, shared)
     cpu = torch.device("cpu")
     for optimizer in session.optimizers:
         for parameter, state in optimizer.state.items():
@@ -131,6 +136,9 @@ def make_optimizers(session: Session, *, steps_own_schedulers: bool) -> None:
         steps_own_schedulers: whether the module has its own ``lr_scheduler_step``, and so may use any scheduler.
     """
     module = session.module
+    if _engine.makes_optimizers(session.assembly.strategy):
+        session.optimizers, session.schedulers = _engine.made_optimizers(session)
+        return
     returned = session.scoped("configure_optimizers", module.configure_optimizers)()
     optimizers, session.schedulers = parse_optimizers(
         returned,
@@ -139,6 +147,7 @@ def make_optimizers(session: Session, *, steps_own_schedulers: bool) -> None:
     )
     assert session.placed is not None
     session.optimizers = list(session.assembly.strategy.prepare_optimizers(session.placed, optimizers))
+    session.schedulers += _engine.made_schedulers(session)
     for optimizer in session.optimizers:
         bring_state(optimizer)
     precision = session.assembly.precision

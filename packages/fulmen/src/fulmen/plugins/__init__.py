@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fulmen._layer_sync import TorchSyncBatchNorm
-from fulmen._not_here import not_here
+from fulmen._not_here import elsewhere
 from fulmen_checkpoint import (
     AsyncCheckpointIO,
     SafetensorsCheckpointIO,
@@ -30,9 +30,23 @@ from fulmen_strategies import (
     TorchElasticEnvironment,
 )
 
+if TYPE_CHECKING:
+    from fulmen_deepspeed import DeepSpeedPrecision as DeepSpeedPrecision
+    from fulmen_xla import XLACheckpointIO as XLACheckpointIO
+    from fulmen_xla import XLAEnvironment as XLAEnvironment
+    from fulmen_xla import XLAPrecision as XLAPrecision
+    from fulmen_xla import XLAShardedCheckpointIO as XLAShardedCheckpointIO
+
 _REFUSED = {
     "FSDPPrecision": "FSDPStrategy applies every precision itself; write Trainer(precision='bf16-mixed') or "
     "FSDPStrategy(mixed_precision=...)",
+}
+_ELSEWHERE = {
+    "DeepSpeedPrecision": "fulmen_deepspeed",
+    "XLACheckpointIO": "fulmen_xla",
+    "XLAEnvironment": "fulmen_xla",
+    "XLAPrecision": "fulmen_xla",
+    "XLAShardedCheckpointIO": "fulmen_xla",
 }
 
 __all__ = [
@@ -65,4 +79,4 @@ __all__ = [
 if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that is found here
 
     def __getattr__(name: str) -> object:
-        raise not_here("fulmen.plugins", name, _REFUSED)
+        return elsewhere("fulmen.plugins", name, _ELSEWHERE, _REFUSED)
