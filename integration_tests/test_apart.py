@@ -198,7 +198,7 @@ def work(fabric: fulmen.Fabric, offset: float) -> dict[str, float]:
 
 
 @pytest.mark.proves("4.3")
-@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook"])
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
 def test_a_fabric_runs_a_function_in_new_processes(strategy: str) -> None:
     fabric = fulmen.Fabric(accelerator="cpu", devices=2, strategy=strategy)
     assert fabric.launch(work, 1.0) == {"total": 3.0, "rank": 0, "gradient": 0.5}

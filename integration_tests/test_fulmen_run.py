@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from fulmen_fabric._agent import plan
+from fulmen_fabric._agent import _Failed, plan
 from fulmen_fabric.run import command, parse
-from fulmen_protocols import MisconfigurationException
+from fulmen_protocols import MisconfigurationException, Whereabouts
 from fulmen_protocols.cli import main
+from fulmen_strategies.launchers._failure import Failure, record_exception
 
 SCRIPT = Path(__file__).with_name("run_script.py")
 STEPS = 3 * 96 // 12  # epochs x samples over two ranks' batches of 6
@@ -131,8 +133,11 @@ def test_training_goes_on_from_the_last_checkpoint_when_a_process_is_lost(kind: 
     assert found[0]["steps"][-1] == STEPS
     how = "was killed by signal 9" if kind == "kill" else "ended with exit code 1"
     # The agent looks ten times a second; on a busy machine it may see first how the other process ended in consequence.
-    assert f"{how}; all processes start again" in done.stderr
-    assert [f"start again (restart {number} of 3)." in done.stderr for number in (1, 2, 3)] == [True, True, False]
+    lines = [line for line in done.stderr.splitlines() if "; all processes start again (restart " in line]
+    assert [f"(restart {number} of 3)." in line for number, line in enumerate(lines, start=1)] == [True, True]
+    assert any(how in line for line in lines)
+    for number, line in enumerate(lines, start=1):
+        assert f", at step {3 * number}, in training, epoch 0, batch {3 * number}) " in line
 
 
 @pytest.mark.slow
@@ -154,8 +159,10 @@ def test_one_run_survives_ten_kills(tmp_path: Path) -> None:
 def test_it_ends_when_no_restart_is_left(tmp_path: Path) -> None:
     done = run("--devices", 2, "--max-restarts", 1, SCRIPT, "kill", tmp_path, 9)
     assert done.returncode == 128 + signal.SIGKILL
-    assert "rank 1 of 2" in done.stderr
-    assert "was killed by SIGKILL" in done.stderr.splitlines()[-1]
+    head, last = done.stderr.splitlines()[-2:]
+    assert head.startswith("rank 1 of 2 (process ")
+    assert "was killed by SIGKILL first, at step 6, in training, epoch 0, batch 6; the run was ended." in head
+    assert last.startswith("[rank1]: was killed by SIGKILL")
     assert not results(tmp_path, "trained")
 
 
@@ -174,6 +181,39 @@ def test_fewer_than_min_devices_are_an_end(tmp_path: Path) -> None:
     done = run("--devices", 2, "--min-devices", 2, "--max-restarts", 2, SCRIPT, "kill", tmp_path, 3)
     assert done.returncode == 128 + signal.SIGKILL
     assert len(list(tmp_path.glob("life-*-1"))) == 1
+
+
+@pytest.mark.proves("4.34")
+@pytest.mark.parametrize("ends_first", [0, 2])
+def test_it_goes_on_without_the_one_that_hung_and_not_the_one_that_waited_for_it(
+    ends_first: int, tmp_path: Path
+) -> None:
+    attempt = tmp_path / "run" / "attempt_0"
+    files = {rank: attempt / str(rank) / "error.json" for rank in (0, 1, 2)}
+    for file in files.values():
+        file.parent.mkdir(parents=True)
+    Whereabouts(str(attempt / "at.2"))  # of this process
+    own = RuntimeError("gloo: timed out waiting for 8000ms")
+    hung = Failure(
+        rank=2, world_size=4, pid=77, exit_code=None, trace="line 1\nline 2", time_s=0.0, is_consequence=False,
+        kept_waiting="it had begun 3 collectives, and the others 4",
+    )  # fmt: skip
+    record_exception(str(files[0]), own, hung)
+    record_exception(str(files[1]), own)  # which does not know for whom it has waited
+    seen = {
+        rank: ProcessFailure(local_rank=rank, pid=os.getpid(), exitcode=1, error_file=str(files[rank]))
+        for rank in {1, ends_first}
+    }
+
+    failed = _Failed(ChildFailedError("script", seen), 4, str(tmp_path))
+
+    assert (failed.local_rank, failed.exit_status) == (2, 1)
+    assert failed.report("3 processes go on without it (1 restarts are left)").splitlines() == [
+        "rank 2 of 4 (process 77) kept the others waiting: it had begun 3 collectives, and the others 4; "
+        "3 processes go on without it (1 restarts are left). There it stood:",
+        "[rank2]: line 1",
+        "[rank2]: line 2",
+    ]
 
 
 @pytest.mark.slow
