@@ -415,7 +415,7 @@ class FSDPStrategy:
     def open_gradients(self, module: nn.Module, *, full: bool) -> Mapping[str, object]:
         """The state of every rank's gradients; ``full`` as in ``module_state``."""
         entry = _entry(module)
-        entry.reshard_all()
+        states.reshard(entry)
         return open_gradients(entry, entry.module, self.collectives, full=full)
 
     def load_open_gradients(self, module: nn.Module, state: Mapping[str, object]) -> None:
@@ -425,7 +425,7 @@ class FSDPStrategy:
             CheckpointError: ranks have gradients of their own in it, and there are other ranks now.
         """
         entry = _entry(module)
-        entry.reshard_all()
+        states.reshard(entry)
         load_open_gradients(entry, entry.module, self.collectives, state)
 
 

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from fulmen_protocols.errors import CheckpointError
 from fulmen_strategies._sharded.layout import laid_out_like, local, to_host
+from fulmen_strategies._sharded.states import canonical
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -138,7 +139,7 @@ def _each(root: nn.Module, module: nn.Module) -> Iterator[_Found]:
             for group in cast("Any", unit)._get_fsdp_state()._fsdp_param_groups:
                 records.update((id(record.sharded_param), record) for record in group.fsdp_params)
     for name, parameter in module.named_parameters():
-        yield _Found(name.replace("_orig_mod.", ""), parameter, records.get(id(parameter)))
+        yield _Found(canonical(name), parameter, records.get(id(parameter)))
 
 
 def _is_laid_out_like(gradient: Tensor, parameter: Tensor) -> bool:
