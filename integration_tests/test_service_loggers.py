@@ -147,6 +147,7 @@ def points_in_mlflow(address: str, run_id: str) -> list[tuple[int, float]]:
 
 @needs_mlflow
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a server starts twice, or a library is patient
 @pytest.mark.parametrize("comes_back", ["yes", "no"])
 def test_an_mlflow_server_that_is_killed_stops_no_run_and_gets_every_point_once(
     tmp_path: Path, comes_back: str
@@ -157,7 +158,7 @@ def test_an_mlflow_server_that_is_killed_stops_no_run_and_gets_every_point_once(
         [sys.executable, str(runner), "mlflow", str(tmp_path), str(port), comes_back],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=800,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
@@ -296,11 +297,12 @@ def test_a_sink_that_fails_costs_no_step_and_no_record_and_gets_each_point_once_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_service_of_wandb_that_is_killed_stops_no_run_and_replay_delivers_what_it_missed(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     runner = Path(__file__).with_name("fault_service_runner.py")
     ended = subprocess.run(
-        [sys.executable, str(runner), "wandb", str(tmp_path)], capture_output=True, text=True, timeout=400, check=False
+        [sys.executable, str(runner), "wandb", str(tmp_path)], capture_output=True, text=True, timeout=800, check=False
     )
     assert ended.returncode == 0, ended.stderr
     told = json.loads(next(line for line in ended.stdout.splitlines() if line.startswith("{")))
@@ -325,6 +327,7 @@ def test_a_service_of_wandb_that_is_killed_stops_no_run_and_replay_delivers_what
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a server starts twice, or a library is patient
 @pytest.mark.parametrize("kind", ["wandb", "comet"])
 def test_a_service_that_is_down_at_the_start_stops_no_training_and_is_said(tmp_path: Path, kind: str) -> None:
     pytest.importorskip({"wandb": "wandb", "comet": "comet_ml"}[kind])
@@ -333,7 +336,7 @@ def test_a_service_that_is_down_at_the_start_stops_no_training_and_is_said(tmp_p
         [sys.executable, str(runner), f"{kind}-down", str(tmp_path), str(free_port())],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=800,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
