@@ -320,7 +320,7 @@ def test_a_service_of_wandb_that_is_killed_stops_no_run_and_replay_delivers_what
     wandb.finish()
     written = list(tmp_path.rglob(f"run-{told['run']}.wandb"))
     found = {(row["trainer/global_step"], row["loss"]) for path in written for row in history_of(path) if "loss" in row}
-    # What its service was handed before, and had not written when it was killed, may be lost to wandb; nothing later is.
+    # What the service was handed, and had not written when it was killed, may be lost to wandb; nothing later is.
     assert found <= expected
     assert {x for x, _ in found} >= set(range(10, 30))
     assert log_command(["replay", str(log.parent)]) == 0
