@@ -27,11 +27,9 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Train the worked examples, those with a loop of their own too; each under two minutes. [-- NAME ...]."""
+    """Train the worked examples, those with a loop of their own too; missing a score is an error. [-- NAME ...]."""
     python = environment(session, "demo")
-    fabric = ["image_classifier", "gan", "actor_critic", "kfold", "language_model"]
-    for name in session.posargs or ["finetuning", "gan", "language_model", *(f"fabric/{name}" for name in fabric)]:
-        session.run(python, f"docs/examples/{name}.py")
+    session.run(python, "-m", "tools.examples", *session.posargs)
 
 
 @nox.session
@@ -73,6 +71,19 @@ def quantized(session: nox.Session) -> None:
     python = environment(session, "test", "quantized", at=".nox/quantized")
     where = session.posargs or ["packages/fulmen-precision", "integration_tests/test_quantized_training.py"]
     session.run(python, "-m", "pytest", "-m", "slow or not slow", *where, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def deepspeed(session: nox.Session) -> None:
+    """Install DeepSpeed, build its operators once, and train, save, resume and consolidate with it on the CPU."""
+    python = environment(session, "test", at=".nox/deepspeed")
+    session.run(python, "-m", "tools.deepspeed_session", *session.posargs)
+
+
+@nox.session
+def xla(session: nox.Session) -> None:
+    """Install torch-xla with its own torch and test fulmen-xla on its CPU runtime: one device, and four as one."""
+    session.run(sys.executable, "-m", "tools.xla", *session.posargs, external=True)
 
 
 @nox.session

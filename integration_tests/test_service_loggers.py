@@ -85,11 +85,11 @@ def test_a_run_is_in_mlflow_with_its_settings_steps_and_best_checkpoint(tmp_path
     trainer = run(logger, tmp_path, Module())
 
     found = logger.experiment.get_run(logger.run_id)
-    assert found.data.params == {"width": "3"}  # type: ignore[attr-defined]
-    assert found.info.status == "FINISHED"  # type: ignore[attr-defined]
-    history = logger.experiment.get_metric_history(logger.run_id, "train/loss")  # type: ignore[attr-defined]
+    assert found.data.params == {"width": "3"}  # type: ignore[attr-defined]  # its type does not say so
+    assert found.info.status == "FINISHED"  # type: ignore[attr-defined]  # its type does not say so
+    history = logger.experiment.get_metric_history(logger.run_id, "train/loss")  # type: ignore[attr-defined]  # its type does not say so
     assert [each.step for each in history] == [1, 3, 5, 7, 9, 11]
-    [uploaded] = logger.experiment.list_artifacts(logger.run_id)  # type: ignore[attr-defined]
+    [uploaded] = logger.experiment.list_artifacts(logger.run_id)  # type: ignore[attr-defined]  # its type does not say so
     assert trainer.checkpoint_callback.best_model_path.endswith(f"{uploaded.path}.ckpt")
 
 
@@ -103,7 +103,7 @@ def test_a_run_that_fails_is_failed_in_mlflow(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="own fault"):
         run(logger, tmp_path, Module(width=13))
 
-    assert logger.experiment.get_run(logger.run_id).info.status == "FAILED"  # type: ignore[attr-defined]
+    assert logger.experiment.get_run(logger.run_id).info.status == "FAILED"  # type: ignore[attr-defined]  # its type does not say so
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
@@ -165,7 +165,7 @@ def test_an_mlflow_server_that_is_killed_stops_no_run_and_gets_every_point_once(
     told = json.loads(ended.stdout.splitlines()[-1])
     [log] = tmp_path.rglob("run.jsonl")
     rows = [located.record for located in read_run(str(log)).rows]
-    expected = [(row["x"], row["values"]["loss"]) for row in rows]  # type: ignore[index]
+    expected = [(row["x"], row["values"]["loss"]) for row in rows]  # type: ignore[index]  # known to be there
     assert told["steps"] == 30
     assert [x for x, _ in expected] == list(range(30))
 
@@ -283,9 +283,9 @@ def test_a_sink_that_fails_costs_no_step_and_no_record_and_gets_each_point_once_
     assert trainer.global_step == 12
     [log] = tmp_path.rglob("run.jsonl")
     rows = [located.record for located in read_run(str(log)).rows]
-    logged = [(row["x"], row["values"]["train/loss"]) for row in rows if "train/loss" in row["values"]]  # type: ignore[operator, index]
+    logged = [(row["x"], row["values"]["train/loss"]) for row in rows if "train/loss" in row["values"]]  # type: ignore[operator, index]  # known to be there
     assert [x for x, _ in logged] == [1, 3, 5, 7, 9, 11]
-    assert sum("val_loss" in row["values"] for row in rows) == 2  # type: ignore[operator]
+    assert sum("val_loss" in row["values"] for row in rows) == 2  # type: ignore[operator]  # known to be there
     monkeypatch.undo()
     release.set()
     (_, box) = vars(trainer)["_reporter"].delivery._boxes[id(logger)]
@@ -366,7 +366,7 @@ def test_a_runs_log_is_replayed_to_wandb_offline_and_read_back(tmp_path: Path) -
 
     rows = [located.record for located in read_run(str(folder)).rows]
     found = [(row["trainer/global_step"], row["train/loss"]) for row in history if "train/loss" in row]
-    expected = [(row["x"], row["values"]["train/loss"]) for row in rows if "train/loss" in row["values"]]  # type: ignore[index, operator]
+    expected = [(row["x"], row["values"]["train/loss"]) for row in rows if "train/loss" in row["values"]]  # type: ignore[index, operator]  # known to be there
     assert found == expected
 
 

@@ -31,16 +31,15 @@ STEPS: dict[str, list[list[str]]] = {
     "layers": [[PY, "-m", "tools.check_layers"]],
     "api": [[PY, "-m", "tools.api"]],
     "alone": [[PY, "-m", "tools.alone", "--whole"]],
+    "deepspeed": [[PY, "-m", "tools.deepspeed_session"]],
+    "xla": [[PY, "-m", "tools.xla"]],
     "docs": [[PY, "-m", "tools.docs"]],
     "demo": [
         [PY, "docs/examples/digits.py", "--no-resume", "--out", "build/full/digits"],
         [PY, "docs/examples/digits.py", "--out", "build/full/digits"],
         [PY, "docs/examples/digits.py", "--no-resume", "--devices", "2", "--out", "build/full/digits-ddp"],
     ],
-    "examples": [
-        [PY, f"docs/examples/{name}.py", "--out", f"build/full/{name}"]
-        for name in ("finetuning", "gan", "language_model")
-    ],
+    "examples": [[PY, "-m", "tools.examples"]],
     "bench": [
         [PY, "-m", "tools.bench.step_overhead", "--markdown"],
         [PY, "-m", "tools.bench.import_time"],

@@ -115,7 +115,7 @@ def folder_of_sink(folder: Path) -> Path:
 
 def logged(folder: Path) -> list[int]:
     rows = [located.record for located in read_run(str(folder)).rows]
-    return [int(str(row["x"])) for row in rows if "loss" in row["values"]]  # type: ignore[operator]
+    return [int(str(row["x"])) for row in rows if "loss" in row["values"]]  # type: ignore[operator]  # known to be there
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -142,10 +142,10 @@ def test_the_log_holds_settings_rows_rates_checkpoints_and_the_outcome(tmp_path:
     assert log.hparams == {"width": 5}
     assert [row.record["x"] for row in log.rows] == list(range(STEPS))
     with_table = table(Path(str(trainer.log_dir), "metrics.csv"))
-    assert [row.record["values"]["loss"] for row in log.rows] == [float(row["loss"]) for row in with_table]  # type: ignore[index]
+    assert [row.record["values"]["loss"] for row in log.rows] == [float(row["loss"]) for row in with_table]  # type: ignore[index]  # known to be there
     assert log.states[0]["lr"] == {"SGD": 0.1}
     assert log.checkpoints[-1]["path"] == checkpoints.best_model_path
-    assert log.checkpoints[-1]["score"] == pytest.approx(float(log.rows[-1].record["values"]["loss"]))  # type: ignore[index]
+    assert log.checkpoints[-1]["score"] == pytest.approx(float(log.rows[-1].record["values"]["loss"]))  # type: ignore[index]  # known to be there
     assert log.begins[0]["fn"] == "fit"
     assert log.stages["training"] > 0
 
@@ -238,7 +238,7 @@ def test_nan_reaches_log_and_table_as_nan(tmp_path: Path) -> None:
     trainer.fit(Diverges(), loader())
     rows = read_run(str(trainer.log_dir)).rows
 
-    assert [row.record["values"]["odd"] for row in rows][2:5] == [1.0, "nan", 1.0]  # type: ignore[index]
+    assert [row.record["values"]["odd"] for row in rows][2:5] == [1.0, "nan", 1.0]  # type: ignore[index]  # known to be there
     assert table(Path(str(trainer.log_dir), "metrics.csv"))[3]["odd"] == "nan"
 
 

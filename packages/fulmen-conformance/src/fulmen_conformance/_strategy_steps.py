@@ -9,10 +9,17 @@ from torch.nn import functional as F
 
 from fulmen_conformance._kit import offers
 from fulmen_protocols import (
+    BringsParts,
+    LimitsInferenceMode,
     OwnsAccumulation,
     OwnsBackward,
+    OwnsCheckpoints,
+    OwnsGradClipping,
+    OwnsOptimizers,
     OwnsOptimizerStep,
+    OwnsSchedulers,
     Strategy,
+    SupportsBatchSize,
     SupportsBoundMethods,
     SupportsCollectives,
     SupportsDataParallel,
@@ -26,6 +33,7 @@ from fulmen_protocols import (
     SupportsPrecisionCheck,
     SupportsPrecisionPlan,
     SupportsShardedState,
+    SupportsWindowEnds,
     SupportsWorldCheck,
 )
 
@@ -40,9 +48,16 @@ if TYPE_CHECKING:
 __all__ = ["ABILITIES", "backward", "differences", "full_state", "gradients", "prepare", "step", "train"]
 
 ABILITIES: tuple[type, ...] = (
+    BringsParts,
+    LimitsInferenceMode,
     OwnsAccumulation,
     OwnsBackward,
+    OwnsCheckpoints,
+    OwnsGradClipping,
     OwnsOptimizerStep,
+    OwnsOptimizers,
+    OwnsSchedulers,
+    SupportsBatchSize,
     SupportsBoundMethods,
     SupportsCollectives,
     SupportsDataParallel,
@@ -56,6 +71,7 @@ ABILITIES: tuple[type, ...] = (
     SupportsPrecisionCheck,
     SupportsPrecisionPlan,
     SupportsShardedState,
+    SupportsWindowEnds,
     SupportsWorldCheck,
 )
 

@@ -23,7 +23,11 @@ from fulmen_conformance._strategy_steps import (
 from fulmen_conformance._world import settle
 from fulmen_protocols import (
     OwnsAccumulation,
+    OwnsBackward,
+    OwnsCheckpoints,
+    OwnsGradClipping,
     OwnsOptimizerStep,
+    OwnsSchedulers,
     Strategy,
     SupportsBoundMethods,
     SupportsCollectives,
@@ -35,12 +39,14 @@ from fulmen_protocols import (
     SupportsNoSync,
     SupportsPrecisionPlan,
     SupportsShardedState,
+    SupportsWindowEnds,
     Topology,
     missing_members,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from fulmen_protocols import PrecisionPlan
 
@@ -73,6 +79,15 @@ class StrategyConformance(Kit):
     def device(self) -> torch.device:
         """Where this strategy computes. Without an index, rank i gets device i (CPU: all share it)."""
         return torch.device("cpu")
+
+    @pytest.fixture
+    def tolerance(self) -> float:
+        """How far weights may be from those of plain PyTorch on this device, absolute (relative above 1).
+
+        0.0: not at all. More is for a device whose compiler fuses the steps of a loop, and so rounds plain PyTorch's in
+        another way than those of a run that starts a program for each.
+        """
+        return 0.0
 
     @pytest.fixture
     def timeout_s(self) -> float:
@@ -167,19 +182,19 @@ class StrategyConformance(Kit):
         finally:  # what leaks must not reach the tests that follow
             torch.set_default_dtype(before[0])
 
-    def test_a_placed_module_computes_what_the_module_computed(self, kit_ready: Strategy) -> None:
+    def test_a_placed_module_computes_what_the_module_computed(self, kit_ready: Strategy, tolerance: float) -> None:
         """On failure look at ``place``: weights changed, or left on another device."""
         module, x = tiny_net(), batches(1)[0][0]
         expected = tiny_net(device=kit_ready.root_device)(x.to(kit_ready.root_device))
 
         placed = kit_ready.place(module)
 
-        assert equal_bits(placed(x.to(kit_ready.root_device)), expected)
+        assert _same(placed(x.to(kit_ready.root_device)), expected, tolerance)
         assert {parameter.device for parameter in placed.parameters()} == {kit_ready.root_device}
 
     @pytest.mark.parametrize("optimizer", [sgd, adam], ids=["SGD with momentum", "Adam"])
     def test_training_gives_the_weights_of_plain_pytorch_bit_for_bit(
-        self, kit_ready: Strategy, optimizer: Callable[[object], torch.optim.Optimizer]
+        self, kit_ready: Strategy, optimizer: Callable[[object], torch.optim.Optimizer], tolerance: float
     ) -> None:
         """Five steps. On failure look at ``prepare_optimizers``, ``backward``, ``optimizer_step``: scaled losses?"""
         expected = plain_training(
@@ -190,7 +205,7 @@ class StrategyConformance(Kit):
         placed, prepared = prepare(kit_ready, module, optimizer)
         train(kit_ready, placed, prepared, batches(5))
 
-        assert differences(full_state(kit_ready, module, placed), expected.state_dict()) == []
+        assert differences(full_state(kit_ready, module, placed), expected.state_dict(), tolerance=tolerance) == []
 
     def test_the_module_itself_has_the_trained_weights_by_canonical_name(self, kit_ready: Strategy) -> None:
         """Checkpoints are written from it. On failure look at ``place``: a copy, or names with a wrapper's prefix."""
@@ -202,7 +217,7 @@ class StrategyConformance(Kit):
         assert list(full_state(kit_ready, module, placed)) == list(tiny_net().state_dict())
         assert differences(full_state(kit_ready, module, placed), tiny_net().state_dict()) != []
 
-    def test_gradients_accumulate_over_batches(self, kit_ready: Strategy) -> None:
+    def test_gradients_accumulate_over_batches(self, kit_ready: Strategy, tolerance: float) -> None:
         """Two backwards, one step, with ``no_sync`` where offered. On failure look for gradients zeroed in between."""
         if offers(kit_ready, OwnsAccumulation):
             pytest.skip("its engine accumulates by itself")
@@ -221,7 +236,7 @@ class StrategyConformance(Kit):
         _forward_backward(kit_ready, placed, data[1])
         step(kit_ready, optimizer, placed)
 
-        assert differences(full_state(kit_ready, module, placed), plain.state_dict()) == []
+        assert differences(full_state(kit_ready, module, placed), plain.state_dict(), tolerance=tolerance) == []
 
     def test_an_engine_that_accumulates_steps_once_a_window(self, strategy: Strategy, kit_topology: Topology) -> None:
         """Weights change on every second call. On failure look at ``set_accumulation`` and ``optimizer_step``."""
@@ -241,7 +256,93 @@ class StrategyConformance(Kit):
         assert changed == [False, True, False, True]
         strategy.teardown()
 
-    def test_an_engine_s_step_evaluates_the_closure(self, kit_ready: Strategy) -> None:
+    def test_an_engine_that_is_told_where_a_window_ends_steps_there(
+        self, strategy: Strategy, kit_topology: Topology
+    ) -> None:
+        """After one batch and after three, of windows of four. On failure look at ``set_window_end``."""
+        need(strategy, SupportsWindowEnds)
+        strategy.setup_environment(kit_topology)
+        cast("OwnsAccumulation", strategy).set_accumulation(4)
+        module = tiny_net()
+        placed, optimizer = prepare(strategy, module, sgd)
+
+        changed: list[bool] = []
+        for batch, is_end in zip(batches(4), (True, False, False, True), strict=True):
+            before = full_state(strategy, module, placed)
+            cast("SupportsWindowEnds", strategy).set_window_end(placed, is_end)
+            _forward_backward(strategy, placed, batch)
+            step(strategy, optimizer, placed)
+            changed.append(differences(full_state(strategy, module, placed), before) != [])
+
+        assert changed == [True, False, False, True]
+        strategy.teardown()
+
+    def test_an_engine_that_clips_steps_as_pytorch_does_after_clipping(
+        self, strategy: Strategy, kit_topology: Topology
+    ) -> None:
+        """By norm, or refused with the value. On failure look at ``set_clipping``: called before ``place``."""
+        need(strategy, OwnsGradClipping)
+        device, data = kit_topology.device, batches(2)
+        plain = tiny_net(device=device)
+        plain_optimizer = sgd(plain.parameters())
+        for x, y in batches(2, device=device):
+            plain_optimizer.zero_grad()
+            F.mse_loss(plain(x), y).backward()  # type: ignore[no-untyped-call, unused-ignore]
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+            plain_optimizer.step()
+        strategy.setup_environment(kit_topology)
+        cast("OwnsGradClipping", strategy).set_clipping(0.1)
+        module = tiny_net()
+        placed, optimizer = prepare(strategy, module, sgd)
+
+        train(strategy, placed, optimizer, data)
+
+        assert differences(full_state(strategy, module, placed), plain.state_dict(), tolerance=1e-5) == []
+        strategy.teardown()
+
+    def test_an_engine_steps_the_schedulers_it_has_taken_and_no_longer_those_released(
+        self, kit_ready: Strategy
+    ) -> None:
+        """After each optimizer step. On failure look at ``take_scheduler`` and ``release_schedulers``."""
+        need(kit_ready, OwnsSchedulers)
+        owner = cast("OwnsSchedulers", kit_ready)
+        placed, optimizer = prepare(kit_ready, tiny_net(), sgd)
+        assert list(owner.release_schedulers(placed)) == []
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        first = optimizer.param_groups[0]["lr"]
+        owner.take_scheduler(placed, scheduler)
+
+        train(kit_ready, placed, optimizer, batches(2))
+        assert optimizer.param_groups[0]["lr"] == first / 4
+        assert list(owner.release_schedulers(placed)) == [scheduler]
+        train(kit_ready, placed, optimizer, batches(1))
+
+        assert optimizer.param_groups[0]["lr"] == first / 4
+
+    def test_an_engine_s_checkpoint_brings_back_module_optimizer_and_the_rest(
+        self, kit_ready: Strategy, tmp_path: Path
+    ) -> None:
+        """Then training goes on equally. On failure look at ``OwnsCheckpoints``'s methods."""
+        need(kit_ready, OwnsCheckpoints)
+        owner, path = cast("OwnsCheckpoints", kit_ready), str(tmp_path / "run.ckpt")
+        first, second = tiny_net(), tiny_net(seed=1)
+        placed, optimizer = prepare(kit_ready, first, adam)
+        train(kit_ready, placed, optimizer, batches(2))
+
+        owner.save_checkpoint(placed, {"epoch": 3, "rng": torch.ones(2)}, path)
+
+        assert owner.owns_checkpoint(path)
+        rest = owner.read_rest(path, None)
+        assert rest.keys() == {"epoch", "rng"}
+        assert rest["epoch"] == 3
+        placed_again, optimizer_again = prepare(kit_ready, second, adam)
+        owner.load_checkpoint(placed_again, path, optimizers=True, strict=True)
+        train(kit_ready, placed, optimizer, batches(2, seed=1))
+        train(kit_ready, placed_again, optimizer_again, batches(2, seed=1))
+        states = [full_state(kit_ready, m, p) for m, p in ((first, placed), (second, placed_again))]
+        assert differences(states[1], states[0]) == []
+
+    def test_an_engine_s_step_evaluates_the_closure(self, kit_ready: Strategy, tolerance: float) -> None:
         """LBFGS and Lightning's closures need it. On failure look at ``optimizer_step``: ``closure`` dropped."""
         need(kit_ready, OwnsOptimizerStep)
         module = tiny_net()
@@ -254,9 +355,9 @@ class StrategyConformance(Kit):
 
         cast("OwnsOptimizerStep", kit_ready).optimizer_step(optimizer, placed, closure)
 
-        assert differences(full_state(kit_ready, module, placed), expected.state_dict()) == []
+        assert differences(full_state(kit_ready, module, placed), expected.state_dict(), tolerance=tolerance) == []
 
-    def test_a_bound_method_runs_the_module_s_method(self, kit_ready: Strategy) -> None:
+    def test_a_bound_method_runs_the_module_s_method(self, kit_ready: Strategy, tolerance: float) -> None:
         """``training_step`` goes through the wrapper. On failure look at ``bind_method``: arguments, result, graph."""
         need(kit_ready, SupportsBoundMethods)
         module = tiny_net()
@@ -267,10 +368,12 @@ class StrategyConformance(Kit):
         loss = bound((x, y))
 
         assert isinstance(loss, torch.Tensor)
-        assert equal_bits(loss, tiny_net(device=kit_ready.root_device).loss_of((x, y)))
+        assert _same(loss, tiny_net(device=kit_ready.root_device).loss_of((x, y)), tolerance)
         backward(kit_ready, loss, placed)
-        assert all(parameter.grad is not None for parameter in placed.parameters())
-        assert equal_bits(placed(x), tiny_net(device=kit_ready.root_device)(x)), "forward itself is as before"
+        if not offers(kit_ready, OwnsBackward):  # an engine may keep gradients elsewhere
+            assert all(parameter.grad is not None for parameter in placed.parameters())
+        again = tiny_net(device=kit_ready.root_device)(x)
+        assert _same(placed(x), again, tolerance), "forward itself is as before"
 
     @pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
     def test_clipping_by_norm_is_pytorch_s(self, kit_ready: Strategy, norm_type: float) -> None:
@@ -314,7 +417,7 @@ class StrategyConformance(Kit):
 
         torch.testing.assert_close(gradients(placed), gradients(plain))
 
-    def test_placing_for_inference_keeps_what_is_computed(self, kit_ready: Strategy) -> None:
+    def test_placing_for_inference_keeps_what_is_computed(self, kit_ready: Strategy, tolerance: float) -> None:
         """On failure look at ``place_for_inference``: weights, device, training mode."""
         need(kit_ready, SupportsInferencePlacement)
         x = batches(1)[0][0].to(kit_ready.root_device)
@@ -322,9 +425,11 @@ class StrategyConformance(Kit):
         placed = cast("SupportsInferencePlacement", kit_ready).place_for_inference(tiny_net())
 
         with torch.no_grad():
-            assert equal_bits(placed(x), tiny_net(device=kit_ready.root_device)(x))
+            assert _same(placed(x), tiny_net(device=kit_ready.root_device)(x), tolerance)
 
-    def test_a_precision_plan_is_honoured_or_refused(self, strategy: Strategy, kit_topology: Topology) -> None:
+    def test_a_precision_plan_is_honoured_or_refused(
+        self, strategy: Strategy, kit_topology: Topology, tolerance: float
+    ) -> None:
         """float32 trains bit for bit; bfloat16 computes in bfloat16 or is a ``ValueError``. Look at the plan's use."""
         need(strategy, SupportsPrecisionPlan)
         plans = cast("SupportsPrecisionPlan", strategy)
@@ -350,7 +455,7 @@ class StrategyConformance(Kit):
             weights = _weights_after_training(strategy, seen.append)
             strategy.teardown()
             if dtype is torch.float32:
-                assert differences(weights, expected.state_dict()) == []
+                assert differences(weights, expected.state_dict(), tolerance=tolerance) == []
             assert seen[-1] == dtype
             assert {value.dtype for value in weights.values()} == {torch.float32, torch.int64}
 
@@ -417,13 +522,14 @@ class StrategyConformance(Kit):
         assert name
 
     def test_teardown_can_be_called_twice_and_the_cycle_starts_again(
-        self, strategy: Strategy, kit_topology: Topology
+        self, strategy: Strategy, kit_topology: Topology, tolerance: float
     ) -> None:
         """Test after fit. On failure look at what ``teardown`` releases, and at state that survives it."""
         expected = plain_training(tiny_net(device=kit_topology.device), sgd, batches(2, device=kit_topology.device))
         for _ in range(2):
             strategy.setup_environment(kit_topology._replace(main_port=free_port()))
-            assert differences(_weights_after_training(strategy), expected.state_dict()) == []
+            got = _weights_after_training(strategy)
+            assert differences(got, expected.state_dict(), tolerance=tolerance) == []
             strategy.teardown()
             strategy.teardown()
 
@@ -476,6 +582,12 @@ class StrategyConformance(Kit):
     def test_the_group_can_be_left_and_joined_again(self, kit_check: Callable[[str], None]) -> None:
         """Two whole cycles, ``teardown`` twice each. On failure look at process groups that stay behind."""
         kit_check("two_cycles")
+
+
+def _same(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    return equal_bits(got, expected) or bool(
+        tolerance and torch.allclose(got.cpu(), expected.cpu(), rtol=tolerance, atol=tolerance)
+    )
 
 
 def _weights_after_training(

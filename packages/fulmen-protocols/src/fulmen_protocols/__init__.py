@@ -1,10 +1,12 @@
 """The seams between fulmen's packages: protocols, value types, errors and discovery. Imports no torch."""
 
-from fulmen_protocols.accelerator import Accelerator, SupportsDeviceStats
+from fulmen_protocols.accelerator import Accelerator, SupportsDeviceStats, SupportsStrategyChoice
 from fulmen_protocols.callback import HOOKS, Callback
 from fulmen_protocols.checkpoint_io import (
     CheckpointIO,
+    RecognisesFolders,
     SupportsAsyncSave,
+    SupportsContentCheck,
     SupportsShardedSave,
     SupportsVerification,
     WrapsCheckpointIO,
@@ -13,6 +15,14 @@ from fulmen_protocols.cluster_environment import ClusterEnvironment, SupportsReq
 from fulmen_protocols.collectives import Collectives, ReduceOp, SupportsPatientBarrier
 from fulmen_protocols.command import Command
 from fulmen_protocols.discovery import available, check, load, load_factory, missing_members
+from fulmen_protocols.engine import (
+    OwnsCheckpoints,
+    OwnsGradClipping,
+    OwnsOptimizers,
+    OwnsSchedulers,
+    SupportsBatchSize,
+    SupportsWindowEnds,
+)
 from fulmen_protocols.errors import (
     BackendNotFound,
     BackendUnavailable,
@@ -76,7 +86,9 @@ from fulmen_protocols.seams import (
 from fulmen_protocols.stateful import Optimizable, Stateful, Steppable
 from fulmen_protocols.storage import Storage
 from fulmen_protocols.strategy import (
+    BringsParts,
     CarriesParts,
+    LimitsInferenceMode,
     OwnsAccumulation,
     OwnsBackward,
     OwnsOptimizerStep,
@@ -96,6 +108,7 @@ from fulmen_protocols.strategy import (
     SupportsMemoryPlan,
     SupportsModuleCheck,
     SupportsNoSync,
+    SupportsOpenGradients,
     SupportsPrecisionCheck,
     SupportsPrecisionPlan,
     SupportsReplicaCheck,
@@ -123,6 +136,7 @@ __all__ = [
     "Accelerator",
     "BackendNotFound",
     "BackendUnavailable",
+    "BringsParts",
     "BrokenPlugin",
     "Callback",
     "CarriesParts",
@@ -140,6 +154,7 @@ __all__ = [
     "Launcher",
     "LaunchesApart",
     "LayerSync",
+    "LimitsInferenceMode",
     "Logger",
     "LoggerStatus",
     "MisconfigurationException",
@@ -150,13 +165,18 @@ __all__ = [
     "Optimizable",
     "OwnsAccumulation",
     "OwnsBackward",
+    "OwnsCheckpoints",
+    "OwnsGradClipping",
     "OwnsOptimizerStep",
+    "OwnsOptimizers",
+    "OwnsSchedulers",
     "Position",
     "Precision",
     "PrecisionPlan",
     "Profiler",
     "ProgressReporter",
     "RankFailure",
+    "RecognisesFolders",
     "ReduceOp",
     "Seam",
     "Stateful",
@@ -166,10 +186,12 @@ __all__ = [
     "StrategyParts",
     "SupportsAdvice",
     "SupportsAsyncSave",
+    "SupportsBatchSize",
     "SupportsBoundMethods",
     "SupportsCallingThread",
     "SupportsCheckpointUpload",
     "SupportsCollectives",
+    "SupportsContentCheck",
     "SupportsDataParallel",
     "SupportsDeferredUpload",
     "SupportsDeviceMesh",
@@ -190,6 +212,7 @@ __all__ = [
     "SupportsModuleCheck",
     "SupportsModuleRecording",
     "SupportsNoSync",
+    "SupportsOpenGradients",
     "SupportsOptimizerPreparation",
     "SupportsOutputConversion",
     "SupportsPatientBarrier",
@@ -203,8 +226,10 @@ __all__ = [
     "SupportsShardedSave",
     "SupportsShardedState",
     "SupportsStateKindChoice",
+    "SupportsStrategyChoice",
     "SupportsVerification",
     "SupportsWaitingRows",
+    "SupportsWindowEnds",
     "SupportsWorldCheck",
     "Topology",
     "Whereabouts",

@@ -5,17 +5,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from os import PathLike
 
     import torch
 
-__all__ = ["CheckpointIO", "SupportsAsyncSave", "SupportsShardedSave", "SupportsVerification", "WrapsCheckpointIO"]
+__all__ = [
+    "CheckpointIO",
+    "RecognisesFolders",
+    "SupportsAsyncSave",
+    "SupportsContentCheck",
+    "SupportsShardedSave",
+    "SupportsVerification",
+    "WrapsCheckpointIO",
+]
 
 
 @runtime_checkable
 class CheckpointIO(Protocol):
-    """Writes and reads one checkpoint. Knows nothing about ranks, strategies or training."""
+    """Writes and reads one checkpoint. Knows nothing about ranks, strategies or training.
+
+    A class that derives from this one may leave out ``teardown``.
+    """
 
     def save_checkpoint(
         self,
@@ -51,7 +62,7 @@ class CheckpointIO(Protocol):
 
     def teardown(self) -> None:
         """Finish pending writes and release resources. Calling it twice is allowed."""
-        ...
+        return  # a body, so that a type checker does not take it for abstract
 
 
 @runtime_checkable
@@ -75,6 +86,15 @@ class SupportsAsyncSave(Protocol):
 
     def will_exist(self, path: str | PathLike[str]) -> bool | None:
         """Whether a pending save makes ``path`` (True) or a pending removal deletes it (False); None: neither."""
+        ...
+
+
+@runtime_checkable
+class SupportsContentCheck(Protocol):
+    """A checkpoint IO that refuses to save some objects, and can say so before it is asked to."""
+
+    def cannot_hold(self, checkpoint: Mapping[str, object]) -> list[tuple[str, object]]:
+        """The objects in ``checkpoint`` that ``save_checkpoint`` would refuse, each with its place."""
         ...
 
 
@@ -117,4 +137,17 @@ class SupportsVerification(Protocol):
 
     def verify_checkpoint(self, path: str | PathLike[str]) -> None:
         """Raises ``FileNotFoundError`` or ``ValueError`` (naming the damaged part) unless the checkpoint is whole."""
+        ...
+
+
+@runtime_checkable
+class RecognisesFolders(Protocol):
+    """A checkpoint IO, registered by name, that reads folders of a format which no other knows.
+
+    Whoever is to read a folder of unknown kind asks the registered ones, and lets the one that recognises it.
+    """
+
+    @staticmethod
+    def recognises(names: Collection[str]) -> bool:
+        """Whether a folder with these entries (names of files and folders) is of its format."""
         ...

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from fulmen_protocols.topology import Topology
 
 __all__ = [
+    "BringsParts",
     "CarriesParts",
+    "LimitsInferenceMode",
     "OwnsAccumulation",
     "OwnsBackward",
     "OwnsOptimizerStep",
@@ -41,6 +43,7 @@ __all__ = [
     "SupportsMemoryPlan",
     "SupportsModuleCheck",
     "SupportsNoSync",
+    "SupportsOpenGradients",
     "SupportsPrecisionCheck",
     "SupportsPrecisionPlan",
     "SupportsReplicaCheck",
@@ -118,6 +121,27 @@ class CarriesParts(Protocol):
 
 
 @runtime_checkable
+class BringsParts(Protocol):
+    """A strategy that brings parts of its own kind, for what the user has given nowhere."""
+
+    def own_environment(self) -> ClusterEnvironment | None:
+        """What tells its processes their ranks; None: whatever is detected."""
+        ...
+
+    def own_precision(self, name: str) -> Precision | None:
+        """The precision of that canonical name; None: the one that is registered under it.
+
+        Raises:
+            ValueError: this strategy cannot train in it; the message names those that it can.
+        """
+        ...
+
+    def own_checkpoint_io(self) -> CheckpointIO | None:
+        """What writes its checkpoints, of the kind that ``state_kind`` says; None: the one for that kind."""
+        ...
+
+
+@runtime_checkable
 class SupportsLaunch(Protocol):
     """A strategy that runs in several processes."""
 
@@ -143,6 +167,16 @@ class SupportsInferencePlacement(Protocol):
 
     def place_for_inference(self, module: nn.Module) -> nn.Module:
         """Return ``module`` on this process's device with the weights of rank 0, ready for evaluation."""
+        ...
+
+
+@runtime_checkable
+class LimitsInferenceMode(Protocol):
+    """A strategy whose devices may not know ``torch.inference_mode``; an evaluation then takes ``torch.no_grad``."""
+
+    @property
+    def allows_inference_mode(self) -> bool:
+        """Whether they know it."""
         ...
 
 
@@ -390,6 +424,31 @@ class SupportsShardedState(Protocol):
 
     def load_optimizer_state(self, module: nn.Module, optimizer: Optimizer, state: Mapping[str, object]) -> None:
         """Load what ``optimizer_state`` gave, of either kind."""
+        ...
+
+
+@runtime_checkable
+class SupportsOpenGradients(Protocol):
+    """A strategy with ``SupportsShardedState`` that can save the gradients of a window of accumulation.
+
+    The state that it gives is plain data and tensors. Under ``"added"`` stand, by canonical name, gradients that are
+    parts of one whole; any strategy can take these. ``"own"`` is None, or what each rank has for itself.
+    """
+
+    def has_open_gradients(self, module: nn.Module) -> bool:
+        """Whether this rank holds any gradient, reduced or not."""
+        ...
+
+    def open_gradients(self, module: nn.Module, *, full: bool) -> Mapping[str, object]:
+        """The state of every rank's gradients; ``full`` as in ``module_state``. Every rank must call it."""
+        ...
+
+    def load_open_gradients(self, module: nn.Module, state: Mapping[str, object]) -> None:
+        """Load what ``open_gradients`` gave, whole and on every rank.
+
+        Raises:
+            CheckpointError: ranks have gradients of their own in it, and there are other ranks now.
+        """
         ...
 
 

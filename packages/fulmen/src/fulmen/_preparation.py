@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
+from fulmen import _engine
 from fulmen.optimizer import parse_optimizers
 from fulmen.states import TrainerFn
+from fulmen.utilities.parameter_tying import find_shared_parameters, set_shared_parameters
 from fulmen_fabric import move_data_to_device, rank_zero_info
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
@@ -24,9 +26,11 @@ from fulmen_protocols import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from torch.optim import Optimizer
+
     from fulmen._session import Session
 
-__all__ = ["configure_model", "convert", "give_back", "make_optimizers", "place", "prepare_data"]
+__all__ = ["bring_state", "configure_model", "convert", "give_back", "make_optimizers", "place", "prepare_data"]
 
 
 def prepare_data(session: Session) -> None:
@@ -88,7 +92,7 @@ def synchronise_batch_norms(module: nn.Module) -> dict[str, nn.Module]:
         The layers that were replaced, by name; the new ones have the same parameters.
     """
     replaced = {name: layer for name, layer in batch_norms(module).items() if not isinstance(layer, nn.SyncBatchNorm)}
-    nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+    nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]  # its owner has left it untyped
     return replaced
 
 
@@ -114,7 +118,10 @@ def give_back(session: Session) -> None:
     _pass_on_advice(session)
     if session.world.device.type == "cpu" or supports(session.assembly.strategy, SupportsShardedState):
         return
+    # On devices whose tensors are of another kind (XLA) a moved parameter is a new one, and sharing would be lost.
+    shared = find_shared_parameters(session.module)
     session.module.cpu()
+    set_shared_parameters(session.module, shared)
     cpu = torch.device("cpu")
     for optimizer in session.optimizers:
         for parameter, state in optimizer.state.items():
@@ -129,6 +136,9 @@ def make_optimizers(session: Session, *, steps_own_schedulers: bool) -> None:
         steps_own_schedulers: whether the module has its own ``lr_scheduler_step``, and so may use any scheduler.
     """
     module = session.module
+    if _engine.makes_optimizers(session.assembly.strategy):
+        session.optimizers, session.schedulers = _engine.made_optimizers(session)
+        return
     returned = session.scoped("configure_optimizers", module.configure_optimizers)()
     optimizers, session.schedulers = parse_optimizers(
         returned,
@@ -137,10 +147,27 @@ def make_optimizers(session: Session, *, steps_own_schedulers: bool) -> None:
     )
     assert session.placed is not None
     session.optimizers = list(session.assembly.strategy.prepare_optimizers(session.placed, optimizers))
+    session.schedulers += _engine.made_schedulers(session)
+    for optimizer in session.optimizers:
+        bring_state(optimizer)
     precision = session.assembly.precision
     if supports(precision, SupportsOptimizerPreparation):
         for optimizer in session.optimizers:
             precision.prepare_optimizer(optimizer)
+
+
+def bring_state(optimizer: Optimizer) -> None:
+    """Move what ``optimizer`` knows of its parameters to where they are: its user may have made, and used, it before.
+
+    As with torch's ``load_state_dict``, a count of steps stays on the host unless the optimizer is capturable or fused.
+    """
+    for group in optimizer.param_groups:
+        counts_on_device = group.get("capturable") or group.get("fused")
+        for parameter in group["params"]:
+            known = cast("dict[str, object]", optimizer.state.get(parameter, {}))
+            for name, value in known.items():
+                if name != "step" or counts_on_device:
+                    known[name] = move_data_to_device(value, parameter.device)
 
 
 def _pass_on_advice(session: Session) -> None:
