@@ -21,6 +21,7 @@ NAMES = (
     "async_save",
     "checkpoint",
     "logging",
+    "sinks",
 )
 
 

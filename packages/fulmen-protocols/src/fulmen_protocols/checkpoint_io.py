@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointIO",
     "RecognisesFolders",
     "SupportsAsyncSave",
+    "SupportsContentCheck",
     "SupportsShardedSave",
     "SupportsVerification",
     "WrapsCheckpointIO",
@@ -22,7 +23,10 @@ __all__ = [
 
 @runtime_checkable
 class CheckpointIO(Protocol):
-    """Writes and reads one checkpoint. Knows nothing about ranks, strategies or training."""
+    """Writes and reads one checkpoint. Knows nothing about ranks, strategies or training.
+
+    A class that derives from this one may leave out ``teardown``.
+    """
 
     def save_checkpoint(
         self,
@@ -58,7 +62,7 @@ class CheckpointIO(Protocol):
 
     def teardown(self) -> None:
         """Finish pending writes and release resources. Calling it twice is allowed."""
-        ...
+        return  # a body, so that a type checker does not take it for abstract
 
 
 @runtime_checkable
@@ -82,6 +86,15 @@ class SupportsAsyncSave(Protocol):
 
     def will_exist(self, path: str | PathLike[str]) -> bool | None:
         """Whether a pending save makes ``path`` (True) or a pending removal deletes it (False); None: neither."""
+        ...
+
+
+@runtime_checkable
+class SupportsContentCheck(Protocol):
+    """A checkpoint IO that refuses to save some objects, and can say so before it is asked to."""
+
+    def cannot_hold(self, checkpoint: Mapping[str, object]) -> list[tuple[str, object]]:
+        """The objects in ``checkpoint`` that ``save_checkpoint`` would refuse, each with its place."""
         ...
 
 
