@@ -569,7 +569,7 @@ class DeepSpeedStrategy:
 
     def _configure_activation_checkpointing(self) -> None:
         found: object = self._config.get("activation_checkpointing")
-        wanted = cast("Mapping[str, Any]", found) if isinstance(found, Mapping) else {}
+        wanted: dict[str, Any] = dict(cast("Mapping[str, Any]", found)) if isinstance(found, Mapping) else {}
         if not any(wanted.values()):
             return
         self._deepspeed.checkpointing.configure(
