@@ -81,6 +81,12 @@ def deepspeed(session: nox.Session) -> None:
 
 
 @nox.session
+def xla(session: nox.Session) -> None:
+    """Install torch-xla with its own torch and test fulmen-xla on its CPU runtime: one device, and four as one."""
+    session.run(sys.executable, "-m", "tools.xla", *session.posargs, external=True)
+
+
+@nox.session
 def clusters(session: nox.Session) -> None:
     """Install SLURM and Open MPI (as root, on Debian or Ubuntu), start one node, and test the environments on them."""
     python = environment(session, "test", "clusters", at=".nox/clusters")

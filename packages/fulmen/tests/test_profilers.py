@@ -436,9 +436,16 @@ def test_what_is_no_profiler_is_refused(profiler: Any, message: str, tmp_path: P
 def test_the_xla_profiler_says_what_it_would_need(tmp_path: Path) -> None:
     for make in (XLAProfiler, lambda: XLAProfiler(port=1), lambda: trainer(tmp_path, profiler="xla")):
         with pytest.raises(
-            MissingPackage, match=r"XLAProfiler\(port=\d+\).*pip install fulmen-xla.*profiler='pytorch'"
+            MissingPackage, match=r"XLAProfiler\(port=\d+\).*pip install 'fulmen\[xla\]'.*profiler='pytorch'"
         ):
             make()
+
+
+@pytest.mark.proves("13.5")
+@pytest.mark.parametrize("port", [0, 70_000, "9012", True])
+def test_the_xla_profiler_refuses_what_is_no_port(port: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=rf"XLAProfiler\(port={port!r}\).*1 and 65535"):
+        XLAProfiler(port=port)
 
 
 @pytest.mark.proves("13.4")

@@ -11,7 +11,16 @@ from typing import IO, TYPE_CHECKING, cast
 
 import torch
 
-from fulmen_checkpoint import _archive, _digest, _directory, _foreign, _registered, _safetensors, _snapshot, _standins
+from fulmen_checkpoint import (
+    _archive,
+    _digest,
+    _directory,
+    _foreign,
+    _registered,
+    _safetensors,
+    _snapshot,
+    _standins,
+)
 from fulmen_checkpoint._fetch import corrupt, fetched, storage_errors
 from fulmen_checkpoint._plain import find_unsafe
 from fulmen_checkpoint.migration import migrate

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from fulmen_conformance._kit import offers
 from fulmen_protocols import (
+    BringsParts,
+    LimitsInferenceMode,
     OwnsAccumulation,
     OwnsBackward,
     OwnsCheckpoints,
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
 __all__ = ["ABILITIES", "backward", "differences", "full_state", "gradients", "prepare", "step", "train"]
 
 ABILITIES: tuple[type, ...] = (
+    BringsParts,
+    LimitsInferenceMode,
     OwnsAccumulation,
     OwnsBackward,
     OwnsCheckpoints,

@@ -81,6 +81,15 @@ class StrategyConformance(Kit):
         return torch.device("cpu")
 
     @pytest.fixture
+    def tolerance(self) -> float:
+        """How far weights may be from those of plain PyTorch on this device, absolute (relative above 1).
+
+        0.0: not at all. More is for a device whose compiler fuses the steps of a loop, and so rounds plain PyTorch's in
+        another way than those of a run that starts a program for each.
+        """
+        return 0.0
+
+    @pytest.fixture
     def timeout_s(self) -> float:
         """Seconds without any progress after which the processes count as hung."""
         return 60.0
@@ -173,19 +182,19 @@ class StrategyConformance(Kit):
         finally:  # what leaks must not reach the tests that follow
             torch.set_default_dtype(before[0])
 
-    def test_a_placed_module_computes_what_the_module_computed(self, kit_ready: Strategy) -> None:
+    def test_a_placed_module_computes_what_the_module_computed(self, kit_ready: Strategy, tolerance: float) -> None:
         """On failure look at ``place``: weights changed, or left on another device."""
         module, x = tiny_net(), batches(1)[0][0]
         expected = tiny_net(device=kit_ready.root_device)(x.to(kit_ready.root_device))
 
         placed = kit_ready.place(module)
 
-        assert equal_bits(placed(x.to(kit_ready.root_device)), expected)
+        assert _same(placed(x.to(kit_ready.root_device)), expected, tolerance)
         assert {parameter.device for parameter in placed.parameters()} == {kit_ready.root_device}
 
     @pytest.mark.parametrize("optimizer", [sgd, adam], ids=["SGD with momentum", "Adam"])
     def test_training_gives_the_weights_of_plain_pytorch_bit_for_bit(
-        self, kit_ready: Strategy, optimizer: Callable[[object], torch.optim.Optimizer]
+        self, kit_ready: Strategy, optimizer: Callable[[object], torch.optim.Optimizer], tolerance: float
     ) -> None:
         """Five steps. On failure look at ``prepare_optimizers``, ``backward``, ``optimizer_step``: scaled losses?"""
         expected = plain_training(
@@ -196,7 +205,7 @@ class StrategyConformance(Kit):
         placed, prepared = prepare(kit_ready, module, optimizer)
         train(kit_ready, placed, prepared, batches(5))
 
-        assert differences(full_state(kit_ready, module, placed), expected.state_dict()) == []
+        assert differences(full_state(kit_ready, module, placed), expected.state_dict(), tolerance=tolerance) == []
 
     def test_the_module_itself_has_the_trained_weights_by_canonical_name(self, kit_ready: Strategy) -> None:
         """Checkpoints are written from it. On failure look at ``place``: a copy, or names with a wrapper's prefix."""
@@ -208,7 +217,7 @@ class StrategyConformance(Kit):
         assert list(full_state(kit_ready, module, placed)) == list(tiny_net().state_dict())
         assert differences(full_state(kit_ready, module, placed), tiny_net().state_dict()) != []
 
-    def test_gradients_accumulate_over_batches(self, kit_ready: Strategy) -> None:
+    def test_gradients_accumulate_over_batches(self, kit_ready: Strategy, tolerance: float) -> None:
         """Two backwards, one step, with ``no_sync`` where offered. On failure look for gradients zeroed in between."""
         if offers(kit_ready, OwnsAccumulation):
             pytest.skip("its engine accumulates by itself")
@@ -227,7 +236,7 @@ class StrategyConformance(Kit):
         _forward_backward(kit_ready, placed, data[1])
         step(kit_ready, optimizer, placed)
 
-        assert differences(full_state(kit_ready, module, placed), plain.state_dict()) == []
+        assert differences(full_state(kit_ready, module, placed), plain.state_dict(), tolerance=tolerance) == []
 
     def test_an_engine_that_accumulates_steps_once_a_window(self, strategy: Strategy, kit_topology: Topology) -> None:
         """Weights change on every second call. On failure look at ``set_accumulation`` and ``optimizer_step``."""
@@ -333,7 +342,7 @@ class StrategyConformance(Kit):
         states = [full_state(kit_ready, m, p) for m, p in ((first, placed), (second, placed_again))]
         assert differences(states[1], states[0]) == []
 
-    def test_an_engine_s_step_evaluates_the_closure(self, kit_ready: Strategy) -> None:
+    def test_an_engine_s_step_evaluates_the_closure(self, kit_ready: Strategy, tolerance: float) -> None:
         """LBFGS and Lightning's closures need it. On failure look at ``optimizer_step``: ``closure`` dropped."""
         need(kit_ready, OwnsOptimizerStep)
         module = tiny_net()
@@ -346,9 +355,9 @@ class StrategyConformance(Kit):
 
         cast("OwnsOptimizerStep", kit_ready).optimizer_step(optimizer, placed, closure)
 
-        assert differences(full_state(kit_ready, module, placed), expected.state_dict()) == []
+        assert differences(full_state(kit_ready, module, placed), expected.state_dict(), tolerance=tolerance) == []
 
-    def test_a_bound_method_runs_the_module_s_method(self, kit_ready: Strategy) -> None:
+    def test_a_bound_method_runs_the_module_s_method(self, kit_ready: Strategy, tolerance: float) -> None:
         """``training_step`` goes through the wrapper. On failure look at ``bind_method``: arguments, result, graph."""
         need(kit_ready, SupportsBoundMethods)
         module = tiny_net()
@@ -359,11 +368,12 @@ class StrategyConformance(Kit):
         loss = bound((x, y))
 
         assert isinstance(loss, torch.Tensor)
-        assert equal_bits(loss, tiny_net(device=kit_ready.root_device).loss_of((x, y)))
+        assert _same(loss, tiny_net(device=kit_ready.root_device).loss_of((x, y)), tolerance)
         backward(kit_ready, loss, placed)
         if not offers(kit_ready, OwnsBackward):  # an engine may keep gradients elsewhere
             assert all(parameter.grad is not None for parameter in placed.parameters())
-        assert equal_bits(placed(x), tiny_net(device=kit_ready.root_device)(x)), "forward itself is as before"
+        again = tiny_net(device=kit_ready.root_device)(x)
+        assert _same(placed(x), again, tolerance), "forward itself is as before"
 
     @pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
     def test_clipping_by_norm_is_pytorch_s(self, kit_ready: Strategy, norm_type: float) -> None:
@@ -407,7 +417,7 @@ class StrategyConformance(Kit):
 
         torch.testing.assert_close(gradients(placed), gradients(plain))
 
-    def test_placing_for_inference_keeps_what_is_computed(self, kit_ready: Strategy) -> None:
+    def test_placing_for_inference_keeps_what_is_computed(self, kit_ready: Strategy, tolerance: float) -> None:
         """On failure look at ``place_for_inference``: weights, device, training mode."""
         need(kit_ready, SupportsInferencePlacement)
         x = batches(1)[0][0].to(kit_ready.root_device)
@@ -415,9 +425,11 @@ class StrategyConformance(Kit):
         placed = cast("SupportsInferencePlacement", kit_ready).place_for_inference(tiny_net())
 
         with torch.no_grad():
-            assert equal_bits(placed(x), tiny_net(device=kit_ready.root_device)(x))
+            assert _same(placed(x), tiny_net(device=kit_ready.root_device)(x), tolerance)
 
-    def test_a_precision_plan_is_honoured_or_refused(self, strategy: Strategy, kit_topology: Topology) -> None:
+    def test_a_precision_plan_is_honoured_or_refused(
+        self, strategy: Strategy, kit_topology: Topology, tolerance: float
+    ) -> None:
         """float32 trains bit for bit; bfloat16 computes in bfloat16 or is a ``ValueError``. Look at the plan's use."""
         need(strategy, SupportsPrecisionPlan)
         plans = cast("SupportsPrecisionPlan", strategy)
@@ -443,7 +455,7 @@ class StrategyConformance(Kit):
             weights = _weights_after_training(strategy, seen.append)
             strategy.teardown()
             if dtype is torch.float32:
-                assert differences(weights, expected.state_dict()) == []
+                assert differences(weights, expected.state_dict(), tolerance=tolerance) == []
             assert seen[-1] == dtype
             assert {value.dtype for value in weights.values()} == {torch.float32, torch.int64}
 
@@ -510,13 +522,14 @@ class StrategyConformance(Kit):
         assert name
 
     def test_teardown_can_be_called_twice_and_the_cycle_starts_again(
-        self, strategy: Strategy, kit_topology: Topology
+        self, strategy: Strategy, kit_topology: Topology, tolerance: float
     ) -> None:
         """Test after fit. On failure look at what ``teardown`` releases, and at state that survives it."""
         expected = plain_training(tiny_net(device=kit_topology.device), sgd, batches(2, device=kit_topology.device))
         for _ in range(2):
             strategy.setup_environment(kit_topology._replace(main_port=free_port()))
-            assert differences(_weights_after_training(strategy), expected.state_dict()) == []
+            got = _weights_after_training(strategy)
+            assert differences(got, expected.state_dict(), tolerance=tolerance) == []
             strategy.teardown()
             strategy.teardown()
 
@@ -569,6 +582,12 @@ class StrategyConformance(Kit):
     def test_the_group_can_be_left_and_joined_again(self, kit_check: Callable[[str], None]) -> None:
         """Two whole cycles, ``teardown`` twice each. On failure look at process groups that stay behind."""
         kit_check("two_cycles")
+
+
+def _same(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    return equal_bits(got, expected) or bool(
+        tolerance and torch.allclose(got.cpu(), expected.cpu(), rtol=tolerance, atol=tolerance)
+    )
 
 
 def _weights_after_training(

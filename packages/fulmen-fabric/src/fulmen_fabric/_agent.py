@@ -77,7 +77,7 @@ def plan(request: Request) -> Processes:
     if request.strategy is not None and (refusal := _refuse_strategy(request.strategy, available(STRATEGIES))):
         notes.conflicts.add(refusal)
     if request.precision is not None:
-        find_precision(request.precision, None, found[1][0].type if found else None, notes)
+        find_precision(request.precision, None, None, found[1][0].type if found else None, notes)
     count = len(found[0]) if found else 1
     if request.min_devices is not None and request.min_devices > count:
         notes.conflicts.add(f"--min-devices={request.min_devices} is more than the {count} of --devices={asked!r}.")

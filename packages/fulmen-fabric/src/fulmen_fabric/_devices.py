@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from fulmen_fabric._notes import shown, source_of
 from fulmen_fabric.rank_zero import PossibleUserWarning, rank_zero_warn
-from fulmen_protocols import ACCELERATORS, BrokenPlugin, MissingPackage, NotConforming, available, load
+from fulmen_protocols import (
+    ACCELERATORS,
+    BackendUnavailable,
+    BrokenPlugin,
+    MissingPackage,
+    NotConforming,
+    available,
+    load,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +84,7 @@ def _quietly_load(seam: Seam[T], name: str) -> T | None:
         return load(seam, name)
     except MissingPackage:
         return None
-    except (BrokenPlugin, NotConforming) as error:
+    except (BackendUnavailable, BrokenPlugin, NotConforming) as error:
         rank_zero_warn(f"{error} It is not considered.")
         return None
 

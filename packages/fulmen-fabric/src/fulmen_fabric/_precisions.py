@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fulmen_fabric._notes import shown
 from fulmen_fabric.abilities import supports
 from fulmen_fabric.rank_zero import rank_zero_warn
-from fulmen_protocols import PRECISIONS, SupportsPrecisionCheck, SupportsPrecisionPlan, load_factory
+from fulmen_protocols import PRECISIONS, BringsParts, SupportsPrecisionCheck, SupportsPrecisionPlan, load_factory
 
 if TYPE_CHECKING:
     from fulmen_fabric._notes import Notes
@@ -21,7 +21,7 @@ _AMBIGUOUS_ALIASES = ("16", "bf16")
 
 
 def find_precision(
-    asked: object, given: Precision | None, device_type: str | None, notes: Notes
+    asked: object, given: Precision | None, strategy: Strategy | None, device_type: str | None, notes: Notes
 ) -> tuple[Precision, str] | None:
     """The precision and its canonical name. ``device_type`` is None where the devices are in conflict already."""
     if given is not None:
@@ -35,6 +35,14 @@ def find_precision(
     name = _canonical_precision(asked, notes)
     if name is None:
         return None
+    if strategy is not None and supports(strategy, BringsParts):
+        before = len(notes.conflicts)
+        own = notes.conflicts.attempt(lambda: strategy.own_precision(name))
+        if own is not None:
+            notes.sources[PRECISIONS.noun] = f"{name} of {type(strategy).__name__}"
+            return own, name
+        if len(notes.conflicts) > before:
+            return None
     factory = notes.conflicts.attempt(lambda: load_factory(PRECISIONS, name))
     if factory is None or device_type is None:
         return None

@@ -11,12 +11,14 @@ from fulmen_protocols import (
     CLUSTER_ENVIRONMENTS,
     LAUNCHERS,
     STRATEGIES,
+    BringsParts,
     BrokenPlugin,
     MissingPackage,
     NotConforming,
     SupportsCollectives,
     SupportsLaunch,
     SupportsStateKindChoice,
+    SupportsStrategyChoice,
     SupportsWorldCheck,
     available,
     load,
@@ -29,9 +31,16 @@ if TYPE_CHECKING:
     import torch
 
     from fulmen_fabric._notes import Notes
-    from fulmen_protocols import ClusterEnvironment, Launcher, Strategy
+    from fulmen_protocols import Accelerator, ClusterEnvironment, Launcher, Strategy
 
-__all__ = ["check_strategy", "choose_state_kind", "find_environment", "find_launcher", "find_strategy"]
+__all__ = [
+    "check_strategy",
+    "choose_state_kind",
+    "environment_of_strategy",
+    "find_environment",
+    "find_launcher",
+    "find_strategy",
+]
 
 _DETECTION_ORDER = ("torchrun", "slurm", "lsf", "mpi")
 
@@ -68,30 +77,50 @@ def _detection_order(name: str) -> tuple[int, str]:
     return (_DETECTION_ORDER.index(name) if name in _DETECTION_ORDER else len(_DETECTION_ORDER)), name
 
 
+def environment_of_strategy(
+    given: ClusterEnvironment | None, found: ClusterEnvironment | None, strategy: Strategy
+) -> ClusterEnvironment | None:
+    """The strategy's own environment where it brings one and the user has given none, else ``found``."""
+    own = strategy.own_environment() if given is None and supports(strategy, BringsParts) else None
+    return found if own is None else own
+
+
 def find_strategy(
-    asked: object, accelerator_name: str, world_size: int, num_nodes: int, notes: Notes
+    asked: object, accelerator: Accelerator | None, world_size: int, num_nodes: int, notes: Notes
 ) -> tuple[Strategy, str] | None:
     """The strategy and its name."""
+    chooses = accelerator if accelerator is not None and supports(accelerator, SupportsStrategyChoice) else None
     if not isinstance(asked, str):
         strategy = notes.take(STRATEGIES, asked)
+        if strategy is not None and chooses is not None:
+            notes.conflicts.attempt(lambda: chooses.check_strategy(strategy))
         return None if strategy is None else (strategy, type(strategy).__name__)
     # Lightning takes any case; a vendor's name may hold capitals.
     name = asked if asked in available(STRATEGIES) else asked.lower()
+    if chooses is not None:
+        before, name = name, chooses.choose_strategy(name, world_size)
+        if before not in ("auto", name):
+            rank_zero_warn(f"strategy={asked!r} on accelerator {_name_of(accelerator)!r} means {name!r}.")
+    processes = "one device" if world_size == 1 else f"{world_size} processes"
     if name == "auto":
-        name = _auto_strategy(accelerator_name, world_size, num_nodes)
-        processes = "one device" if world_size == 1 else f"{world_size} processes"
+        name = _auto_strategy(world_size, num_nodes)
+    if asked.lower() == "auto":
         notes.chosen.append(f"strategy='auto' chose {name!r} for {processes}.")
-    if name == "dp" and accelerator_name == "cpu":
+    if name == "dp" and _name_of(accelerator) == "cpu":
         name = "ddp"
         rank_zero_warn("strategy='dp' splits batches over GPUs, of which a run on the CPU has none: using 'ddp'.")
     strategy = notes.load(STRATEGIES, name)
+    if strategy is not None and chooses is not None:
+        notes.conflicts.attempt(lambda: chooses.check_strategy(strategy))
     return None if strategy is None else (strategy, name)
 
 
-def _auto_strategy(accelerator_name: str, world_size: int, num_nodes: int) -> str:
+def _name_of(accelerator: Accelerator | None) -> str:
+    return "" if accelerator is None else accelerator.name()
+
+
+def _auto_strategy(world_size: int, num_nodes: int) -> str:
     installed = available(STRATEGIES)
-    if accelerator_name == "tpu":
-        return "single_xla" if world_size == 1 else "xla"
     if world_size == 1:
         return "single_device"
     return "ddp_fork" if num_nodes == 1 and is_interactive() and "ddp_fork" in installed else "ddp"

@@ -12,6 +12,7 @@ from fulmen_fabric._precisions import find_precision, hand_over_precision
 from fulmen_fabric._strategies import (
     check_strategy,
     choose_state_kind,
+    environment_of_strategy,
     find_environment,
     find_launcher,
     find_strategy,
@@ -78,7 +79,8 @@ def assemble(
 
     Args:
         accelerator: a name, an instance, ``"gpu"`` (mps or cuda) or ``"auto"`` (tpu, mps, cuda, cpu: the first usable).
-        strategy: a name, an instance, or ``"auto"``: ``"single_device"`` for one process, else ``"ddp"``.
+        strategy: a name, an instance, or ``"auto"``: what the accelerator wants, else ``"single_device"`` for one
+            process and ``"ddp"`` for several.
         devices: per node: a count, a list of ids, a string that the accelerator reads, or ``"auto"``.
         num_nodes: number of machines, at least 1.
         precision: a name, or an alias such as ``16`` or ``"bf16"``; None means ``"32-true"``.
@@ -97,7 +99,8 @@ def assemble(
         notes.conflicts.add(f"num_nodes={num_nodes!r} is not a whole number of at least 1.")
         nodes = 1
 
-    environment = find_environment(given.environment or parts.cluster_environment, notes)
+    given_environment = given.environment or parts.cluster_environment
+    environment = find_environment(given_environment, notes)
     accelerator_part = find_accelerator(parts.accelerator or accelerator, notes)
     accelerator_name = "" if accelerator_part is None else accelerator_part.name()
     if accelerator_part is None:
@@ -110,8 +113,10 @@ def assemble(
     device_ids, node_devices = found if found is not None else ([], [])
     world_size = max(1, len(node_devices)) * nodes
 
-    placed = find_strategy(strategy, accelerator_name, world_size, nodes, notes)
+    placed = find_strategy(strategy, accelerator_part, world_size, nodes, notes)
     launcher = None
+    if placed is not None:
+        environment = environment_of_strategy(given_environment, environment, placed[0])
     if placed is not None and node_devices and supports(placed[0], SupportsDevices):
         # One process, to which the others' devices belong as well.
         placed[0].take_devices(node_devices)
@@ -121,7 +126,8 @@ def assemble(
         launcher = find_launcher(*placed, environment, world_size, notes)
     own_precision = given.precision or parts.precision
     device_type = node_devices[0].type if node_devices else None
-    numbers = find_precision(precision if own_precision is given.precision else None, own_precision, device_type, notes)
+    named = precision if own_precision is given.precision else None
+    numbers = find_precision(named, own_precision, None if placed is None else placed[0], device_type, notes)
     if placed is not None and numbers is not None:
         hand_over_precision(*placed, numbers[0], notes)
     if placed is not None:

@@ -1,6 +1,6 @@
 """The seams between fulmen's packages: protocols, value types, errors and discovery. Imports no torch."""
 
-from fulmen_protocols.accelerator import Accelerator, SupportsDeviceStats
+from fulmen_protocols.accelerator import Accelerator, SupportsDeviceStats, SupportsStrategyChoice
 from fulmen_protocols.callback import HOOKS, Callback
 from fulmen_protocols.checkpoint_io import (
     CheckpointIO,
@@ -86,7 +86,9 @@ from fulmen_protocols.seams import (
 from fulmen_protocols.stateful import Optimizable, Stateful, Steppable
 from fulmen_protocols.storage import Storage
 from fulmen_protocols.strategy import (
+    BringsParts,
     CarriesParts,
+    LimitsInferenceMode,
     OwnsAccumulation,
     OwnsBackward,
     OwnsOptimizerStep,
@@ -134,6 +136,7 @@ __all__ = [
     "Accelerator",
     "BackendNotFound",
     "BackendUnavailable",
+    "BringsParts",
     "BrokenPlugin",
     "Callback",
     "CarriesParts",
@@ -151,6 +154,7 @@ __all__ = [
     "Launcher",
     "LaunchesApart",
     "LayerSync",
+    "LimitsInferenceMode",
     "Logger",
     "LoggerStatus",
     "MisconfigurationException",
@@ -222,6 +226,7 @@ __all__ = [
     "SupportsShardedSave",
     "SupportsShardedState",
     "SupportsStateKindChoice",
+    "SupportsStrategyChoice",
     "SupportsVerification",
     "SupportsWaitingRows",
     "SupportsWindowEnds",

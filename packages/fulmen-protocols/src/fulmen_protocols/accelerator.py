@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["Accelerator", "SupportsDeviceStats"]
+__all__ = ["Accelerator", "SupportsDeviceStats", "SupportsStrategyChoice"]
 
 
 @runtime_checkable
@@ -56,4 +56,24 @@ class SupportsDeviceStats(Protocol):
 
     def get_device_stats(self, device: torch.device) -> Mapping[str, float]:
         """Counters by name, for example bytes of memory in use. May be slow; never called on the path of a batch."""
+        ...
+
+
+@runtime_checkable
+class SupportsStrategyChoice(Protocol):
+    """An accelerator whose devices not every strategy can drive."""
+
+    def choose_strategy(self, asked: str, num_processes: int) -> str:
+        """The name of the strategy to use where the user has asked for ``asked``, such as ``"auto"`` or ``"fsdp"``.
+
+        ``num_processes`` counts one for each device of the run. What needs no other name comes back as it is.
+        """
+        ...
+
+    def check_strategy(self, strategy: object) -> None:
+        """Refuse a strategy that cannot drive these devices, before anything is started.
+
+        Raises:
+            ValueError: the message names the strategy, and those that can.
+        """
         ...

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from fulmen_protocols.topology import Topology
 
 __all__ = [
+    "BringsParts",
     "CarriesParts",
+    "LimitsInferenceMode",
     "OwnsAccumulation",
     "OwnsBackward",
     "OwnsOptimizerStep",
@@ -119,6 +121,27 @@ class CarriesParts(Protocol):
 
 
 @runtime_checkable
+class BringsParts(Protocol):
+    """A strategy that brings parts of its own kind, for what the user has given nowhere."""
+
+    def own_environment(self) -> ClusterEnvironment | None:
+        """What tells its processes their ranks; None: whatever is detected."""
+        ...
+
+    def own_precision(self, name: str) -> Precision | None:
+        """The precision of that canonical name; None: the one that is registered under it.
+
+        Raises:
+            ValueError: this strategy cannot train in it; the message names those that it can.
+        """
+        ...
+
+    def own_checkpoint_io(self) -> CheckpointIO | None:
+        """What writes its checkpoints, of the kind that ``state_kind`` says; None: the one for that kind."""
+        ...
+
+
+@runtime_checkable
 class SupportsLaunch(Protocol):
     """A strategy that runs in several processes."""
 
@@ -144,6 +167,16 @@ class SupportsInferencePlacement(Protocol):
 
     def place_for_inference(self, module: nn.Module) -> nn.Module:
         """Return ``module`` on this process's device with the weights of rank 0, ready for evaluation."""
+        ...
+
+
+@runtime_checkable
+class LimitsInferenceMode(Protocol):
+    """A strategy whose devices may not know ``torch.inference_mode``; an evaluation then takes ``torch.no_grad``."""
+
+    @property
+    def allows_inference_mode(self) -> bool:
+        """Whether they know it."""
         ...
 
 

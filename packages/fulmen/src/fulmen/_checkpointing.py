@@ -100,7 +100,7 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
     """The content of a checkpoint of this moment. Every rank must call it."""
     progress = trainer._progress  # pyright: ignore[reportPrivateUsage]
     module, strategy, full = session.module, session.assembly.strategy, is_full(session)
-    # An engine that writes module and optimizers itself: hooks are shown what this rank holds.
+    # An engine writes module and optimizers itself: hooks are shown what this rank holds.
     by_engine = not weights_only and supports(strategy, OwnsCheckpoints)
     checkpoint: dict[str, Any] = {
         "epoch": trainer.current_epoch,

@@ -26,7 +26,7 @@ from fulmen.predict import PredictParts
 from fulmen.states import RunningStage, TrainerFn
 from fulmen_fabric import collect_rng_state, isolate_rng, move_data_to_device
 from fulmen_fabric.abilities import supports
-from fulmen_protocols import SupportsInferencePlacement, SupportsShardedState
+from fulmen_protocols import LimitsInferenceMode, SupportsInferencePlacement, SupportsShardedState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -249,8 +249,11 @@ class Evaluation:
     def _uses_inference_mode(self) -> bool:
         # gloo reduces tensors in place, which inference tensors refuse.
         world = self._session.world
-        if supports(self._session.assembly.strategy, SupportsShardedState):
+        strategy = self._session.assembly.strategy
+        if supports(strategy, SupportsShardedState):
             return False  # weights that are gathered then would be inference tensors in the next training step
+        if supports(strategy, LimitsInferenceMode) and not strategy.allows_inference_mode:
+            return False
         return self._settings().inference_mode and not (world.world_size > 1 and world.device.type == "cpu")
 
     @property

@@ -10,6 +10,7 @@ from torch import nn
 from fulmen import _engine
 from fulmen.optimizer import parse_optimizers
 from fulmen.states import TrainerFn
+from fulmen.utilities.parameter_tying import find_shared_parameters, set_shared_parameters
 from fulmen_fabric import move_data_to_device, rank_zero_info
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
@@ -117,7 +118,10 @@ def give_back(session: Session) -> None:
     _pass_on_advice(session)
     if session.world.device.type == "cpu" or supports(session.assembly.strategy, SupportsShardedState):
         return
+    # On devices whose tensors are of another kind (XLA) a moved parameter is a new one, and sharing would be lost.
+    shared = find_shared_parameters(session.module)
     session.module.cpu()
+    set_shared_parameters(session.module, shared)
     cpu = torch.device("cpu")
     for optimizer in session.optimizers:
         for parameter, state in optimizer.state.items():

@@ -20,6 +20,7 @@ from fulmen_protocols import (
     MisconfigurationException,
     MisconfigurationTypeError,
     OwnsOptimizerStep,
+    SupportsBoundMethods,
     SupportsDevices,
     SupportsModuleCheck,
 )
@@ -331,10 +332,12 @@ def strategy(asked: object) -> None:
     """Refuse a strategy that is for loops of one's own.
 
     Raises:
-        MisconfigurationException: it drives several devices from one process.
+        MisconfigurationException: it drives several devices from one process, through a wrapper that splits arguments.
     """
     if (isinstance(asked, str) and asked.lower() == "dp") or (
-        not isinstance(asked, (str, type)) and supports(asked, SupportsDevices)
+        not isinstance(asked, (str, type))
+        and supports(asked, SupportsDevices)
+        and supports(asked, SupportsBoundMethods)
     ):
         name = repr(asked) if isinstance(asked, str) else type(asked).__name__
         raise MisconfigurationException(

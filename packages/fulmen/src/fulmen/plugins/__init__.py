@@ -1,11 +1,9 @@
 """Plugins by the names people look for here: precisions, checkpoint IO and cluster environments."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from fulmen._layer_sync import TorchSyncBatchNorm
-from fulmen._not_here import not_here
+from fulmen._not_here import elsewhere
 from fulmen_checkpoint import (
     AsyncCheckpointIO,
     SafetensorsCheckpointIO,
@@ -22,7 +20,7 @@ from fulmen_precision import (
     StochasticHalfPrecision,
     TransformerEnginePrecision,
 )
-from fulmen_protocols import CheckpointIO, ClusterEnvironment, LayerSync, MissingPackage, Precision
+from fulmen_protocols import CheckpointIO, ClusterEnvironment, LayerSync, Precision
 from fulmen_strategies import (
     KubeflowEnvironment,
     LightningEnvironment,
@@ -34,10 +32,21 @@ from fulmen_strategies import (
 
 if TYPE_CHECKING:
     from fulmen_deepspeed import DeepSpeedPrecision as DeepSpeedPrecision
+    from fulmen_xla import XLACheckpointIO as XLACheckpointIO
+    from fulmen_xla import XLAEnvironment as XLAEnvironment
+    from fulmen_xla import XLAPrecision as XLAPrecision
+    from fulmen_xla import XLAShardedCheckpointIO as XLAShardedCheckpointIO
 
 _REFUSED = {
     "FSDPPrecision": "FSDPStrategy applies every precision itself; write Trainer(precision='bf16-mixed') or "
     "FSDPStrategy(mixed_precision=...)",
+}
+_ELSEWHERE = {
+    "DeepSpeedPrecision": "fulmen_deepspeed",
+    "XLACheckpointIO": "fulmen_xla",
+    "XLAEnvironment": "fulmen_xla",
+    "XLAPrecision": "fulmen_xla",
+    "XLAShardedCheckpointIO": "fulmen_xla",
 }
 
 __all__ = [
@@ -45,7 +54,6 @@ __all__ = [
     "BitsandbytesPrecision",
     "CheckpointIO",
     "ClusterEnvironment",
-    "DeepSpeedPrecision",
     "DoublePrecision",
     "Float8Precision",
     "FullPrecision",
@@ -71,15 +79,4 @@ __all__ = [
 if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that is found here
 
     def __getattr__(name: str) -> object:
-        if name != "DeepSpeedPrecision":
-            raise not_here("fulmen.plugins", name, _REFUSED)
-        try:
-            from fulmen_deepspeed import DeepSpeedPrecision
-        except ModuleNotFoundError as error:
-            if error.name != "fulmen_deepspeed":
-                raise
-            raise MissingPackage(
-                f"{name} needs a package that is not installed. Run: pip install 'fulmen[deepspeed]'"
-            ) from error
-        globals()[name] = DeepSpeedPrecision
-        return DeepSpeedPrecision
+        return elsewhere("fulmen.plugins", name, _ELSEWHERE, _REFUSED)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fulmen._not_here import not_here
-from fulmen_protocols import MissingPackage
+from fulmen._not_here import elsewhere
 
 if TYPE_CHECKING:
     from fulmen_deepspeed import DeepSpeedStrategy as DeepSpeedStrategy
@@ -14,7 +13,23 @@ if TYPE_CHECKING:
     from fulmen_strategies import FSDPStrategy as FSDPStrategy
     from fulmen_strategies import ModelParallelStrategy as ModelParallelStrategy
     from fulmen_strategies import SingleDeviceStrategy as SingleDeviceStrategy
+    from fulmen_xla import SingleDeviceXLAStrategy as SingleDeviceXLAStrategy
+    from fulmen_xla import XLAFSDPStrategy as XLAFSDPStrategy
+    from fulmen_xla import XLASPMDStrategy as XLASPMDStrategy
+    from fulmen_xla import XLAStrategy as XLAStrategy
 
+_HOME = {
+    "DDPStrategy": "fulmen_strategies",
+    "DeepSpeedStrategy": "fulmen_deepspeed",
+    "FSDPStrategy": "fulmen_strategies",
+    "ModelParallelStrategy": "fulmen_strategies",
+    "SingleDeviceStrategy": "fulmen_strategies",
+    "SingleDeviceXLAStrategy": "fulmen_xla",
+    "Strategy": "fulmen_protocols",
+    "XLAFSDPStrategy": "fulmen_xla",
+    "XLASPMDStrategy": "fulmen_xla",
+    "XLAStrategy": "fulmen_xla",
+}
 _REFUSED = {
     "ParallelStrategy": "a strategy of several processes needs no base class; what it has besides a Strategy are its "
     "launcher and collectives (docs/guides/write-a-strategy.md). trainer.world_size > 1 tells if there are several",
@@ -22,36 +37,14 @@ _REFUSED = {
     "`fulmen plugins` lists them, and a strategy without a name is passed as an object",
 }
 
-_HOME = {"DeepSpeedStrategy": "fulmen_deepspeed", "Strategy": "fulmen_protocols"}
-_EXTRAS = {"fulmen_deepspeed": "deepspeed"}
-
-__all__ = [
-    "DDPStrategy",
-    "DeepSpeedStrategy",
-    "FSDPStrategy",
-    "ModelParallelStrategy",
-    "SingleDeviceStrategy",
-    "Strategy",
-]
+# What another package has to be installed for is not in it: a star import would end there.
+__all__ = ["DDPStrategy", "FSDPStrategy", "ModelParallelStrategy", "SingleDeviceStrategy", "Strategy"]
 
 
 if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that is found here
 
     def __getattr__(name: str) -> object:
-        if name not in __all__:
-            raise not_here("fulmen.strategies", name, _REFUSED)
-        from importlib import import_module
-
-        home = _HOME.get(name, "fulmen_strategies")
-        try:
-            value: object = getattr(import_module(home), name)
-        except ModuleNotFoundError as error:
-            if error.name != home or home not in _EXTRAS:
-                raise
-            raise MissingPackage(
-                f"{name} needs a package that is not installed. Run: pip install 'fulmen[{_EXTRAS[home]}]'"
-            ) from error
-        globals()[name] = value
+        globals()[name] = value = elsewhere("fulmen.strategies", name, _HOME, _REFUSED)
         return value
 
 
