@@ -329,6 +329,7 @@ def main() -> None:
         CASES[name]()
     if torch.distributed.get_rank() == 0:
         (FOLDER / f"{RANKS}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()  # rank 0 has the store that the others may still ask
 
 
 if __name__ == "__main__":

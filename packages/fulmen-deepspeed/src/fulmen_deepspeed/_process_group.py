@@ -105,8 +105,8 @@ def _let_threads_finish_at_exit() -> None:
 def _forget() -> None:
     """Clear what DeepSpeed keeps of the group in its modules, so that the next run finds nothing of this one."""
     groups = submodule("deepspeed.utils.groups")
-    known: dict[str, Any] = dict(vars(groups))
-    for name, value in known.items():
+    known = cast("dict[str, object]", vars(groups))
+    for name, value in list(known.items()):
         if not name.startswith("_") or not name.endswith(("_GROUP", "_GROUPS", "_RANKS")):
             continue
         if isinstance(value, dict):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -568,8 +568,9 @@ class DeepSpeedStrategy:
         entry.attach(self._initialize(entry.module, made, None), trains=False)
 
     def _configure_activation_checkpointing(self) -> None:
-        wanted: Any = self._config.get("activation_checkpointing")
-        if not isinstance(wanted, Mapping) or not any(wanted.values()):
+        found: object = self._config.get("activation_checkpointing")
+        wanted: dict[str, Any] = dict(cast("Mapping[str, Any]", found)) if isinstance(found, Mapping) else {}
+        if not any(wanted.values()):
             return
         self._deepspeed.checkpointing.configure(
             mpu_=None,
