@@ -27,11 +27,9 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Train the worked examples, those with a loop of their own too; each under two minutes. [-- NAME ...]."""
+    """Train the worked examples, those with a loop of their own too; missing a score is an error. [-- NAME ...]."""
     python = environment(session, "demo")
-    fabric = ["image_classifier", "gan", "actor_critic", "kfold", "language_model"]
-    for name in session.posargs or ["finetuning", "gan", "language_model", *(f"fabric/{name}" for name in fabric)]:
-        session.run(python, f"docs/examples/{name}.py")
+    session.run(python, "-m", "tools.examples", *session.posargs)
 
 
 @nox.session

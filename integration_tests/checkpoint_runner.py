@@ -31,7 +31,7 @@ BATCHES = 4
 
 
 def model_of(library: Any, script: list[float], fail_at: int = -1) -> Any:
-    class Scripted(library.LightningModule):  # type: ignore[misc]
+    class Scripted(library.LightningModule):  # type: ignore[misc]  # which class, a parameter says
         """Logs written values: for each validation, each step, and each training epoch."""
 
         def __init__(self) -> None:
@@ -64,7 +64,7 @@ def model_of(library: Any, script: list[float], fail_at: int = -1) -> Any:
 
 
 def loader(batches: int) -> Any:
-    return DataLoader(torch.ones(batches, 1))  # type: ignore[arg-type]
+    return DataLoader(torch.ones(batches, 1))  # type: ignore[arg-type]  # whatever has items is data
 
 
 def fit(library: Any, model: Any, callbacks: Any, folder: str, ckpt_path: Any = None, **options: Any) -> Any:
@@ -155,6 +155,9 @@ SAVING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"every_n_train_steps": 4, "save_top_k": 2, "monitor": "val_loss", "save_on_train_epoch_end": False},
         {"check_val_every_n_epoch": 1, "max_epochs": 5},
     ),
+    "newest two of steps": ({"every_n_train_steps": 2, "save_top_k": 2, "monitor": "step", "mode": "max"}, {}),
+    "newest two of epochs": ({"save_top_k": 2, "monitor": "epoch", "mode": "max"}, {}),
+    "oldest of epochs": ({"monitor": "epoch"}, {}),
     "no trigger": ({"every_n_train_steps": 0, "save_last": True}, {}),
     "every second epoch": ({"every_n_epochs": 2, "save_top_k": -1}, {}),
     "every second epoch by validation": (
@@ -194,7 +197,7 @@ def saving(library: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (arguments, options) in SAVING.items():
 
-        class Keep(callbacks.ModelCheckpoint):  # type: ignore[misc]
+        class Keep(callbacks.ModelCheckpoint):  # type: ignore[misc]  # which class, a parameter says
             if name == "other characters":
                 CHECKPOINT_JOIN_CHAR, CHECKPOINT_EQUALS_CHAR, CHECKPOINT_NAME_LAST = "_", ":", "{epoch}_newest"
                 FILE_EXTENSION, STARTING_VERSION = ".ckpt", 3
@@ -365,7 +368,7 @@ def writing(library: Any) -> dict[str, Any]:
     """What prediction writers get, for several kinds of loaders."""
     callbacks = importlib.import_module(f"{library.__name__}.callbacks")
 
-    class Writer(callbacks.BasePredictionWriter):  # type: ignore[misc]
+    class Writer(callbacks.BasePredictionWriter):  # type: ignore[misc]  # which class, a parameter says
         def __init__(self, interval: str) -> None:
             super().__init__(interval)
             self.calls: list[Any] = []
@@ -382,12 +385,12 @@ def writing(library: Any) -> dict[str, Any]:
             self.calls.append(["epoch", as_lists(predictions), batch_indices])
 
     values = torch.arange(7.0)
-    batches = BatchSampler(SequentialSampler(values), 3, drop_last=False)  # type: ignore[arg-type]
+    batches = BatchSampler(SequentialSampler(values), 3, drop_last=False)  # type: ignore[arg-type]  # whatever has items is data
     loaders: dict[str, Callable[[], Any]] = {
-        "plain": lambda: DataLoader(values, batch_size=3),  # type: ignore[arg-type]
-        "drop_last": lambda: DataLoader(values, batch_size=3, drop_last=True),  # type: ignore[arg-type]
-        "several": lambda: [DataLoader(values, batch_size=4), DataLoader(values[:2])],  # type: ignore[arg-type]
-        "batch_sampler": lambda: DataLoader(values, batch_sampler=batches),  # type: ignore[arg-type]
+        "plain": lambda: DataLoader(values, batch_size=3),  # type: ignore[arg-type]  # whatever has items is data
+        "drop_last": lambda: DataLoader(values, batch_size=3, drop_last=True),  # type: ignore[arg-type]  # whatever has items is data
+        "several": lambda: [DataLoader(values, batch_size=4), DataLoader(values[:2])],  # type: ignore[arg-type]  # whatever has items is data
+        "batch_sampler": lambda: DataLoader(values, batch_sampler=batches),  # type: ignore[arg-type]  # whatever has items is data
     }
     found: dict[str, Any] = {}
     for name, make in loaders.items():

@@ -448,7 +448,7 @@ def misuses(fabric: Any) -> dict[str, Callable[[], object]]:
         "mark what is not there": lambda: model.mark_forward_method("nothing"),
         "load what is not there": lambda: fabric.load("nowhere.ckpt", {}),
         "an unknown attribute": lambda: model.nothing,
-        "positional argument": lambda: Fabric("cpu"),  # type: ignore[misc]
+        "positional argument": lambda: Fabric("cpu"),  # type: ignore[misc]  # wrong on purpose
         "two processes, not launched": lambda: Fabric(accelerator="cpu", devices=2).setup(Net()),
         "an unknown precision": lambda: cpu(precision="17-true"),
         "an unknown strategy": lambda: cpu(strategy="nothing"),
@@ -468,7 +468,7 @@ def errors() -> Any:
     return found
 
 
-class Lit(LightningModule):  # type: ignore[misc]
+class Lit(LightningModule):  # type: ignore[misc]  # a class found at run time
     def __init__(self) -> None:
         super().__init__()
         self.net = Net()
@@ -552,12 +552,20 @@ def a_compiled_module() -> Any:
     model, opt = fabric.setup(torch.compile(net := Net(), backend=backend), torch.optim.SGD(net.parameters(), lr=0.1))
     fabric.backward(model(torch.ones(2, 6)).sum())
     opt.step()
-    return {"compiled": bool(compiled), "names": list(model.state_dict()), "weights": dict(model.state_dict())}
+    found = {"compiled": bool(compiled), "names": list(model.state_dict()), "weights": dict(model.state_dict())}
+    compiled.clear()
+    torch._dynamo.reset()  # else what was compiled for the first serves the second
+    inside = fabric.setup(torch.compile(Net(), backend=backend), _reapply_compile=False)
+    found["inside"] = [inside(torch.ones(2, 6)), bool(compiled)]
+    after = torch.compile(fabric.setup(net2 := Net()), backend=backend)
+    with fabric.no_backward_sync(after):
+        fabric.backward(after(torch.ones(2, 6)).sum())
+    return {**found, "gradient": net2.layer_1.weight.grad}
 
 
 @alone
 def run_and_launch() -> Any:
-    class Mine(Fabric):  # type: ignore[misc]
+    class Mine(Fabric):  # type: ignore[misc]  # a class found at run time
         def run(self, start: int, *, more: int = 0) -> Any:
             return [start + more, self.world_size, self.is_global_zero]
 

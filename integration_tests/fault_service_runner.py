@@ -1,4 +1,4 @@
-"""A run whose tracking server is killed in the middle, and may come back: started by ``test_service_loggers``."""
+"""Runs whose service is killed in the middle, or is not there: started by ``test_service_loggers``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.utils.data import DataLoader
 
 import fulmen
 from fulmen.demos.boring_classes import RandomDataset
-from fulmen.loggers import MLFlowLogger
+from fulmen.loggers import CometLogger, MLFlowLogger, WandbLogger
 from fulmen.runlog import LogDelivery
 
 __all__ = ["Server"]
@@ -39,7 +40,7 @@ class Server:
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
             assert self.process.poll() is None, (self.folder / "server.log").read_text()
             try:
@@ -74,7 +75,26 @@ class Net(fulmen.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01)
 
 
-def main(folder: str, port: str, comes_back: str) -> None:
+def trainer_for(folder: str, logger: Any, delivery: LogDelivery) -> fulmen.Trainer:
+    trainer = fulmen.Trainer(
+        max_epochs=1,
+        logger=logger,
+        log_every_n_steps=1,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.log_delivery = delivery
+    return trainer
+
+
+def loader() -> DataLoader[torch.Tensor]:
+    return DataLoader(RandomDataset(32, STEPS), batch_size=1)
+
+
+def mlflow(folder: str, port: str, comes_back: str) -> None:
     # MLflow's own patience with a server that is away would outlast the test.
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "5"
@@ -82,25 +102,48 @@ def main(folder: str, port: str, comes_back: str) -> None:
     server.start()
     try:
         logger = MLFlowLogger("away", tracking_uri=server.address)
-        trainer = fulmen.Trainer(
-            max_epochs=1,
-            logger=logger,
-            log_every_n_steps=1,
-            accelerator="cpu",
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-        )
-        trainer.log_delivery = LogDelivery(
-            finalize_timeout_s=60 if comes_back == "yes" else 1, retry_s=0.2, longest_retry_s=1
-        )
+        patience = 60 if comes_back == "yes" else 1
+        trainer = trainer_for(folder, logger, LogDelivery(finalize_timeout_s=patience, retry_s=0.2, longest_retry_s=1))
         at = {10: server.kill, **({20: server.start} if comes_back == "yes" else {})}
-        trainer.fit(Net(at), DataLoader(RandomDataset(32, STEPS), batch_size=1))
+        trainer.fit(Net(at), loader())
         print(json.dumps({"run": logger.run_id, "steps": trainer.global_step}))
     finally:
         server.kill()
 
 
+def wandb(folder: str) -> None:
+    """The process beside the run, which writes its files, is killed."""
+    logger = WandbLogger(project="away", offline=True, save_dir=folder)
+    trainer = trainer_for(folder, logger, LogDelivery(finalize_timeout_s=5, retry_s=0.2, longest_retry_s=1))
+
+    def kill() -> None:
+        (_, box) = vars(trainer)["_reporter"].delivery._boxes[id(logger)]
+        assert box.drain(120), "what was logged before has been handed over"
+        [service] = [p for p in psutil.Process().children(recursive=True) if "wandb-core" in p.name()]
+        service.kill()
+
+    trainer.fit(Net({10: kill}), loader())
+    print(json.dumps({"run": logger.version, "steps": trainer.global_step}), flush=True)
+    os._exit(0)  # wandb's own farewell waits for the process that is gone
+
+
+def wandb_down(folder: str, port: str) -> None:
+    os.environ.update(WANDB_BASE_URL=f"http://127.0.0.1:{port}", WANDB_API_KEY="0" * 40, WANDB_SILENT="true")
+    down(folder, WandbLogger(project="away", save_dir=folder))
+
+
+def comet_down(folder: str, port: str) -> None:
+    os.environ["COMET_URL_OVERRIDE"] = f"http://127.0.0.1:{port}/clientlib/"
+    down(folder, CometLogger(api_key="0" * 25, project="away", online=True))
+
+
+def down(folder: str, logger: Any) -> None:
+    trainer = trainer_for(folder, logger, LogDelivery(finalize_timeout_s=2, retry_s=0.2, longest_retry_s=1))
+    trainer.fit(Net({}), loader())
+    print(json.dumps({"steps": trainer.global_step}), flush=True)
+    os._exit(0)  # the library may go on asking for minutes
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    what, *arguments = sys.argv[1:]
+    {"mlflow": mlflow, "wandb": wandb, "wandb-down": wandb_down, "comet-down": comet_down}[what](*arguments)

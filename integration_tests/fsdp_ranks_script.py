@@ -115,6 +115,16 @@ class Adam(Model):
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)}
 
 
+class WatchedMetric(torchmetrics.MeanMetric):
+    """Notes where it is moved."""
+
+    places: list[str]
+
+    def to(self, device: Any, **options: Any) -> Any:
+        self.places = [*vars(self).get("places", []), str(device)]
+        return super().to(device, **options)
+
+
 class Adversaries(Model):
     """Manual optimization with two optimizers and two backward passes in a step, the second after a step."""
 
@@ -252,7 +262,7 @@ class Runs:
 
         class Watching(Adam):
             def on_before_optimizer_step(self, optimizer: Any) -> None:
-                seen["gradients"] = str(next(self.parameters()).grad.device.type)  # type: ignore[union-attr]
+                seen["gradients"] = str(next(self.parameters()).grad.device.type)  # type: ignore[union-attr]  # known to be there
 
         model = Watching()
         model.metric = torchmetrics.MeanMetric()
@@ -268,6 +278,7 @@ class Runs:
 
     def evaluation(self) -> None:
         model = Model()
+        model.metric = WatchedMetric()
         trainer = self.trainer(blocks(), max_epochs=1)
         trainer.fit(model, self.loader(), self.loader())
         facts = {"in fit": dict(model.facts)}
@@ -281,6 +292,7 @@ class Runs:
         with trainer.strategy.gathered(model), torch.no_grad():
             facts["gathered"] = tuple(model.net.head(torch.zeros(2, 6, device=model.device)).shape)
         facts["sharded after"] = all(hasattr(one, "placements") for one in model.parameters())
+        facts["metric was moved to"] = model.metric.places
         facts["device"] = str(next(model.parameters()).device.type)
         facts["unchanged"] = all(torch.equal(value, trained[name]) for name, value in whole(trainer).items())
         self.found["evaluation"] = facts

@@ -38,7 +38,7 @@ class Data(LightningDataModule):
         SEEN["state in setup"] = self.state
 
     def train_dataloader(self) -> Any:
-        return DataLoader(torch.arange(24.0).reshape(12, 2), batch_size=2)  # type: ignore[arg-type]
+        return DataLoader(torch.arange(24.0).reshape(12, 2), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
 
 
 class Model(LightningModule):
@@ -72,7 +72,7 @@ class Model(LightningModule):
         SEEN["gathered"] = {"a": gathered["a"].tolist(), "b": [gathered["b"][0].tolist(), gathered["b"][1]]}
         weight = torch.tensor(2.0 + rank, requires_grad=True)
         (self.all_gather(weight, sync_grads=True) * torch.arange(1.0, 3.0)).sum().backward()
-        SEEN["gradient"] = weight.grad.item()  # type: ignore[union-attr]
+        SEEN["gradient"] = weight.grad.item()  # type: ignore[union-attr]  # known to be there
         self.print("printed once")
 
     def configure_optimizers(self) -> Any:

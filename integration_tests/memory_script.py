@@ -34,7 +34,7 @@ class Block(nn.Module):
         q, k, v = (one(y).view(batch, length, -1, self.size).transpose(1, 2) for one in (self.q, self.k, self.v))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + F.dropout(self.out(attended.transpose(1, 2).reshape(batch, length, -1)), 0.1, self.training)
-        return x + self.down(F.gelu(self.up(self.norm2(x))))  # type: ignore[no-any-return]
+        return x + self.down(F.gelu(self.up(self.norm2(x))))  # type: ignore[no-any-return]  # torch says Any of it
 
 
 class Model(fulmen.LightningModule):

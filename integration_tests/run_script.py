@@ -83,15 +83,32 @@ def fabric(folder: Path) -> None:
         "rank": fabric.global_rank, "world_size": fabric.world_size, "total": float(total), "argv": sys.argv[1:],
         "strategy": type(fabric.strategy).__name__, "precision": fabric.precision.precision, "name": __name__,
         "device": str(fabric.device), "parent": os.getppid(), "file": __file__,
+        "local_rank": fabric.local_rank, "node_rank": fabric.node_rank,
         "env": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
     }  # fmt: skip
     (folder / f"fabric-{fabric.global_rank}.json").write_text(json.dumps(result))
+
+
+def shards(folder: Path) -> None:
+    """Trains a sharded model for a few steps and saves it: a folder, of which each rank writes its part."""
+    fabric = fulmen.Fabric()
+    fabric.launch()
+    torch.manual_seed(1)
+    model = fabric.setup_module(torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2)))
+    optimizer = fabric.setup_optimizers(torch.optim.Adam(model.parameters(), lr=0.1))
+    for _ in range(2):
+        optimizer.zero_grad()
+        fabric.backward(model(torch.ones(2, 4)).square().mean())
+        optimizer.step()
+    fabric.save(folder / "shards", {"model": model, "optimizer": optimizer, "step": 2})
 
 
 def main() -> None:
     task, folder = sys.argv[1], Path(sys.argv[2])
     if task == "fabric":
         fabric(folder)
+    elif task == "shards":
+        shards(folder)
     elif task == "exit":
         sys.exit(7 if os.environ["RANK"] == "1" else 0)
     elif task == "hang":

@@ -197,8 +197,8 @@ def work(fabric: fulmen.Fabric, offset: float) -> dict[str, float]:
     return {"total": total.item(), "rank": fabric.global_rank, "gradient": layer.weight.grad[0, 0].item()}
 
 
-@pytest.mark.proves("4.3")
-@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook"])
+@pytest.mark.proves("4.3", "8.4")
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
 def test_a_fabric_runs_a_function_in_new_processes(strategy: str) -> None:
     fabric = fulmen.Fabric(accelerator="cpu", devices=2, strategy=strategy)
     assert fabric.launch(work, 1.0) == {"total": 3.0, "rank": 0, "gradient": 0.5}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
 import sys
 from typing import Any
 
@@ -19,7 +21,13 @@ from fulmen.plugins import (
 )
 from fulmen.strategies import DDPStrategy
 from fulmen_fabric import assemble
-from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError, StrategyParts
+from fulmen_protocols import (
+    STRATEGIES,
+    MisconfigurationException,
+    MisconfigurationTypeError,
+    StrategyParts,
+    load,
+)
 
 UNUSED = {"find_unused_parameters": True}
 NAMES: dict[str, tuple[str, dict[str, object]]] = {
@@ -53,6 +61,25 @@ def test_every_name_of_ddp_is_what_it_says(name: str) -> None:
     assert (found.strategy.launcher, found.strategy._options) == (launcher, options)
     assert found.launcher is not None
     assert getattr(found.launcher, "start_method", "local") == launcher
+
+
+@pytest.mark.proves("4.3")
+@pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="Lightning is not installed to compare with")
+def test_every_name_that_lightnings_fabric_knows_means_the_same_kind_of_strategy() -> None:
+    script = """
+from lightning.fabric.strategies import STRATEGY_REGISTRY
+for name, entry in STRATEGY_REGISTRY.items():
+    print(name, entry["strategy"].__name__)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    theirs = dict(line.split() for line in done.stdout.splitlines())
+    # Engines are packages of their own.
+    theirs = {
+        name: kind for name, kind in theirs.items() if not any(word in name for word in ("deepspeed", "xla", "tpu"))
+    }
+
+    assert len(theirs) >= 8
+    assert {name: type(load(STRATEGIES, name)).__name__ for name in theirs} == theirs
 
 
 @pytest.mark.proves("4.1")
@@ -149,7 +176,7 @@ def test_a_trainer_takes_one_plugin_of_each_kind_and_a_fabric_no_layer_sync() ->
     sync = DoublesLayers()
     plugins = [DoublePrecision(), TorchCheckpointIO(), LightningEnvironment(), sync]
     quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 1}
-    trainer = fulmen.Trainer(plugins=plugins, **quiet)  # type: ignore[arg-type]
+    trainer = fulmen.Trainer(plugins=plugins, **quiet)  # type: ignore[arg-type]  # wrong on purpose
     assert trainer.assembly.layer_sync is sync
     assert trainer.assembly.precision is plugins[0]
     for twice, noun in (
@@ -159,10 +186,10 @@ def test_a_trainer_takes_one_plugin_of_each_kind_and_a_fabric_no_layer_sync() ->
         ([sync, TorchSyncBatchNorm()], "layer sync"),
     ):
         with pytest.raises(MisconfigurationException, match=f"2 of them are a {noun} .* Give at most one"):
-            fulmen.Trainer(plugins=twice, **quiet)  # type: ignore[arg-type]
+            fulmen.Trainer(plugins=twice, **quiet)  # type: ignore[arg-type]  # wrong on purpose
     for wrong in (object(), "ddp"):
         with pytest.raises(MisconfigurationTypeError, match="plugins: "):
-            fulmen.Trainer(plugins=[wrong], **quiet)  # type: ignore[arg-type]
+            fulmen.Trainer(plugins=[wrong], **quiet)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(MisconfigurationException, match="DoublesLayers is a layer sync, which a Trainer applies"):
         fulmen.Fabric(accelerator="cpu", plugins=[sync])
 

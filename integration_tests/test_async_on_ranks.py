@@ -61,7 +61,7 @@ def test_two_ranks_leave_the_files_of_synchronous_saving_and_go_on_from_them_bit
         ours = io.load_checkpoint(tmp_path / "saved" / "saves" / name)
         theirs = io.load_checkpoint(tmp_path / "whole" / "saves" / name)
         for content in (ours, theirs):
-            content["fulmen"]["progress"].pop("wall_time_s")  # type: ignore[index]
+            content["fulmen"]["progress"].pop("wall_time_s")  # type: ignore[index]  # known to be there
             del content["callbacks"]  # they name the folder
         assert same(ours, theirs), name
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def parts(module: Any, data: Any, callback: Any) -> tuple[Any, Any, Any]:
     """A module, a data module and a callback that derive from these bases, and use every place in a checkpoint."""
 
-    class Model(module):  # type: ignore[misc]
+    class Model(module):  # type: ignore[misc]  # which class, a parameter says
         def __init__(self, width: int = 3, options: Any = None) -> None:
             super().__init__()
             self.save_hyperparameters()
@@ -45,7 +45,7 @@ def parts(module: Any, data: Any, callback: Any) -> tuple[Any, Any, Any]:
             self.events.append("module")
             self.loaded = checkpoint["of the module"]
 
-    class Data(data):  # type: ignore[misc]
+    class Data(data):  # type: ignore[misc]  # which class, a parameter says
         def __init__(self, rows: int = 8) -> None:
             super().__init__()
             self.save_hyperparameters()
@@ -61,7 +61,7 @@ def parts(module: Any, data: Any, callback: Any) -> tuple[Any, Any, Any]:
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             self.loaded = state_dict["served"]
 
-    class Keeps(callback):  # type: ignore[misc]
+    class Keeps(callback):  # type: ignore[misc]  # which class, a parameter says
         def __init__(self) -> None:
             self.state: dict[str, Any] = {"list": [1]}
 
@@ -111,7 +111,7 @@ def test_the_keys_and_plain_values_are_those_that_lightning_writes(tmp_path: Pat
         ("theirs", lightning, theirs, Theirs),
     ):
         torch.manual_seed(0)
-        scaler = torch.amp.GradScaler("cpu")  # type: ignore[attr-defined]
+        scaler = torch.amp.GradScaler("cpu")  # type: ignore[attr-defined]  # its type does not say so
         run = trainer(package, keeps(), 1, mixed("16-mixed", "cpu", scaler=scaler))
         run.fit(model(options={"deep": [1, "a"]}), datamodule=data(rows=5))
         run.save_checkpoint(tmp_path / f"{name}.ckpt")
@@ -187,7 +187,7 @@ def test_every_state_hook_gets_what_it_gave_and_callbacks_a_copy_of_their_own(tm
     assert again.whole["of the callback"] == 7
     assert module.loaded[-1] == "of the callback"
 
-    class Other(data):  # type: ignore[misc, valid-type]
+    class Other(data):  # type: ignore[misc, valid-type]  # which class, a parameter says
         pass
 
     other = Other()
@@ -199,7 +199,7 @@ def test_every_state_hook_gets_what_it_gave_and_callbacks_a_copy_of_their_own(tm
 def test_an_evaluation_restores_no_optimizers_and_needs_none_in_the_file(tmp_path: Path) -> None:
     model, data, keeps = OURS
 
-    class Tested(model):  # type: ignore[misc, valid-type]
+    class Tested(model):  # type: ignore[misc, valid-type]  # which class, a parameter says
         def test_step(self, batch: Any, batch_idx: int) -> None:
             self.log("width", float(self.layer.out_features))
 
@@ -231,7 +231,7 @@ class Thing:
 def test_every_way_to_load_takes_weights_only_and_runs_no_code_without_it(call: str, tmp_path: Path) -> None:
     model, data, keeps = OURS
 
-    class Whole(model):  # type: ignore[misc, valid-type]
+    class Whole(model):  # type: ignore[misc, valid-type]  # which class, a parameter says
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
             return None
 

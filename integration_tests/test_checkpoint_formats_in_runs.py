@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,9 +17,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fulmen as L
+from fulmen.callbacks import ModelCheckpoint
 from fulmen.plugins import SafetensorsCheckpointIO, ShardedCheckpointIO, TorchCheckpointIO
-from fulmen_checkpoint import convert
+from fulmen_checkpoint import FsspecStorage, convert
 from fulmen_protocols import CHECKPOINT_IOS, CheckpointCorrupt, CheckpointError, CheckpointNotFound, load
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 HERE = Path(__file__).parent
 IOS = {"torch": TorchCheckpointIO, "sharded": ShardedCheckpointIO, "safetensors": SafetensorsCheckpointIO}
@@ -121,8 +127,6 @@ def test_fabric_saves_and_loads_each_format(tmp_path: Path, name: str) -> None:
 
 
 def test_model_checkpoint_keeps_and_deletes_folders_like_files(tmp_path: Path) -> None:
-    from fulmen.callbacks import ModelCheckpoint
-
     keeper = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2, save_last=True)
     run = trainer(max_epochs=2, enable_checkpointing=True, callbacks=[keeper], plugins=[ShardedCheckpointIO()])
     run.fit(Net(), loader())
@@ -159,6 +163,58 @@ def test_missing_truncated_foreign_and_newer_checkpoints_are_each_named(tmp_path
     ):
         with pytest.raises(kind, match=told):
             trainer(max_epochs=2).fit(Net(), loader(), ckpt_path=str(tmp_path / f"{name}.ckpt"))
+
+
+class Rising(Net):
+    """With a value that is better after each epoch."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("loss", float(self.current_epoch), on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+
+class _Disk(FsspecStorage):
+    """Has no room left from some file on."""
+
+    def __init__(self, files: int) -> None:
+        super().__init__()
+        self.files = files
+
+    @contextmanager
+    def write_atomic(self, path: str) -> Iterator[Any]:
+        self.files -= 1
+        with super().write_atomic(path) as stream:
+            if self.files < 0:
+                stream.write(b"the beginning")
+                raise OSError(errno.ENOSPC, "No space left on device", path)
+            yield stream
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint holds the state of callbacks")
+@pytest.mark.parametrize("monitor", [None, "loss"])
+def test_a_disk_that_fills_up_ends_a_run_with_one_error_and_its_last_good_checkpoint(
+    tmp_path: Path, monitor: str | None
+) -> None:
+    keep = ModelCheckpoint(tmp_path / "c", monitor=monitor, save_top_k=1, mode="max")
+    full = TorchCheckpointIO(_Disk(files=2))
+    with pytest.raises(CheckpointError, match=r"'.*epoch=2.*' cannot be written: OSError: .*No space left.*free space"):
+        trainer(max_epochs=5, callbacks=[keep], enable_checkpointing=True, plugins=[full]).fit(Rising(), loader())
+
+    (left,) = (tmp_path / "c").iterdir()
+    assert left.name.startswith("epoch=1-")
+    assert keep.best_model_path == str(left), "a failed save changes no ranking"
+    TorchCheckpointIO().verify_checkpoint(left)
+    resumed = trainer(max_epochs=5)
+    resumed.fit(Rising(), loader(), ckpt_path=str(left))
+    straight = Rising()
+    trainer(max_epochs=5).fit(straight, loader())
+    assert resumed.lightning_module is not None
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.lightning_module.state_dict()[name], value)
 
 
 _DDP = """
@@ -198,4 +254,4 @@ def test_ranks_of_ddp_each_write_a_part_and_another_number_of_ranks_goes_on(tmp_
         warnings.simplefilter("ignore")  # random states of another number of ranks are not restored
         again = trainer(max_epochs=2)
         again.fit(Net(), loader(), ckpt_path=str(tmp_path / "two"))
-    assert torch.equal(again.lightning_module.layer.weight, found["state_dict"]["layer.weight"])  # type: ignore[index]
+    assert torch.equal(again.lightning_module.layer.weight, found["state_dict"]["layer.weight"])  # type: ignore[index]  # known to be there

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from mesh_data_script import BATCH, EPOCHS, SIZE
+from integration_tests.mesh_data_script import BATCH, EPOCHS, SIZE
 
 SCRIPT = Path(__file__).with_name("mesh_data_script.py")
 WHOLE = sum(range(SIZE))

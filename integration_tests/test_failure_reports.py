@@ -28,9 +28,10 @@ def test_the_culprit_of_four_ranks_is_named_last_with_its_step(fault: str, culpr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "culprit"), [("raise in training_step", 1), ("SIGKILL", 1), ("hang in Python", 1)])
-def test_under_torchrun_too_nobody_waits_for_the_dead(fault: str, culprit: int) -> None:
-    assert judge(fault, culprit, torchrun=True)[0] == ""
+@pytest.mark.parametrize("fault", ["raise in training_step", "SIGKILL", "sys.exit(3)", "hang in Python"])
+@pytest.mark.parametrize("starter", ["torchrun", "fulmen run"])
+def test_under_an_agent_too_nobody_waits_for_the_dead(starter: str, fault: str) -> None:
+    assert judge(fault, 1, starter=starter)[0] == ""
 
 
 def test_the_drill_knows_twelve_faults() -> None:

@@ -165,6 +165,12 @@ def test_evaluation_takes_no_gradient_but_uses_no_inference_mode(ranks: int) -> 
     assert facts["unchanged"]
 
 
+@pytest.mark.proves("4.19")
+@pytest.mark.parametrize("ranks", RANKS)
+def test_metrics_inside_the_model_are_brought_to_the_device(ranks: int) -> None:
+    assert found(ranks)["evaluation"]["metric was moved to"] == ["cpu"]
+
+
 @pytest.mark.proves("4.23")
 @pytest.mark.parametrize("ranks", RANKS)
 def test_a_module_stays_sharded_and_can_be_called_between_runs(ranks: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from fulmen_fabric._agent import plan
+import fulmen
+from fulmen_fabric._agent import _Failed, endpoint, plan
 from fulmen_fabric.run import command, parse
-from fulmen_protocols import MisconfigurationException
+from fulmen_protocols import MisconfigurationException, Whereabouts
 from fulmen_protocols.cli import main
+from fulmen_strategies.launchers._failure import Failure, record_exception
 
 SCRIPT = Path(__file__).with_name("run_script.py")
 STEPS = 3 * 96 // 12  # epochs x samples over two ranks' batches of 6
@@ -41,7 +46,7 @@ def results(folder: Path, task: str) -> list[Any]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{task}-*.json"))]
 
 
-@pytest.mark.proves("8.21")
+@pytest.mark.proves("8.4", "8.21")
 def test_a_fabric_finds_what_was_asked_for_and_the_script_its_own_arguments(tmp_path: Path) -> None:
     done = run(
         "--devices", 2, SCRIPT, "fabric", tmp_path, "--lr", "0.1", "--strategy=ddp", "--precision", "bf16-mixed", "--",
@@ -81,6 +86,75 @@ def test_a_module_is_run_as_python_runs_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert [one["total"] for one in results(tmp_path, "fabric")] == [3, 3]
     assert results(tmp_path, "fabric")[0]["file"] == str(tmp_path / "project" / "train.py")
+
+
+@pytest.mark.proves("8.21")
+def test_two_nodes_meet_at_the_address_and_port_that_were_named(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = ["--devices=1", "--num-nodes=2", "--main-address=127.0.0.1", f"--main-port={port}"]
+    nodes = [
+        subprocess.Popen(
+            [*FULMEN, "run", "--accelerator=cpu", *shared, f"--node-rank={rank}", str(SCRIPT), "fabric", str(tmp_path)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
+        )
+        for rank in (1, 0)  # the second may come first
+    ]  # fmt: skip
+    for node in nodes:
+        output, _ = node.communicate(timeout=200)
+        assert node.returncode == 0, output
+
+    found = results(tmp_path, "fabric")
+    places = [(one["rank"], one["local_rank"], one["node_rank"], one["world_size"], one["total"]) for one in found]
+    assert places == [(0, 0, 0, 2, 3), (1, 0, 1, 2, 3)]
+    assert [one["env"]["LT_NUM_NODES"] for one in found] == ["2", "2"]
+    assert [one["env"]["MASTER_ADDR"] for one in found] == ["127.0.0.1", "127.0.0.1"]
+
+
+@pytest.mark.proves("8.21")
+def test_nodes_meet_where_lightnings_do_unless_told_otherwise() -> None:
+    several = ["--num-nodes=2", "--main-address=10.0.0.1"]
+
+    assert endpoint(parse([*several, str(SCRIPT)])) == "10.0.0.1:29400"
+    assert endpoint(parse([*several, "--main-port=29555", str(SCRIPT)])) == "10.0.0.1:29555"
+    assert endpoint(parse([str(SCRIPT)])) == "127.0.0.1:0", "on one node any port that is free"
+    assert endpoint(parse(["--main-port=29555", str(SCRIPT)])) == "127.0.0.1:29555"
+
+
+@pytest.mark.proves("8.21")
+def test_shards_that_a_fabric_saved_are_consolidated_by_the_command(tmp_path: Path) -> None:
+    done = run("--devices", 2, "--strategy", "fsdp", SCRIPT, "shards", tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "shards"
+    assert folder.is_dir()
+
+    def consolidate(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [*FULMEN, "consolidate", str(folder), *more]
+        return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=environment())
+
+    first, again, elsewhere = consolidate(), consolidate(), consolidate("--output_file", str(tmp_path / "one.ckpt"))
+
+    assert (first.returncode, again.returncode, elsewhere.returncode) == (0, 1, 0), first.stderr + elsewhere.stderr
+    assert "shards.consolidated" in again.stderr, "what is there is not replaced"
+    content = torch.load(tmp_path / "shards.consolidated", weights_only=True)
+    assert (tmp_path / "one.ckpt").read_bytes() == (tmp_path / "shards.consolidated").read_bytes()
+    assert content["step"] == 2
+    # The same two steps in plain PyTorch.
+    torch.manual_seed(1)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(torch.ones(2, 4)).square().mean().backward()
+        optimizer.step()
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(content["model"][name], value)
+    fabric = fulmen.Fabric(accelerator="cpu", devices=1)
+    model, fresh = fabric.setup(net, torch.optim.Adam(net.parameters(), lr=0.5))
+    fabric.load(tmp_path / "one.ckpt", {"model": model, "optimizer": fresh})
+    assert fresh.param_groups[0]["lr"] == 0.1
+    torch.testing.assert_close(fresh.state[net[0].weight]["exp_avg"], optimizer.state[net[0].weight]["exp_avg"])
 
 
 def test_the_exit_status_is_that_of_the_rank_that_failed_first(tmp_path: Path) -> None:
@@ -131,8 +205,11 @@ def test_training_goes_on_from_the_last_checkpoint_when_a_process_is_lost(kind: 
     assert found[0]["steps"][-1] == STEPS
     how = "was killed by signal 9" if kind == "kill" else "ended with exit code 1"
     # The agent looks ten times a second; on a busy machine it may see first how the other process ended in consequence.
-    assert f"{how}; all processes start again" in done.stderr
-    assert [f"start again (restart {number} of 3)." in done.stderr for number in (1, 2, 3)] == [True, True, False]
+    lines = [line for line in done.stderr.splitlines() if "; all processes start again (restart " in line]
+    assert [f"(restart {number} of 3)." in line for number, line in enumerate(lines, start=1)] == [True, True]
+    assert any(how in line for line in lines)
+    for number, line in enumerate(lines, start=1):
+        assert f", at step {3 * number}, in training, epoch 0, batch {3 * number}) " in line
 
 
 @pytest.mark.slow
@@ -154,8 +231,10 @@ def test_one_run_survives_ten_kills(tmp_path: Path) -> None:
 def test_it_ends_when_no_restart_is_left(tmp_path: Path) -> None:
     done = run("--devices", 2, "--max-restarts", 1, SCRIPT, "kill", tmp_path, 9)
     assert done.returncode == 128 + signal.SIGKILL
-    assert "rank 1 of 2" in done.stderr
-    assert "was killed by SIGKILL" in done.stderr.splitlines()[-1]
+    head, last = done.stderr.splitlines()[-2:]
+    assert head.startswith("rank 1 of 2 (process ")
+    assert "was killed by SIGKILL first, at step 6, in training, epoch 0, batch 6; the run was ended." in head
+    assert last.startswith("[rank1]: was killed by SIGKILL")
     assert not results(tmp_path, "trained")
 
 
@@ -174,6 +253,39 @@ def test_fewer_than_min_devices_are_an_end(tmp_path: Path) -> None:
     done = run("--devices", 2, "--min-devices", 2, "--max-restarts", 2, SCRIPT, "kill", tmp_path, 3)
     assert done.returncode == 128 + signal.SIGKILL
     assert len(list(tmp_path.glob("life-*-1"))) == 1
+
+
+@pytest.mark.proves("4.34")
+@pytest.mark.parametrize("ends_first", [0, 2])
+def test_it_goes_on_without_the_one_that_hung_and_not_the_one_that_waited_for_it(
+    ends_first: int, tmp_path: Path
+) -> None:
+    attempt = tmp_path / "run" / "attempt_0"
+    files = {rank: attempt / str(rank) / "error.json" for rank in (0, 1, 2)}
+    for file in files.values():
+        file.parent.mkdir(parents=True)
+    Whereabouts(str(attempt / "at.2"))  # of this process
+    own = RuntimeError("gloo: timed out waiting for 8000ms")
+    hung = Failure(
+        rank=2, world_size=4, pid=77, exit_code=None, trace="line 1\nline 2", time_s=0.0, is_consequence=False,
+        kept_waiting="it had begun 3 collectives, and the others 4",
+    )  # fmt: skip
+    record_exception(str(files[0]), own, hung)
+    record_exception(str(files[1]), own)  # which does not know for whom it has waited
+    seen = {
+        rank: ProcessFailure(local_rank=rank, pid=os.getpid(), exitcode=1, error_file=str(files[rank]))
+        for rank in {1, ends_first}
+    }
+
+    failed = _Failed(ChildFailedError("script", seen), 4, str(tmp_path))
+
+    assert (failed.local_rank, failed.exit_status) == (2, 1)
+    assert failed.report("3 processes go on without it (1 restarts are left)").splitlines() == [
+        "rank 2 of 4 (process 77) kept the others waiting: it had begun 3 collectives, and the others 4; "
+        "3 processes go on without it (1 restarts are left). There it stood:",
+        "[rank2]: line 1",
+        "[rank2]: line 2",
+    ]
 
 
 @pytest.mark.slow
@@ -217,6 +329,9 @@ def test_its_processes_end_with_it(number: signal.Signals, tmp_path: Path) -> No
     ("words", "said"),
     [
         (["--strategy=ddp_spawn"], "--strategy='ddp_spawn' starts its processes by itself.*use its counterpart"),
+        (["--strategy=ddp_fork"], "--strategy='ddp_fork' starts its processes by itself"),
+        (["--strategy=ddp_notebook"], "--strategy='ddp_notebook' starts its processes by itself"),
+        (["--strategy=xla_fsdp"], "--strategy='xla_fsdp' starts its processes by itself"),
         (["--strategy=ddpp"], "--strategy='ddpp' is not installed.*Did you mean 'ddp'"),
         (["--accelerator=tpu"], "--accelerator='tpu': torch's agent starts no TPU processes"),
         (["--accelerator=cpuu"], "cpuu"),

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def module_class(base: Any) -> Any:
-    class Model(base):  # type: ignore[misc]
+    class Model(base):  # type: ignore[misc]  # which class, a parameter says
         def __init__(self, manual: bool) -> None:
             super().__init__()
             self.automatic_optimization = not manual
@@ -52,7 +52,7 @@ def module_class(base: Any) -> Any:
 
 
 def callback_class(base: Any) -> Any:
-    class Saves(base):  # type: ignore[misc]
+    class Saves(base):  # type: ignore[misc]  # which class, a parameter says
         def __init__(self, folder: Path) -> None:
             self.folder = folder
             self.paths: dict[str, Path] = {}
@@ -164,3 +164,65 @@ def test_lightning_goes_on_with_the_right_batch_and_step_from_what_we_saved_anyw
     paths = {kind: fit(kind, tmp_path / kind, manual, val_check_interval=2)[1] for kind in KINDS}
     for moment in list(paths["fulmen"])[:-1:3]:
         assert seen(paths["fulmen"][moment]) == seen(paths["lightning"][moment]), moment
+
+
+def reading_class(base: Any) -> Any:
+    class Reads(base):  # type: ignore[misc]  # which class, a parameter says
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def _read(self, trainer: Any, moment: str) -> None:
+            fit_loop = trainer.fit_loop
+            batches, epochs = fit_loop.epoch_loop.batch_progress, fit_loop.epoch_progress.current
+            self.seen.append(
+                (
+                    moment, fit_loop.batch_idx, fit_loop.epoch_loop.batch_idx, fit_loop.epoch_loop.total_batch_idx,
+                    batches.current.ready, batches.current.processed, batches.current.completed, batches.total.ready,
+                    epochs.ready, epochs.started, epochs.processed, epochs.completed, trainer.is_last_batch,
+                )
+            )  # fmt: skip
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            self._read(trainer, "batch start")
+
+        def on_before_backward(self, trainer: Any, *_: Any) -> None:
+            self._read(trainer, "backward")
+
+        def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
+            self._read(trainer, "step")
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            self._read(trainer, "batch end")
+
+        def on_validation_start(self, trainer: Any, *_: Any) -> None:
+            self._read(trainer, "validation")
+
+        def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+            self._read(trainer, "epoch end")
+
+    return Reads
+
+
+@pytest.mark.proves("A.6")
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}, {"val_check_interval": 2}])
+def test_hooks_read_the_counters_that_they_read_in_lightning(options: dict[str, Any]) -> None:
+    seen: dict[str, list[Any]] = {}
+    for kind, (package, model_class, saves_class) in KINDS.items():
+        reads = reading_class(saves_class.__mro__[1])()
+        trainer = package.Trainer(
+            accelerator="cpu",
+            max_epochs=2,
+            callbacks=[reads],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            **options,
+        )
+        data = TensorDataset(torch.arange(32.0).reshape(8, 4) / 32)
+        trainer.fit(model_class(False), DataLoader(data, 2), DataLoader(data, 4))
+        seen[kind] = reads.seen
+
+    assert len(seen["fulmen"]) > 20
+    assert seen["fulmen"] == seen["lightning"]

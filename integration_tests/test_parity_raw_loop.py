@@ -154,7 +154,7 @@ def test_the_loop_can_be_run_with_parts_built_by_hand() -> None:
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
 
     def accumulate(batch: object, batch_idx: int) -> None:
-        x, y = batch  # type: ignore[misc]
+        x, y = batch  # type: ignore[misc]  # a batch of two
         F.cross_entropy(ours(x), y).backward()
 
     def step(batch: object, batch_idx: int) -> None:

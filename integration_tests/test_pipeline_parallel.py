@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_script import BATCH, EPOCHS, LAYERS, Part
+from integration_tests.pipeline_script import BATCH, EPOCHS, LAYERS, Part
 from torch.nn import functional as F
 
 SCRIPT = Path(__file__).with_name("pipeline_script.py")

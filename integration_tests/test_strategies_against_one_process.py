@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from strategy_matrix import PRECISIONS, Body, strategies
+from integration_tests.strategy_matrix import PRECISIONS, Body, strategies
 
 SCRIPT = Path(__file__).with_name("strategy_matrix.py")
 # Sums over ranks are taken in another order: in float32 that is all; in 16 bits every product is rounded besides, and
@@ -39,7 +39,7 @@ def run(ranks: int, *tasks: str, after: int = 0) -> None:
     """Run the tasks, once. ``after`` is the number of ranks whose checkpoints are awaited."""
     command = [sys.executable, "-W", "ignore", str(SCRIPT), str(folder()), str(ranks), *tasks]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=1500, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 

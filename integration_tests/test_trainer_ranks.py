@@ -25,7 +25,7 @@ def ranks(accelerator: str = "cpu") -> list[dict[str, Any]]:
             [sys.executable, str(SCRIPT), folder, accelerator],
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=900,
             check=False,
             env=environment,
         )
@@ -33,15 +33,18 @@ def ranks(accelerator: str = "cpu") -> list[dict[str, Any]]:
         return [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def order(*, synced: bool) -> list[list[str]]:
-    norm, half, full = "BatchNorm1d", "torch.bfloat16", "torch.float32"
+def order(*, synced: bool) -> list[list[Any]]:
+    norm, half, full, wrapped = "BatchNorm1d", "torch.bfloat16", "torch.float32", "DistributedDataParallel"
     inside = "SyncBatchNorm" if synced else norm
     return [
+        ["accelerator", "cuda" if synced else "cpu"],
         ["precision", inside, full],
         ["place", inside, half],
-        ["placed", "DistributedDataParallel"],
+        ["placed", wrapped, 1],  # with its communication hook
         ["configure_optimizers", inside, half],
-        ["model", "DistributedDataParallel", "DistributedDataParallel"],
+        ["model", wrapped, wrapped],
+        ["prepare_optimizers", wrapped, 1],
+        ["precision", "SGD"],
         ["on_fit_start", inside, half],
         ["training_step", inside, half],
         ["on_fit_end", norm, half],  # the devices are given back before on_fit_end

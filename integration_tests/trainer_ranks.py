@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.data import DataLoader
 
 import fulmen
 from fulmen.callbacks import ModelCheckpoint
+from fulmen_accelerators import CPUAccelerator, CUDAAccelerator
 from fulmen_precision import HalfPrecision
 from fulmen_strategies import DDPStrategy
 
@@ -26,7 +28,7 @@ ACCELERATOR = sys.argv[2]
 
 def numbers(samples: int, start: int = 0, **options: Any) -> DataLoader[Any]:
     values = torch.arange(start, start + samples, dtype=torch.float32).reshape(samples, 1)
-    return DataLoader(values, **{"batch_size": 2, **options})  # type: ignore[arg-type]
+    return DataLoader(values, **{"batch_size": 2, **options})  # type: ignore[arg-type]  # whatever has items is data
 
 
 class Model(fulmen.LightningModule):
@@ -66,8 +68,13 @@ def trainer(**options: Any) -> fulmen.Trainer:
 
 
 def order_of_setup() -> None:
-    """Who sees the module in which state, from the first conversion to the optimizers."""
+    """Who sees the module in which state, from the device to the optimizers."""
     order: list[Any] = []
+
+    class Accelerator(CUDAAccelerator if ACCELERATOR == "cuda" else CPUAccelerator):  # type: ignore[misc]
+        def setup_device(self, device: torch.device) -> None:
+            order.append(["accelerator", device.type])
+            super().setup_device(device)
 
     def state(moment: str, module: nn.Module) -> None:
         norm = module.get_submodule("norm")
@@ -78,12 +85,19 @@ def order_of_setup() -> None:
             state("precision", module)
             return super().convert_module(module)
 
+        def prepare_optimizer(self, optimizer: Any) -> None:
+            order.append(["precision", type(optimizer).__name__])
+
     class Strategy(DDPStrategy):
         def place(self, module: nn.Module) -> nn.Module:
             state("place", module)
             placed = super().place(module)
-            order.append(["placed", type(placed).__name__])
+            order.append(["placed", type(placed).__name__, len(placed._comm_hooks)])
             return placed
+
+        def prepare_optimizers(self, module: nn.Module, optimizers: Any) -> Any:
+            order.append(["prepare_optimizers", type(module).__name__, len(optimizers)])
+            return super().prepare_optimizers(module, optimizers)
 
     class Watched(Model):
         def configure_optimizers(self) -> Any:
@@ -106,8 +120,9 @@ def order_of_setup() -> None:
     own = model.norm
     run = trainer(
         sync_batchnorm=ACCELERATOR == "cuda",
+        accelerator=Accelerator(),
         plugins=Precision("bf16-true"),
-        strategy=Strategy(find_unused_parameters=True),
+        strategy=Strategy(find_unused_parameters=True, ddp_comm_hook=allreduce_hook),
     )
     run.fit(model, numbers(8))
     SEEN["order"] = order

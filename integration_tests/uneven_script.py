@@ -67,7 +67,7 @@ class Model(fulmen.LightningModule):
         self.hooks = 0
 
     def loss(self, batch: Tensor) -> Tensor:
-        return self.layers(batch).square().mean()  # type: ignore[no-any-return]
+        return self.layers(batch).square().mean()  # type: ignore[no-any-return]  # torch says Any of it
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         self.rounds.append(batch_idx)
@@ -89,7 +89,7 @@ class ManualModel(Model):
         super().__init__()
         self.automatic_optimization = False
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]  # with other arguments, on purpose
         loss = super().training_step(batch, batch_idx)
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
@@ -130,7 +130,7 @@ def training() -> None:
             own = batches_of(model.global_rank)
             return Batches(own) if sized else DataLoader(Stream(own), batch_size=None)
 
-        model.train_dataloader = train_dataloader  # type: ignore[method-assign]
+        model.train_dataloader = train_dataloader  # type: ignore[method-assign]  # replaced on purpose
         run = trainer(use_distributed_sampler=False, **options)
         run.fit(model)
         SEEN[name] = {
@@ -174,7 +174,7 @@ def evaluation() -> None:
     model, run = Evaluated(), trainer()
     for samples in range(1, 51):
         data = torch.arange(1, samples + 1, dtype=torch.float32).reshape(samples, 1)
-        loader: Any = DataLoader(data, batch_size=3)  # type: ignore[arg-type]
+        loader: Any = DataLoader(data, batch_size=3)  # type: ignore[arg-type]  # whatever has items is data
         SEEN[f"evaluated {samples}"] = run.validate(model, loader, verbose=False)[0]
 
 
@@ -185,7 +185,7 @@ def evaluation_of_unequal_loaders() -> None:
     def val_dataloader() -> Any:
         return Batches([batch.float() for batch in batches_of(model.global_rank)])
 
-    model.val_dataloader = val_dataloader  # type: ignore[method-assign]
+    model.val_dataloader = val_dataloader  # type: ignore[method-assign]  # replaced on purpose
     SEEN["evaluated own"] = trainer(use_distributed_sampler=False).validate(model, verbose=False)[0]
 
 
@@ -236,7 +236,7 @@ def evaluation_that_communicates() -> None:
             own = [batch.float() for batch in batches_of(model.global_rank)]
             return Batches(own) if sized else DataLoader(Stream(own), batch_size=None)
 
-        model.val_dataloader = model.test_dataloader = loader  # type: ignore[method-assign]
+        model.val_dataloader = model.test_dataloader = loader  # type: ignore[method-assign]  # replaced on purpose
         options = {"use_distributed_sampler": False, "strategy": AlwaysPlaced()}
         found = trainer(**options).validate(model, verbose=False)[0]
         SEEN[name] = {"metrics": found, "hooks": model.hooks, "counted": model.counts.samples.item()}

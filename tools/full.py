@@ -38,10 +38,7 @@ STEPS: dict[str, list[list[str]]] = {
         [PY, "docs/examples/digits.py", "--out", "build/full/digits"],
         [PY, "docs/examples/digits.py", "--no-resume", "--devices", "2", "--out", "build/full/digits-ddp"],
     ],
-    "examples": [
-        [PY, f"docs/examples/{name}.py", "--out", f"build/full/{name}"]
-        for name in ("finetuning", "gan", "language_model")
-    ],
+    "examples": [[PY, "-m", "tools.examples"]],
     "bench": [
         [PY, "-m", "tools.bench.step_overhead", "--markdown"],
         [PY, "-m", "tools.bench.import_time"],

@@ -20,6 +20,7 @@ NAMES = (
     "async_save",
     "checkpoint",
     "logging",
+    "sinks",
 )
 
 

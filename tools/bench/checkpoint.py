@@ -3,7 +3,8 @@
 Contestants take turns in one process, in a new order each round. Two ratios are printed: of the fastest rounds, which a
 neighbour's burst on the disk does not move, and of the medians of ``--rounds``. Beside the disk a folder in memory is
 measured, where that is to be had: there an fsync costs nothing, and the code's own cost is seen. "Processor" is the
-least time on all cores together, which hardly depends on what else the machine does. Every save ends with an fsync.
+least time on all cores together, which hardly depends on what else the machine does. Every save ends with an fsync, and
+makes a file that was not there before, as checkpoints of a run do. One thread copies: several spin while they wait.
 Every load ends with the values in a model: they are copied into tensors that are there already, so that a mapped file
 is really read. Peak memory is measured for each contestant in a process of its own, over what the process held before.
 """
@@ -14,6 +15,7 @@ import argparse
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -102,6 +104,12 @@ def folders() -> list[Path]:
     return [Path(tempfile.gettempdir()), *([memory] if memory.is_dir() and os.access(memory, os.W_OK) else [])]
 
 
+def remove(target: Path) -> None:
+    """What an earlier save of a contestant wrote, a file or a folder."""
+    target.unlink(missing_ok=True)
+    shutil.rmtree(f"{target}-folder", ignore_errors=True)
+
+
 def timed(act: Callable[[], object]) -> tuple[float, float]:
     """Seconds of wall time, and of this process on all cores."""
     started = time.perf_counter(), time.process_time()
@@ -122,9 +130,12 @@ def measure(folder: Path, megabytes: int, rounds: int, only: str) -> dict[str, l
         for name, tensor in into.items():
             tensor.copy_(loaded[name])
 
+    torch.set_num_threads(1)
     acts: dict[str, Callable[[], object]] = {}
+    targets: dict[str, Path] = {}
     for name, save in savers().items():
         target = folder / f"save{len(acts)}.ckpt"
+        targets[name] = target
         acts[name] = lambda save=save, target=target: save(state, target)
     for name, read in loaders().items():
         acts[name] = lambda read=read: load(read)
@@ -137,6 +148,8 @@ def measure(folder: Path, megabytes: int, rounds: int, only: str) -> dict[str, l
         order = list(acts)
         rng.shuffle(order)
         for name in order:
+            if name in targets:
+                remove(targets[name])
             os.sync()  # nobody pays for another's dirty pages
             taken[name].append(timed(acts[name]))
     return taken

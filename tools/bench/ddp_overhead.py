@@ -3,6 +3,9 @@
 Both train the same model in the same two processes and take turns (raw, Trainer, raw, Trainer, ...). A reading is the
 median time from one ``training_step`` to the next; a pair of turns gives one ratio; the result is their median.
 Bar, checkpoints and logger are off in ``bare``; ``log`` logs one value a step and writes a row every 50 steps.
+
+``--clock cpu`` reads the CPU time of the thread that trains, for a machine that has other work: waiting for the other
+process does not count then, so the ratio is above the one on the wall.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--width", type=int, default=256, help="of the hidden layers")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--check", action="store_true", help=f"fail above {GOAL}")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
@@ -58,6 +62,7 @@ def measure(arguments: argparse.Namespace) -> int:
     width, steps = arguments.width, arguments.steps
     data = [torch.randn(32, width) for _ in range(steps)]
     stamps: list[float] = []
+    clock = time.thread_time if arguments.clock == "cpu" else time.perf_counter
 
     class Model(fulmen.LightningModule):
         def __init__(self, *, logs: bool) -> None:
@@ -66,7 +71,7 @@ def measure(arguments: argparse.Namespace) -> int:
             self.layers = nn.Sequential(*(nn.Linear(width, width) for _ in range(4)))
 
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            stamps.append(time.perf_counter())
+            stamps.append(clock())
             loss: Tensor = self.layers(batch).square().mean()
             if self.logs:
                 self.log("loss", loss)
@@ -84,7 +89,7 @@ def measure(arguments: argparse.Namespace) -> int:
         model = Model(logs=False)
         placed, optimizer = DistributedDataParallel(model.layers), model.configure_optimizers()
         for batch in data:
-            stamps.append(time.perf_counter())
+            stamps.append(clock())
             loss = placed(batch).square().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -119,7 +124,8 @@ def measure(arguments: argparse.Namespace) -> int:
             baseline.append(raw())
             found.append(ours(config) / baseline[-1])
     if os.environ["RANK"] == "0":
-        print(f"raw DDP: {median(baseline) * 1e6:.0f} us a step, {steps} steps, {arguments.rounds} rounds")
+        kind = "of CPU time" if arguments.clock == "cpu" else "on the wall"
+        print(f"raw DDP: {median(baseline) * 1e6:.0f} us a step {kind}, {steps} steps, {arguments.rounds} rounds")
         print("| configuration | ratio to raw DDP | lowest | highest |\n|---|---|---|---|")
         for config, found in ratios.items():
             print(f"| {config} | {median(found):.3f} | {min(found):.3f} | {max(found):.3f} |")

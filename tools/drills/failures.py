@@ -20,6 +20,16 @@ RANKS = 4
 LIMIT_S = 10.0
 SCRIPT = Path(__file__).with_name("failure_run.py")
 
+STARTERS = {
+    "python": [],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node={ranks}", "--standalone"],
+    "fulmen run": [
+        "-c", "from fulmen_protocols.cli import main; raise SystemExit(main())", "run", "--accelerator=cpu",
+        "--devices={ranks}",
+    ],
+}  # fmt: skip
+"""What stands before the script for each way of starting it."""
+
 FAULTS: dict[str, tuple[str, float]] = {
     "raise in training_step": ("sample 7 is missing", 0),
     "raise in a backward hook": ("sample 7 is missing", 0),
@@ -52,12 +62,19 @@ def attempts(fault: str, first: int, count: int) -> Row:
     return row
 
 
-def judge(fault: str, culprit: int, *, ranks: int = RANKS, torchrun: bool = False) -> tuple[str, float]:
-    """Run once; return what went wrong, or "", and how many seconds after the fault all processes were gone."""
+def judge(fault: str, culprit: int, *, ranks: int = RANKS, starter: str = "python") -> tuple[str, float]:
+    """Run once; return what went wrong, or "", and how many seconds after the fault all processes were gone.
+
+    Args:
+        fault: one of ``FAULTS``.
+        culprit: which rank fails.
+        ranks: how many there are.
+        starter: a key of ``STARTERS``.
+    """
     evidence, stall_s = FAULTS[fault]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"] if torchrun else []
+        launcher = [word.format(ranks=ranks) for word in STARTERS[starter]]
         arguments = [*launcher, str(SCRIPT), fault, str(culprit), str(ranks), name]
         dropped = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
         env = {key: value for key, value in os.environ.items() if key not in dropped} | {"OMP_NUM_THREADS": "1"}
@@ -84,9 +101,10 @@ def judge(fault: str, culprit: int, *, ranks: int = RANKS, torchrun: bool = Fals
     if seconds > LIMIT_S + stall_s:
         return f"took {seconds:.1f} s", seconds
     # torchrun's own summary comes last; the report of a rank that survived stands before it.
-    report = done.stdout if torchrun else last_report(done.stdout, culprit, ranks)
+    report = done.stdout if starter == "torchrun" else last_report(done.stdout, culprit, ranks)
     step = "step 8" if fault in ("raise in validation_step", "raise while saving") else "step "
-    missing = [mark for mark in (evidence, step, f"rank {culprit} of {ranks} (" * torchrun) if mark not in report]
+    who = f"rank {culprit} of {ranks} (" if starter != "python" else ""
+    missing = [mark for mark in (evidence, step, who) if mark not in report]
     if missing:
         end = "\n".join(done.stdout.splitlines()[-20:])
         return f"the last report lacks {', '.join(map(repr, missing))}: {end}", seconds

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fulmen_fabric import PossibleUserWarning, assemble
+from fulmen_fabric import Fabric, PossibleUserWarning, assemble
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
     MisconfigurationException,
@@ -404,3 +404,18 @@ def test_a_strategy_that_drives_several_devices_gets_them_in_one_process() -> No
 
     assert len(strategy.devices) == 3
     assert (found.world_size, len(found.devices), found.launcher) == (1, 1, None)
+
+
+@pytest.mark.proves("4.33")
+def test_without_ranks_a_fabric_leaves_samplers_and_values_alone() -> None:
+    fabric = Fabric(accelerator=Acme(), strategy=SeveralDevices(), devices=3)
+    loader = torch.utils.data.DataLoader(range(6), batch_size=3)
+
+    prepared = fabric.setup_dataloaders(loader, move_to_device=False)
+
+    assert [batch.tolist() for batch in prepared] == [[0, 1, 2], [3, 4, 5]]
+    assert type(prepared.sampler) is torch.utils.data.SequentialSampler
+    value = torch.tensor([1.0, 3.0])
+    for done in (fabric.all_reduce(value, reduce_op="sum"), fabric.broadcast(value), fabric.all_gather(value)):
+        assert torch.equal(done, value)
+    assert (fabric.world_size, fabric.global_rank) == (1, 0)

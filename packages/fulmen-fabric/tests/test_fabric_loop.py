@@ -167,7 +167,7 @@ def test_bf16_mixed_equals_autocast_in_plain_pytorch():
     assert same(model, raw)
 
 
-@pytest.mark.proves("3.18", "8.10")
+@pytest.mark.proves("3.18", "8.10", "8.19")
 def test_16_mixed_equals_autocast_and_a_grad_scaler_in_plain_pytorch():
     raw, raw_optimizer = make()
     scaler = torch.amp.GradScaler("cpu")
@@ -200,6 +200,7 @@ def test_where_the_loss_must_be_scaled_plain_backward_is_refused():
     fabric.backward(model(batches(1)[0]).sum())
 
 
+@pytest.mark.proves("8.19")
 def test_a_closure_with_a_scaler_is_refused():
     fabric = cpu(precision="16-mixed")
     _, opt = fabric.setup(*make())
@@ -281,20 +282,27 @@ def test_a_compiled_module_is_compiled_again_around_what_the_strategy_placed():
     assert compiled
     assert list(model.state_dict()) == list(raw.state_dict())
     compiled.clear()
-    eager = fabric.setup(torch.compile(make()[0], backend=backend), _reapply_compile=False)
-    eager(x)
-    assert not compiled
+    inside = fabric.setup(torch.compile(make()[0], backend=backend), _reapply_compile=False)
+    assert torch.equal(inside(x), raw(x))
+    assert compiled
+    assert list(inside.state_dict()) == list(raw.state_dict())
 
 
 @pytest.mark.proves("8.4", "8.6")
 @pytest.mark.parametrize(
     ("act", "says"),
     [
-        (lambda f, m, o: f.setup(f.setup(m)), "module has been set up before"),
-        (lambda f, m, o: f.setup(m, f.setup_optimizers(o)), "SGD has been set up before"),
+        (lambda f, m, o: f.setup(f.setup(m)), "setup got a Sequential that has been set up before"),
+        (
+            lambda f, m, o: f.setup_module(torch.compile(f.setup(m), backend="eager")),
+            "setup_module got a Sequential that has been set up before",
+        ),
+        (lambda f, m, o: f.setup(m, f.setup_optimizers(o)), "setup got a SGD that has been set up before"),
+        (lambda f, m, o: f.setup_optimizers(m), "setup_optimizers got a Sequential for an optimizer"),
+        (lambda f, m, o: f.setup(m, o, torch.optim.lr_scheduler.StepLR(o, 1)), "StepLR.*scheduler goes to scheduler="),
         (lambda f, m, o: f.setup_optimizers(), "no optimizer"),
         (lambda f, m, o: f.setup(o), "setup got SGD for the module"),
-        (lambda f, m, o: f.setup(m, m), "setup got Sequential for an optimizer"),
+        (lambda f, m, o: f.setup(m, m), "setup got a Sequential for an optimizer"),
         (lambda f, m, o: f.setup_dataloaders(), "no loader"),
         (lambda f, m, o: f.setup_dataloaders([1, 2]), "got list"),
         (lambda f, m, o: f.clip_gradients(m, o), "exactly one"),
@@ -429,7 +437,7 @@ def test_ddp_with_one_process_has_the_bits_of_plain_pytorch_and_leaves_its_group
     fabric.close()
 
 
-@pytest.mark.proves("3.3", "8.9")
+@pytest.mark.proves("3.3", "8.9", "8.19")
 def test_a_strategy_whose_engine_owns_backward_and_step_is_asked_for_both():
     class Engine:
         """A vendor's engine, without any base class of ours."""

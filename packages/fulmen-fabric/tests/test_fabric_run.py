@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fulmen_fabric.run import command, parse
+from fulmen_fabric.run import Request, command, parse
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -30,6 +30,30 @@ def test_options_are_known_before_and_after_the_script_and_others_are_the_script
     assert parse([script]).variables("1") == {
         "LT_CLI_USED": "1", "LT_DEVICES": "1", "LT_NUM_NODES": "1",
         "FULMEN_TRAINER_DEVICES": "1", "FULMEN_TRAINER_NUM_NODES": "1",
+    }  # fmt: skip
+
+
+@pytest.mark.proves("8.21")
+def test_every_option_of_lightnings_command_is_known_with_its_default(script: str) -> None:
+    words = [
+        "--accelerator=cuda", "--strategy=fsdp", "--devices=0,1", "--num-nodes=2", "--node-rank=1",
+        "--main-address=10.0.0.1", "--main-port=29500", "--precision=bf16-mixed",
+    ]  # fmt: skip
+
+    asked, plain = parse([script, *words]), parse([script])
+
+    assert asked == Request(
+        [script], [], accelerator="cuda", strategy="fsdp", devices="0,1", num_nodes=2, node_rank=1,
+        main_address="10.0.0.1", main_port=29500, precision="bf16-mixed",
+    )  # fmt: skip
+    assert plain == Request([script])
+    assert (plain.devices, plain.num_nodes, plain.node_rank) == ("1", 1, 0)
+    underscores = [word.replace("-", "_").replace("__", "--", 1) for word in words]
+    assert parse([script, *underscores[3:7]]) == parse([script, *words[3:7]])
+    assert asked.variables("0,1") == {
+        "LT_CLI_USED": "1", "LT_ACCELERATOR": "cuda", "LT_STRATEGY": "fsdp", "LT_DEVICES": "0,1", "LT_NUM_NODES": "2",
+        "LT_PRECISION": "bf16-mixed", "FULMEN_TRAINER_ACCELERATOR": "cuda", "FULMEN_TRAINER_STRATEGY": "fsdp",
+        "FULMEN_TRAINER_DEVICES": "[0,1]", "FULMEN_TRAINER_NUM_NODES": "2", "FULMEN_TRAINER_PRECISION": "bf16-mixed",
     }  # fmt: skip
 
 

@@ -146,4 +146,4 @@ def test_workers_may_be_seeded_by_sample_and_nothing_else_by_name(monkeypatch: p
     reset_seed()
     assert os.environ["PL_SEED_WORKERS"] == "samples", "every rank keeps what was asked for"
     with pytest.raises(ValueError, match=r"workers='sample'. Use True, False or 'samples'"):
-        seed_everything(3, workers="sample", verbose=False)  # type: ignore[arg-type]
+        seed_everything(3, workers="sample", verbose=False)  # type: ignore[arg-type]  # what is refused

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fulmen_fabric import Fabric, LightningDeprecationWarning, assemble
+from fulmen_fabric import Fabric, LightningDeprecationWarning, assemble, is_wrapped
 from fulmen_fabric._setup import Composer
 from fulmen_protocols import MisconfigurationException, MisconfigurationRuntimeError
 
@@ -36,6 +36,8 @@ def test_every_argument_has_lightnings_name_and_default_and_is_given_by_name():
     assert all(one.kind is one.KEYWORD_ONLY for one in parameters.values())
     with pytest.raises(TypeError):
         Fabric("cpu")
+    with pytest.raises(MisconfigurationException, match=r"num_nodes=2\.7 is not a whole number of at least 1"):
+        cpu(num_nodes=2.7)
 
 
 @pytest.mark.proves("8.2")
@@ -147,6 +149,113 @@ def test_an_engine_is_given_optimizers_that_are_made_after_its_module():
     assert engine.calls == [("prepare", other.module), ("prepare", model.module)]
 
 
+class MakesAnew(Engine):
+    """Puts new parameters into the module, and the optimizers onto those, as XLA's and sharding strategies do."""
+
+    def place(self, module):
+        self.new = {}
+        for part in module.modules():
+            for name, old in list(part.named_parameters(recurse=False)):
+                self.new[old] = nn.Parameter(old.detach().clone())
+                setattr(part, name, self.new[old])
+        return module
+
+    def prepare_optimizers(self, module, optimizers):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [self.new.get(one, one) for one in group["params"]]
+        return optimizers
+
+
+@pytest.mark.proves("8.7")
+@pytest.mark.parametrize("after", [False, True])
+def test_parameters_that_the_strategy_made_anew_are_those_that_the_optimizer_updates(after):
+    fabric = cpu(strategy=MakesAnew())
+    net = nn.Linear(1, 1, bias=False)
+    old = net.weight
+    if after:
+        model = fabric.setup_module(net)
+        optimizer = fabric.setup_optimizers(torch.optim.SGD(model.parameters(), lr=1))
+    else:
+        model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=1))
+    before = net.weight.item()
+
+    fabric.backward(model(torch.ones(1, 1)).sum())
+    optimizer.step()
+
+    assert net.weight is not old
+    assert net.weight.item() == pytest.approx(before - 1)
+    assert old.item() == pytest.approx(before)
+
+
+class Sharded(Engine):
+    """Holds half of each state on this rank, says so by another layout, and takes it back."""
+
+    state_kind = "full"
+
+    def module_state(self, module, *, full):
+        return {"mine": module.state_dict(), "full": full}
+
+    def load_module_state(self, module, state, *, strict):
+        module.load_state_dict(state["mine"], strict=strict)
+
+    def optimizer_state(self, module, optimizer, *, full):
+        self.calls.append(("state of", module))
+        return {"mine": optimizer.state_dict(), "full": full}
+
+    def load_optimizer_state(self, module, optimizer, state):
+        self.calls.append(("state for", module))
+        optimizer.load_state_dict(state["mine"])
+
+
+@pytest.mark.proves("8.19")
+def test_the_state_of_an_optimizer_comes_from_the_strategy_and_goes_back_through_it():
+    engine = Sharded()
+    fabric = cpu(strategy=engine)
+    net = nn.Linear(1, 1)
+    model, optimizer = fabric.setup(net, torch.optim.Adam(net.parameters(), lr=0.5))
+    fabric.backward(model(torch.ones(1, 1)).sum())
+    optimizer.step()
+
+    state = optimizer.state_dict()
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.load_state_dict(state)
+
+    assert state["full"] is True
+    assert state["mine"]["state"][0]["step"] == 1
+    assert optimizer.optimizer.param_groups[0]["lr"] == 0.5
+    assert [call for call in engine.calls if call[0].startswith("state")] == [("state of", net), ("state for", net)]
+
+
+@pytest.mark.proves("8.6", "8.14", "8.17")
+def test_a_module_compiled_after_setup_is_known_and_its_checkpoint_has_the_names_of_the_plain_one(tmp_path):
+    fabric = cpu()
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    net[0] = torch.compile(net[0], backend="eager")  # a part, too
+    model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=1))
+    compiled = torch.compile(model, backend="eager")
+
+    with fabric.no_backward_sync(compiled):
+        fabric.backward(compiled(torch.ones(1, 2)).sum(), model=compiled)
+    fabric.clip_gradients(compiled, optimizer, max_norm=1.0)
+    fabric.save(tmp_path / "all.ckpt", {"model": compiled})
+
+    assert is_wrapped(compiled)
+    names = ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert list(torch.load(tmp_path / "all.ckpt", weights_only=True)["model"]) == names
+    plain = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    fabric.load(tmp_path / "all.ckpt", {"model": plain})
+    assert torch.equal(plain(torch.ones(1, 2)), net(torch.ones(1, 2)))
+    with torch.no_grad():
+        plain[0].weight.fill_(0.25)
+    fabric.save(tmp_path / "plain.ckpt", {"model": plain})
+    fabric.load(tmp_path / "plain.ckpt", {"model": compiled})
+    assert model.module[0].weight.eq(0.25).all()
+    torch.save(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)).state_dict(), tmp_path / "raw.pt")
+    fabric.load_raw(tmp_path / "raw.pt", compiled)
+    assert not model.module[0].weight.eq(0.25).any()
+
+
 @pytest.mark.proves("8.12")
 def test_a_strategy_that_cannot_hold_back_the_reduction_says_so():
     assembly = dataclasses.replace(assemble(accelerator="cpu", devices=2, strategy="ddp"), strategy=Engine())
@@ -215,8 +324,9 @@ def test_a_compiled_module_keeps_the_options_it_was_compiled_with():
     model = fabric.setup(torch.compile(Breaks(), backend=backend, fullgraph=True))
     with pytest.raises(Exception, match="graph_break"):
         model(torch.ones(1, 2))
-    plain = fabric.setup(torch.compile(Breaks(), backend=backend, fullgraph=True), _reapply_compile=False)
-    plain(torch.ones(1, 2))
+    inside = fabric.setup(torch.compile(Breaks(), backend=backend, fullgraph=True), _reapply_compile=False)
+    with pytest.raises(Exception, match="graph_break"):
+        inside(torch.ones(1, 2))
     assert not seen
 
 

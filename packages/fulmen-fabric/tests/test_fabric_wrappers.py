@@ -74,6 +74,19 @@ def test_attributes_are_read_from_and_written_to_the_module(model):
         _ = model.nothing
 
 
+@pytest.mark.proves("8.18")
+def test_device_and_dtype_are_known_as_of_a_lightning_module(fabric):
+    model = Fabric(accelerator="cpu", devices=1, precision="bf16-true").setup(Net())
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.bfloat16)
+
+    class Own(Net):
+        device = "its own"
+
+    assert fabric.setup(Own()).device == "its own"
+    with pytest.raises(AttributeError, match="device"):
+        _ = fabric.setup(nn.Identity()).device
+
+
 def test_a_submodule_set_later_is_seen_on_both_sides(model):
     model.extra = nn.Linear(1, 1)
     assert "extra.weight" in dict(model.module.named_parameters())
@@ -105,6 +118,18 @@ def test_methods_marked_or_known_run_in_the_precision():
     model.mark_forward_method("helper")
     assert model.helper(torch.ones(1, 2)).dtype == torch.float32
     assert model.training_step(torch.ones(1, 2)).dtype == torch.float32
+
+
+@pytest.mark.proves("8.18")
+@pytest.mark.parametrize("name", ["training_step", "validation_step", "test_step", "predict_step"])
+def test_every_step_method_runs_in_the_precision_without_being_marked(name):
+    class Steps(Net):
+        pass
+
+    setattr(Steps, name, lambda self, batch: self.layer(batch))
+    model = Fabric(accelerator="cpu", devices=1, precision="64-true").setup(Steps())
+    assert getattr(model, name)(torch.ones(1, 2)).dtype == torch.float32
+    assert torch.equal(getattr(model, name)(torch.ones(1, 2)) * 2, model(torch.ones(1, 2)))
 
 
 def test_only_methods_of_the_module_can_be_marked(model):
@@ -250,23 +275,37 @@ def test_callbacks_hear_of_setup_steps_and_calls():
         fabric.call("broken")
 
 
+class Lit(Net):
+    """What a LightningModule has for a Fabric."""
+
+    _fabric = None
+    ended = 0
+
+    @property
+    def fabric(self):
+        return self._fabric
+
+    @fabric.setter
+    def fabric(self, value):
+        self._fabric = value
+
+    def on_train_epoch_end(self):
+        self.ended += 1
+
+
+@pytest.mark.proves("8.20")
+def test_such_a_module_knows_its_optimizers_also_when_they_are_made_after_it(fabric):
+    together, apart = Lit(), Lit()
+    _, first = fabric.setup(together, torch.optim.SGD(together.parameters(), lr=1))
+    model = fabric.setup_module(apart)
+    second = fabric.setup_optimizers(torch.optim.SGD(model.parameters(), lr=1))
+    third = fabric.setup_optimizers(torch.optim.Adam(model.parameters(), lr=1))
+    assert together._fabric_optimizers == [first]
+    assert apart._fabric_optimizers == [second, third]
+
+
 @pytest.mark.proves("8.20")
 def test_a_module_that_knows_fabric_learns_whose_loop_runs_it_and_becomes_a_callback():
-    class Lit(Net):
-        _fabric = None
-        ended = 0
-
-        @property
-        def fabric(self):
-            return self._fabric
-
-        @fabric.setter
-        def fabric(self, value):
-            self._fabric = value
-
-        def on_train_epoch_end(self):
-            self.ended += 1
-
     fabric = Fabric(accelerator="cpu", devices=1)
     module = Lit()
     fabric.setup(module)
@@ -304,6 +343,8 @@ def test_metrics_reach_every_logger_as_numbers():
         assert logger.seen == [({"a": 1.5}, 3), ({"b": 2, "c": 4}, None)]
         assert isinstance(logger.seen[0][0]["a"], float)
     assert fabric.logger is loggers[0]
+    with pytest.raises(ValueError, match=r"fabric.log got 'd': a tensor of shape \(2,\) is no scalar. Reduce it"):
+        fabric.log_dict({"a": 1.0, "d": torch.ones(2)})
 
 
 @pytest.mark.proves("8.3")

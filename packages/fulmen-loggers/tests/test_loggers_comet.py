@@ -102,6 +102,7 @@ def test_a_model_is_recorded_as_text(tmp_path: Path) -> None:
     logger = make(tmp_path)
 
     logger.log_graph(torch.nn.Linear(3, 2))
+    logger.save()
 
     graphs = [m["payload"]["graph"] for m in messages(tmp_path) if m["type"] == "graph"]
     assert graphs == ["Linear(in_features=3, out_features=2, bias=True)"]
@@ -141,3 +142,20 @@ def test_the_key_is_known_before_anything_is_opened_and_kept_by_copies(tmp_path:
 def test_wrong_arguments_are_named_with_the_fix(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         CometLogger(**arguments)
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        MisconfigurationException, match=r"CometLogger\(offline_directory='.*file'\) cannot write .*Choose off"
+    ):
+        make(tmp_path / "file").log_metrics({"a": 1.0}, step=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(torch.ones(3), r"metric 'x' has shape \(3,\)"), ("high", "metric 'x' is 'high' of type str")],
+)
+def test_what_is_no_number_is_named(tmp_path: Path, value: Any, message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        make(tmp_path).log_metrics({"x": value}, step=0)

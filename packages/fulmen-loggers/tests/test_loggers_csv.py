@@ -140,6 +140,7 @@ def test_rows_and_columns_grow(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.proves("6.3")
 def test_rows_wait_in_memory_until_there_are_enough(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, flush_logs_every_n_steps=3)
     for step in range(5):
@@ -244,6 +245,7 @@ def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
         logger.save()
 
 
+@pytest.mark.proves("6.3")
 def test_logging_goes_on_after_finalize_and_a_prefix_is_put_before_names(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, prefix="fold1")
     logger.log_metrics({"a": 1.0}, step=0)
@@ -314,7 +316,7 @@ def test_a_folder_that_cannot_be_written_gives_one_clear_error(tmp_path: Path) -
     logger = CSVLogger(tmp_path / "file")
     logger.log_metrics({"a": 1.0})
     with pytest.raises(
-        MisconfigurationException, match=r"CSVLogger\(save_dir='.*file'\) cannot write .*Choose a save_dir"
+        MisconfigurationException, match=r"CSVLogger\(save_dir='.*file'\) cannot write .*Choose save_dir"
     ):
         logger.save()
     with pytest.raises(MisconfigurationException, match="flush_logs_every_n_steps=0"):
@@ -385,5 +387,5 @@ def test_a_million_rows_with_growing_columns_are_written(tmp_path: Path) -> None
 
 def test_importing_it_imports_neither_torch_nor_tensorboardx() -> None:
     script = "import sys, fulmen_loggers; print([m for m in ('torch', 'tensorboardX', 'numpy') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=240)
     assert done.stdout.strip() == "[]"

@@ -63,7 +63,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
-            wait_for(f"http://127.0.0.1:{port}", process, limit_s=120)
+            wait_for(f"http://127.0.0.1:{port}", process, limit_s=240)
             yield f"http://127.0.0.1:{port}"
         finally:
             os.killpg(process.pid, signal.SIGKILL)  # it keeps nothing that outlives the test
@@ -196,14 +196,20 @@ def test_rows_sent_in_the_background_are_there_after_save(server: str) -> None:
 
 
 @pytest.mark.proves("6.7")
-@pytest.mark.parametrize(("log_model", "before_the_end"), [("all", True), (True, False), (False, False)])
+@pytest.mark.parametrize(
+    ("log_model", "save_top_k", "before_the_end"),
+    [("all", 1, True), (True, -1, True), (True, 1, False), (False, -1, False), (False, 1, False)],
+)
 def test_checkpoints_are_uploaded_as_log_model_says(
-    server: str, tmp_path: Path, log_model: Any, before_the_end: bool
+    server: str, tmp_path: Path, log_model: Any, save_top_k: int, before_the_end: bool
 ) -> None:
     path = tmp_path / "epoch=1.ckpt"
     path.write_bytes(b"weights")
     callback = SimpleNamespace(
-        save_top_k=1, best_model_path=str(path), best_model_score=torch.tensor(0.5), best_k_models={str(path): 0.5}
+        save_top_k=save_top_k,
+        best_model_path=str(path),
+        best_model_score=torch.tensor(0.5),
+        best_k_models={str(path): 0.5},
     )
     logger = MLFlowLogger(tracking_uri=server, log_model=log_model)
     reader = client(server)
@@ -227,3 +233,21 @@ def test_nowhere_to_log_to_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(MisconfigurationException, match=r"tracking_uri=None, save_dir=None.*MLFLOW_TRACKING_URI"):
         MLFlowLogger(save_dir=None)
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        MisconfigurationException, match=r"MLFlowLogger\(save_dir='.*runs'\) cannot write .*Choose save_"
+    ):
+        MLFlowLogger(save_dir=tmp_path / "file" / "runs").log_metrics({"a": 1.0}, step=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(torch.ones(3), r"metric 'x' has shape \(3,\)"), ("high", "metric 'x' is 'high' of type str")],
+)
+def test_what_is_no_number_is_named(server: str, value: Any, message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        MLFlowLogger(tracking_uri=server).log_metrics({"x": value}, step=0)

@@ -16,12 +16,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
 from torch import nn
 
 from fulmen_loggers import TensorBoardLogger
+from fulmen_loggers._event_records import encode_scalars
 from fulmen_protocols import (
     LOGGERS,
     Logger,
@@ -66,6 +71,46 @@ def test_nothing_is_touched_before_the_first_use(tmp_path: Path) -> None:
 
 
 @pytest.mark.proves("6.2")
+def test_a_version_is_the_next_free_number_or_the_text_that_is_given(tmp_path: Path) -> None:
+    for name in ("version_3", "version_11", "other"):
+        (tmp_path / "lightning_logs" / name).mkdir(parents=True)
+    assert [TensorBoardLogger(tmp_path).version for _ in range(2)] == [12, 13]
+    logger = TensorBoardLogger(tmp_path, version="mine")
+    assert logger.log_dir == str(tmp_path / "lightning_logs" / "mine")
+    assert TensorBoardLogger(tmp_path, name="", version=7).log_dir == str(tmp_path / "version_7")
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.tuples(st.text(), st.floats(width=64) | st.integers(-5, 5))),
+    st.integers(-(2**40), 2**40),
+    st.floats(0, 2e9),
+)
+def test_rows_are_encoded_as_protobuf_encodes_them(values: list[tuple[str, float]], step: int, time_s: float) -> None:
+    theirs = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values])
+    ours = Event.FromString(encode_scalars(values, step, time_s))
+    assert str(ours) == str(Event(wall_time=time_s, step=step, summary=theirs))  # as text, in which NaN equals NaN
+
+
+def test_rows_that_an_earlier_process_wrote_are_known(tmp_path: Path) -> None:
+    first = TensorBoardLogger(tmp_path, version="run", prefix="p")
+    for step in range(3):
+        first.log_metrics({"loss": 0.1 * step, "odd": math.nan, "huge": 1e300}, step=step)
+    first.finalize("success")
+    [path] = Path(first.log_dir).iterdir()
+    path.write_bytes(path.read_bytes()[:-5])  # it was killed while it wrote the last one
+
+    second = TensorBoardLogger(tmp_path, version="run", prefix="p")
+    assert [second.has_row({"loss": 0.1 * step, "odd": math.nan, "huge": 1e300}, step) for step in range(4)] == [
+        True, True, False, False
+    ]  # fmt: skip
+    assert second.has_row({"loss": 0.1}, 1)
+    assert not second.has_row({"loss": 0.2}, 1)
+    assert not second.has_row({"loss": 0.1, "other": 1.0}, 1)
+    assert not TensorBoardLogger(tmp_path / "new", version="run").has_row({"loss": 0.1}, 1)
+
+
+@pytest.mark.proves("6.2")
 def test_scalars_are_read_by_tensorboard(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     values = [math.pi, math.nan, math.inf, -math.inf, 1e-30, 7, np.float64(2), torch.tensor([3.0])]
@@ -90,7 +135,7 @@ for step in range(500):
 logger.save()
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=60, check=False)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=240, check=False)
     assert len(_scalars(tmp_path / "lightning_logs" / "version_0", "loss")) == 500
 
 
@@ -103,7 +148,7 @@ for step in range(500):
     logger.log_metrics({"loss": float(step)}, step=step)
 raise SystemExit
 """
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=60, check=True)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=240, check=True)
     assert len(_scalars(tmp_path / "lightning_logs" / "version_0", "loss")) == 500
 
 
@@ -127,6 +172,7 @@ def test_a_mapping_draws_its_curves_in_one_chart(tmp_path: Path) -> None:
     assert _scalars(logger.log_dir, "p-x") == [(3, 5.0)]
 
 
+@pytest.mark.proves("6.2")
 def test_experiment_is_a_summary_writer_in_the_same_file(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, flush_secs=1000, filename_suffix=".mine")
     writer = logger.experiment

@@ -6,6 +6,7 @@ import json
 import pickle
 import struct
 import time
+import wave
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -176,7 +177,7 @@ def test_an_open_run_is_used_and_not_replaced(tmp_path: Path) -> None:
 
 def test_media_and_tables_are_recorded(tmp_path: Path) -> None:
     logger = WandbLogger(save_dir=tmp_path, offline=True)
-    pictures = [torch.rand(8, 8, 3).numpy() for _ in range(2)]
+    pictures = [torch.full((8, 8, 3), shade, dtype=torch.uint8).numpy() for shade in (50, 200)]
 
     logger.log_image("seen", pictures, step=1, caption=["first", "second"])
     logger.log_text("said", columns=["who", "what"], data=[["a", "hello"]], step=2)
@@ -188,6 +189,109 @@ def test_media_and_tables_are_recorded(tmp_path: Path) -> None:
     assert said["said"]["nrows"] == 1
     assert said["said"]["_type"] == "table-file"
     assert len(list(tmp_path.rglob("media/images/*.png"))) == 2
+
+
+def test_sounds_and_videos_are_recorded(tmp_path: Path) -> None:
+    pytest.importorskip("soundfile")  # without which wandb takes no sounds
+    logger = WandbLogger(save_dir=tmp_path / "logs", offline=True)
+    sound, video = tmp_path / "beep.wav", tmp_path / "clip.mp4"
+    with wave.open(str(sound), "wb") as stream:
+        stream.setparams((1, 2, 8000, 0, "NONE", ""))
+        stream.writeframes(b"\0\1" * 800)
+    video.write_bytes(b"the frames of a film")  # wandb copies files as they are
+
+    logger.log_audio("heard", [str(sound)], step=1, caption=["beep"])
+    logger.log_video("watched", [str(video), str(video)], step=2, format=["mp4", "mp4"])
+
+    heard, watched = rows(tmp_path)
+    assert (heard["trainer/global_step"], heard["heard"]["captions"]) == (1, ["beep"])
+    assert watched["trainer/global_step"] == 2
+    [copy] = tmp_path.rglob("media/audio/*.wav")
+    assert copy.read_bytes() == sound.read_bytes()
+    assert {path.read_bytes() for path in tmp_path.rglob("media/videos/*.mp4")} == {video.read_bytes()}
+
+
+def test_a_table_is_recorded_from_rows_or_a_data_frame(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+
+    logger.log_table("rows", columns=["n", "square"], data=[[1, 1], [2, 4]], step=1)
+    logger.log_table("frame", dataframe=pandas.DataFrame({"n": [1, 2], "square": [1, 4]}), step=2)
+
+    rows(tmp_path)
+    tables = [json.loads(path.read_text()) for path in tmp_path.rglob("media/table/*.table.json")]
+    assert tables == [{"columns": ["n", "square"], "data": [[1, 1], [2, 4]]}] * 2
+
+
+def test_an_artifact_is_asked_for_by_the_open_run_or_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Artifacts lie on wandb's server, which no test has: what the library is asked for is what can be seen.
+    asked: list[tuple[object, ...]] = []
+
+    class Found:
+        def download(self, root: str | None = None) -> str:
+            asked.append(("download", root))
+            return root or "wandb's cache"
+
+    def use(run: object, name: str, type: str | None = None) -> Found:
+        asked.append(("use", name, type))
+        return Found()
+
+    def look(name: str, type: str | None = None) -> Found:
+        asked.append(("look", name, type))
+        return Found()
+
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(artifact=look))
+    assert WandbLogger.download_artifact("me/p/model-1:best", tmp_path, "model") == str(tmp_path)
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    monkeypatch.setattr(type(logger.experiment), "use_artifact", use)
+    assert WandbLogger.download_artifact("me/p/model-1:best") == "wandb's cache"
+    assert WandbLogger.download_artifact("me/p/model-1:best", use_artifact=False) == "wandb's cache"
+    assert isinstance(logger.use_artifact("me/p/data:v0", "dataset"), Found)
+
+    assert asked == [
+        ("look", "me/p/model-1:best", "model"),
+        ("download", str(tmp_path)),
+        ("use", "me/p/model-1:best", None),
+        ("download", None),
+        ("look", "me/p/model-1:best", None),
+        ("download", None),
+        ("use", "me/p/data:v0", "dataset"),
+    ]
+
+
+def test_two_rows_of_one_step_share_their_x_and_later_ones_do_not_move(tmp_path: Path) -> None:
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    for step in range(3):
+        logger.log_metrics({"loss": float(step)}, step=10 * step)
+        logger.log_metrics({"accuracy": 0.5}, step=10 * step)
+    logger.log_metrics({"val_loss": 0.25}, step=20)
+
+    found = [
+        (sorted(set(row) & {"loss", "accuracy", "val_loss"}), row["trainer/global_step"]) for row in rows(tmp_path)
+    ]
+    assert found == [
+        (["loss"], 0), (["accuracy"], 0), (["loss"], 10), (["accuracy"], 10), (["loss"], 20), (["accuracy"], 20),
+        (["val_loss"], 20),
+    ]  # fmt: skip
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        MisconfigurationException, match=r"WandbLogger\(save_dir='.*file'\) cannot write .*Choose save_di"
+    ):
+        WandbLogger(save_dir=tmp_path / "file", offline=True).log_metrics({"a": 1.0}, step=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(torch.ones(3), r"metric 'x' has shape \(3,\)"), ("high", "metric 'x' is 'high' of type str")],
+)
+def test_what_is_no_number_is_named(tmp_path: Path, value: Any, message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        WandbLogger(save_dir=tmp_path, offline=True).log_metrics({"x": value}, step=0)
 
 
 def test_media_need_one_value_an_item(tmp_path: Path) -> None:
@@ -249,6 +353,39 @@ def test_checkpoints_become_artifacts_as_log_model_says(tmp_path: Path) -> None:
     assert best["score"] == 0.25
     assert best["original_filename"] == "best.ckpt"
     assert best["SimpleNamespace"] == {"monitor": "val_loss", "save_top_k": 1}
+
+
+@pytest.mark.proves("6.7")
+@pytest.mark.parametrize(
+    ("log_model", "save_top_k", "sent_at_once"),
+    [("all", 1, True), (True, -1, True), (True, 1, False), (False, -1, False)],
+)
+def test_checkpoints_are_uploaded_at_once_or_at_the_end_under_the_name_that_is_given(
+    tmp_path: Path, log_model: Any, save_top_k: int, sent_at_once: bool
+) -> None:
+    path = tmp_path / "only.ckpt"
+    path.write_bytes(b"weights")
+    callback = SimpleNamespace(
+        save_top_k=save_top_k, best_model_path=str(path), best_model_score=0.5, best_k_models={str(path): 0.5}
+    )
+    logger = WandbLogger(save_dir=tmp_path / "logs", log_model=log_model, mode="offline", checkpoint_name="mine")
+    _ = logger.experiment
+
+    logger.after_save_checkpoint(callback)
+    logger.log_metrics({"then": 1.0}, step=0)
+    logger.finalize("success")
+    wandb.finish()
+
+    order = [kind_of(record) for record in records(tmp_path / "logs") if kind_of(record) is not None]
+    assert order == (["mine", "row"] if sent_at_once else ["row", "mine"] if log_model else ["row"])
+
+
+def kind_of(record: Any) -> str | None:
+    if record.WhichOneof("record_type") == "artifact":
+        return str(record.artifact.name)
+    if record.request.HasField("log_artifact"):
+        return str(record.request.log_artifact.artifact.name)
+    return "row" if record.WhichOneof("record_type") == "history" else None
 
 
 @pytest.mark.parametrize(

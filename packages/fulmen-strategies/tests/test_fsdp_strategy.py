@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import (
     BackwardPrefetch,
@@ -86,6 +88,10 @@ def units(strategies: list[FSDPStrategy], model: nn.Module | None = None, **opti
     ("options", "parts"),
     [
         ({"sharding_strategy": "FULL"}, ["sharding_strategy='FULL'", "FULL_SHARD", "HYBRID_SHARD"]),
+        (
+            {"process_group": object(), "device_mesh": (1, 2), "sharding_strategy": "HYBRID_SHARD"},
+            ["process_group=", "device_mesh=(replicas, shards)"],
+        ),
         ({"sharding_strategy": "HYBRID_SHARD"}, ["'HYBRID_SHARD'", "auto_wrap_policy", "device_mesh=(replicas"]),
         ({"device_mesh": (2, 2)}, ["device_mesh of 2", "'FULL_SHARD'", "sharding_strategy='HYBRID_SHARD'"]),
         ({"device_mesh": (2, 2), "sharding_strategy": "NO_SHARD"}, ["(2, 2)", "'NO_SHARD'", "Remove one"]),
@@ -139,6 +145,16 @@ def test_an_argument_that_cannot_be_honoured_is_an_error_that_says_what_to_do(
 )
 def test_what_lightnings_strategy_takes_is_taken(strategies: list[FSDPStrategy], options: dict[str, Any]) -> None:
     assert units(strategies, **options, auto_wrap_policy={Layer}) == ["layers.0", "layers.1"]
+
+
+@pytest.mark.proves("4.17")
+def test_the_process_group_has_the_backend_and_the_timeout_that_were_given(strategies: list[FSDPStrategy]) -> None:
+    strategies.append(joined(FSDPStrategy("gloo", datetime.timedelta(seconds=77))))
+    group = dist.group.WORLD
+    assert group is not None
+
+    assert dist.get_backend() == "gloo"
+    assert group._get_backend(CPU).options._timeout == datetime.timedelta(seconds=77)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("asked", [True, CPUOffload(offload_params=True), CPUOffloadPolicy(pin_memory=False)])
@@ -362,6 +378,27 @@ def test_a_layer_that_cannot_be_reset_is_named(strategies: list[FSDPStrategy]) -
 
     with pytest.warns(UserWarning, match=r"Silent.*reset_parameters"):
         strategies[0].place(model)
+
+
+@pytest.mark.proves("4.23")
+def test_leaving_moves_nothing(strategies: list[FSDPStrategy]) -> None:
+    moved: list[Any] = []
+
+    class Watched(Net):
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:  # every way of moving a module comes through here
+            moved.append(fn)
+            return super()._apply(fn, recurse)
+
+    strategies.append(joined(FSDPStrategy(auto_wrap_policy={Layer})))
+    model = Watched()
+    strategies[0].place(model)
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    moved.clear()
+    strategies[0].teardown()
+
+    assert moved == []
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
 
 
 @pytest.mark.proves("4.20")

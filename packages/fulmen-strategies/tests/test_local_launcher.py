@@ -395,6 +395,25 @@ def test_a_process_that_somebody_else_has_started_just_runs_the_function(monkeyp
 
 
 @pytest.mark.proves("4.34")
+@pytest.mark.parametrize(("task", "culprit"), [("kill", 0), pytest.param("exit", 1, marks=pytest.mark.slow)])
+def test_every_process_ends_though_nobody_reads_what_it_prints(task: str, culprit: int, tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
+    started = subprocess.Popen(
+        [sys.executable, __file__, task, str(culprit), "2", str(tmp_path)],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert started.stdout is not None
+    started.stdout.close()
+
+    assert started.wait(100) != 0
+    until = float((tmp_path / "failed-at").read_text()) + 10
+    while alive(tmp_path) and time.time() < until:
+        time.sleep(0.1)
+    assert len(list(tmp_path.glob("pid-*"))) == 2
+    assert alive(tmp_path) == []
+
+
+@pytest.mark.proves("4.34")
 def test_a_module_can_be_launched(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(
         "from fulmen_strategies import LightningEnvironment, LocalLauncher\n"

@@ -76,7 +76,7 @@ def _trainer(tmp_path: Path, io: AsyncCheckpointIO, *callbacks: Any, **flags: An
 
 
 def _data() -> DataLoader[torch.Tensor]:
-    return DataLoader(torch.randn(16, 4), batch_size=2)  # type: ignore[arg-type]
+    return DataLoader(torch.randn(16, 4), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
 
 
 @pytest.mark.parametrize("save_last", [True, "link"])
@@ -89,9 +89,9 @@ def test_two_fits_leave_the_files_that_synchronous_saving_leaves(tmp_path: Path,
         saves = ModelCheckpoint(
             tmp_path / kind, monitor="loss", save_top_k=2, save_last=save_last, every_n_train_steps=2
         )
-        trainer = _trainer(tmp_path, io, saves)  # type: ignore[arg-type]
+        trainer = _trainer(tmp_path, io, saves)  # type: ignore[arg-type]  # a stand-in
         trainer.fit(model, data)
-        trainer = _trainer(tmp_path, io, saves, max_epochs=2)  # type: ignore[arg-type]
+        trainer = _trainer(tmp_path, io, saves, max_epochs=2)  # type: ignore[arg-type]  # a stand-in
         trainer.fit(model, data, ckpt_path="last")
         assert trainer.global_step == 16
         for name in os.listdir(tmp_path / kind):

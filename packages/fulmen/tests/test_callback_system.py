@@ -69,7 +69,7 @@ class Validated(Model):
 
 
 def loader(batches: int = 2) -> DataLoader[Any]:
-    return DataLoader(torch.ones(batches, 2))  # type: ignore[arg-type]
+    return DataLoader(torch.ones(batches, 2))  # type: ignore[arg-type]  # whatever has items is data
 
 
 def trainer(**options: Any) -> fulmen.Trainer:
@@ -105,7 +105,7 @@ def test_every_hook_is_called_with_the_trainer_the_module_and_its_own_arguments(
     run.save_checkpoint(tmp_path / "a.ckpt")
     run.test(model, loader(), verbose=False)
     run.predict(model, loader(), ckpt_path=str(tmp_path / "a.ckpt"))
-    model.test_step = lambda batch, batch_idx: 1 / 0  # type: ignore[assignment, return-value]
+    model.test_step = lambda batch, batch_idx: 1 / 0  # type: ignore[assignment, return-value]  # replaced on purpose
     with pytest.raises(ZeroDivisionError):
         run.test(model, loader(), verbose=False)
 

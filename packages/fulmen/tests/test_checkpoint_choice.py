@@ -39,7 +39,7 @@ class Model(fulmen.LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.tested.append(self.weight.detach().item())
 
-    validation_step = None  # type: ignore[assignment]
+    validation_step = None  # type: ignore[assignment]  # as if it were not defined
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         return self.weight.detach().clone()
@@ -52,7 +52,7 @@ class Model(fulmen.LightningModule):
 
 
 def loader(batches: int = 2) -> DataLoader[Any]:
-    return DataLoader(torch.ones(batches, 1))  # type: ignore[arg-type]
+    return DataLoader(torch.ones(batches, 1))  # type: ignore[arg-type]  # whatever has items is data
 
 
 def trainer(folder: Path, *callbacks: Callback, **options: Any) -> fulmen.Trainer:

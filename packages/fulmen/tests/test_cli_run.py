@@ -227,7 +227,7 @@ def make_net(size: int) -> Net:
 
 
 def test_a_function_without_annotation_is_refused() -> None:
-    def make(size: int):  # type: ignore[no-untyped-def]
+    def make(size: int):  # type: ignore[no-untyped-def]  # untyped on purpose
         return Net(size)
 
     with pytest.raises(MisconfigurationException, match="return annotation"):
@@ -241,9 +241,9 @@ def test_something_else_than_a_class_of_a_run_is_refused() -> None:
 
 def test_a_wrong_class_for_an_optimizer_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match=r"add_optimizer_args got .*Linear.* for 'opt'"):
-        LightningArgumentParser().add_optimizer_args(nn.Linear, "opt")  # type: ignore[arg-type]
+        LightningArgumentParser().add_optimizer_args(nn.Linear, "opt")  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(MisconfigurationException, match=r"add_lr_scheduler_args got .*Adam"):
-        LightningArgumentParser().add_lr_scheduler_args((torch.optim.Adam,))  # type: ignore[arg-type]
+        LightningArgumentParser().add_lr_scheduler_args((torch.optim.Adam,))  # type: ignore[arg-type]  # wrong on purpose
 
 
 # ---------------------------------------------------------------------- configuration
@@ -712,7 +712,7 @@ def test_save_config_may_store_it_elsewhere() -> None:
 
 @pytest.mark.proves("12.8")
 def test_it_is_written_to_a_url_too() -> None:
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec  # type: ignore[import-untyped]  # it has no types
 
     cli("fit", "--model.width=4", run=True, trainer_defaults={"default_root_dir": "memory://runs/one"})
 

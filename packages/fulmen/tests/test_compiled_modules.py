@@ -49,7 +49,7 @@ class Compiled(fulmen.LightningModule):
 
 def loader(samples: int = 8) -> DataLoader[Any]:
     values = torch.arange(samples * 2, dtype=torch.float32).reshape(samples, 2)
-    return DataLoader(values, batch_size=2)  # type: ignore[arg-type]
+    return DataLoader(values, batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
 
 
 def trainer(**options: Any) -> fulmen.Trainer:
@@ -131,7 +131,7 @@ def test_a_compiled_module_can_be_made_and_unmade_by_hand() -> None:
     assert list(model.state_dict()) == names
     assert to_uncompiled(model) is model
     assert "training_step" not in vars(model)
-    assert to_uncompiled(torch.compile(model, backend="eager")) is model  # type: ignore[arg-type]
+    assert to_uncompiled(torch.compile(model, backend="eager")) is model  # type: ignore[arg-type]  # torch types it as a function
 
 
 @pytest.mark.proves("9.53")

@@ -49,7 +49,7 @@ def test_a_stream_is_not_shuffled_and_a_data_module_can_be_pickled() -> None:
 
 
 def test_what_is_no_dataset_is_refused() -> None:
-    data = LightningDataModule.from_datasets(3)  # type: ignore[arg-type]
+    data = LightningDataModule.from_datasets(3)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(MisconfigurationException, match="got a int"):
         data.train_dataloader()
 
@@ -97,7 +97,7 @@ def test_its_defaults_are_lightnings() -> None:
     assert data.allow_zero_length_dataloader_with_multiple_devices is False
     assert data.state_dict() == {}
     for hook in (data.prepare_data, lambda: data.setup("fit"), lambda: data.teardown("fit")):
-        assert hook() is None  # type: ignore[func-returns-value]
+        assert hook() is None  # type: ignore[func-returns-value]  # that it is None is the claim
     batch = [torch.ones(1)]
     assert data.on_before_batch_transfer(batch, 0) is batch
     assert data.on_after_batch_transfer(batch, 0) is batch
@@ -106,6 +106,6 @@ def test_its_defaults_are_lightnings() -> None:
 
 def test_pickling_leaves_the_trainer_behind() -> None:
     data = LightningDataModule()
-    data.trainer = lambda: None  # type: ignore[assignment]
+    data.trainer = lambda: None  # type: ignore[assignment]  # a stand-in
 
     assert pickle.loads(pickle.dumps(data)).trainer is None

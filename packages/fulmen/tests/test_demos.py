@@ -109,7 +109,7 @@ def test_a_boring_model_steps_as_the_loop_by_hand(model: type[Any]) -> None:
     theirs = torch.nn.Linear(32, 2)
     theirs.load_state_dict(ours.layer.state_dict())
 
-    trainer().fit(ours, DataLoader(rows, shuffle=False, sampler=range(4)))  # type: ignore[arg-type]
+    trainer().fit(ours, DataLoader(rows, shuffle=False, sampler=range(4)))  # type: ignore[arg-type]  # whatever has items is data
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
     for row in rows:
         optimizer.zero_grad()
@@ -231,7 +231,7 @@ def test_the_word_models_learn_a_short_text(kind: type[Any], words: Path) -> Non
 
 
 def test_a_sequence_sampler_goes_on_in_every_row() -> None:
-    batches = list(SequenceSampler(range(11), batch_size=3))  # type: ignore[arg-type]
+    batches = list(SequenceSampler(range(11), batch_size=3))  # type: ignore[arg-type]  # whatever has items is data
 
     assert batches == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
 
@@ -356,7 +356,7 @@ def test_the_mnist_datamodule_splits_alike_each_time_and_feeds_every_stage(digit
     assert sum(len(each) for each in predicted) == 12
     other = MNISTDataModule(digits, val_split=15, seed=42)
     other.setup("fit")
-    assert data.dataset_val.indices == other.dataset_val.indices  # type: ignore[union-attr]
+    assert data.dataset_val.indices == other.dataset_val.indices  # type: ignore[union-attr]  # known to be there
     assert data.num_classes == 10
     assert MNISTDataModule(digits).default_transforms is None
     with pytest.raises(ValueError, match="val_split=99"):

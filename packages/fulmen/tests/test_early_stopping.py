@@ -125,7 +125,7 @@ def test_a_value_that_is_not_finite_ends_training_at_once(value: float) -> None:
 def test_thresholds_end_training_at_once(
     mode: str, arguments: dict[str, float], reason: EarlyStoppingReason | None
 ) -> None:
-    callback = EarlyStopping("val_loss", mode=mode, patience=9, **arguments)  # type: ignore[arg-type]
+    callback = EarlyStopping("val_loss", mode=mode, patience=9, **arguments)  # type: ignore[arg-type]  # options of many types
 
     epochs = StandIn(callback).fit([0.5, 0.4, 0.2, 0.1])
 
@@ -144,11 +144,11 @@ def test_epochs_without_a_validation_use_up_no_patience() -> None:
 def test_validations_are_checked_where_there_are_several_in_an_epoch() -> None:
     callback = EarlyStopping("val_loss", patience=1)
     trainer = StandIn(callback, val_check_interval=0.5)
-    callback.setup(trainer, None, "fit")  # type: ignore[arg-type]
-    callback.on_train_start(trainer, None)  # type: ignore[arg-type]
+    callback.setup(trainer, None, "fit")  # type: ignore[arg-type]  # a stand-in
+    callback.on_train_start(trainer, None)  # type: ignore[arg-type]  # a stand-in
     for value in (1.0, 2.0):
         trainer.callback_metrics["val_loss"] = torch.tensor(value)
-        callback.on_validation_end(trainer, None)  # type: ignore[arg-type]
+        callback.on_validation_end(trainer, None)  # type: ignore[arg-type]  # a stand-in
 
     assert trainer.should_stop
 
@@ -156,16 +156,16 @@ def test_validations_are_checked_where_there_are_several_in_an_epoch() -> None:
 def test_a_training_epochs_value_is_checked_at_the_epochs_end_where_validations_are_counted() -> None:
     callback = EarlyStopping("train_loss", patience=1)
     trainer = StandIn(callback, check_val_every_n_epoch=2)
-    callback.setup(trainer, None, "fit")  # type: ignore[arg-type]
-    callback.on_train_start(trainer, None)  # type: ignore[arg-type]
+    callback.setup(trainer, None, "fit")  # type: ignore[arg-type]  # a stand-in
+    callback.on_train_start(trainer, None)  # type: ignore[arg-type]  # a stand-in
     waits = []
     for epoch, value in enumerate([1.0, 2.0, 3.0, 4.0]):
         trainer.global_step += 1
         if epoch % 2:
-            callback.on_validation_start(trainer, None)  # type: ignore[arg-type]
-            callback.on_validation_end(trainer, None)  # type: ignore[arg-type]
+            callback.on_validation_start(trainer, None)  # type: ignore[arg-type]  # a stand-in
+            callback.on_validation_end(trainer, None)  # type: ignore[arg-type]  # a stand-in
         trainer.callback_metrics["train_loss"] = torch.tensor(value)
-        callback.on_train_epoch_end(trainer, None)  # type: ignore[arg-type]
+        callback.on_train_epoch_end(trainer, None)  # type: ignore[arg-type]  # a stand-in
         waits.append((callback.best_score.item(), trainer.should_stop))
 
     assert waits == [(math.inf, False), (2.0, False), (2.0, False), (2.0, True)]

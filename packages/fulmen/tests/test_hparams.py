@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import pickle
 import threading
 from argparse import Namespace
@@ -23,7 +24,9 @@ from fulmen.hparams import (
     load_hparams_from_csv,
     load_hparams_from_yaml,
 )
+from fulmen.loggers import CSVLogger
 from fulmen.module import LightningModule
+from fulmen.trainer import Trainer
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -194,6 +197,56 @@ def test_hyperparameters_can_be_given_outside_of_a_constructor() -> None:
     module.save_hyperparameters({"depth": 2})
 
     assert module.hparams == {"lr": 1.0, "depth": 2}
+
+
+@pytest.mark.proves("5.34")
+def test_a_frame_says_whose_arguments_are_meant() -> None:
+    class Helped(LightningModule):
+        def __init__(self, lr: float, depth: int = 2) -> None:
+            super().__init__()
+            remember(self, inspect.currentframe())
+
+    def remember(module: LightningModule, frame: Any) -> None:
+        lr = "the helper's own"
+        assert lr
+        module.save_hyperparameters(frame=frame)
+
+    assert Helped(0.5).hparams == {"lr": 0.5, "depth": 2}
+
+
+@pytest.mark.proves("5.34")
+def test_what_cannot_be_pickled_goes_when_a_fit_starts_and_a_key_of_both_is_an_error_there(tmp_path: Path) -> None:
+    class Tiny(LightningModule):
+        def __init__(self, lock: Any = None, seed: int = 1) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.layer = nn.Linear(1, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Loads(Data):
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(torch.ones(2, 1))
+
+    def run(logger: Any = False) -> Trainer:
+        return Trainer(
+            accelerator="cpu", max_epochs=1, logger=logger, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+
+    trainer = run()
+    with pytest.warns(UserWarning, match="'lock' cannot be pickled"):
+        trainer.fit(Tiny(threading.Lock()), datamodule=Loads())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert saved["hyper_parameters"] == {"seed": 1}
+
+    with pytest.raises(MisconfigurationException, match=r"'seed' is 1 in Tiny and 2 in Loads.*logger=False"):
+        run(CSVLogger(tmp_path)).fit(Tiny(), datamodule=Loads(seed=2))
 
 
 @pytest.mark.proves("5.34")

@@ -10,7 +10,7 @@ import fulmen.loggers
 @pytest.mark.proves("6.6")
 @pytest.mark.parametrize("name", ["LitLogger", "NeptuneLogger"])
 def test_a_logger_that_is_not_there_says_why_and_what_to_do(name: str) -> None:
-    with pytest.raises(AttributeError, match=f"has no {name}.*Trainer\\(logger="):
+    with pytest.raises(ImportError, match=f"has no {name}.*Trainer\\(logger="):
         getattr(fulmen.loggers, name)
 
 

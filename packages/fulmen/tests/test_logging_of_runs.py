@@ -79,7 +79,7 @@ class Model(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
     def _loader(self) -> Any:
-        return DataLoader(torch.ones(6, 4), batch_size=2)  # type: ignore[arg-type]
+        return DataLoader(torch.ones(6, 4), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
 
     train_dataloader = val_dataloader = test_dataloader = predict_dataloader = _loader
 
@@ -116,9 +116,9 @@ def test_the_default_logger_is_tensorboard_named_after_the_slurm_job(
 
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("SLURM_JOB_NAME", "train")
-    assert make_trainer(tmp_path, logger=logger).logger.version == "4711"  # type: ignore[union-attr]
+    assert make_trainer(tmp_path, logger=logger).logger.version == "4711"  # type: ignore[union-attr]  # known to be there
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")
-    assert isinstance(make_trainer(tmp_path, logger=logger).logger.version, int)  # type: ignore[union-attr]
+    assert isinstance(make_trainer(tmp_path, logger=logger).logger.version, int)  # type: ignore[union-attr]  # known to be there
 
 
 @pytest.mark.proves("6.1")
@@ -151,7 +151,7 @@ def test_loggers_may_be_none_one_or_several_and_are_replaced_in_a_quick_run(tmp_
     quick = make_trainer(tmp_path, logger=[one, other], fast_dev_run=True)
     assert [type(logger).__name__ for logger in quick.loggers] == ["DummyLogger"]
     quick.fit(Model())
-    quick.logger.experiment.add_text("any", thing=1)  # type: ignore[union-attr]
+    quick.logger.experiment.add_text("any", thing=1)  # type: ignore[union-attr]  # known to be there
     assert one.calls == other.calls == []
 
 
@@ -258,7 +258,7 @@ class Data(LightningDataModule):
         self.hparams.size = 100
 
     def train_dataloader(self) -> Any:
-        return DataLoader(torch.ones(6, 4), batch_size=2)  # type: ignore[arg-type]
+        return DataLoader(torch.ones(6, 4), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
 
 
 @pytest.mark.proves("6.9")
@@ -396,7 +396,7 @@ def test_a_name_shared_by_loaders_is_one_metric_of_those_that_logged_it(tmp_path
             self.log(f"own_{dataloader_idx}", 1.0, add_dataloader_idx=False)
 
         def val_dataloader(self) -> Any:
-            return [self._loader(), DataLoader(torch.ones(2, 4), batch_size=2)]  # type: ignore[arg-type]
+            return [self._loader(), DataLoader(torch.ones(2, 4), batch_size=2)]  # type: ignore[arg-type]  # whatever has items is data
 
     results = make_trainer(tmp_path).validate(Several(), verbose=False)
 
@@ -473,7 +473,7 @@ def test_results_are_printed_unless_told_otherwise(
 
 
 def torchmetrics() -> ModuleType:
-    return pytest.importorskip("torchmetrics")  # type: ignore[no-any-return]
+    return pytest.importorskip("torchmetrics")  # type: ignore[no-any-return]  # Any by its nature
 
 
 @pytest.mark.proves("6.19")
@@ -565,7 +565,7 @@ def test_a_metric_object_is_found_by_identity_or_by_the_attribute_that_is_named(
 def test_what_a_metric_object_computes_must_fit_where_it_goes(
     value: Any, options: dict[str, Any], words: str | None, tmp_path: Path
 ) -> None:
-    class Computes(torchmetrics().Metric):  # type: ignore[misc,name-defined]
+    class Computes(torchmetrics().Metric):  # type: ignore[misc,name-defined]  # which class, a parameter says
         def update(self) -> None: ...
 
         def compute(self) -> Any:

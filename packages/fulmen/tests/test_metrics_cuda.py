@@ -38,7 +38,7 @@ def waiting_is_an_error() -> Iterator[None]:
 
 
 def make_store(stage: str = "train") -> MetricStore:
-    store = MetricStore(device=torch.device("cuda"), collectives=Alone(), stage=stage)  # type: ignore[arg-type]
+    store = MetricStore(device=torch.device("cuda"), collectives=Alone(), stage=stage)  # type: ignore[arg-type]  # a stand-in
     store.scope = scope_for("training_step" if stage == "train" else "validation_step")
     return store
 
@@ -134,5 +134,5 @@ def test_a_row_reads_all_values_at_once() -> None:
     store.start_batch(torch.zeros(1, device="cuda"), 0, None)
     for index in range(10):
         log(store, f"x{index}", torch.full((), float(index), device="cuda"))
-    Reporter(loggers=[Rows()]).report_step(store, batches_that_stepped=0, epoch=0)  # type: ignore[list-item]
+    Reporter(loggers=[Rows()]).report_step(store, batches_that_stepped=0, epoch=0)  # type: ignore[list-item]  # wrong on purpose
     assert rows == [{**{f"x{index}_step": float(index) for index in range(10)}, "epoch": 0}]

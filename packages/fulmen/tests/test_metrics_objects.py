@@ -29,7 +29,7 @@ class Model(nn.Module):
 
 
 def make_store() -> MetricStore:
-    store = MetricStore(device=torch.device("cpu"), collectives=Alone(), stage="train")  # type: ignore[arg-type]
+    store = MetricStore(device=torch.device("cpu"), collectives=Alone(), stage="train")  # type: ignore[arg-type]  # a stand-in
     store.scope = scope_for("training_step")
     store.start_batch(torch.zeros(1, 2), 0, None)
     return store

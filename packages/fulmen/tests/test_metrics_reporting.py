@@ -43,7 +43,7 @@ class Rows:
 
 
 def make_store(stage: str = "train") -> MetricStore:
-    store = MetricStore(device=torch.device("cpu"), collectives=Alone(), stage=stage)  # type: ignore[arg-type]
+    store = MetricStore(device=torch.device("cpu"), collectives=Alone(), stage=stage)  # type: ignore[arg-type]  # a stand-in
     store.scope = scope_for({"train": "training_step", "test": "test_step"}.get(stage, "validation_step"))
     store.start_batch(torch.zeros(1, 2), 0, None)
     return store

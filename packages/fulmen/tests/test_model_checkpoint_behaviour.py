@@ -303,7 +303,7 @@ def test_the_file_that_the_run_was_resumed_from_survives(tmp_path: Path, through
     second = ModelCheckpoint(tmp_path / "c", "{step}", monitor="val_loss")
     path = str(tmp_path / "newest.ckpt") if through_link else resumed_from
     trainer = StandIn(str(tmp_path), second, ckpt_path=path, global_step=1)
-    second.setup(trainer, None, "fit")  # type: ignore[arg-type]
+    second.setup(trainer, None, "fit")  # type: ignore[arg-type]  # a stand-in
     second.load_state_dict(torch.load(resumed_from, weights_only=True)["state"])
 
     trainer.epochs_of([0.3, 0.2])
@@ -316,7 +316,7 @@ def test_a_resumed_run_goes_on_pruning_what_it_wrote_before(tmp_path: Path) -> N
     StandIn(str(tmp_path), first).epochs_of([0.5, 0.4])
     second = ModelCheckpoint(tmp_path / "c", "{step}", monitor="val_loss", save_top_k=2)
     trainer = StandIn(str(tmp_path), second, ckpt_path=first.best_model_path, global_step=2)
-    second.setup(trainer, None, "fit")  # type: ignore[arg-type]
+    second.setup(trainer, None, "fit")  # type: ignore[arg-type]  # a stand-in
     second.load_state_dict(torch.load(first.best_model_path, weights_only=True)["state"])
 
     trainer.epochs_of([0.3])
@@ -330,7 +330,7 @@ def test_in_another_folder_only_the_best_path_is_taken_over(tmp_path: Path) -> N
     StandIn(str(tmp_path), first).epochs_of([0.5])
     second = ModelCheckpoint(tmp_path / "new", "{step}", monitor="val_loss")
     trainer = StandIn(str(tmp_path), second, global_step=1)
-    second.setup(trainer, None, "fit")  # type: ignore[arg-type]
+    second.setup(trainer, None, "fit")  # type: ignore[arg-type]  # a stand-in
 
     with pytest.warns(UserWarning, match="only best_model_path"):
         second.load_state_dict(first.state_dict())
@@ -355,7 +355,7 @@ def test_every_n_train_steps_saves_at_those_steps_and_not_at_the_end_of_epochs(t
             trainer.batch()
         trainer.validate(val_loss=1.0)
         trainer.end_epoch()
-    callback.on_train_end(trainer, None)  # type: ignore[arg-type]
+    callback.on_train_end(trainer, None)  # type: ignore[arg-type]  # a stand-in
 
     assert [step for _, step in trainer.saved] == [2, 4, 6, 8, 10]
 
@@ -367,7 +367,7 @@ def test_batches_of_an_accumulation_do_not_save_twice_for_one_step(tmp_path: Pat
     trainer.start()
     for step in (0, 0, 1, 1, 1, 2):
         trainer.global_step = step
-        callback.on_train_batch_end(trainer, None, None, None, 0)  # type: ignore[arg-type]
+        callback.on_train_batch_end(trainer, None, None, None, 0)  # type: ignore[arg-type]  # a stand-in
 
     assert [step for _, step in trainer.saved] == [1, 2]
 
@@ -447,7 +447,7 @@ def test_nothing_is_saved_while_trying_out(tmp_path: Path, inert: dict[str, Any]
     callback = ModelCheckpoint(tmp_path / "c", save_last=True, save_on_exception=True, every_n_train_steps=1)
     trainer = StandIn(str(tmp_path), callback, **inert)
     trainer.epochs_of([1.0])
-    callback.on_exception(trainer, None, RuntimeError())  # type: ignore[arg-type]
+    callback.on_exception(trainer, None, RuntimeError())  # type: ignore[arg-type]  # a stand-in
 
     assert trainer.saved == []
 
@@ -541,7 +541,7 @@ def test_a_value_that_is_nowhere_is_warned_of_while_validation_is_off(tmp_path: 
     trainer.batch()
     trainer.end_epoch()
     with pytest.warns(UserWarning, match="training ended before"):
-        callback.on_train_end(trainer, None)  # type: ignore[arg-type]
+        callback.on_train_end(trainer, None)  # type: ignore[arg-type]  # a stand-in
 
     assert files(tmp_path / "c") == ["last.ckpt"]
 
@@ -574,7 +574,7 @@ def test_a_save_that_never_got_its_value_is_told_at_the_end(tmp_path: Path) -> N
     trainer.batch()
 
     with pytest.warns(UserWarning, match="training ended before"):
-        callback.on_train_end(trainer, None)  # type: ignore[arg-type]
+        callback.on_train_end(trainer, None)  # type: ignore[arg-type]  # a stand-in
 
 
 # -- last --------------------------------------------------------------------------------------------------------------
@@ -616,7 +616,7 @@ def test_a_link_is_refused_where_there_are_none(tmp_path: Path) -> None:
     callback = ModelCheckpoint("memory://bucket/c", save_last="link")
 
     with pytest.raises(MisconfigurationException, match="save_last=True"):
-        callback.setup(StandIn(str(tmp_path), callback), None, "fit")  # type: ignore[arg-type]
+        callback.setup(StandIn(str(tmp_path), callback), None, "fit")  # type: ignore[arg-type]  # a stand-in
 
 
 def test_last_of_an_earlier_run_gets_a_neighbour_and_both_are_found(tmp_path: Path) -> None:
@@ -628,7 +628,7 @@ def test_last_of_an_earlier_run_gets_a_neighbour_and_both_are_found(tmp_path: Pa
         trainer.epochs_of([0.5])
 
     assert second.last_model_path == str(folder / "last-v1.ckpt")
-    assert second._find_last_checkpoints(trainer) == {str(folder / "last.ckpt"), str(folder / "last-v1.ckpt")}  # type: ignore[arg-type]
+    assert second._find_last_checkpoints(trainer) == {str(folder / "last.ckpt"), str(folder / "last-v1.ckpt")}  # type: ignore[arg-type]  # a stand-in
 
 
 def test_a_last_name_with_fields_replaces_its_predecessor(tmp_path: Path) -> None:
@@ -638,7 +638,7 @@ def test_a_last_name_with_fields_replaces_its_predecessor(tmp_path: Path) -> Non
     trainer.epochs_of([0.5, 0.5])
 
     assert files(tmp_path / "c") == ["epoch=1-newest.ckpt", "step=1.ckpt", "step=2.ckpt"]
-    assert callback._find_last_checkpoints(trainer) == {str(tmp_path / "c" / "epoch=1-newest.ckpt")}  # type: ignore[arg-type]
+    assert callback._find_last_checkpoints(trainer) == {str(tmp_path / "c" / "epoch=1-newest.ckpt")}  # type: ignore[arg-type]  # a stand-in
 
 
 # -- exceptions --------------------------------------------------------------------------------------------------------
@@ -650,8 +650,8 @@ def test_an_exception_saves_once_if_asked(tmp_path: Path) -> None:
     trainer = StandIn(str(tmp_path), callback)
     trainer.start()
     trainer.batch()
-    callback.on_exception(trainer, None, KeyboardInterrupt())  # type: ignore[arg-type]
-    callback.on_exception(trainer, None, KeyboardInterrupt())  # type: ignore[arg-type]
+    callback.on_exception(trainer, None, KeyboardInterrupt())  # type: ignore[arg-type]  # a stand-in
+    callback.on_exception(trainer, None, KeyboardInterrupt())  # type: ignore[arg-type]  # a stand-in
 
     assert trainer.saved == [("epoch=0-step=1.ckpt", 1)]
 
@@ -765,8 +765,8 @@ def test_the_folder_is_looked_at_through_fsspec(tmp_path: Path) -> None:
     def save(path: str, weights_only: bool | None = None) -> None:
         memory.pipe(path, b"ours")
 
-    trainer.save_checkpoint = save  # type: ignore[method-assign]
-    trainer.strategy.remove_checkpoint = memory.rm  # type: ignore[method-assign]
+    trainer.save_checkpoint = save  # type: ignore[method-assign]  # replaced on purpose
+    trainer.strategy.remove_checkpoint = memory.rm  # type: ignore[method-assign]  # replaced on purpose
     with pytest.warns(UserWarning, match="is not empty"):
         trainer.epochs_of([0.5, 0.4])
 
@@ -790,6 +790,10 @@ def test_the_folder_is_looked_at_through_fsspec(tmp_path: Path) -> None:
         ({"every_n_epochs": -1}, "every_n_epochs=-1"),
         ({"every_n_train_steps": 1, "every_n_epochs": 1}, "every_n_train_steps and every_n_epochs"),
         ({"every_n_epochs": 1, "train_time_interval": timedelta(1)}, "every_n_epochs and train_time_interval"),
+        (
+            {"every_n_train_steps": 1, "train_time_interval": timedelta(1)},
+            "every_n_train_steps and train_time_interval",
+        ),
     ],
 )
 def test_contradictory_arguments_are_refused(arguments: dict[str, Any], words: str) -> None:
@@ -820,7 +824,7 @@ def test_best_models_are_written_as_yaml(tmp_path: Path) -> None:
 def test_ranks_that_disagree_do_not_save(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "c", "{step}", monitor="val_loss")
     trainer = StandIn(str(tmp_path), callback)
-    trainer.strategy.reduce_boolean_decision = lambda decision, all=True: False  # type: ignore[method-assign]
+    trainer.strategy.reduce_boolean_decision = lambda decision, all=True: False  # type: ignore[method-assign]  # replaced on purpose
 
     trainer.epochs_of([0.5, 0.1])
 

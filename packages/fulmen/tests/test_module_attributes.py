@@ -71,9 +71,9 @@ def test_without_a_trainer_it_counts_nothing_and_says_how_to_get_one() -> None:
 @pytest.mark.proves("10.18")
 def test_modules_inside_it_get_its_trainer_however_deep() -> None:
     module, trainer = Nested(), StandIn()
-    module.trainer = trainer  # type: ignore[assignment]
+    module.trainer = trainer  # type: ignore[assignment]  # a stand-in
 
-    inner = module.blocks[0][0]  # type: ignore[index]
+    inner = module.blocks[0][0]  # type: ignore[index]  # known to be there
     assert inner.trainer is module.trainer is trainer
     assert (inner.current_epoch, inner.global_step, inner.global_rank, inner.local_rank) == (3, 7, 1, 2)
     assert (inner.logger, inner.loggers) == ("first", ["first", "second"])
@@ -86,7 +86,7 @@ def test_modules_inside_it_get_its_trainer_however_deep() -> None:
 def test_printing_goes_through_the_trainer(capsys: pytest.CaptureFixture[str]) -> None:
     module, trainer = Tiny(), StandIn()
     module.print("alone")
-    module.trainer = trainer  # type: ignore[assignment]
+    module.trainer = trainer  # type: ignore[assignment]  # a stand-in
     module.print("together", 1)
 
     assert capsys.readouterr().out == "alone\n"
@@ -175,7 +175,7 @@ def test_log_dict_takes_a_metric_collection_with_its_own_names() -> None:
     module.__dict__["_metric_store"] = store
     metrics = MetricCollection({"mean": MeanMetric()}, prefix="val_")
 
-    module.log_dict(metrics)  # type: ignore[arg-type]
+    module.log_dict(metrics)  # type: ignore[arg-type]  # a stand-in
 
     assert [(entry[0], entry[1]) for entry in store.logged] == [("val_mean", metrics["mean"])]
 
@@ -191,10 +191,10 @@ def test_logging_without_a_trainer_warns_once_and_is_ignored() -> None:
 
 def test_logging_outside_of_a_run_is_an_error_and_in_a_bare_one_is_ignored() -> None:
     module = Tiny()
-    module.trainer = StandIn()  # type: ignore[assignment]
+    module.trainer = StandIn()  # type: ignore[assignment]  # a stand-in
     with pytest.raises(MisconfigurationException, match="outside of a run"):
         module.log("a", 1)
-    module.trainer = StandIn(barebones=True)  # type: ignore[assignment]
+    module.trainer = StandIn(barebones=True)  # type: ignore[assignment]  # a stand-in
     with pytest.warns(UserWarning, match="barebones=True"):
         module.log("a", 1)
 
@@ -213,7 +213,7 @@ def test_under_a_fabric_values_go_to_its_loggers_at_once() -> None:
         def print(self, *args: Any) -> None: ...
 
     module, fabric = Nested(), FabricStandIn()
-    module.fabric = fabric  # type: ignore[assignment]
+    module.fabric = fabric  # type: ignore[assignment]  # a stand-in
     inner: Any = module.blocks[1]
 
     inner.log("a", torch.tensor(2.0, requires_grad=True))
@@ -355,4 +355,4 @@ def test_batches_are_moved_with_their_structure() -> None:
     assert (moved["item"].label, moved["none"], moved["class"]) == ("cat", None, MovesInPlace)
     assert moved["own"] is own
     assert own.device == "meta"
-    assert not batch["item"].x.is_meta  # type: ignore[attr-defined]
+    assert not batch["item"].x.is_meta  # type: ignore[attr-defined]  # its type does not say so

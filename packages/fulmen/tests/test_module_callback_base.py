@@ -46,9 +46,9 @@ def test_functions_run_as_hooks_with_the_hooks_arguments() -> None:
         on_train_batch_end=lambda *arguments: calls.append(arguments), on_fit_end=None, setup=lambda *a: calls.append(a)
     )
 
-    callback.setup("trainer", "module", "fit")  # type: ignore[arg-type]
-    callback.on_train_batch_end("trainer", "module", "outputs", "batch", 3)  # type: ignore[arg-type]
-    callback.on_fit_end("trainer", "module")  # type: ignore[arg-type]
+    callback.setup("trainer", "module", "fit")  # type: ignore[arg-type]  # a stand-in
+    callback.on_train_batch_end("trainer", "module", "outputs", "batch", 3)  # type: ignore[arg-type]  # a stand-in
+    callback.on_fit_end("trainer", "module")  # type: ignore[arg-type]  # a stand-in
 
     assert calls == [("trainer", "module", "fit"), ("trainer", "module", "outputs", "batch", 3)]
 
@@ -58,4 +58,4 @@ def test_a_misspelt_hook_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(MisconfigurationException, match="Did you mean 'on_train_start'"):
         LambdaCallback(on_train_starts=print)
     with pytest.raises(MisconfigurationException, match="give a function"):
-        LambdaCallback(on_train_start=3)  # type: ignore[arg-type]
+        LambdaCallback(on_train_start=3)  # type: ignore[arg-type]  # wrong on purpose

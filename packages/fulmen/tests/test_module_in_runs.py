@@ -46,7 +46,7 @@ class Model(LightningModule):
 
 
 def loader() -> DataLoader[Any]:
-    return DataLoader(torch.arange(24.0).reshape(6, 4), batch_size=2)  # type: ignore[arg-type]
+    return DataLoader(torch.arange(24.0).reshape(6, 4), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
 
 
 def make_trainer(folder: Path, **options: Any) -> Trainer:
@@ -153,7 +153,7 @@ def test_hooks_of_the_optimizer_step_get_what_they_act_on(tmp_path: Path) -> Non
             (2 * loss).backward()
 
         def on_after_backward(self) -> None:
-            seen.append(("on_after_backward", float(self.layer.weight.grad.norm()) > 0))  # type: ignore[union-attr]
+            seen.append(("on_after_backward", float(self.layer.weight.grad.norm()) > 0))  # type: ignore[union-attr]  # known to be there
 
         def on_before_optimizer_step(self, optimizer: Any) -> None:
             seen.append(("on_before_optimizer_step", type(optimizer).__name__))
@@ -172,7 +172,7 @@ def test_hooks_of_the_optimizer_step_get_what_they_act_on(tmp_path: Path) -> Non
         ) -> None:
             seen.append(("configure_gradient_clipping", gradient_clip_val, gradient_clip_algorithm))
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters()]))  # type: ignore[misc]
+            norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters()]))  # type: ignore[misc]  # after a backward pass none is None
             seen.append(("norm", norm <= 0.125 + 1e-6))
 
         def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
@@ -304,7 +304,7 @@ def test_a_late_model_comes_back_from_its_checkpoint(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "late.ckpt")
 
     again: Any = Late.load_from_checkpoint(tmp_path / "late.ckpt")
-    assert torch.equal(again.layer.weight, model.layer.weight)  # type: ignore[union-attr]
+    assert torch.equal(again.layer.weight, model.layer.weight)  # type: ignore[union-attr]  # known to be there
     make_trainer(tmp_path).validate(again, loader(), verbose=False)
     make_trainer(tmp_path, max_epochs=2).fit(Late(), loader(), ckpt_path=tmp_path / "late.ckpt")
 
@@ -667,7 +667,7 @@ def test_a_data_module_supplies_everything_keeps_its_state_and_hears_of_errors(t
             self.position = state_dict["position"]
 
         def setup(self, stage: str) -> None:
-            self.trained_by = self.trainer  # type: ignore[assignment]
+            self.trained_by = self.trainer  # type: ignore[assignment]  # a stand-in
 
         def on_exception(self, exception: BaseException) -> None:
             self.calls.append(exception)

@@ -39,7 +39,7 @@ class Steps:
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         self.backwards.append(kwargs)
-        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]  # its owner has left it untyped
 
 
 def attach(module: LightningModule, optimizers: list[Any], **more: Any) -> Any:
@@ -232,7 +232,7 @@ def test_the_default_steps_do_the_obvious() -> None:
 def test_gathering_keeps_the_structure() -> None:
     module = LightningModule()
     stack: Callable[..., Tensor] = lambda tensor, group, sync_grads: torch.stack([tensor, tensor + 1])  # noqa: E731
-    module.trainer = SimpleNamespace(strategy=SimpleNamespace(all_gather=stack))  # type: ignore[assignment]
+    module.trainer = SimpleNamespace(strategy=SimpleNamespace(all_gather=stack))  # type: ignore[assignment]  # a stand-in
 
     gathered = module.all_gather({"a": torch.zeros(2), "b": [1.5, "text"]})
 

@@ -115,7 +115,7 @@ def test_none_trains_nothing_and_says_so() -> None:
         [optimizer], configs = parse_optimizers(None)
 
     calls: list[int] = []
-    optimizer.step(lambda: calls.append(1))  # type: ignore[arg-type, return-value]
+    optimizer.step(lambda: calls.append(1))  # type: ignore[arg-type, return-value]  # wrong on purpose
     optimizer.zero_grad()
 
     assert isinstance(optimizer, NoOptimizer)

@@ -77,7 +77,7 @@ def test_the_step_function_gets_closure_and_options_and_its_result_is_returned()
     assert wrapped.step() == "result"
     assert seen == [(closure, {"scale": 2}), (None, {})]
     with pytest.raises(MisconfigurationException, match="cannot be called"):
-        wrapped.step(3)  # type: ignore[arg-type]
+        wrapped.step(3)  # type: ignore[arg-type]  # wrong on purpose
 
 
 @pytest.mark.proves("10.15")
@@ -98,7 +98,7 @@ def test_state_lives_in_the_wrapped_optimizer_whatever_is_done_through_the_wrapp
     assert fresh.state_dict()["state"][0]["step"] == 3
     assert fresh.param_groups[0]["lr"] == 0.3
     assert len(fresh.param_groups) == 2
-    assert fresh.marker == "set through the wrapper"  # type: ignore[attr-defined]
+    assert fresh.marker == "set through the wrapper"  # type: ignore[attr-defined]  # its type does not say so
     assert wrapped_fresh.state is fresh.state
 
 

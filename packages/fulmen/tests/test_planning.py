@@ -35,7 +35,7 @@ class Counting(fulmen.LightningModule):
         self.validated_after: list[int] = []
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        return self.layer(batch).sum()  # type: ignore[no-any-return]
+        return self.layer(batch).sum()  # type: ignore[no-any-return]  # torch says Any of it
 
     def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
         self.validated_after.append(self.global_step)
@@ -55,7 +55,7 @@ def test_a_duration_between_validations_is_counted_from_the_start_of_the_first_f
     interval: timedelta, validated_after: list[int]
 ) -> None:
     module = Counting()
-    train, val = DataLoader(torch.ones(4, 2)), DataLoader(torch.ones(1, 2))  # type: ignore[arg-type]
+    train, val = DataLoader(torch.ones(4, 2)), DataLoader(torch.ones(1, 2))  # type: ignore[arg-type]  # whatever has items is data
 
     quiet_trainer(val_check_interval=interval).fit(module, train, val)
 

@@ -58,7 +58,7 @@ class Model(fulmen.LightningModule):
 
 
 def loader(batches: int) -> DataLoader[Any]:
-    return DataLoader(torch.randn(2 * batches, 2), batch_size=2)  # type: ignore[arg-type]
+    return DataLoader(torch.randn(2 * batches, 2), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
 
 
 def trainer(root: Path, **options: Any) -> fulmen.Trainer:
@@ -200,7 +200,7 @@ def test_dump_stats_writes_one_file_per_action_that_pstats_reads(tmp_path: Path)
     profiler.describe()
 
     stats = pstats.Stats(str(tmp_path / "fit-report-0-a_b.prof"))
-    calls = {name: count for (_, _, name), (_, count, _, _, _) in stats.stats.items()}  # type: ignore[attr-defined]
+    calls = {name: count for (_, _, name), (_, count, _, _, _) in stats.stats.items()}  # type: ignore[attr-defined]  # its type does not say so
     assert (calls["work"], calls["leaf"]) == (1, 5)
     assert "leaf" in (tmp_path / "fit-report-0.txt").read_text()
 
@@ -212,7 +212,7 @@ def test_dump_stats_writes_one_file_per_action_that_pstats_reads(tmp_path: Path)
 def test_the_advanced_profiler_refuses_what_cannot_work() -> None:
     for wrong in (1.5, -1, "ten"):
         with pytest.raises(MisconfigurationException, match=rf"line_count_restriction={wrong!r}.*number of lines"):
-            AdvancedProfiler(line_count_restriction=wrong)  # type: ignore[arg-type]
+            AdvancedProfiler(line_count_restriction=wrong)  # type: ignore[arg-type]  # wrong on purpose
     profiler = AdvancedProfiler(dump_stats=True)
     with profiler.profile("a"):
         pass
@@ -284,7 +284,7 @@ def test_reports_of_one_stage_are_appended_also_behind_a_url() -> None:
         profiler.setup("fit", local_rank=1)
         profiler.describe()
 
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec  # type: ignore[import-untyped]  # it has no types
 
     text = fsspec.filesystem("memory").cat("/profiles/fit-x-1.txt").decode()
     assert text.count("FIT Profiler Report") == 2

@@ -322,7 +322,7 @@ def test_get_metrics_can_be_overridden(
 ) -> None:
     monkeypatch.setattr(_bars, "PLAIN_EPOCH_INTERVAL_S", 0.0)
 
-    class Mine(kind):  # type: ignore[misc]
+    class Mine(kind):  # type: ignore[misc]  # which class, a parameter says
         def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
             items: dict[str, Any] = super().get_metrics(trainer, pl_module)
             items.pop("half")
@@ -435,7 +435,7 @@ def test_an_error_in_training_leaves_the_terminal_readable(kind: type[Any], caps
 
 def test_missing_rich_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rich", None)
-    with pytest.raises(MissingPackage, match="pip install rich"):
+    with pytest.raises(MissingPackage, match=r"pip install 'fulmen\[rich\]'"):
         RichProgressBar()
 
 
@@ -462,3 +462,37 @@ def test_many_metrics_wrap_and_leave_the_rest_of_the_bar_readable() -> None:
     written = run_on_terminal(code)
     for expected in ("Epoch 1/1", "6/6", "metric_0: 0.500", "metric_11: 0.500"):
         assert expected in written, expected
+
+
+@pytest.mark.proves("11.20")
+def test_a_subclass_of_the_tqdm_bar_works_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    class Own(TQDMProgressBar):
+        def init_train_tqdm(self) -> Any:
+            bar: Any = super().init_train_tqdm()
+            seen.append((bar.disable, bar.leave, bar.desc))
+            bar.set_description_str("mine")
+            return bar
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            super().on_train_batch_end(*args)
+            bar: Any = self.train_progress_bar
+            bar.set_postfix(first=1, second="two")
+            bar.set_postfix_str(f"{bar.n:g} of {bar.total:g}")
+            bar.clear()
+
+    seen: list[Any] = []
+    make_trainer(Own(), max_epochs=1).fit(Model(), data())
+
+    [(disabled, _, _)] = seen
+    assert not disabled
+    assert "6/6" in capsys.readouterr().out
+
+
+def test_a_plain_bar_counts_as_tqdm_does(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = PlainBar("mine", 3)
+    bar.update()
+    bar.update(2)
+    bar.set_postfix_str("a=1")
+    bar.close()
+    assert capsys.readouterr().out.startswith("mine: 3/3")
+    assert bar.desc == "mine"

@@ -15,8 +15,11 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -25,7 +28,7 @@ from fulmen.callbacks import ModelCheckpoint
 from fulmen.loggers import CSVLogger, TensorBoardLogger
 from fulmen.runlog import LogDelivery, read_run, replay
 from fulmen.runlog._reader import records
-from fulmen.runlog._record import decode, encode
+from fulmen.runlog._record import decode, encode, encode_row
 from fulmen.runlog._writer import EventLog
 from fulmen.runlog.commands import main
 from fulmen_protocols import MisconfigurationException
@@ -112,7 +115,7 @@ def folder_of_sink(folder: Path) -> Path:
 
 def logged(folder: Path) -> list[int]:
     rows = [located.record for located in read_run(str(folder)).rows]
-    return [int(str(row["x"])) for row in rows if "loss" in row["values"]]  # type: ignore[operator]
+    return [int(str(row["x"])) for row in rows if "loss" in row["values"]]  # type: ignore[operator]  # known to be there
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -139,10 +142,10 @@ def test_the_log_holds_settings_rows_rates_checkpoints_and_the_outcome(tmp_path:
     assert log.hparams == {"width": 5}
     assert [row.record["x"] for row in log.rows] == list(range(STEPS))
     with_table = table(Path(str(trainer.log_dir), "metrics.csv"))
-    assert [row.record["values"]["loss"] for row in log.rows] == [float(row["loss"]) for row in with_table]  # type: ignore[index]
+    assert [row.record["values"]["loss"] for row in log.rows] == [float(row["loss"]) for row in with_table]  # type: ignore[index]  # known to be there
     assert log.states[0]["lr"] == {"SGD": 0.1}
     assert log.checkpoints[-1]["path"] == checkpoints.best_model_path
-    assert log.checkpoints[-1]["score"] == pytest.approx(float(log.rows[-1].record["values"]["loss"]))  # type: ignore[index]
+    assert log.checkpoints[-1]["score"] == pytest.approx(float(log.rows[-1].record["values"]["loss"]))  # type: ignore[index]  # known to be there
     assert log.begins[0]["fn"] == "fit"
     assert log.stages["training"] > 0
 
@@ -204,6 +207,26 @@ def test_numbers_that_json_lacks_and_any_hyperparameter_come_back() -> None:
     assert record["values"] == {"a": "nan", "b": "-inf", "c": 0.1}
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.dictionaries(st.text(), st.floats() | st.integers() | st.booleans() | st.just(10**400), max_size=5),
+    st.floats(0, 2e9),
+    st.integers(0, 2**40),
+)
+def test_a_row_is_written_quickly_as_any_record_is(values: dict[str, float], time_s: float, x: int) -> None:
+    slowly = encode({"kind": "metrics", "t": time_s, "x": x, "at": x + 1, "of": "step", "values": values})
+
+    assert encode_row(time_s, x, x + 1, "step", values) == slowly
+
+
+def test_a_row_of_numbers_that_are_not_pythons_own_is_written_too() -> None:
+    line = encode_row(1.5, np.int64(3), 4, "step", {"100%": np.float64(0.1), "a": np.float32(0.5)})  # type: ignore[arg-type]
+
+    record = decode(line)
+    assert record is not None
+    assert (record["x"], record["values"]) == (3, {"100%": 0.1, "a": 0.5})
+
+
 def test_nan_reaches_log_and_table_as_nan(tmp_path: Path) -> None:
     class Diverges(Model):
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
@@ -215,7 +238,7 @@ def test_nan_reaches_log_and_table_as_nan(tmp_path: Path) -> None:
     trainer.fit(Diverges(), loader())
     rows = read_run(str(trainer.log_dir)).rows
 
-    assert [row.record["values"]["odd"] for row in rows][2:5] == [1.0, "nan", 1.0]  # type: ignore[index]
+    assert [row.record["values"]["odd"] for row in rows][2:5] == [1.0, "nan", 1.0]  # type: ignore[index]  # known to be there
     assert table(Path(str(trainer.log_dir), "metrics.csv"))[3]["odd"] == "nan"
 
 
@@ -394,11 +417,11 @@ VANISHES = """
 import sys, warnings
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from test_run_log import Callback, CSVLogger, Model, loader, trainer_for
+from test_run_log import Callback, CSVLogger, Model, TensorBoardLogger, loader, trainer_for
 
 folder = Path({folder!r})
 share = folder / "share"
-second = CSVLogger(share, version="run", flush_logs_every_n_steps=1)
+second = {logger}
 
 class Unplugs(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -413,10 +436,13 @@ print("steps", trainer.global_step)
 """
 
 
+TABLE = 'CSVLogger(share, version="run", flush_logs_every_n_steps=1)'
+
+
 def test_a_folder_that_vanishes_under_a_logger_stops_nothing_and_replay_fills_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = VANISHES.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    script = VANISHES.format(tests=str(Path(__file__).parent), folder=str(tmp_path), logger=TABLE)
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     folder, share = tmp_path / "lightning_logs" / "run", tmp_path / "share"
 
@@ -450,6 +476,30 @@ def test_a_logger_that_comes_back_after_the_run_is_not_fed_twice(
     assert main(["replay", str(tmp_path / "lightning_logs" / "run")]) == 0
     assert "nothing to deliver" in capsys.readouterr().out
     assert len(table(share / "lightning_logs" / "run" / "metrics.csv")) == STEPS
+
+
+def test_a_folder_that_vanishes_under_tensorboard_stops_nothing_and_replay_leaves_each_point_there_once(
+    tmp_path: Path,
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = 'TensorBoardLogger(share, version="run")'
+    script = VANISHES.format(tests=str(Path(__file__).parent), folder=str(tmp_path), logger=board)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    folder, share = tmp_path / "lightning_logs" / "run", tmp_path / "share"
+
+    assert f"steps {STEPS}" in ended.stdout
+    assert "TensorBoardLogger did not get everything that was logged" in ended.stderr
+    assert f"fulmen log replay {folder}" in ended.stderr
+    assert logged(folder) == list(range(STEPS))
+    share.unlink()
+    (tmp_path / "kept").rename(share)
+    for _ in range(2):
+        assert main(["replay", str(folder)]) == 0
+    # What was written through the open file went with the folder, so some of it is there before the replay.
+    read = EventAccumulator(str(share / "lightning_logs" / "run"))
+    read.Reload()
+    assert sorted(event.step for event in read.Scalars("loss")) == list(range(STEPS))
 
 
 def test_tensorboard_stops_nothing_when_it_raises(tmp_path: Path) -> None:
@@ -551,7 +601,7 @@ def test_a_resumed_run_has_each_point_once_in_its_log_and_in_what_is_replayed(tm
 
 
 def test_what_an_earlier_process_did_not_deliver_is_not_forgotten_by_a_later_one(tmp_path: Path) -> None:
-    script = VANISHES.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    script = VANISHES.format(tests=str(Path(__file__).parent), folder=str(tmp_path), logger=TABLE)
     subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     folder, share = tmp_path / "lightning_logs" / "run", tmp_path / "share"
     share.unlink()

@@ -42,7 +42,7 @@ class Model(fulmen.LightningModule):
 
 
 def loader(batches: int = 2) -> DataLoader[Any]:
-    return DataLoader(torch.ones(batches, 1))  # type: ignore[arg-type]
+    return DataLoader(torch.ones(batches, 1))  # type: ignore[arg-type]  # whatever has items is data
 
 
 def trainer(folder: Path, *callbacks: Callback, **options: Any) -> fulmen.Trainer:

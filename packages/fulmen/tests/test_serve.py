@@ -29,8 +29,8 @@ class Model(fulmen.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.9))
-        nn.init.ones_(self.net[0].weight)  # type: ignore[arg-type]
-        nn.init.zeros_(self.net[0].bias)  # type: ignore[arg-type]
+        nn.init.ones_(self.net[0].weight)  # type: ignore[arg-type]  # a layer in a Sequential
+        nn.init.zeros_(self.net[0].bias)  # type: ignore[arg-type]  # a layer in a Sequential
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return self.net(batch).sum()
@@ -39,7 +39,7 @@ class Model(fulmen.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
     def train_dataloader(self) -> Any:
-        return DataLoader(torch.randn(4, 3), batch_size=2)  # type: ignore[arg-type]
+        return DataLoader(torch.randn(4, 3), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
 
 
 class Served(Model, ServableModule):
@@ -49,7 +49,7 @@ class Served(Model, ServableModule):
     def configure_serialization(self) -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[..., Any]]]:
         return {"x": torch.tensor}, {"predictions": lambda value: value.tolist()}
 
-    def serve_step(self, x: Any, times: int) -> dict[str, Any]:  # type: ignore[override]
+    def serve_step(self, x: Any, times: int) -> dict[str, Any]:  # type: ignore[override]  # with other arguments, on purpose
         return {
             "predictions": self.net(x) * times,
             "trains": self.training,
@@ -62,7 +62,7 @@ class Served(Model, ServableModule):
 
 
 class Good(Served):
-    def serve_step(self, x: Any, times: int) -> dict[str, Any]:  # type: ignore[override]
+    def serve_step(self, x: Any, times: int) -> dict[str, Any]:  # type: ignore[override]  # with other arguments, on purpose
         answer = super().serve_step(x, times)
         return {**answer, "in_process": answer["in_process"] != STARTED_IN}
 
@@ -136,7 +136,7 @@ def test_a_wrong_answer_ends_the_run_or_is_a_warning(port: int) -> None:
 @pytest.mark.proves("7.6")
 def test_an_error_while_serving_is_told_and_its_traceback_printed(port: int, capfd: Any) -> None:
     class Raises(Good):
-        def serve_step(self, x: Any, times: int) -> dict[str, Any]:  # type: ignore[override]
+        def serve_step(self, x: Any, times: int) -> dict[str, Any]:  # type: ignore[override]  # with other arguments, on purpose
             raise KeyError("the culprit")
 
     validator = ServableModuleValidator(port=port)
@@ -155,7 +155,7 @@ def test_an_error_while_serving_is_told_and_its_traceback_printed(port: int, cap
 @pytest.mark.proves("7.6")
 def test_a_step_that_returns_no_dict_is_no_answer(port: int, capfd: Any) -> None:
     class ReturnsTensor(Good):
-        def serve_step(self, x: Any, times: int) -> Any:  # type: ignore[override]
+        def serve_step(self, x: Any, times: int) -> Any:  # type: ignore[override]  # with other arguments, on purpose
             return x
 
     with pytest.raises(MisconfigurationException, match="status 500"):
@@ -187,7 +187,7 @@ def test_a_server_that_does_not_come_up_in_time_is_ended(port: int) -> None:
 @pytest.mark.proves("7.6")
 def test_an_answer_that_does_not_come_in_time_is_a_failure(port: int) -> None:
     class Hangs(Good):
-        def serve_step(self, x: Any, times: int) -> dict[str, Any]:  # type: ignore[override]
+        def serve_step(self, x: Any, times: int) -> dict[str, Any]:  # type: ignore[override]  # with other arguments, on purpose
             threading.Event().wait(60)
             return {}
 
@@ -236,11 +236,11 @@ def test_a_servable_module_must_define_all_four_methods() -> None:
         def configure_payload(self) -> dict[str, Any]:
             return {}
 
-        def serve_step(self) -> dict[str, Any]:  # type: ignore[override]
+        def serve_step(self) -> dict[str, Any]:  # type: ignore[override]  # with other arguments, on purpose
             return {}
 
     with pytest.raises(TypeError, match=r"configure_response.*configure_serialization"):
-        Half()  # type: ignore[abstract]
+        Half()  # type: ignore[abstract]  # on purpose
 
 
 @pytest.mark.proves("7.6")

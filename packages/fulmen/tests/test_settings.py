@@ -84,7 +84,7 @@ def test_settings_and_backends_are_told_in_one_error_too() -> None:
 
 def test_a_wrong_type_is_a_type_error_too() -> None:
     with pytest.raises(TypeError, match="max_epochs='ten'"):
-        fulmen.Trainer(max_epochs="ten", logger=False)  # type: ignore[arg-type]
+        fulmen.Trainer(max_epochs="ten", logger=False)  # type: ignore[arg-type]  # wrong on purpose
 
 
 @pytest.mark.proves("9.6")

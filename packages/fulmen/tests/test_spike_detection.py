@@ -35,7 +35,7 @@ class Model(LightningModule):
 
 
 def losses(*values: float) -> DataLoader[Any]:
-    return DataLoader(torch.tensor(values), batch_size=1)  # type: ignore[arg-type]
+    return DataLoader(torch.tensor(values), batch_size=1)  # type: ignore[arg-type]  # whatever has items is data
 
 
 def make(tmp_path: Path, *callbacks: Callback, **flags: Any) -> Trainer:

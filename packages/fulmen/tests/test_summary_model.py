@@ -142,7 +142,7 @@ def test_the_size_is_that_of_the_dtypes() -> None:
 @pytest.mark.proves("13.9")
 def test_shards_count_as_the_whole() -> None:
     net = nn.Linear(2, 2, bias=False)
-    net.weight.ds_numel = 1000  # as DeepSpeed leaves it  # type: ignore[assignment]
+    net.weight.ds_numel = 1000  # as DeepSpeed leaves it  # type: ignore[assignment]  # replaced on purpose
     assert summarize(net).total_parameters == 1000
 
 
@@ -246,7 +246,7 @@ def test_every_level_is_listed_with_minus_one_and_nothing_outside_of_fit(
         def test_step(self, batch: Any, batch_idx: int) -> None: ...
 
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=[kind(max_depth=-1)], **quiet)  # type: ignore[arg-type]
+    trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=[kind(max_depth=-1)], **quiet)  # type: ignore[arg-type]  # options of many types
     loader = DataLoader(TensorDataset(torch.ones(4, 4)), batch_size=2)
     trainer.test(Tested(), loader, verbose=False)
     assert "Total params" not in capsys.readouterr().out
@@ -270,5 +270,5 @@ def test_how_it_is_printed_can_be_overridden() -> None:
 
 def test_missing_rich_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rich", None)
-    with pytest.raises(MissingPackage, match="pip install rich"):
+    with pytest.raises(MissingPackage, match=r"pip install 'fulmen\[rich\]'"):
         RichModelSummary()

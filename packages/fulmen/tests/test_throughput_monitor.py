@@ -72,7 +72,7 @@ class Validated(Model):
 
 
 class WithoutFlops(Model):
-    flops_per_batch = None  # type: ignore[assignment]
+    flops_per_batch = None  # type: ignore[assignment]  # as if it were not defined
 
 
 class Wall(Callback):
@@ -199,7 +199,7 @@ def test_the_separator_also_stands_behind_the_stage() -> None:
 def test_counts_may_be_tensors_and_flops_a_property() -> None:
     class Counting(Model):
         @property
-        def flops_per_batch(self) -> int:  # type: ignore[override]
+        def flops_per_batch(self) -> int:  # type: ignore[override]  # with other arguments, on purpose
             with torch.device("meta"):
                 layer, x = torch.nn.Linear(2, 1), torch.randn(4, 2)
             return measure_flops(layer, lambda: layer(x), torch.Tensor.sum)

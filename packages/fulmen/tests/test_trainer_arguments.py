@@ -39,7 +39,7 @@ class Line(fulmen.LightningModule):
 
 
 def loader(samples: int = 8) -> DataLoader[Any]:
-    return DataLoader(torch.ones(samples, 2), batch_size=2)  # type: ignore[arg-type]
+    return DataLoader(torch.ones(samples, 2), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
 
 
 def trainer(**options: Any) -> fulmen.Trainer:
@@ -283,7 +283,7 @@ def test_the_precision_in_use_can_be_read() -> None:
     assert (mixed.precision, mixed.scaler) == ("bf16-mixed", None)
     assert half.precision == "16-mixed"
     assert isinstance(half.scaler, torch.amp.GradScaler)
-    assert half.precision_plugin.scaler is half.scaler  # type: ignore[attr-defined]
+    assert half.precision_plugin.scaler is half.scaler  # type: ignore[attr-defined]  # its type does not say so
     assert type(mixed.precision_plugin) is MixedPrecision
 
 
@@ -331,7 +331,7 @@ def test_objects_of_the_other_framework_are_refused_with_the_import_to_change(pa
 @pytest.mark.proves("9.54")
 def test_optimizer_idx_is_refused_with_what_replaces_it() -> None:
     class Old(Line):
-        def training_step(self, batch: Any, batch_idx: int, optimizer_idx: int) -> Any:  # type: ignore[override]
+        def training_step(self, batch: Any, batch_idx: int, optimizer_idx: int) -> Any:  # type: ignore[override]  # with other arguments, on purpose
             return None
 
     with pytest.raises(MisconfigurationException, match=r"takes optimizer_idx, which no longer exists. Set self.autom"):

@@ -39,7 +39,7 @@ class Line(fulmen.LightningModule):
 
 
 def loader(samples: int = 8) -> DataLoader[Any]:
-    return DataLoader(torch.ones(samples, 2), batch_size=2)  # type: ignore[arg-type]
+    return DataLoader(torch.ones(samples, 2), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
 
 
 def trainer(**options: Any) -> fulmen.Trainer:
@@ -304,7 +304,7 @@ def test_a_stream_that_ends_before_its_limit_still_steps_and_validates() -> None
     for stream in (Stream(), Claiming()):
         model = Validated()
         run = trainer(accumulate_grad_batches=2, limit_train_batches=6)
-        run.fit(model, DataLoader(stream, batch_size=1), DataLoader(torch.ones(1, 1)))  # type: ignore[arg-type]
+        run.fit(model, DataLoader(stream, batch_size=1), DataLoader(torch.ones(1, 1)))  # type: ignore[arg-type]  # whatever has items is data
         assert run.global_step == 2
         assert model.weights == [0, -1, -1.5, -99]
 
@@ -313,18 +313,18 @@ def test_a_stream_that_ends_before_its_limit_still_steps_and_validates() -> None
 @pytest.mark.parametrize("method", ["fit", "validate", "test", "predict"])
 def test_a_step_that_fetches_its_batches_is_said_to_be_experimental(method: str) -> None:
     class Fetching(Line):
-        def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+        def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]  # with other arguments, on purpose
             batch, _, _ = next(dataloader_iter)
             return self.layer(batch).sum()
 
-        def validation_step(self, dataloader_iter: Any) -> None:  # type: ignore[override]
+        def validation_step(self, dataloader_iter: Any) -> None:  # type: ignore[override]  # with other arguments, on purpose
             next(dataloader_iter)
             self.log("size", 1.0, on_step=False, on_epoch=True)
 
-        def test_step(self, dataloader_iter: Any) -> None:  # type: ignore[override]
+        def test_step(self, dataloader_iter: Any) -> None:  # type: ignore[override]  # with other arguments, on purpose
             next(dataloader_iter)
 
-        def predict_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+        def predict_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]  # with other arguments, on purpose
             return next(dataloader_iter)[0].sum()
 
     name = {"fit": "training", "validate": "validation"}.get(method, method)
@@ -339,7 +339,7 @@ def test_a_step_that_fetches_its_batches_is_said_to_be_experimental(method: str)
 @pytest.mark.proves("9.37")
 def test_a_step_that_fetches_more_than_there_is_ends_the_epoch() -> None:
     class Greedy(Line):
-        def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+        def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]  # with other arguments, on purpose
             batches = [next(dataloader_iter)[0] for _ in range(3)]
             return self.layer(torch.cat(batches)).sum()
 

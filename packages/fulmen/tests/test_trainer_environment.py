@@ -63,7 +63,7 @@ def test_what_is_passed_wins_and_our_prefix_goes_before_lightnings(monkeypatch: 
     monkeypatch.setenv("FULMEN_TRAINER_MAX_EPOCHS", "4")
 
     assert fulmen.Trainer(**QUIET).max_epochs == 4
-    assert fulmen.Trainer(max_epochs=5, **QUIET).max_epochs == 5  # type: ignore[arg-type]
+    assert fulmen.Trainer(max_epochs=5, **QUIET).max_epochs == 5  # type: ignore[arg-type]  # options of many types
 
 
 @pytest.mark.proves("9.1")
@@ -91,13 +91,13 @@ def test_a_wrong_value_is_blamed_on_its_variable(
 def test_a_misspelt_variable_is_told_with_the_closest_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_TRAINER_MAX_EPOCH", "3")
     with pytest.warns(UserWarning, match="PL_TRAINER_MAX_EPOCH is set.*Did you mean 'PL_TRAINER_MAX_EPOCHS'"):
-        fulmen.Trainer(max_epochs=1, **QUIET)  # type: ignore[arg-type]
+        fulmen.Trainer(max_epochs=1, **QUIET)  # type: ignore[arg-type]  # options of many types
 
 
 @pytest.mark.proves("9.1")
 def test_arguments_are_keyword_only_and_can_be_inspected() -> None:
     with pytest.raises(TypeError):
-        fulmen.Trainer("cpu")  # type: ignore[misc]
+        fulmen.Trainer("cpu")  # type: ignore[misc]  # wrong on purpose
 
     parameters = inspect.signature(fulmen.Trainer).parameters
     assert {"accelerator", "max_epochs", "val_check_interval"} <= set(parameters)

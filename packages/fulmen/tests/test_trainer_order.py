@@ -41,7 +41,7 @@ class Model(fulmen.LightningModule):
 
 
 def ones() -> DataLoader[Any]:
-    return DataLoader(torch.ones(2, 2), batch_size=2)  # type: ignore[arg-type]
+    return DataLoader(torch.ones(2, 2), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
 
 
 @pytest.mark.proves("3.6")

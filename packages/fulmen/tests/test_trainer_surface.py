@@ -44,7 +44,7 @@ class Line(fulmen.LightningModule):
 
 
 def loader(samples: int = 8) -> DataLoader[Any]:
-    return DataLoader(torch.ones(samples, 2), batch_size=2)  # type: ignore[arg-type]
+    return DataLoader(torch.ones(samples, 2), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
 
 
 def trainer(**options: Any) -> fulmen.Trainer:
@@ -295,10 +295,10 @@ def test_loops_and_connectors_answer_under_their_names(tmp_path: Path) -> None:
 
     name = "on_train_batch_end"
     assert seen == [
-        (1, 1, False, 0, 0, 1, False, name, 1),
-        (2, 2, True, 1, 1, 2, True, name, 1),
-        (1, 3, False, 0, 2, 3, False, name, 1),
-        (2, 4, True, 1, 3, 4, True, name, 1),
+        (0, 1, False, 0, 0, 1, False, name, 1),
+        (1, 2, True, 1, 1, 2, True, name, 1),
+        (0, 3, False, 0, 2, 3, False, name, 1),
+        (1, 4, True, 1, 3, 4, True, name, 1),
     ]
     assert saved["global_step"] == 4
     assert (run.fit_loop.max_epochs, run.fit_loop.max_batches, run.fit_loop.done) == (2, 2, True)
@@ -342,3 +342,18 @@ def test_fit_forgets_an_earlier_request_to_stop() -> None:
     run.fit(Line(), loader())
 
     assert (run.current_epoch, run.should_stop) == (2, False)
+
+
+@pytest.mark.proves("A.2", "9.46")
+def test_the_last_batch_is_known_in_its_own_step_where_schedules_of_manual_optimization_look() -> None:
+    class Manual(Line):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            seen.append((self.trainer.current_epoch, batch_idx, self.trainer.is_last_batch))
+
+    seen: list[Any] = []
+    trainer(max_epochs=2, limit_train_batches=2).fit(Manual(), loader(8))
+    assert seen == [(0, 0, False), (0, 1, True), (1, 0, False), (1, 1, True)]

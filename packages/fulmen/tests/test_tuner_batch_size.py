@@ -428,7 +428,7 @@ def test_both_finders_may_work_in_one_fit() -> None:
     from fulmen.callbacks import LearningRateFinder
 
     model = Model()
-    model.lr = 0.01  # type: ignore[assignment]
+    model.lr = 0.01  # type: ignore[assignment]  # replaced on purpose
     finders = [BatchSizeFinder(), LearningRateFinder(num_training_steps=30)]
     trainer(callbacks=finders).fit(model)
 
@@ -484,7 +484,7 @@ def test_several_loaders_to_evaluate_on_are_refused() -> None:
         def test_dataloader(self) -> Any:
             return [self.loader(), self.loader()]
 
-        def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:  # type: ignore[override]
+        def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:  # type: ignore[override]  # with other arguments, on purpose
             raise AssertionError("nothing must start")
 
     with pytest.raises(MisconfigurationException, match=r"with 2 loaders in test.*one by one"):

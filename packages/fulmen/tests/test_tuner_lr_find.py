@@ -130,7 +130,7 @@ def left_behind(how: str, tmp_path: Path, accelerator: str = "cpu") -> dict[str,
         devices=1,
         callbacks=callbacks,
         logger=fulmen.loggers.CSVLogger(str(folder), version=0),
-        log_every_n_steps=1,  # type: ignore[attr-defined]
+        log_every_n_steps=1,
     )
     given: list[Any] = []
     if how.endswith("loaders"):
@@ -530,7 +530,7 @@ def test_the_module_logs_nothing_while_learning_rates_are_tried(tmp_path: Path) 
             self.logger.experiment.add_scalar("drawn by hand", 1.0)
             return super().training_step(batch, batch_idx)
 
-    fit = trainer(logger=fulmen.loggers.CSVLogger(str(tmp_path)), log_every_n_steps=1)  # type: ignore[attr-defined]
+    fit = trainer(logger=fulmen.loggers.CSVLogger(str(tmp_path)), log_every_n_steps=1)
     Tuner(fit).lr_find(Draws(), num_training=10, update_attr=False)
 
     assert not list(tmp_path.rglob("*.csv"))

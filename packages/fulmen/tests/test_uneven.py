@@ -29,7 +29,7 @@ class Beside:
 
 def test_a_loss_weighs_as_many_samples_as_its_batch_has() -> None:
     # Counts of rank 1, and whether it needs a batch: 4 samples, 2 samples, none left, none left.
-    rounds = UnevenRounds(Beside([4, 0], [2, 0], [-1, 0], [-1, 0]))  # type: ignore[arg-type]
+    rounds = UnevenRounds(Beside([4, 0], [2, 0], [-1, 0], [-1, 0]))  # type: ignore[arg-type]  # a stand-in
     batches = [torch.ones(2, 3), torch.ones(6, 3), torch.ones(5, 3)]
 
     one = torch.tensor(1.0, dtype=torch.float64)
@@ -41,12 +41,12 @@ def test_a_loss_weighs_as_many_samples_as_its_batch_has() -> None:
 
 
 def test_equal_batches_weigh_exactly_one() -> None:
-    rounds = UnevenRounds(Beside([7, 0], [-1, 0]))  # type: ignore[arg-type]
+    rounds = UnevenRounds(Beside([7, 0], [-1, 0]))  # type: ignore[arg-type]  # a stand-in
     assert [rounds.weight for _ in rounds.over([torch.ones(7)])] == [1.0]
 
 
 def test_a_rank_that_is_through_borrows_its_last_batch_at_no_weight() -> None:
-    rounds = UnevenRounds(Beside([1, 0], [3, 0], [-1, 0]))  # type: ignore[arg-type]
+    rounds = UnevenRounds(Beside([1, 0], [3, 0], [-1, 0]))  # type: ignore[arg-type]  # a stand-in
     seen = [
         (batch, is_last, rounds.weight, rounds.is_borrowed, rounds.taken)
         for batch, is_last in rounds.over([torch.ones(1)])
@@ -81,21 +81,21 @@ def test_the_samples_of_a_loader_are_known_where_its_sampler_knows_them() -> Non
 @pytest.mark.proves("4.48")
 def test_batch_norm_is_converted_with_its_values_and_given_back_with_what_it_learned() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3)))
-    own = [model[1], model[2][0]]  # type: ignore[index]
+    own = [model[1], model[2][0]]  # type: ignore[index]  # known to be there
     weights = [layer.weight for layer in own]
 
     replaced = synchronise_batch_norms(model)
 
     assert list(replaced) == ["1", "2.0"]
-    assert [type(layer) for layer in (model[1], model[2][0])] == [nn.SyncBatchNorm] * 2  # type: ignore[index]
+    assert [type(layer) for layer in (model[1], model[2][0])] == [nn.SyncBatchNorm] * 2  # type: ignore[index]  # known to be there
     assert model[1].weight is weights[0], "an optimizer keeps its parameters"
     with torch.no_grad():
-        model[1].running_mean.fill_(5.0)  # type: ignore[operator, union-attr]
-        model[2][0].weight.fill_(7.0)  # type: ignore[index]
+        model[1].running_mean.fill_(5.0)  # type: ignore[operator, union-attr]  # known to be there
+        model[2][0].weight.fill_(7.0)  # type: ignore[index]  # known to be there
 
     give_back_batch_norms(model, replaced)
 
-    assert [model[1], model[2][0]] == own  # type: ignore[index]
+    assert [model[1], model[2][0]] == own  # type: ignore[index]  # known to be there
     assert own[0].running_mean.tolist() == [5.0] * 3
     assert own[1].weight.tolist() == [7.0] * 3
     assert model[1].weight is weights[0]

@@ -89,7 +89,7 @@ def test_the_package_has_the_names_that_are_imported_from_it_and_imports_none_of
     for name in utilities.__all__:
         assert getattr(utilities, name) is getattr(importlib.import_module(utilities._HOME[name]), name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = utilities.nothing  # type: ignore[attr-defined]
+        _ = utilities.nothing  # type: ignore[attr-defined]  # there is none
     code = "import sys, fulmen.utilities; sys.exit('fulmen.hparams' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -112,14 +112,14 @@ def batches(count: int) -> list[int]:
     ],
 )
 def test_a_combined_loader_gives_batch_batch_idx_and_dataloader_idx(mode: Any, expected: list[Any]) -> None:
-    loaders = [DataLoader(batches(size), batch_size=None) for size in (2, 3)]  # type: ignore[arg-type]
+    loaders = [DataLoader(batches(size), batch_size=None) for size in (2, 3)]  # type: ignore[arg-type]  # whatever has items is data
     combined = utilities.CombinedLoader(loaders, mode)
     iter(combined)
 
     assert len(combined) == len(expected)
     assert list(combined) == expected
     assert combined.flattened == combined.iterables == loaders
-    assert [type(sampler) for sampler in combined.sampler] == [SequentialSampler] * 2  # type: ignore[attr-defined]
+    assert [type(sampler) for sampler in combined.sampler] == [SequentialSampler] * 2  # type: ignore[attr-defined]  # its type does not say so
     assert combined.batch_sampler == [None, None]
     combined.limits = 1
     assert combined.limits == [1, 1]
@@ -130,7 +130,7 @@ def test_a_combined_loader_gives_batch_batch_idx_and_dataloader_idx(mode: Any, e
 def test_a_combined_loader_walks_nested_collections_and_can_be_resumed() -> None:
     def combined() -> utilities.CombinedLoader:
         def loader(size: int) -> DataLoader[Any]:
-            return DataLoader(batches(size), batch_size=None)  # type: ignore[arg-type]
+            return DataLoader(batches(size), batch_size=None)  # type: ignore[arg-type]  # whatever has items is data
 
         return utilities.CombinedLoader({"a": loader(4), "b": [loader(4), (loader(4),)]}, "max_size")
 
@@ -148,7 +148,7 @@ def test_a_combined_loader_without_a_known_length_says_so_and_refuses_an_unknown
     with pytest.raises(TypeError, match="no length"):
         len(utilities.CombinedLoader([iter([1])], "min_size"))
     with pytest.raises(MisconfigurationException, match=r"mode='max'.*Allowed: 'min_size'"):
-        utilities.CombinedLoader([[1]], "max")  # type: ignore[arg-type]
+        utilities.CombinedLoader([[1]], "max")  # type: ignore[arg-type]  # wrong on purpose
 
 
 @pytest.mark.proves("13.11")
@@ -194,7 +194,7 @@ class SizedStream(Stream):
 
 @pytest.mark.proves("13.11")
 def test_loaders_are_asked_for_their_length_and_kind() -> None:
-    plain, stream, sized = DataLoader([1, 2, 3]), DataLoader(Stream()), DataLoader(SizedStream())  # type: ignore[arg-type, var-annotated]
+    plain, stream, sized = DataLoader([1, 2, 3]), DataLoader(Stream()), DataLoader(SizedStream())  # type: ignore[arg-type, var-annotated]  # whatever has items is data
 
     assert [sized_len(loader) for loader in (plain, stream, sized, iter([1]))] == [3, None, 3, None]
     assert [has_len(loader) for loader in (plain, stream, sized, [])] == [True, False, True, True]
@@ -311,7 +311,7 @@ def test_the_rank_is_an_attribute_that_can_be_set_and_is_else_read_in_the_launch
     for name in names:
         monkeypatch.delenv(name, raising=False)
     before = rank_zero_only._rank
-    rank_zero_only.rank = None  # type: ignore[assignment]
+    rank_zero_only.rank = None  # type: ignore[assignment]  # replaced on purpose
     try:
         assert rank_zero_only.rank == 0
         for rank, name in enumerate(reversed(names), start=1):
@@ -324,7 +324,7 @@ def test_the_rank_is_an_attribute_that_can_be_set_and_is_else_read_in_the_launch
             assert rank_zero_only(lambda: "zero", default="other")() == ("zero", "other")[rank_zero_only.rank]
         assert called == [0]
     finally:
-        rank_zero_only.rank = before  # type: ignore[assignment]
+        rank_zero_only.rank = before  # type: ignore[assignment]  # replaced on purpose
 
 
 @pytest.mark.proves("13.13")
@@ -364,11 +364,11 @@ def test_is_overridden_looks_through_partials_decorators_and_instances() -> None
     assert is_overridden("training_step", model)
     assert not is_overridden("validation_step", model)
     assert not is_overridden("training_step", None)
-    model.on_fit_start = decorated(model.on_fit_start)  # type: ignore[method-assign]
+    model.on_fit_start = decorated(model.on_fit_start)  # type: ignore[method-assign]  # replaced on purpose
     assert not is_overridden("on_fit_start", model)
-    model.on_fit_end = partial(Model.on_fit_end, model)  # type: ignore[method-assign]
+    model.on_fit_end = partial(Model.on_fit_end, model)  # type: ignore[method-assign]  # replaced on purpose
     assert not is_overridden("on_fit_end", model)
-    model.on_fit_end = lambda: None  # type: ignore[method-assign]
+    model.on_fit_end = lambda: None  # type: ignore[method-assign]  # replaced on purpose
     assert is_overridden("on_fit_end", model)
 
     class Data(fulmen.LightningDataModule):
@@ -457,8 +457,8 @@ def test_data_moves_to_a_device_in_nested_collections_and_by_an_objects_own_meth
     batch = {"x": [torch.ones(2), (torch.ones(1), "text")], "own": own}
     moved = move_data_to_device(batch, torch.device("meta"))
 
-    assert moved["x"][0].device.type == moved["x"][1][0].device.type == "meta"  # type: ignore[index,union-attr]
-    assert moved["x"][1][1] == "text"  # type: ignore[index]
+    assert moved["x"][0].device.type == moved["x"][1][0].device.type == "meta"  # type: ignore[index,union-attr]  # known to be there
+    assert moved["x"][1][1] == "text"  # type: ignore[index]  # known to be there
     assert moved["own"] is own
     assert str(own.device) == "meta"
 
@@ -519,7 +519,7 @@ def test_enumerations_are_strings_and_found_by_name_or_value() -> None:
         MY_KEY = "a-value"
 
     assert Kind.MY_KEY == "A-Value"
-    assert {Kind.MY_KEY: 1}["a-value"] == 1  # type: ignore[index]
+    assert {Kind.MY_KEY: 1}["a-value"] == 1  # type: ignore[index]  # known to be there
     assert Kind.from_str("my-key") is Kind.from_str("A-VALUE", source="any") is Kind.MY_KEY
     assert Kind.try_from_str("a-value") is None
     with pytest.raises(ValueError, match=r"Kind has no member 'my_ky'. Did you mean 'MY_KEY'"):
@@ -557,8 +557,8 @@ def test_torchvision_models_are_made_by_name_or_the_error_says_what_to_install(m
 @pytest.mark.proves("13.14")
 def test_one_process_sees_its_own_files() -> None:
     alone = SimpleNamespace(world_size=1)
-    assert is_shared_filesystem(alone)  # type: ignore[arg-type]
-    assert is_shared_filesystem(SimpleNamespace(world_size=2), "s3://bucket/path")  # type: ignore[arg-type]
+    assert is_shared_filesystem(alone)  # type: ignore[arg-type]  # a stand-in
+    assert is_shared_filesystem(SimpleNamespace(world_size=2), "s3://bucket/path")  # type: ignore[arg-type]  # a stand-in
 
 
 def test_the_types_of_hooks_can_be_used_in_annotations() -> None:

@@ -145,7 +145,7 @@ def test_swa_is_the_loop_that_torch_documents(tmp_path: Path) -> None:
     schedule: Any = None
     for epoch in range(4):
         if epoch >= 1:
-            schedule = schedule or SWALR(optimizer, swa_lr=0.03, anneal_epochs=2)  # type: ignore[no-untyped-call]
+            schedule = schedule or SWALR(optimizer, swa_lr=0.03, anneal_epochs=2)  # type: ignore[no-untyped-call]  # its owner has left it untyped
             averaged.update_parameters(theirs)
         raw_epoch(theirs, optimizer)
         if schedule is not None:
@@ -255,7 +255,7 @@ def test_the_average_of_a_16_bit_model_is_float32_and_outlives_validation(tmp_pa
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             current = pl_module.head.weight.detach()
-            update: Any = get_ema_avg_fn(0.999)  # type: ignore[no-untyped-call]
+            update: Any = get_ema_avg_fn(0.999)  # type: ignore[no-untyped-call]  # its owner has left it untyped
             self.mean = current.float() if self.mean is None else update(self.mean, current, None)
 
     recording, model = Recording(), Model()
@@ -386,11 +386,11 @@ def test_pruning_with_the_lottery_ticket_is_the_loop_by_hand_and_leaves_no_mask_
     optimizer = theirs.configure_optimizers()
     for _ in range(3):
         raw_epoch(theirs, optimizer)
-        prune.global_unstructured(pairs, pruning_method=prune.L1Unstructured, amount=0.25)  # type: ignore[no-untyped-call]
+        prune.global_unstructured(pairs, pruning_method=prune.L1Unstructured, amount=0.25)  # type: ignore[no-untyped-call]  # its owner has left it untyped
         for (module, name), value in zip(pairs, first, strict=True):
             getattr(module, name + "_orig").data.copy_(value)
     for module, name in pairs:
-        prune.remove(module, name)  # type: ignore[no-untyped-call]
+        prune.remove(module, name)  # type: ignore[no-untyped-call]  # its owner has left it untyped
 
     assert equal(ours, theirs)
     zeros = sum(int((getattr(module, name) == 0).sum()) for module, name in pairs)
@@ -467,13 +467,13 @@ WRONG: list[tuple[str, Callable[[], object], str]] = [
     ("11.11", fits(GAS({1: 2}), accumulate_grad_batches=2), r"accumulate_grad_batches=2.*scheduling=.*Drop one"),
     ("11.11", fits(GAS({1: 2}), model=Model(manually=True)), r"scheduling=.*automatic_optimization=False.*Drop the"),
     ("11.12", lambda: SWA(-0.1), r"swa_lrs=-0.1\): give a positive number"),
-    ("11.12", lambda: SWA([0.1, "x"]), r"swa_lrs=\[0.1, 'x'\]\): give a positive number"),  # type: ignore[list-item]
+    ("11.12", lambda: SWA([0.1, "x"]), r"swa_lrs=\[0.1, 'x'\]\): give a positive number"),  # type: ignore[list-item]  # wrong on purpose
     ("11.12", lambda: SWA(0.1, 0), r"swa_epoch_start=0\): give an integer of at least 1"),
     ("11.12", lambda: SWA(0.1, 1.5), r"swa_epoch_start=1.5\): give .* a float from 0 to 1"),
     ("11.12", lambda: SWA(0.1, annealing_epochs=-1), r"annealing_epochs=-1\): give an integer"),
-    ("11.12", lambda: SWA(0.1, annealing_strategy="exp"), r"annealing_strategy='exp'\): use 'cos'"),  # type: ignore[arg-type]
-    ("11.12", lambda: SWA(0.1, avg_fn=3), r"avg_fn=3\): give a function"),  # type: ignore[arg-type]
-    ("11.12", lambda: SWA(0.1, device=3), r"device=3\): give a torch.device"),  # type: ignore[arg-type]
+    ("11.12", lambda: SWA(0.1, annealing_strategy="exp"), r"annealing_strategy='exp'\): use 'cos'"),  # type: ignore[arg-type]  # wrong on purpose
+    ("11.12", lambda: SWA(0.1, avg_fn=3), r"avg_fn=3\): give a function"),  # type: ignore[arg-type]  # wrong on purpose
+    ("11.12", lambda: SWA(0.1, device=3), r"device=3\): give a torch.device"),  # type: ignore[arg-type]  # wrong on purpose
     ("11.12", fits(SWA(0.1), max_epochs=-1, max_steps=3), r"swa_epoch_start=0.8\).*max_epochs=-1.*as an integer"),
     ("11.12", fits(SWA(0.1, 7)), r"swa_epoch_start=7\) never begins: max_epochs=3.*earlier epoch"),
     ("11.12", fits(SWA([0.1, 0.2])), r"swa_lrs=\[0.1, 0.2\]\) has 2 learning rates for 1 parameter group"),
@@ -507,12 +507,12 @@ WRONG: list[tuple[str, Callable[[], object], str]] = [
         r"pruning_fn=L1Unstructured, use_global_unstructured=False\).*Use a name",
     ),
     ("11.15", lambda: ModelPruning("l1_unstructured", parameter_names=["scale"]), r"holds 'scale'; use 'weight'"),
-    ("11.15", lambda: ModelPruning("l1_unstructured", amount="half"), r"amount='half'\): give a"),  # type: ignore[arg-type]
+    ("11.15", lambda: ModelPruning("l1_unstructured", amount="half"), r"amount='half'\): give a"),  # type: ignore[arg-type]  # wrong on purpose
     ("11.15", lambda: ModelPruning("l1_unstructured", amount=1.5), r"amount=1.5\): give a fraction from 0.0 to 1.0"),
     ("11.15", lambda: ModelPruning("l1_unstructured", verbose=3), r"verbose=3\): use 0, 1 or 2"),
     (
         "11.15",
-        fits(ModelPruning("l1_unstructured", parameters_to_prune=[nn.Linear(1, 1)])),  # type: ignore[list-item]
+        fits(ModelPruning("l1_unstructured", parameters_to_prune=[nn.Linear(1, 1)])),  # type: ignore[list-item]  # wrong on purpose
         r"parameters_to_prune=\[Linear.*give a list of \(nn.Module, name",
     ),
     (
@@ -542,12 +542,12 @@ def test_an_unknown_name_of_a_given_layer_gets_the_nearest_one() -> None:
 
 
 def test_a_wrong_type_is_a_type_error_too() -> None:
-    for make in (lambda: GAS([1]), lambda: SWA(0.1, avg_fn=3), lambda: WeightAveraging(model=1)):  # type: ignore[arg-type]
+    for make in (lambda: GAS([1]), lambda: SWA(0.1, avg_fn=3), lambda: WeightAveraging(model=1)):  # type: ignore[arg-type]  # wrong on purpose
         with pytest.raises(MisconfigurationTypeError):
             make()
 
 
-class Sharding(SingleDeviceStrategy):  # type: ignore[misc]
+class Sharding(SingleDeviceStrategy):  # type: ignore[misc]  # a class found at run time
     """A single device that says of itself that it shards; nothing is trained with it here."""
 
     state_kind = "full"
@@ -558,7 +558,7 @@ class Sharding(SingleDeviceStrategy):  # type: ignore[misc]
     load_module_state = optimizer_state = load_optimizer_state = module_state
 
 
-class Engine(SingleDeviceStrategy):  # type: ignore[misc]
+class Engine(SingleDeviceStrategy):  # type: ignore[misc]  # a class found at run time
     """A single device that says of itself that it accumulates."""
 
     def set_accumulation(self, batches: int) -> None:

@@ -1,4 +1,4 @@
-"""The digest that makes a torch file tell a flipped byte: written while the file streams by, at the cost of a CRC.
+"""The digest that makes a torch file tell a flipped byte: made while the file is written, of the zip records' own CRCs.
 
 A torch file is a zip archive, and a zip archive ends with a comment. Ours holds the digest of every byte before it: the
 SHA-256 of the CRC-32s of the file's 1 MiB chunks. A CRC-32 finds every damage of up to 32 neighbouring bits and misses
@@ -13,25 +13,23 @@ import io
 import os
 import struct
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, TYPE_CHECKING, cast
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from types import TracebackType
+from fulmen_checkpoint import _crc
 
-__all__ = ["Chunks", "Damage", "DigestWriter", "check", "checksums", "has_digest", "on_disk"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = ["CHUNK_BYTES", "COMMENT_BYTES", "END", "Chunks", "Damage", "check", "checksums", "has_digest", "on_disk"]
 
 CHUNK_BYTES = 1 << 20
 _BLOCK_BYTES = 1 << 18
-_END = struct.Struct("<4s4H2LH")  # zip's end of central directory; the last field is the comment's length
+END = struct.Struct("<4s4H2LH")  # zip's end of central directory; the last field is the comment's length
 _MAGIC = b"fulmen digest 1: sha256 of crc32 per MiB, "
-_COMMENT_BYTES = len(_MAGIC) + 16 + 1 + 64
-_TAIL_BYTES = _END.size + _COMMENT_BYTES
+COMMENT_BYTES = len(_MAGIC) + 16 + 1 + 64
+_TAIL_BYTES = END.size + COMMENT_BYTES
 _ZIP_ERRORS = (zipfile.BadZipFile, OSError, ValueError, struct.error)
-# Smaller writes are gathered: torch makes five of some 30 bytes for every tensor.
-_GATHER_BYTES = 1 << 16
 
 
 class Damage(Exception):
@@ -48,14 +46,20 @@ class Chunks:
         self._digest = hashlib.sha256()
 
     def add(self, data: memoryview) -> None:
-        self.size += len(data)
+        """Bytes, whose checksum is computed here."""
+        for part in self.split(data):
+            self._take(_crc.crc32(part, self._crc), len(part))
+
+    def split(self, data: memoryview) -> Iterator[memoryview]:
+        """Parts of the bytes that come next, none of which reaches over the end of a chunk."""
+        room = self._room
         while len(data):
-            part = data[: self._room]
-            self._crc = zlib.crc32(part, self._crc)
-            self._room -= len(part)
-            data = data[len(part) :]
-            if self._room == 0:
-                self._end_chunk()
+            yield data[:room]
+            data, room = data[room:], CHUNK_BYTES
+
+    def add_crc(self, crc: int, size: int) -> None:
+        """A part of ``split``, ``size`` bytes long, whose CRC-32 is known already."""
+        self._take(_crc.joined(self._crc, crc, size), size)
 
     def add_crcs(self, crcs: Iterable[int]) -> None:
         """Chunks whose CRC-32 is known already."""
@@ -68,7 +72,15 @@ class Chunks:
         return self._digest.hexdigest()
 
     def comment(self) -> bytes:
+        """What follows the zip archive's end record."""
         return _comment(self.size, self.hexdigest())
+
+    def _take(self, crc: int, size: int) -> None:
+        self.size += size
+        self._crc = crc
+        self._room -= size
+        if self._room == 0:
+            self._end_chunk()
 
     def _end_chunk(self) -> None:
         self.add_crcs([self._crc])
@@ -77,80 +89,6 @@ class Chunks:
 
 def _comment(size: int, digest: str) -> bytes:
     return _MAGIC + f"{size:016x} {digest}".encode("ascii")
-
-
-class DigestWriter(io.RawIOBase):
-    """A write-only stream for ``torch.save`` that passes bytes on to ``sink`` and adds the digest at the end.
-
-    An error of the sink must not travel through torch's C++ writer, whose destructor would end the process: it is kept
-    in ``error``, what follows is dropped, and ``finish`` raises it.
-    """
-
-    def __init__(self, sink: IO[bytes]) -> None:
-        self.error: BaseException | None = None
-        self._sink = sink
-        self._chunks = Chunks()
-        # Holds back the last bytes: zip's end record must change once the comment is known.
-        self._held = bytearray()
-        self._helper = ThreadPoolExecutor(1, "fulmen-digest")
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._helper.shutdown()
-
-    def writable(self) -> bool:
-        """True."""
-        return True
-
-    def write(self, data: object, /) -> int:
-        """Take ``data`` (bytes or a buffer) whole; returns its length in bytes."""
-        view = memoryview(data).cast("B")  # type: ignore[arg-type]
-        size = len(view)
-        if self.error is not None:
-            return size
-        try:
-            if size >= _GATHER_BYTES:
-                self._pass_on(memoryview(self._held))
-                self._pass_on(view[: -_END.size])
-                self._held = bytearray(view[-_END.size :])
-            else:
-                self._held += view
-                if len(self._held) > 2 * _GATHER_BYTES:
-                    held = self._held
-                    self._held = held[-_END.size :]
-                    self._pass_on(memoryview(held)[: -_END.size])
-        except BaseException as error:  # noqa: BLE001 - KeyboardInterrupt too; raised again by finish()
-            self.error = error
-        return size
-
-    def finish(self) -> None:
-        """Write what is held, with the digest. Raises the first error of the sink."""
-        if self.error is not None:
-            raise self.error
-        end = bytes(self._held[-_END.size :])
-        if len(end) < _END.size or end[:4] != b"PK\5\6" or end[-2:] != b"\0\0":
-            raise RuntimeError(f"torch.save ended a file with {end!r} instead of a zip archive's end record")
-        self._pass_on(memoryview(self._held)[: -_END.size])
-        self._pass_on(memoryview(end[:-2] + _COMMENT_BYTES.to_bytes(2, "little")))
-        self._sink.write(self._chunks.comment())
-
-    def _pass_on(self, view: memoryview) -> None:
-        if len(view) < CHUNK_BYTES:
-            self._chunks.add(view)
-            self._sink.write(view)
-            return
-        # zlib and the file release the GIL: the checksum costs no time beside the write.
-        try:
-            checksum = self._helper.submit(self._chunks.add, view)
-        except RuntimeError:  # the interpreter is shutting down and starts no threads any more
-            self._chunks.add(view)
-            self._sink.write(view)
-            return
-        try:
-            self._sink.write(view)
-        finally:
-            checksum.result()
 
 
 def on_disk(stream: IO[bytes]) -> bool:
@@ -175,7 +113,7 @@ def check(stream: IO[bytes]) -> bool:
     size, comment = _read_tail(stream)
     if comment is None:
         return _check_zip(stream)
-    if checksums(stream, 0, size - _COMMENT_BYTES).comment() != comment:
+    if checksums(stream, 0, size - COMMENT_BYTES).comment() != comment:
         raise Damage(_damaged_part(stream))
     return True
 
@@ -208,17 +146,17 @@ def _read_tail(stream: IO[bytes]) -> tuple[int, bytes | None]:
     is_zip = stream.read(4) == b"PK\3\4"
     stream.seek(max(0, size - _TAIL_BYTES))
     tail = stream.read(_TAIL_BYTES)
-    comment = tail[-_COMMENT_BYTES:]
-    end = tail[:-_COMMENT_BYTES]
+    comment = tail[-COMMENT_BYTES:]
+    end = tail[:-COMMENT_BYTES]
     marked = comment.startswith(_MAGIC)
-    if len(end) == _END.size and end[:4] == b"PK\5\6" and int.from_bytes(end[-2:], "little") == _COMMENT_BYTES:
+    if len(end) == END.size and end[:4] == b"PK\5\6" and int.from_bytes(end[-2:], "little") == COMMENT_BYTES:
         if marked:
             return size, comment
         # A comment of just our length: one byte of the mark itself was changed.
         raise Damage("the digest at the end of the file")
     if marked:
         raise Damage("the zip archive's end record")
-    plain = tail[-_END.size :]
+    plain = tail[-END.size :]
     if not is_zip:
         return size, None
     if plain[:4] == b"PK\5\6" and plain[-2:] == b"\0\0":
@@ -235,8 +173,8 @@ def _read_tail(stream: IO[bytes]) -> tuple[int, bytes | None]:
 
 
 def _ends_with_comment(stream: IO[bytes], comment: bytes) -> bool:
-    stream.seek(-(_END.size + len(comment)), os.SEEK_END)
-    end = stream.read(_END.size)
+    stream.seek(-(END.size + len(comment)), os.SEEK_END)
+    end = stream.read(END.size)
     return end[:4] == b"PK\5\6" and int.from_bytes(end[-2:], "little") == len(comment)
 
 
@@ -252,15 +190,9 @@ def _check_zip(stream: IO[bytes]) -> bool:
                 bad = archive.testzip()
                 if bad is not None:
                     raise Damage(f"record {bad!r}")
-    except (
-        zipfile.BadZipFile,
-        OSError,
-        ValueError,
-        struct.error,
-        NotImplementedError,
-        EOFError,
-        RuntimeError,
-    ) as error:
+    except Damage:
+        raise
+    except Exception as error:  # zipfile's own, and those of each decompressor that a changed byte may call for
         raise Damage(f"the zip archive's structure ({error})") from error
     return True
 
@@ -298,7 +230,7 @@ def _checksums_of_file(handle: int, begin: int, size: int) -> Chunks:
                 count = os.preadv(handle, [buffer[: end - offset]], offset)
                 if count == 0:
                     raise Damage("the file became shorter while it was read")
-                crc = zlib.crc32(buffer[:count], crc)
+                crc = _crc.crc32(buffer[:count], crc)
                 offset += count
             found.append(crc)
         return found

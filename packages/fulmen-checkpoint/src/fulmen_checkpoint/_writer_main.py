@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from fulmen_checkpoint import _archive, _digest, _local
+from fulmen_checkpoint import _archive, _local
 from fulmen_checkpoint._fetch import storage_errors
 from fulmen_protocols.errors import FulmenError
 
@@ -135,9 +135,8 @@ def _write(request: Request, buffer: int) -> None:
         views = [memory[offset : offset + count] for offset, count in (request.pickle, *request.storages)]
         head = [("data.pkl", bytes(views[0])), *request.head]
         try:
-            with _sink(request) as sink, _digest.DigestWriter(sink) as writer:
-                _archive.write(writer, _archive.Parts(head, views[1:], request.tail))
-                writer.finish()
+            with _sink(request) as sink:
+                _archive.write(sink, _archive.Parts(head, views[1:], request.tail))
         finally:
             for view in views:
                 view.release()

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, cast
 
 import torch
 
-from fulmen_checkpoint import _digest, _directory, _foreign, _safetensors, _standins
+from fulmen_checkpoint import _archive, _digest, _directory, _foreign, _safetensors, _snapshot, _standins
 from fulmen_checkpoint._fetch import corrupt, fetched, storage_errors
 from fulmen_checkpoint._plain import find_unsafe
 from fulmen_checkpoint.migration import migrate
@@ -34,9 +34,9 @@ _MMAP_BYTES = 1 << 20
 class TorchCheckpointIO:
     """``torch.save`` files that survive crashes and tell damage. Satisfies ``fulmen_protocols.CheckpointIO``.
 
-    The file streams to its place as ``torch.save`` makes it; the checkpoint is never held in memory a second time. It
-    can be moved, copied and read by plain ``torch.load(weights_only=True)``; files that plain ``torch.save`` or
-    Lightning wrote load too.
+    The file streams to its place, record for record what ``torch.save`` makes; the checkpoint is never held in memory
+    a second time. It can be moved, copied and read by plain ``torch.load(weights_only=True)``; files that plain
+    ``torch.save`` or Lightning wrote load too.
 
     Args:
         storage: where files live; by default every local path and every URL that fsspec knows.
@@ -83,19 +83,21 @@ class TorchCheckpointIO:
         if not self.allow_unsafe:
             require_plain(checkpoint, target)
         storage = self.storage if storage_options is None else FsspecStorage(storage_options)
-        with (
-            storage_errors(target, "written"),
-            storage.write_atomic(target) as sink,
-            _digest.DigestWriter(sink) as writer,
-        ):
-            try:
-                torch.save(checkpoint, cast("IO[bytes]", writer))
-            except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
-                raise CheckpointError(
-                    f"the checkpoint {target!r} was not written: torch.save cannot pickle an object in it: {error}. "
-                    "Remove it, or store plain data in its place."
-                ) from error
-            writer.finish()
+        try:
+            source = _snapshot.pickled(checkpoint)
+        except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
+            raise CheckpointError(
+                f"the checkpoint {target!r} was not written: torch.save cannot pickle an object in it: {error}. "
+                "Remove it, or store plain data in its place."
+            ) from error
+        frame = _snapshot.frame()
+        head = [("data.pkl", source.data), *frame.head]
+        with storage_errors(target, "written"), storage.write_atomic(target) as sink:
+            _archive.write(sink, _archive.Parts(head, _snapshot.on_host(source.storages), frame.tail))
+
+    def cannot_hold(self, checkpoint: Mapping[str, object]) -> list[tuple[str, object]]:
+        """The objects in ``checkpoint`` that could not be loaded safely, each with its place; none where all may be."""
+        return [] if self.allow_unsafe else find_unsafe(pack(checkpoint))
 
     def load_checkpoint(
         self,

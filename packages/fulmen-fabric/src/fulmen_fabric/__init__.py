@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fulmen_fabric.fabric import Fabric as Fabric
     from fulmen_fabric.flops import get_available_flops as get_available_flops
     from fulmen_fabric.flops import measure_flops as measure_flops
+    from fulmen_fabric.loaders import FabricDataLoader as FabricDataLoader
+    from fulmen_fabric.optimizers import FabricOptimizer as FabricOptimizer
     from fulmen_fabric.preemption import PreemptionWatch as PreemptionWatch
     from fulmen_fabric.rank_zero import LightningDeprecationWarning as LightningDeprecationWarning
     from fulmen_fabric.rank_zero import PossibleUserWarning as PossibleUserWarning
@@ -45,12 +47,16 @@ if TYPE_CHECKING:
     from fulmen_fabric.uneven import UnevenRounds as UnevenRounds
     from fulmen_fabric.world import LocalCollectives as LocalCollectives
     from fulmen_fabric.world import World as World
+    from fulmen_fabric.wrappers import FabricModule as FabricModule
     from fulmen_fabric.wrappers import is_wrapped as is_wrapped
 
 __all__ = [
     "Assembly",
     "CapturedStep",
     "Fabric",
+    "FabricDataLoader",
+    "FabricModule",
+    "FabricOptimizer",
     "LightningDeprecationWarning",
     "LocalCollectives",
     "PossibleUserWarning",
@@ -92,6 +98,9 @@ _HOME = {
     "Assembly": "assembly",
     "CapturedStep": "capture",
     "Fabric": "fabric",
+    "FabricDataLoader": "loaders",
+    "FabricModule": "wrappers",
+    "FabricOptimizer": "optimizers",
     "LightningDeprecationWarning": "rank_zero",
     "LocalCollectives": "world",
     "PossibleUserWarning": "rank_zero",

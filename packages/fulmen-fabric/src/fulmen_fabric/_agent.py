@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import shutil
@@ -9,15 +11,18 @@ import signal
 import sys
 import tempfile
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from fulmen_fabric._devices import find_accelerator, find_devices
 from fulmen_fabric._hanging import end_hanging_children
-from fulmen_fabric._resolve import Notes, find_accelerator, find_devices, find_precision
-from fulmen_protocols import STRATEGIES, available, did_you_mean
+from fulmen_fabric._notes import Notes
+from fulmen_fabric._precisions import find_precision
+from fulmen_protocols import STRATEGIES, available, did_you_mean, read_positions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,10 +30,11 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     from fulmen_fabric.run import Request
+    from fulmen_protocols import Position
 
-__all__ = ["Processes", "plan", "supervise"]
+__all__ = ["Processes", "endpoint", "plan", "supervise"]
 
-_DEFAULT_PORT = 29400
+_DEFAULT_ADDRESS, _DEFAULT_PORT = "127.0.0.1", 29400
 _NOT_BY_AN_AGENT = ("spawn", "fork", "notebook", "xla")
 _AGENT = "FULMEN_LAUNCHED"
 """Tells the ranks who started them: they report their end to this process, and do not outlive it."""
@@ -110,16 +116,14 @@ def supervise(request: Request, processes: Processes) -> int:
         shrinks = request.min_devices is not None
         try:
             _launch(request, processes, max_restarts=0 if shrinks else left)
-        except ChildFailedError as error:
-            rank, failure = min(error.failures.items(), key=_comes_first)
-            world_size = len(processes.ids) * request.num_nodes
+        except _Failed as failed:
             if not shrinks or left == 0 or len(processes.ids) <= (request.min_devices or 1):
-                print(_report(rank, world_size, failure, "the run was ended"), file=sys.stderr, flush=True)
-                return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+                print(failed.report("the run was ended"), file=sys.stderr, flush=True)
+                return failed.exit_status
             left -= 1
-            processes = processes.without(failure.local_rank)
+            processes = processes.without(failed.local_rank)
             how = f"{len(processes.ids)} processes go on without it ({left} restarts are left)"
-            print(_report(rank, world_size, failure, how), file=sys.stderr, flush=True)
+            print(failed.report(how), file=sys.stderr, flush=True)
         except SignalException as error:
             print(f"fulmen run got {signal.Signals(error.sigval).name}; its processes got it too.", file=sys.stderr)
             return 128 + int(error.sigval)
@@ -127,16 +131,23 @@ def supervise(request: Request, processes: Processes) -> int:
             return 0
 
 
+def endpoint(request: Request) -> str:
+    """Where the agents of all nodes meet: host and port of node 0; port 0 is any that is free."""
+    port = request.main_port or (0 if request.num_nodes == 1 else _DEFAULT_PORT)
+    return f"{request.main_address or _DEFAULT_ADDRESS}:{port}"
+
+
 def _devices_argument(request: Request, processes: Processes) -> str:
     return request.devices if request.strategy == "dp" else processes.as_argument()
 
 
 def _launch(request: Request, processes: Processes, max_restarts: int) -> None:
-    address = request.main_address or "127.0.0.1"
-    if request.num_nodes == 1 and request.main_port is None:
-        endpoint = f"{address}:0"
-    else:
-        endpoint = f"{address}:{request.main_port or _DEFAULT_PORT}"
+    """Run the processes to their end.
+
+    Raises:
+        _Failed: one has failed, and all have ended.
+    """
+    address = request.main_address or _DEFAULT_ADDRESS
     configs: dict[str, object] = {"is_host": request.node_rank == 0}
     backend = "c10d"
     if request.num_nodes > 1 and max_restarts == 0:
@@ -150,7 +161,7 @@ def _launch(request: Request, processes: Processes, max_restarts: int) -> None:
         logs_specs=DefaultLogsSpecs(log_dir=folder),
         run_id=uuid.uuid4().hex if request.num_nodes == 1 else "fulmen",
         rdzv_backend=backend,
-        rdzv_endpoint=endpoint,
+        rdzv_endpoint=endpoint(request),
         rdzv_configs=configs,
         max_restarts=max_restarts,
         # A host's own name cannot always be resolved.
@@ -158,11 +169,13 @@ def _launch(request: Request, processes: Processes, max_restarts: int) -> None:
     )
     log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
     propagated, log.propagate = log.propagate, False
-    relay = _SaysWhoFailed(max_restarts)
+    relay = _SaysWhoFailed(max_restarts, folder)
     log.addHandler(relay)
     try:
         end_hanging_children()
         elastic_launch(config, sys.executable)("-u", *request.script, *request.script_args)
+    except ChildFailedError as error:
+        raise _Failed(error, len(processes.ids) * request.num_nodes, folder) from None
     finally:
         log.removeHandler(relay)
         log.propagate = propagated
@@ -172,53 +185,122 @@ def _launch(request: Request, processes: Processes, max_restarts: int) -> None:
 class _SaysWhoFailed(logging.Handler):
     """Says why the processes start again: the agent tells its caller of the last failure only, and logs the others."""
 
-    def __init__(self, max_restarts: int) -> None:
+    def __init__(self, max_restarts: int, folder: str) -> None:
         super().__init__(logging.ERROR)
         self._max_restarts = max_restarts
+        self._folder = folder
         self._restarts = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         args = record.args
         if not str(record.msg).startswith("failed (exitcode") or not isinstance(args, tuple) or len(args) < 3:
             return
-        exit_code, local_rank, pid = args[:3]
+        exit_code, local_rank, pid = cast("tuple[int, int, int]", args[:3])
         self._restarts += 1
         if self._restarts > self._max_restarts:
             return  # the final report follows
         how = f"ended with exit code {exit_code}"
-        if isinstance(exit_code, int) and exit_code < 0:
+        if exit_code < 0:
             how = f"was killed by signal {-exit_code}"
         text = (
-            f"the process of local rank {local_rank} (process {pid}) {how}; all processes start again "
-            f"(restart {self._restarts} of {self._max_restarts})."
+            f"the process of local rank {local_rank} (process {pid}{_at(self._folder, pid)}) {how}; "
+            f"all processes start again (restart {self._restarts} of {self._max_restarts})."
         )
         print(text, file=sys.stderr, flush=True)
 
 
-def _comes_first(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, float, int]:
-    """Orders failures: first no rank that the agent has ended, none that lost a connection, then the earliest."""
+def _comes_first(item: tuple[int, ProcessFailure]) -> tuple[bool, int, float, int]:
+    """Orders failures: first no rank that the agent has ended, none that lost a connection, then the earliest.
+
+    Of those that lost a connection one that knows to whom comes first.
+    """
     rank, failure = item
     reply = failure.error_file_data
     ended = failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM) and "time_s" not in reply
-    return ended, bool(reply.get("is_consequence", False)), float(reply.get("time_s", failure.timestamp)), rank
+    explains = 0
+    if reply.get("is_consequence"):
+        explains = 2 if reply.get("first") is None else 1
+    return ended, explains, float(reply.get("time_s", failure.timestamp)), rank
 
 
-def _report(rank: int, world_size: int, failure: ProcessFailure, then: str) -> str:
-    """What is known of the rank that failed first: its own traceback, its exit code or its signal."""
-    who = f"rank {rank} of {world_size} (process {failure.pid})"
-    trace = _trace(failure)
-    if failure.exitcode < 0:
-        how = f"was killed by {failure.signal_name()}"
-    elif trace:
-        how = "failed"
-    else:
-        how = f"ended with exit code {failure.exitcode}"
-    lines = trace.rstrip().splitlines()
-    if not lines:
-        why = " Nobody sent it? Then the kernel did, when memory ran out." if failure.exitcode == -9 else ""
-        lines = [f"{how} and left no Python traceback; if it printed one, it is further up.{why}"]
-    shown = "\n".join(f"[rank{rank}]: {line}" for line in lines)
-    return f"{who} {how} first; {then}. Its own report:\n{shown}"
+class _Failed(Exception):  # it is caught in this module
+    """The processes have ended because one of them has failed.
+
+    Args:
+        error: what the agent knows.
+        world_size: processes on all nodes.
+        folder: in which they have written where they were. It is read at once.
+    """
+
+    def __init__(self, error: ChildFailedError, world_size: int, folder: str) -> None:
+        super().__init__()
+        rank, failure = min(error.failures.items(), key=_comes_first)
+        self._rank, self._failure, self._world_size = rank, failure, world_size
+        self._where = _at(folder, failure.pid)
+        # The agent sees who ends first. Who kept that one waiting, it has found out itself; and one that hangs is ended
+        # by the others' report.
+        self._waited_for: dict[str, Any] | None = failure.error_file_data.get("first") or _blamed(
+            folder, failure.pid, rank
+        )
+        culprit = rank if self._waited_for is None else int(self._waited_for["rank"])
+        self.local_rank = failure.local_rank + culprit - rank
+        """Whose fault it was."""
+
+    @property
+    def exit_status(self) -> int:
+        """What a shell would call it: the exit code, or 128 + signal."""
+        code = self._failure.exitcode
+        return code if code > 0 else 128 - code
+
+    def report(self, then: str) -> str:
+        """What is known of the rank that failed first: its own traceback, its exit code or its signal."""
+        if self._waited_for is not None:
+            shown = _shown(self._waited_for["rank"], self._waited_for["trace"].splitlines() or ["an unknown place"])
+            return f"{self._waited_for['charge']}; {then}. There it stood:\n{shown}"
+        rank, failure = self._rank, self._failure
+        trace = _trace(failure)
+        if failure.exitcode < 0:
+            how = f"was killed by {failure.signal_name()}"
+        elif trace:
+            how = "failed"
+        else:
+            how = f"ended with exit code {failure.exitcode}"
+        lines = trace.rstrip().splitlines()
+        if not lines:
+            why = " Nobody sent it? Then the kernel did, when memory ran out." if failure.exitcode == -9 else ""
+            lines = [f"{how} and left no Python traceback; if it printed one, it is further up.{why}"]
+        who = f"rank {rank} of {self._world_size} (process {failure.pid})"
+        return f"{who} {how} first{self._where}; {then}. Its own report:\n{_shown(rank, lines)}"
+
+
+def _shown(rank: int, lines: Sequence[str]) -> str:
+    return "\n".join(f"[rank{rank}]: {line}" for line in lines)
+
+
+def _attempt(folder: str, pid: int) -> tuple[Path, Position] | None:
+    """The folder of the attempt to which that process belongs, and where it was last; None where it has not said."""
+    for attempt in Path(folder).glob("*/attempt_*"):
+        for position in read_positions(str(attempt)).values():
+            if position.pid == pid:
+                return attempt, position
+    return None
+
+
+def _at(folder: str, pid: int) -> str:
+    """Where that process was last, as a part of a sentence; "" where it has not said."""
+    found = _attempt(folder, pid)
+    return "" if found is None else f", at {found[1]}"
+
+
+def _blamed(folder: str, pid: int, rank: int) -> dict[str, Any] | None:
+    """What another process of the same attempt has written of ``rank``, for which it had waited; None if nothing."""
+    found = _attempt(folder, pid)
+    for file in () if found is None else found[0].glob("*/error.json"):
+        with contextlib.suppress(OSError, ValueError):
+            first = json.loads(file.read_text(encoding="utf-8")).get("first")
+            if first and first["rank"] == rank:
+                return cast("dict[str, Any]", first)
+    return None
 
 
 def _trace(failure: ProcessFailure) -> str:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fulmen_fabric._loaders import FabricDataLoader
-from fulmen_fabric.wrappers import FabricModule, FabricOptimizer
+from fulmen_fabric.compiled import uncompiled
+from fulmen_fabric.loaders import FabricDataLoader
+from fulmen_fabric.optimizers import FabricOptimizer
+from fulmen_fabric.wrappers import FabricModule, unwrap
 from fulmen_protocols import MisconfigurationException, MisconfigurationRuntimeError, MisconfigurationTypeError
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ def is_under_cli() -> bool:
 
 
 def overridden(name: str, value: T, default: T) -> T:
+    """The argument ``name`` of a Fabric, or what the environment says instead."""
     variable = f"LT_{name.upper()}"
     found = os.environ.get(variable)
     if found is None:
@@ -51,9 +54,11 @@ def overridden(name: str, value: T, default: T) -> T:
             f"Fabric({name}={value!r}) in the code contradicts {variable}={found!r}, which the command line set. "
             f"Remove {name}= from the code, or --{name.replace('_', '-')} from the command line."
         )
-    if name == "num_nodes" and not found.isdigit():
+    if name != "num_nodes":
+        return cast("T", found)
+    if not found.isdigit():
         raise MisconfigurationException(f"{variable}={found!r} is not a whole number.")
-    return cast("T", found)
+    return cast("T", int(found))
 
 
 def as_list(given: object) -> list[object]:
@@ -87,29 +92,38 @@ def require_no_group(what: str, group: object) -> None:
         )
 
 
-def require_module(module: object) -> None:
+def require_module(what: str, module: object) -> None:
     if not isinstance(module, nn.Module):
-        raise MisconfigurationTypeError(f"setup got {type(module).__name__} for the module. Pass a torch.nn.Module.")
-    if isinstance(module, FabricModule):
-        raise MisconfigurationException("this module has been set up before. Pass your own module, once.")
+        raise MisconfigurationTypeError(f"{what} got {type(module).__name__} for the module. Pass a torch.nn.Module.")
+    if isinstance(uncompiled(module), FabricModule):
+        raise MisconfigurationException(
+            f"{what} got a {type(unwrap(module)).__name__} that has been set up before. Pass your own module, once."
+        )
 
 
 def require_loader(loader: object) -> None:
     if isinstance(loader, FabricDataLoader):
-        raise MisconfigurationException("this loader has been set up before. Pass your own DataLoader, once.")
+        raise MisconfigurationException(
+            "setup_dataloaders got a loader that has been set up before. Pass your own DataLoader, once."
+        )
     if not isinstance(loader, DataLoader):
         raise MisconfigurationTypeError(
             f"setup_dataloaders got {type(loader).__name__}. Pass a torch.utils.data.DataLoader."
         )
 
 
-def require_optimizer(optimizer: object) -> None:
+def require_optimizer(what: str, optimizer: object) -> None:
     if isinstance(optimizer, FabricOptimizer):
         raise MisconfigurationException(
-            f"{type(optimizer.optimizer).__name__} has been set up before. Pass your own optimizer, once."
+            f"{what} got a {type(optimizer.optimizer).__name__} that has been set up before. Pass your own optimizer, "
+            "once."
         )
     if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "step"):
-        raise MisconfigurationTypeError(f"setup got {type(optimizer).__name__} for an optimizer. Pass optimizers last.")
+        name = type(optimizer).__name__
+        also = " A scheduler goes to scheduler=, if anywhere." if hasattr(optimizer, "get_last_lr") else ""
+        raise MisconfigurationTypeError(
+            f"{what} got a {name} for an optimizer. Pass the module first, then optimizers alone.{also}"
+        )
 
 
 def require_no_meta(optimizer: Optimizer) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-__all__ = ["adopt", "call_each", "installed_callbacks"]
+__all__ = ["adopt", "call_each", "give_optimizers", "installed_callbacks"]
 
 
 def installed_callbacks() -> list[object]:
@@ -55,12 +55,22 @@ def adopt(fabric: object, module: nn.Module, optimizers: Sequence[Optimizer]) ->
     Returns:
         Whether it has one; its hooks can then be called by name, as a callback's.
     """
-    if not isinstance(inspect.getattr_static(type(module), "fabric", None), property):
+    if not _knows_fabric(module):
         return False
     knowing = cast("Any", module)
     knowing.fabric = fabric
     knowing._fabric_optimizers = list(optimizers)  # what LightningModule.optimizers() returns under Fabric
     return True
+
+
+def give_optimizers(module: nn.Module | None, optimizers: Sequence[Optimizer]) -> None:
+    """Tell an adopted module of optimizers that were made after it."""
+    if module is not None and _knows_fabric(module):
+        cast("Any", module)._fabric_optimizers.extend(optimizers)
+
+
+def _knows_fabric(module: nn.Module) -> bool:
+    return isinstance(inspect.getattr_static(type(module), "fabric", None), property)
 
 
 def _accepted(method: Callable[..., object], kwargs: dict[str, object]) -> dict[str, object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast, overload
 
 from torch import nn
 
@@ -16,14 +16,17 @@ from fulmen_protocols import MisconfigurationException
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
+    from typing import Self
 
     import torch
+    from torch import Tensor
 
     from fulmen_fabric.assembly import Assembly
     from fulmen_protocols import Accelerator, Precision, Strategy
 
 __all__ = ["Processes"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -82,7 +85,14 @@ class Processes:
 
     # -- starting and ending ------------------------------------------------------------------------------------------
 
-    def launch(self, function: Callable[..., T] | None = None, *args: object, **kwargs: object) -> T | None:
+    @overload
+    def launch(self) -> None: ...
+    @overload
+    def launch(self, function: Callable[Concatenate[Self, P], T], *args: P.args, **kwargs: P.kwargs) -> T: ...
+    # Any: a function that may be None, or takes what it likes.
+    @overload
+    def launch(self, function: Callable[..., T] | None = None, *args: Any, **kwargs: Any) -> T | None: ...
+    def launch(self, function: Callable[..., T] | None = None, *args: Any, **kwargs: Any) -> T | None:
         """Start the other processes, if nobody has, and join them.
 
         Runs and returns ``function(fabric, *args, **kwargs)`` in every process; without it the script just goes on.
@@ -158,6 +168,10 @@ class Processes:
         return broadcast(self._world, self._mover(), obj, src)
 
     # Any: nested collections of numbers and tensors.
+    @overload
+    def all_gather(self, data: Tensor | float, group: None = None, sync_grads: bool = False) -> Tensor: ...
+    @overload
+    def all_gather(self, data: Any, group: None = None, sync_grads: bool = False) -> Any: ...
     def all_gather(self, data: Any, group: None = None, sync_grads: bool = False) -> Any:
         """Every rank's tensors, stacked: shape ``(world_size, *shape)``. In one process the data as it is.
 
@@ -167,6 +181,10 @@ class Processes:
         _arguments.require_no_group("all_gather", group)
         return all_gather(self._world, data, sync_grads)
 
+    @overload
+    def all_reduce(self, data: Tensor | float, group: None = None, reduce_op: str = "mean") -> Tensor: ...
+    @overload
+    def all_reduce(self, data: Any, group: None = None, reduce_op: str = "mean") -> Any: ...
     def all_reduce(self, data: Any, group: None = None, reduce_op: str = "mean") -> Any:
         """Tensors combined over ranks by ``"mean"`` (``"avg"``), ``"sum"``, ``"min"`` or ``"max"``, as new tensors.
 

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakSet
 
 from torch import nn
 
+from fulmen_fabric._in_use import InUse
 from fulmen_fabric.abilities import supports
+from fulmen_fabric.compiled import is_compiled, uncompiled
+from fulmen_fabric.optimizers import refuse_closure, wrap_optimizer
 from fulmen_fabric.rank_zero import rank_zero_warn
-from fulmen_fabric.wrappers import (
-    FabricModule,
-    Pass,
-    refuse_closure,
-    require_fabric_backward,
-    wrap_optimizer,
-)
+from fulmen_fabric.wrappers import FabricModule, Pass, require_fabric_backward
 from fulmen_protocols import (
     MisconfigurationException,
     MisconfigurationRuntimeError,
@@ -63,8 +59,8 @@ class Composer:
         # The placed module whose training_step runs now and calls backward itself (manual optimization).
         self._in_manual_step: nn.Module | None = None
         # Of the modules set up, those whose wrapper is still in use.
-        self._wrappers: WeakSet[FabricModule] = WeakSet()
-        self._optimizers: WeakSet[Optimizer] = WeakSet()
+        self._wrappers: InUse[FabricModule] = InUse()
+        self._optimizers: InUse[Optimizer] = InUse()
 
     @property
     def is_sharded(self) -> bool:
@@ -80,7 +76,7 @@ class Composer:
 
     def place(self, module: nn.Module, device: torch.device, *, move: bool, recompile: bool) -> FabricModule:
         """Convert, place and wrap ``module``."""
-        compiled, module = module, getattr(module, "_orig_mod", module)
+        compiled, module = module, uncompiled(module)
         kinds = {str(parameter.device) for parameter in module.parameters()}
         if move and len(kinds) > 1:
             rank_zero_warn(
@@ -95,9 +91,13 @@ class Composer:
             module = self._precision.replace_layers(module)
         placed = self._strategy.place(module) if move else self._place_in_position(module, kinds, device)
         called = placed
-        if compiled is not module and recompile and hasattr(compiled, "dynamo_ctx"):
+        if is_compiled(compiled):
             # The same options as the user's: dynamo_ctx is the compiler with its settings, not what it has compiled.
-            called = cast("Callable[..., nn.Module]", type(compiled))(placed, compiled.dynamo_ctx)
+            compiler = cast("Callable[..., Any]", compiled.dynamo_ctx)
+            if recompile:
+                called = cast("Callable[..., nn.Module]", type(compiled))(placed, compiler)
+            else:
+                module.__dict__["_compiled_call_impl"] = compiler(_calls_of(module))
         wrapped = self._wrap(called, placed, module)
         self._wrappers.add(wrapped)
         return wrapped
@@ -180,6 +180,7 @@ class Composer:
 
     def placed(self, module: nn.Module) -> nn.Module:
         """What the strategy placed for ``module``, a wrapper or the user's own."""
+        module = uncompiled(module)
         if isinstance(module, FabricModule):
             return module.placed
         return next((wrapper.placed for wrapper in self._wrappers if wrapper.module is module), module)
@@ -191,6 +192,10 @@ class Composer:
             return distinct[0]
         held = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
         return next((one for one in distinct if any(id(param) in held for param in one.parameters())), None)
+
+    def module_of(self, placed: nn.Module | None) -> nn.Module | None:
+        """The user's module inside what the strategy placed."""
+        return next((wrapper.module for wrapper in self._wrappers if wrapper.placed is placed), None)
 
     def modules_in_use(self) -> list[nn.Module]:
         """The user's modules whose wrappers somebody holds."""
@@ -236,7 +241,7 @@ class Composer:
 
             def run_scaled(loss: Tensor, _model: nn.Module | None, *args: Any, **kwargs: Any) -> None:
                 with self._in_backward():
-                    scale(loss).backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+                    scale(loss).backward(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
             return run_scaled
         return _plain_backward
@@ -369,5 +374,16 @@ class Composer:
         return nullcontext()
 
 
+def _calls_of(module: nn.Module) -> Callable[..., object]:
+    """What ``nn.Module.compile`` compiles: the module's own calls. In a function of ours, as torch skips its own."""
+    # torch has no public way to it
+    run = cast("Callable[..., object]", module._call_impl)  # pyright: ignore[reportPrivateUsage]
+
+    def call(*args: object, **kwargs: object) -> object:
+        return run(*args, **kwargs)
+
+    return call
+
+
 def _plain_backward(loss: Tensor, _model: nn.Module | None, *args: Any, **kwargs: Any) -> None:
-    loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+    loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 from torch.optim import Optimizer
 
+from fulmen_fabric.compiled import as_named_here, canonical, uncompiled
 from fulmen_fabric.rank_zero import rank_zero_warn
 from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError, Stateful
 
@@ -32,7 +33,7 @@ def to_saved(state: Mapping[str, object], filters: Mapping[str, Callable[[str, A
         )
     saved: dict[str, object] = {}
     for name, value in state.items():
-        entry: object = value.state_dict() if isinstance(value, Stateful) else value
+        entry: object = _state_of(uncompiled(value))
         if name in filters:
             keep = filters[name]
             if not callable(cast("object", keep)) or not isinstance(entry, Mapping):
@@ -62,7 +63,7 @@ def load_into(state: dict[str, Any], checkpoint: Mapping[str, object], strict: b
         if name not in checkpoint:
             continue
         if isinstance(value, Stateful):
-            _load_object(value, cast("dict[str, Any]", checkpoint[name]), strict)
+            _load_object(uncompiled(value), cast("dict[str, Any]", checkpoint[name]), strict)
         else:
             state[name] = checkpoint[name]
     return {name: value for name, value in checkpoint.items() if name not in state}
@@ -74,14 +75,20 @@ def load_raw_into(obj: object, checkpoint: dict[str, object], strict: bool) -> N
         raise MisconfigurationException(
             f"load_raw got {type(obj).__name__}. Pass a module or an optimizer; use load() for anything else."
         )
-    _load_object(cast("Stateful", obj), cast("dict[str, Any]", checkpoint), strict)
+    _load_object(cast("Stateful", uncompiled(obj)), cast("dict[str, Any]", checkpoint), strict)
+
+
+def _state_of(value: object) -> object:
+    if isinstance(value, nn.Module):
+        return canonical(value.state_dict())  # whatever part of it is compiled
+    return value.state_dict() if isinstance(value, Stateful) else value
 
 
 def _load_object(obj: Stateful, state: dict[str, Any], strict: bool) -> None:
     if not isinstance(obj, nn.Module):
         obj.load_state_dict(state)
         return
-    result = obj.load_state_dict(state, strict=strict)
+    result = obj.load_state_dict(as_named_here(state, obj), strict=strict)
     left = [*getattr(result, "missing_keys", ()), *getattr(result, "unexpected_keys", ())]
     if left:
         rank_zero_warn(f"{type(obj).__name__} and the checkpoint differ in {', '.join(map(repr, left))}.")

@@ -5,22 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
-from fulmen_fabric._resolve import (
-    Notes,
+from fulmen_fabric._devices import devices_of_strategy, find_accelerator, find_devices
+from fulmen_fabric._notes import Notes
+from fulmen_fabric._plugins import find_checkpoint_io, parts_of_strategy, sort_plugins
+from fulmen_fabric._precisions import find_precision, hand_over_precision
+from fulmen_fabric._strategies import (
     check_strategy,
     choose_state_kind,
-    devices_of_strategy,
     environment_of_strategy,
-    find_accelerator,
-    find_checkpoint_io,
-    find_devices,
     find_environment,
     find_launcher,
-    find_precision,
     find_strategy,
-    hand_over_precision,
-    parts_of_strategy,
-    sort_plugins,
 )
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import SupportsDevices

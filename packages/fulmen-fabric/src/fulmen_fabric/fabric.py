@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, overload
 
 from fulmen_fabric import _arguments
-from fulmen_fabric._callbacks import adopt, call_each, installed_callbacks
-from fulmen_fabric._checkpoints import Checkpoints
+from fulmen_fabric._objects import Objects
 from fulmen_fabric.abilities import supports
 from fulmen_fabric.assembly import assemble
 from fulmen_fabric.capture import CapturedStep, why_not_captured
+from fulmen_fabric.compiled import uncompiled
 from fulmen_fabric.rank_zero import rank_zero_deprecation, rank_zero_info
 from fulmen_fabric.seed import seed_everything
 from fulmen_fabric.transfer import convert_tensors_to_scalars
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
-    from torch.utils.data import DataLoader
 
     from fulmen_protocols import Accelerator, Logger, Strategy
 
@@ -40,7 +39,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Fabric(Checkpoints):
+class Fabric(Objects):
     """Runs a loop of your own on any device, in any precision, in one process or many.
 
     Arguments are Lightning's; the variables ``LT_ACCELERATOR``, ``LT_STRATEGY``, ``LT_DEVICES``, ``LT_NUM_NODES`` and
@@ -78,13 +77,13 @@ class Fabric(Checkpoints):
                 accelerator=_arguments.overridden("accelerator", accelerator, "auto"),
                 strategy=_arguments.overridden("strategy", strategy, "auto"),
                 devices=_arguments.overridden("devices", devices, "auto"),
-                num_nodes=int(_arguments.overridden("num_nodes", num_nodes, 1)),
+                num_nodes=_arguments.overridden("num_nodes", num_nodes, 1),
                 precision=_arguments.overridden("precision", precision, None),
                 plugins=plugins,
                 state_kind="sharded",  # a raw loop saves often, and what it saves is its own business
-            )
+            ),
+            callbacks,
         )
-        self._callbacks: list[object] = [*_arguments.as_list(callbacks), *installed_callbacks()]
         self._loggers: list[Logger] = [check(LOGGERS, one) for one in _arguments.as_list(loggers)]
         self._backward = self._composer.backward()
         # A subclass that overrides run gets it started in every process.
@@ -92,6 +91,8 @@ class Fabric(Checkpoints):
             self.__dict__["run"] = partial(self._launch_run, self.run)
         for line in self._assembly.chosen:
             rank_zero_info(line)
+        if self.world_size > 1 and _arguments.is_under_cli():
+            self._world.start()  # all processes are there, and a script may do without launch()
 
     def __getstate__(self) -> dict[str, Any]:
         # What is composed here is made of closures, which cannot be taken to another process.
@@ -116,107 +117,6 @@ class Fabric(Checkpoints):
             raise IndexError("this Fabric has no logger. Pass loggers= when you make it.")
         return self._loggers[0]
 
-    def setup(
-        self,
-        module: nn.Module,
-        *optimizers: Optimizer,
-        scheduler: object | None = None,
-        move_to_device: bool = True,
-        _reapply_compile: bool = True,
-    ) -> Any:
-        """Place a module and its optimizers for this run.
-
-        Args:
-            module: your module, compiled or not; its parameters are moved in place.
-            optimizers: made from its parameters.
-            scheduler: returned as it is, last; for strategies whose engine steps schedulers.
-            move_to_device: False leaves the module on its device, where the strategy allows that.
-            _reapply_compile: whether a module from ``torch.compile`` is compiled again around the strategy's wrapper.
-
-        Returns:
-            The wrapped module; with optimizers a tuple ``(module, *optimizers)``, and the scheduler if one was given.
-
-        Raises:
-            MisconfigurationException: something was set up before.
-        """
-        self._started("setup")
-        _arguments.require_module(module)
-        wrapped = self._composer.place(module, self.device, move=move_to_device, recompile=_reapply_compile)
-        ready = self._wrap_optimizers(wrapped.placed, optimizers)
-        self._after_setup(wrapped, ready)
-        if not optimizers and scheduler is None:
-            return wrapped
-        return (wrapped, *ready) if scheduler is None else (wrapped, *ready, scheduler)
-
-    def setup_module(
-        self, module: nn.Module, move_to_device: bool = True, _reapply_compile: bool = True
-    ) -> FabricModule:
-        """Place a module whose optimizers will be made afterwards, from the parameters of what this returns."""
-        self._started("setup_module")
-        _arguments.require_module(module)
-        wrapped = self._composer.place(module, self.device, move=move_to_device, recompile=_reapply_compile)
-        self._after_setup(wrapped, ())
-        return wrapped
-
-    # Any: one optimizer, or a tuple of them.
-    def setup_optimizers(self, *optimizers: Optimizer) -> Any:
-        """Wrap optimizers made from a module that ``setup_module`` returned.
-
-        Raises:
-            MisconfigurationException: none was given, one was set up before or is on the meta device.
-        """
-        self._started("setup_optimizers")
-        if not optimizers:
-            raise MisconfigurationException("setup_optimizers() was given no optimizer. Pass at least one.")
-        for optimizer in optimizers:
-            _arguments.require_no_meta(optimizer)
-        ready = self._wrap_optimizers(self._composer.placed_for(optimizers), optimizers)
-        return ready[0] if len(ready) == 1 else tuple(ready)
-
-    def _wrap_optimizers(self, placed: nn.Module | None, optimizers: Sequence[Optimizer]) -> list[Optimizer]:
-        for optimizer in optimizers:
-            _arguments.require_optimizer(optimizer)
-        found = [getattr(one, "on_after_optimizer_step", None) for one in self._callbacks]
-        after = [partial(hook, self.strategy) for hook in found if callable(hook)]
-        return self._composer.wrap_optimizers(placed, optimizers, after)
-
-    def _after_setup(self, wrapped: FabricModule, optimizers: Sequence[Optimizer]) -> None:
-        if adopt(self, wrapped.module, optimizers) and not any(one is wrapped.module for one in self._callbacks):
-            self._callbacks.append(wrapped.module)
-        self.call("on_after_setup", fabric=self, module=wrapped)
-
-    # Any: one loader, or a list of them.
-    def setup_dataloaders(
-        self,
-        *dataloaders: DataLoader[Any],
-        use_distributed_sampler: bool = True,
-        move_to_device: bool = True,
-        prefetch: int = 0,
-    ) -> Any:
-        """Give each rank its part of the data, on its device: one loader, or a list. Each ``iter`` is one epoch.
-
-        Args:
-            dataloaders: yours; their samplers are kept, and split over ranks where there are several.
-            use_distributed_sampler: False reads what the loader itself chooses, on every rank.
-            move_to_device: False leaves batches where they are.
-            prefetch: batches on their way to a CUDA device while it computes; overlaps where loaders pin their memory.
-                On a CPU there is nothing to copy, and it does nothing.
-
-        Raises:
-            MisconfigurationException: none was given, one is no ``DataLoader``, was set up before or cannot be split;
-                ``prefetch`` is negative, or asked for with ``move_to_device=False``.
-        """
-        self._started("setup_dataloaders")
-        if not dataloaders:
-            raise MisconfigurationException("setup_dataloaders() was given no loader. Pass at least one.")
-        for loader in dataloaders:
-            _arguments.require_loader(loader)
-        _arguments.require_prefetch(prefetch, move_to_device)
-        move = self._mover() if move_to_device else None
-        split = use_distributed_sampler
-        ready = [self._loaders.make(one, split=split, move=move, prefetch=prefetch) for one in dataloaders]
-        return ready[0] if len(ready) == 1 else ready
-
     def backward(self, tensor: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """``tensor.backward(*args, **kwargs)``, scaled or run by an engine where precision or strategy ask for it.
 
@@ -224,7 +124,37 @@ class Fabric(Checkpoints):
         """
         self._backward(tensor, model, *args, **kwargs)
 
-    # Any: the norm for max_norm, None for clip_val.
+    @overload
+    def clip_gradients(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        clip_val: float,
+        max_norm: None = None,
+        norm_type: float | int = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> None: ...
+    @overload
+    def clip_gradients(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        clip_val: None = None,
+        *,
+        max_norm: float,
+        norm_type: float | int = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor: ...
+    @overload
+    def clip_gradients(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        clip_val: float | None = None,
+        max_norm: float | None = None,
+        norm_type: float | int = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor | None: ...
     def clip_gradients(
         self,
         module: nn.Module,
@@ -267,9 +197,9 @@ class Fabric(Checkpoints):
         Raises:
             MisconfigurationTypeError: ``module`` was not returned by ``setup``.
         """
-        if not isinstance(module, FabricModule):
+        if not isinstance(uncompiled(module), FabricModule):
             kind = type(module).__name__
-            raise MisconfigurationTypeError(f"no_backward_sync got {kind}. Pass the module that setup() returned.")
+            raise MisconfigurationTypeError(f"no_backward_sync got a {kind}. Pass the module that setup() returned.")
         return self._composer.no_sync(module) if enabled else nullcontext()
 
     def capture(self, step: Callable[P, R], *, warmup: int = 3, max_graphs: int = 16) -> CapturedStep[P, R]:
@@ -323,21 +253,18 @@ class Fabric(Checkpoints):
         rank_zero_deprecation("fabric.sharded_model() is deprecated. Use fabric.init_module().")
         return self.init_module()
 
-    def call(self, hook_name: str, *args: object, **kwargs: object) -> None:
-        """Call the method ``hook_name`` of every callback that has it; what they return is dropped.
-
-        Keyword arguments that a method does not take are left out.
-        """
-        call_each(self._callbacks, hook_name, args, kwargs)
-
     def log(self, name: str, value: object, step: int | None = None) -> None:
         """``log_dict`` of one value."""
         self.log_dict({name: value}, step)
 
     def log_dict(self, metrics: Mapping[str, object], step: int | None = None) -> None:
-        """Send numbers and one-element tensors to every logger, on rank 0. Waits for the device if a value is there."""
+        """Send numbers and one-element tensors to every logger, on rank 0. Waits for the device if a value is there.
+
+        Raises:
+            ValueError: a tensor has more or less than one element.
+        """
         if self._loggers and self.is_global_zero:
-            numbers = cast("Mapping[str, float]", convert_tensors_to_scalars(dict(metrics)))
+            numbers = {name: _number(name, value) for name, value in metrics.items()}
             for logger in self._loggers:
                 logger.log_metrics(numbers, step)
 
@@ -345,3 +272,10 @@ class Fabric(Checkpoints):
     def seed_everything(seed: int | None = None, workers: bool | None = None, verbose: bool = True) -> int:
         """Seed Python, NumPy and torch, and by default loader workers. Returns the seed."""
         return seed_everything(seed, workers=True if workers is None else workers, verbose=verbose)
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        return cast("float", convert_tensors_to_scalars(value))
+    except ValueError as error:
+        raise ValueError(f"fabric.log got {name!r}: {error}") from None

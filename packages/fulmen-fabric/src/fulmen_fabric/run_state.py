@@ -13,7 +13,8 @@ from fulmen_protocols import CheckpointError, SupportsGradScaling
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fulmen_fabric._loaders import FabricDataLoader, LoaderMaker
+    from fulmen_fabric._loaders import LoaderMaker
+    from fulmen_fabric.loaders import FabricDataLoader
     from fulmen_fabric.world import World
     from fulmen_protocols import Precision
 

@@ -161,7 +161,7 @@ def restore_rng_state(state: Mapping[str, object], device: torch.device | None =
 
 
 def _cuda_in_use() -> bool:
-    return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def _device_state(device: torch.device) -> Tensor:

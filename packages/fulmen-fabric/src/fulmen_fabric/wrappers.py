@@ -1,4 +1,4 @@
-"""What ``Fabric.setup`` returns: the user's module and optimizer, run through strategy and precision."""
+"""What ``Fabric.setup`` makes of a module: one whose calls run through strategy and precision."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fulmen_fabric._loaders import FabricDataLoader
+from fulmen_fabric.compiled import uncompiled
+from fulmen_fabric.loaders import FabricDataLoader
+from fulmen_fabric.optimizers import FabricOptimizer
 from fulmen_fabric.transfer import map_leaves
-from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
-
-    from torch.optim import Optimizer
-
-    from fulmen_protocols import Optimizable
 
 __all__ = [
     "FabricModule",
@@ -79,7 +76,8 @@ class FabricModule(nn.Module):
     """A view of the user's module whose calls go through the strategy's wrapper and the precision.
 
     Parameters, buffers and submodules are the module's own, under its own names, so ``state_dict`` has no prefix.
-    Other attributes are read from and written to the module.
+    Other attributes are read from and written to the module. Where the module itself has no ``device`` and no
+    ``dtype``, those are of its first parameter.
     """
 
     def __init__(
@@ -194,6 +192,10 @@ class FabricModule(nn.Module):
     def __getattr__(self, name: str) -> Any:
         # nn.Module.__getattr__ would find parameters and submodules only; the module itself finds those, too.
         original = cast("nn.Module", self.__dict__["_fabric_original"])
+        if name in ("device", "dtype") and not hasattr(original, name):
+            first = next(original.parameters(), None)
+            if first is not None:
+                return getattr(first, name)
         value = getattr(original, name)
         wrapped = self.__dict__["_fabric_placed"] is not original
         if (
@@ -244,130 +246,6 @@ def _refuse_submodules(method: Callable[..., object], original: nn.Module) -> Ca
     return call
 
 
-class FabricOptimizer:
-    """The user's optimizer, stepped through strategy and precision. Instances are also of the optimizer's own class.
-
-    ``param_groups``, ``state`` and ``defaults`` are the optimizer's, also after it has loaded a state.
-    """
-
-    _fabric_optimizer: Optimizer
-    _fabric_step: Callable[..., object]
-    _fabric_state: Callable[[Optimizer], Mapping[str, object]] | None
-    _fabric_load_state: Callable[[Optimizer, Mapping[str, object]], object] | None
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The user's optimizer."""
-        return self._fabric_optimizer
-
-    # Any: as torch declares them.
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's own list."""
-        return self._fabric_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self._fabric_optimizer.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        """The optimizer's own mapping."""
-        return self._fabric_optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self._fabric_optimizer.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The optimizer's own defaults."""
-        return self._fabric_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self._fabric_optimizer.defaults = value
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update once. With a ``closure`` the optimizer evaluates the loss again."""
-        return self._fabric_step(closure)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients."""
-        self._fabric_optimizer.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state in torch's layout."""
-        if self._fabric_state is not None:
-            return dict(self._fabric_state(self._fabric_optimizer))
-        return self._fabric_optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` gave."""
-        if self._fabric_load_state is not None:
-            self._fabric_load_state(self._fabric_optimizer, state_dict)
-        else:
-            self._fabric_optimizer.load_state_dict(state_dict)
-
-    def __repr__(self) -> str:
-        return f"Fabric{self._fabric_optimizer!r}"
-
-
-def wrap_optimizer(
-    optimizer: Optimizer | Optimizable,
-    step: Callable[[Optimizer, Callable[[], object] | None], object] | None,
-    after_step: Sequence[Callable[[Optimizer], object]] = (),
-    state: Callable[[Optimizer], Mapping[str, object]] | None = None,
-    load_state: Callable[[Optimizer, Mapping[str, object]], object] | None = None,
-) -> Optimizer:
-    """Wrap ``optimizer`` so that ``isinstance`` still finds its class.
-
-    Args:
-        optimizer: any optimizer.
-        step: how strategy and precision step it; None: ``optimizer.step``.
-        after_step: called with the optimizer after each step.
-        state: the optimizer's state where one rank does not hold it whole.
-        load_state: the way back.
-    """
-    inner = cast("Optimizer", optimizer)
-    kind = type(inner)
-    wrapper: FabricOptimizer = object.__new__(type(f"Fabric{kind.__name__}", (FabricOptimizer, kind), {}))
-    # The hooks' dictionaries are shared, so a hook registered on either is seen by both. A step on the instance is a
-    # scheduler's counter around the inner step, and belongs there.
-    ours = {"step", "param_groups", "state", "defaults"}
-    wrapper.__dict__.update({name: value for name, value in inner.__dict__.items() if name not in ours})
-    wrapper._fabric_optimizer = inner  # pyright: ignore[reportPrivateUsage] -- this function is its constructor
-    wrapper._fabric_state = state  # pyright: ignore[reportPrivateUsage]
-    wrapper._fabric_load_state = load_state  # pyright: ignore[reportPrivateUsage]
-    wrapper._fabric_step = _compose_step(inner, step, tuple(after_step))  # pyright: ignore[reportPrivateUsage]
-    return cast("Optimizer", wrapper)
-
-
-def _compose_step(
-    inner: Optimizer,
-    step: Callable[[Optimizer, Callable[[], object] | None], object] | None,
-    after_step: tuple[Callable[[Optimizer], object], ...],
-) -> Callable[..., object]:
-    def plain(closure: Callable[[], Any] | None) -> object:
-        # Looked up each time: a scheduler replaces it on the instance.
-        return inner.step(closure) if closure is not None else inner.step()
-
-    def special(closure: Callable[[], object] | None) -> object:
-        return plain(closure) if step is None else step(inner, closure)
-
-    chosen = plain if step is None else special
-    if not after_step:
-        return chosen
-
-    def with_callbacks(closure: Callable[[], object] | None) -> object:
-        result = chosen(closure)
-        for callback in after_step:
-            callback(inner)
-        return result
-
-    return with_callbacks
-
-
 def require_fabric_backward(is_running: Callable[[], bool], what: str) -> Callable[[object], None]:
     """A watcher of outputs: ``loss.backward()`` on any of them fails where ``fabric.backward`` is needed."""
 
@@ -379,7 +257,7 @@ def require_fabric_backward(is_running: Callable[[], bool], what: str) -> Callab
 
     def watch(leaf: object) -> object:
         if isinstance(leaf, Tensor) and leaf.requires_grad:
-            leaf.register_hook(check)  # type: ignore[no-untyped-call]
+            leaf.register_hook(check)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return leaf
 
     def watch_output(output: object) -> None:
@@ -391,22 +269,14 @@ def require_fabric_backward(is_running: Callable[[], bool], what: str) -> Callab
 
 def is_wrapped(obj: object) -> bool:
     """Whether ``obj`` came out of ``setup``, ``setup_module``, ``setup_optimizers`` or ``setup_dataloaders``."""
-    return isinstance(obj, (FabricModule, FabricOptimizer, FabricDataLoader))
+    return isinstance(uncompiled(obj), (FabricModule, FabricOptimizer, FabricDataLoader))
 
 
 def unwrap(obj: T) -> T:
     """The user's own module or optimizer inside ``obj``, or ``obj``."""
-    if isinstance(obj, FabricModule):
-        return cast("T", obj.module)
+    inner: object = uncompiled(obj)
+    if isinstance(inner, FabricModule):
+        return cast("T", inner.module)
     if isinstance(obj, FabricOptimizer):
         return cast("T", obj.optimizer)
     return obj
-
-
-def refuse_closure(closure: object, what: str) -> None:
-    """Raises: MisconfigurationException: a closure was given to ``what``, which evaluates the loss once only."""
-    if closure is not None:
-        raise MisconfigurationException(
-            f"{what} cannot be used with a closure (LBFGS): the loss is scaled once per update. "
-            "Use precision='bf16-mixed'."
-        )

@@ -13,7 +13,7 @@ from fulmen_protocols.errors import BackendNotFound, MisconfigurationException, 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "make_folder"]
 
 # How launchers (torchrun and ours, SLURM, Open MPI, MPICH, LSF) tell a process which of a run it is.
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "JSM_NAMESPACE_RANK")
@@ -140,10 +140,7 @@ class RunFolder:
 
     def unwritable(self, path: str, error: OSError) -> MisconfigurationException:
         """The error for a place that cannot be written."""
-        return MisconfigurationException(
-            f"{self._logger}(save_dir={self.save_dir!r}) cannot write {path!r}: {type(error).__name__}: {error}. "
-            "Choose a save_dir that this process may write, with space left."
-        )
+        return _unwritable(self._logger, "save_dir", self.save_dir, path, error)
 
     def _next_local(self) -> int:
         return _after(os.listdir(self.root)) if os.path.isdir(self.root) else 0
@@ -190,6 +187,30 @@ class RunFolder:
                 f"{url!r} cannot be reached: fsspec knows no file system {protocol!r}. "
                 "Use a local path, or a URL of a file system whose fsspec package is installed."
             ) from error
+
+
+def make_folder(logger: str, flag: str, path: str) -> None:
+    """Make a local folder that a service's library writes to.
+
+    Args:
+        logger: class name, for the message.
+        flag: the argument that names the folder.
+        path: of the folder.
+
+    Raises:
+        MisconfigurationException: this process may not.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(logger, flag, path, path, error) from error
+
+
+def _unwritable(logger: str, flag: str, given: str, path: str, error: OSError) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"{logger}({flag}={given!r}) cannot write {path!r}: {type(error).__name__}: {error}. "
+        f"Choose {flag} so that this process may write there, with space left."
+    )
 
 
 def _after(names: list[str]) -> int:

@@ -6,6 +6,7 @@ import os
 import uuid
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
+from fulmen_loggers._folder import make_folder
 from fulmen_loggers._guard import Guard
 from fulmen_loggers._optional import need, require
 from fulmen_loggers._values import as_mapping, as_number, flatten, simplify
@@ -104,7 +105,11 @@ class CometLogger:
 
     @property
     def experiment(self) -> Experiment:
-        """The ``CometExperiment``; opens it."""
+        """The ``CometExperiment``; opens it.
+
+        Raises:
+            MisconfigurationException: ``offline_directory`` cannot be written.
+        """
         experiment = self._experiment
         if experiment is not None:
             return experiment
@@ -118,7 +123,7 @@ class CometLogger:
             comet = cast("_Comet", need("CometLogger", "comet_ml", "comet"))
             folder, self._start["experiment_key"] = self.save_dir, self.version
             if folder is not None:
-                os.makedirs(folder, exist_ok=True)
+                make_folder("CometLogger", "offline_directory", folder)
             self._experiment = comet.start(**self._start, experiment_config=comet.ExperimentConfig(**self._config))
             self._experiment.log_other("Created from", "fulmen")
         return self._experiment

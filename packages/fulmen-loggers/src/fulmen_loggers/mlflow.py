@@ -15,6 +15,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import yaml
 
+from fulmen_loggers._folder import make_folder
 from fulmen_loggers._guard import Guard
 from fulmen_loggers._optional import need, require
 from fulmen_loggers._uploads import Checkpoint, Uploads
@@ -158,6 +159,7 @@ class MLFlowLogger:
 
         Raises:
             BackendUnavailable: no server answers at the address. The answer holds for half a minute.
+            MisconfigurationException: ``save_dir`` cannot be written.
         """
         client = self._client
         if client is not None:
@@ -169,7 +171,7 @@ class MLFlowLogger:
         if self._client is None:
             self._see_that_a_server_listens()
             if self._folder is not None:
-                os.makedirs(self._folder, exist_ok=True)
+                make_folder("MLFlowLogger", "save_dir", self._folder)
             tracking = cast("_Tracking", need("MLFlowLogger", "mlflow.tracking", "mlflow"))
             mlflow = cast("_Mlflow", need("MLFlowLogger", "mlflow", "mlflow"))
             mlflow.set_tracking_uri(self._address)  # so that the user's own mlflow calls go to the same place

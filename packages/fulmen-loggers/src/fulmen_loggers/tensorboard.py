@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fulmen_loggers._event_files import EventFiles
+    from fulmen_loggers._event_records import Scalar
     from fulmen_protocols.logger import LoggerStatus
 
 __all__ = ["TensorBoardLogger"]
@@ -80,6 +81,7 @@ class TensorBoardLogger:
         self._hp_pending = False
         self._guard = Guard()
         self._deliver: Callable[[], object] | None = None
+        self._earlier: frozenset[Scalar] | None = None
 
     @property
     def name(self) -> str | None:
@@ -244,6 +246,18 @@ class TensorBoardLogger:
     def waiting_rows(self, deliver: Callable[[], object] | None) -> None:
         """Call ``deliver`` before ``save`` writes: a run hands over its rows a little later than it logs them."""
         self._deliver = deliver
+
+    def has_row(self, metrics: Mapping[str, float], step: int) -> bool:
+        """Whether the event files that an earlier process wrote hold exactly these values at this step."""
+        # Here because it imports tensorboardX, which whoever logs to CSV only does not have.
+        from fulmen_loggers._event_records import float32, scalars_in
+
+        if self._earlier is None:
+            self._earlier = frozenset() if self._folder.is_remote else scalars_in(self.log_dir)
+        return all(
+            (int(step), self._prefix + name, float32(as_number(name, value))) in self._earlier
+            for name, value in metrics.items()
+        )
 
     def reopen_options(self) -> dict[str, object]:
         """Arguments with which another process goes on with this run."""

@@ -7,6 +7,7 @@ import secrets
 import string
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
+from fulmen_loggers._folder import make_folder
 from fulmen_loggers._guard import Guard
 from fulmen_loggers._optional import need, require
 from fulmen_loggers._uploads import Checkpoint, Uploads
@@ -192,6 +193,9 @@ class WandbLogger:
         """The ``wandb.Run``; opens it, and again when it was finished.
 
         A run that is open already, made by ``wandb.init`` or by a sweep, is used as it is.
+
+        Raises:
+            MisconfigurationException: ``save_dir`` cannot be written.
         """
         run = self._run
         if run is not None and (self._is_given or not getattr(run, "_is_finished", False)):
@@ -206,7 +210,7 @@ class WandbLogger:
                 self._run = wandb.run
             else:
                 if self.save_dir is not None:
-                    os.makedirs(self.save_dir, exist_ok=True)
+                    make_folder("WandbLogger", "save_dir", self.save_dir)
                 self._init["id"] = self.version if self._run is None else self._run.id
                 self._run = wandb.init(**self._init)
             self._run.define_metric(_STEP)

@@ -10,12 +10,22 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["CheckpointIO", "SupportsAsyncSave", "SupportsShardedSave", "SupportsVerification", "WrapsCheckpointIO"]
+__all__ = [
+    "CheckpointIO",
+    "SupportsAsyncSave",
+    "SupportsContentCheck",
+    "SupportsShardedSave",
+    "SupportsVerification",
+    "WrapsCheckpointIO",
+]
 
 
 @runtime_checkable
 class CheckpointIO(Protocol):
-    """Writes and reads one checkpoint. Knows nothing about ranks, strategies or training."""
+    """Writes and reads one checkpoint. Knows nothing about ranks, strategies or training.
+
+    A class that derives from this one may leave out ``teardown``.
+    """
 
     def save_checkpoint(
         self,
@@ -51,7 +61,7 @@ class CheckpointIO(Protocol):
 
     def teardown(self) -> None:
         """Finish pending writes and release resources. Calling it twice is allowed."""
-        ...
+        return  # a body, so that a type checker does not take it for abstract
 
 
 @runtime_checkable
@@ -75,6 +85,15 @@ class SupportsAsyncSave(Protocol):
 
     def will_exist(self, path: str | PathLike[str]) -> bool | None:
         """Whether a pending save makes ``path`` (True) or a pending removal deletes it (False); None: neither."""
+        ...
+
+
+@runtime_checkable
+class SupportsContentCheck(Protocol):
+    """A checkpoint IO that refuses to save some objects, and can say so before it is asked to."""
+
+    def cannot_hold(self, checkpoint: Mapping[str, object]) -> list[tuple[str, object]]:
+        """The objects in ``checkpoint`` that ``save_checkpoint`` would refuse, each with its place."""
         ...
 
 

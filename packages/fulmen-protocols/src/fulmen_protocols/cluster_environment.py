@@ -12,7 +12,10 @@ __all__ = ["ClusterEnvironment", "SupportsRequeue"]
 
 @runtime_checkable
 class ClusterEnvironment(Protocol):
-    """Reads ranks and the meeting point from the environment of the process. Pure: never writes to it."""
+    """Reads ranks and the meeting point from the environment of the process. Pure: never writes to it.
+
+    A class that derives from this one may leave out ``validate_settings``.
+    """
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -56,7 +59,7 @@ class ClusterEnvironment(Protocol):
         Raises:
             ValueError: they contradict each other; the message has both values.
         """
-        ...
+        return  # a body, so that a type checker does not take it for abstract
 
 
 @runtime_checkable

@@ -43,6 +43,7 @@ __all__ = [
     "SupportsMemoryPlan",
     "SupportsModuleCheck",
     "SupportsNoSync",
+    "SupportsOpenGradients",
     "SupportsPrecisionCheck",
     "SupportsPrecisionPlan",
     "SupportsReplicaCheck",
@@ -423,6 +424,31 @@ class SupportsShardedState(Protocol):
 
     def load_optimizer_state(self, module: nn.Module, optimizer: Optimizer, state: Mapping[str, object]) -> None:
         """Load what ``optimizer_state`` gave, of either kind."""
+        ...
+
+
+@runtime_checkable
+class SupportsOpenGradients(Protocol):
+    """A strategy with ``SupportsShardedState`` that can save the gradients of a window of accumulation.
+
+    The state that it gives is plain data and tensors. Under ``"added"`` stand, by canonical name, gradients that are
+    parts of one whole; any strategy can take these. ``"own"`` is None, or what each rank has for itself.
+    """
+
+    def has_open_gradients(self, module: nn.Module) -> bool:
+        """Whether this rank holds any gradient, reduced or not."""
+        ...
+
+    def open_gradients(self, module: nn.Module, *, full: bool) -> Mapping[str, object]:
+        """The state of every rank's gradients; ``full`` as in ``module_state``. Every rank must call it."""
+        ...
+
+    def load_open_gradients(self, module: nn.Module, state: Mapping[str, object]) -> None:
+        """Load what ``open_gradients`` gave, whole and on every rank.
+
+        Raises:
+            CheckpointError: ranks have gradients of their own in it, and there are other ranks now.
+        """
         ...
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -16,13 +15,12 @@ from fulmen_protocols.strategy import StrategyParts
 from fulmen_strategies._averaging import average_after_steps, check_averaging
 from fulmen_strategies._entry import Entry, enter
 from fulmen_strategies._module_init import created_on
-from fulmen_strategies._process_group import ProcessGroupMembership
-from fulmen_strategies.collectives import TorchCollectives
-from fulmen_strategies.launchers._rank import become_rank
+from fulmen_strategies._rank_place import DEFAULT_TIMEOUT, RankPlace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
     from contextlib import AbstractContextManager
+    from datetime import timedelta
 
     from torch import Tensor, nn
     from torch._C._distributed_c10d import GradBucket
@@ -35,12 +33,12 @@ if TYPE_CHECKING:
     from fulmen_protocols.cluster_environment import ClusterEnvironment
     from fulmen_protocols.precision import Precision
     from fulmen_protocols.topology import Topology
+    from fulmen_strategies.collectives import TorchCollectives
 
     CommHook = Callable[[Any, GradBucket], Future[Tensor]]
 
 __all__ = ["DDPStrategy", "find_unused_parameters"]
 
-_DEFAULT_TIMEOUT = timedelta(minutes=30)
 _LAUNCHERS = {"popen": "local", "spawn": "spawn", "fork": "fork", "forkserver": "forkserver"}
 
 
@@ -73,7 +71,7 @@ class DDPStrategy:
     def __init__(
         self,
         process_group_backend: str | None = None,
-        timeout: timedelta = _DEFAULT_TIMEOUT,
+        timeout: timedelta = DEFAULT_TIMEOUT,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         *,
         accelerator: Accelerator | None = None,
@@ -101,15 +99,11 @@ class DDPStrategy:
         self._averaging_period = model_averaging_period
         self._launcher = _LAUNCHERS[start_method]
         self._parts = StrategyParts(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
-        self._backend = process_group_backend
-        self._timeout = timeout
+        self._rank = RankPlace("DDPStrategy", process_group_backend, timeout)
         self._comm_hook = ddp_comm_hook
         self._comm_state = ddp_comm_state
         self._comm_wrapper = ddp_comm_wrapper
         self._options: dict[str, Any] = kwargs
-        self._device: torch.device | None = None
-        self._membership = ProcessGroupMembership()
-        self._collectives: TorchCollectives | None = None
 
     @property
     def launcher(self) -> str:
@@ -128,9 +122,7 @@ class DDPStrategy:
         Raises:
             RuntimeError: ``setup_environment`` has not run yet.
         """
-        if self._device is None:
-            raise _too_early("root_device")
-        return self._device
+        return self._rank.device
 
     @property
     def collectives(self) -> TorchCollectives:
@@ -139,9 +131,7 @@ class DDPStrategy:
         Raises:
             RuntimeError: ``setup_environment`` has not run yet.
         """
-        if self._collectives is None:
-            raise _too_early("collectives")
-        return self._collectives
+        return self._rank.collectives
 
     def setup_environment(self, topology: Topology) -> None:
         """Join the process group, or take over the one that exists. Calling it again changes nothing.
@@ -150,10 +140,7 @@ class DDPStrategy:
             MisconfigurationException: an existing group has another rank or size than ``topology``.
             BackendUnavailable: this build of torch lacks the backend.
         """
-        become_rank()  # a run may leave the launcher out where the processes exist already
-        self._membership.join(topology, self._backend, self._timeout)
-        self._device = topology.device
-        self._collectives = TorchCollectives(topology.device)
+        self._rank.take(topology)
 
     def module_context(self, *, empty: bool) -> AbstractContextManager[object]:
         """Create modules on the device; with ``empty`` without initialising them."""
@@ -290,9 +277,7 @@ class DDPStrategy:
 
     def teardown(self) -> None:
         """Leave the process group if this strategy has made it. May be called twice."""
-        self._membership.leave()
-        self._collectives = None
-        self._device = None
+        self._rank.leave()
 
 
 def find_unused_parameters(**options: Any) -> DDPStrategy:
@@ -336,7 +321,3 @@ def _bit_sum(parameter: Tensor) -> Tensor:
     flat = parameter.detach().contiguous().reshape(-1)
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(flat.element_size(), torch.uint8)
     return flat.view(integer).sum(dtype=torch.int64)
-
-
-def _too_early(name: str) -> RuntimeError:
-    return RuntimeError(f"{name} of DDPStrategy is unknown until setup_environment has run: call it first.")

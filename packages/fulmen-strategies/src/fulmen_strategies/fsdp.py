@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import sys
 import warnings
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
-    FullyShardedDataParallel,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -23,18 +21,19 @@ from torch.distributed.fsdp.wrap import enable_wrap
 
 from fulmen_protocols.errors import MisconfigurationException, MisconfigurationTypeError
 from fulmen_strategies._module_init import created_on
-from fulmen_strategies._process_group import ProcessGroupMembership
+from fulmen_strategies._rank_place import DEFAULT_TIMEOUT, RankPlace
 from fulmen_strategies._sharded import arguments, gradients, states, units
 from fulmen_strategies._sharded.casting import Casting
+from fulmen_strategies._sharded.checks import wrapped_by_first_fsdp
 from fulmen_strategies._sharded.entry import ShardedEntry, sharded_entry
 from fulmen_strategies._sharded.materialise import is_on_meta, materialise
+from fulmen_strategies._sharded.open_gradients import has_open_gradients, load_open_gradients, open_gradients
 from fulmen_strategies._sharded.replaced import Replaced
-from fulmen_strategies.collectives import TorchCollectives
-from fulmen_strategies.launchers._rank import become_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
     from contextlib import AbstractContextManager
+    from datetime import timedelta
 
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import CPUOffload, MixedPrecision, ShardingStrategy
@@ -44,10 +43,9 @@ if TYPE_CHECKING:
     from fulmen_protocols.topology import Topology
     from fulmen_strategies._sharded.arguments import StrategyName
     from fulmen_strategies._sharded.units import Policy
+    from fulmen_strategies.collectives import TorchCollectives
 
 __all__ = ["FSDPStrategy", "cpu_offload"]
-
-_DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
 class FSDPStrategy:
@@ -83,7 +81,7 @@ class FSDPStrategy:
     def __init__(
         self,
         process_group_backend: str | None = None,
-        timeout: timedelta | None = _DEFAULT_TIMEOUT,
+        timeout: timedelta | None = DEFAULT_TIMEOUT,
         *,
         cpu_offload: bool | CPUOffload | OffloadPolicy | None = None,
         mixed_precision: MixedPrecision | MixedPrecisionPolicy | None = None,
@@ -107,11 +105,10 @@ class FSDPStrategy:
                 f"FSDPStrategy got reduce_accumulated={reduce_accumulated!r}. Give 'once' (one communication for each "
                 "update) or 'each' (less memory)."
             )
-        self._backend = process_group_backend
-        self._timeout = _DEFAULT_TIMEOUT if timeout is None else timeout
+        self._rank = RankPlace("FSDPStrategy", process_group_backend, timeout)
         self._offload = arguments.offload(cpu_offload)
         self._policy = auto_wrap_policy
-        self._recomputed = _both_checkpointings(activation_checkpointing, activation_checkpointing_policy)
+        self._recomputed = arguments.recomputed(activation_checkpointing, activation_checkpointing_policy)
         self._sharding = arguments.sharding(sharding_strategy, device_mesh, has_policy=auto_wrap_policy is not None)
         self._state_kind: Literal["full", "sharded"] | None = state_dict_type
         self._default_state_kind: Literal["full", "sharded"] = "full"
@@ -119,10 +116,7 @@ class FSDPStrategy:
         self._options = arguments.options(kwargs)
         self._own_precision = arguments.mixed_precision(mixed_precision)
         self._casting = Casting(policy=self._own_precision)
-        self._membership = ProcessGroupMembership()
-        self._device: torch.device | None = None
         self._mesh: DeviceMesh | None = None
-        self._collectives: TorchCollectives | None = None
         self._replaced = Replaced()
 
     # -- before anything starts ---------------------------------------------------------------------------------------
@@ -171,9 +165,7 @@ class FSDPStrategy:
         Raises:
             RuntimeError: ``setup_environment`` has not run yet.
         """
-        if self._device is None:
-            raise _too_early("root_device")
-        return self._device
+        return self._rank.device
 
     @property
     def collectives(self) -> TorchCollectives:
@@ -182,9 +174,7 @@ class FSDPStrategy:
         Raises:
             RuntimeError: ``setup_environment`` has not run yet.
         """
-        if self._collectives is None:
-            raise _too_early("collectives")
-        return self._collectives
+        return self._rank.collectives
 
     @property
     def device_mesh(self) -> DeviceMesh:
@@ -194,7 +184,7 @@ class FSDPStrategy:
             RuntimeError: ``setup_environment`` has not run yet.
         """
         if self._mesh is None:
-            raise _too_early("device_mesh")
+            raise self._rank.too_early("device_mesh")
         return self._mesh
 
     def setup_environment(self, topology: Topology) -> None:
@@ -205,19 +195,14 @@ class FSDPStrategy:
             BackendUnavailable: this build of torch lacks the backend.
         """
         self.check_world(topology.devices, topology.num_nodes)
-        become_rank()  # a run may leave the launcher out where the processes exist already
-        self._membership.join(topology, self._backend, self._timeout)
-        self._device = topology.device
-        self._collectives = TorchCollectives(topology.device)
+        self._rank.take(topology)
         if self._mesh is None:
             self._mesh = self._sharding.make_mesh(topology.device.type, topology.world_size, topology.num_nodes)
 
     def teardown(self) -> None:
         """Leave the process group if this strategy has made it. May be called twice."""
         self._mesh = None
-        self._membership.leave()
-        self._collectives = None
-        self._device = None
+        self._rank.leave()
         self._replaced.forget()
 
     # -- modules ------------------------------------------------------------------------------------------------------
@@ -257,7 +242,7 @@ class FSDPStrategy:
         ignored = self._options.ignored_parameters()
         if self._options.sync_module_states:
             self._share_values(module)
-        self._replaced.remember(module)
+        before = dict(module.named_parameters())
         chosen = self._units_of(module, planned)
         if self._recomputed is not None:
             units.recompute(self._recomputed, module)
@@ -275,6 +260,7 @@ class FSDPStrategy:
         if self._options.forward_prefetch:
             _prefetch_in_order([unit for unit in entry.modules() if isinstance(unit, FSDPModule)])
         self._fill(module, ignored)
+        self._replaced.note(before, module)
         return entry
 
     def _units_of(self, module: nn.Module, device: torch.device) -> list[nn.Module]:
@@ -392,25 +378,25 @@ class FSDPStrategy:
     ) -> Tensor:
         """Clip in place to ``max_norm`` and return the norm before clipping, shape ``()``, equal on every rank."""
         return gradients.clip_by_norm(
-            _parameters(optimizer), max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite
+            gradients.parameters_of(optimizer), max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite
         )
 
     def clip_grad_value(self, module: nn.Module, optimizer: Optimizer, clip_value: float) -> None:
         """Clamp every gradient element to ``[-clip_value, clip_value]`` in place."""
-        gradients.clip_by_value(_parameters(optimizer), clip_value)
+        gradients.clip_by_value(gradients.parameters_of(optimizer), clip_value)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
     def module_state(self, module: nn.Module, *, full: bool) -> Mapping[str, object]:
         """State by canonical name; ``full``: whole CPU tensors on rank 0, empty elsewhere; otherwise DTensors."""
         entry = _entry(module)
-        entry.reshard_all()
+        states.reshard(entry)
         return states.module_state(entry.module, full=full, rank=self.collectives.rank)
 
     def load_module_state(self, module: nn.Module, state: Mapping[str, object], *, strict: bool) -> object:
         """Load what ``module_state`` gave, of either kind, from any number of ranks; returns what did not meet."""
         entry = _entry(module)
-        entry.reshard_all()
+        states.reshard(entry)
         return states.load_module_state(entry.module, state, self.collectives, strict=strict)
 
     def optimizer_state(self, module: nn.Module, optimizer: Optimizer, *, full: bool) -> Mapping[str, object]:
@@ -421,37 +407,41 @@ class FSDPStrategy:
         """Load what ``optimizer_state`` gave, of either kind, from any number of ranks."""
         states.load_optimizer_state(optimizer, state, self.collectives)
 
+    def has_open_gradients(self, module: nn.Module) -> bool:
+        """Whether this rank holds any gradient, reduced or not."""
+        entry = _entry(module)
+        return has_open_gradients(entry, entry.module)
+
+    def open_gradients(self, module: nn.Module, *, full: bool) -> Mapping[str, object]:
+        """The state of every rank's gradients; ``full`` as in ``module_state``."""
+        entry = _entry(module)
+        entry.reshard_all()
+        return open_gradients(entry, entry.module, self.collectives, full=full)
+
+    def load_open_gradients(self, module: nn.Module, state: Mapping[str, object]) -> None:
+        """Load what ``open_gradients`` gave.
+
+        Raises:
+            CheckpointError: ranks have gradients of their own in it, and there are other ranks now.
+        """
+        entry = _entry(module)
+        entry.reshard_all()
+        load_open_gradients(entry, entry.module, self.collectives, state)
+
 
 def cpu_offload(**options: Any) -> FSDPStrategy:
     """An FSDPStrategy with ``cpu_offload=True``, registered as ``"fsdp_cpu_offload"``."""
     return FSDPStrategy(cpu_offload=True, **options)
 
 
-def _both_checkpointings(older: object, policy: Policy | None) -> Policy | None:
-    if older is None:
-        return policy
-    if policy is not None:
-        raise MisconfigurationException(
-            "FSDPStrategy got both activation_checkpointing and activation_checkpointing_policy. Give the latter only."
-        )
-    classes = set(cast("list[Any]", older) if isinstance(older, (list, tuple, set)) else [older])
-    units.check_policy("activation_checkpointing", classes)
-    warnings.warn(
-        "FSDPStrategy(activation_checkpointing=...) is deprecated: write activation_checkpointing_policy={...}.",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    return cast("Policy", classes)
-
-
 def _refuse_first_fsdp(module: nn.Module) -> None:
-    for name, one in cast("Iterable[tuple[str, nn.Module]]", module.named_modules()):
-        if isinstance(one, FullyShardedDataParallel):
-            raise MisconfigurationException(
-                f"{name or type(module).__name__} is wrapped in torch's FullyShardedDataParallel, but FSDPStrategy "
-                "shards with fully_shard. Remove the wrapper: give auto_wrap_policy, or call "
-                "torch.distributed.fsdp.wrap.wrap in configure_model."
-            )
+    name = wrapped_by_first_fsdp(module)
+    if name is not None:
+        raise MisconfigurationException(
+            f"{name or type(module).__name__} is wrapped in torch's FullyShardedDataParallel, but FSDPStrategy "
+            "shards with fully_shard. Remove the wrapper: give auto_wrap_policy, or call "
+            "torch.distributed.fsdp.wrap.wrap in configure_model."
+        )
 
 
 def _is_batch_norm(module: nn.Module) -> bool:
@@ -481,11 +471,3 @@ def _notify(entry: ShardedEntry, optimizer: Optimizer) -> None:
 
     if "_fulmen_tells" not in optimizer.__dict__:
         optimizer.__dict__["_fulmen_tells"] = optimizer.register_step_post_hook(tell)
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _too_early(name: str) -> RuntimeError:
-    return RuntimeError(f"{name} of FSDPStrategy is unknown until setup_environment has run: call it first.")

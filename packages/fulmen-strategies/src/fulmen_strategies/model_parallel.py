@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import weakref
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fulmen_protocols.errors import MisconfigurationException, MisconfigurationTypeError
 from fulmen_strategies._mesh import MeshSizes
 from fulmen_strategies._module_init import created_on
 from fulmen_strategies._pipeline import Stages, stage_group
-from fulmen_strategies._process_group import ProcessGroupMembership
-from fulmen_strategies._sharded.gradients import clip_by_norm, clip_by_value
-from fulmen_strategies._sharded.layout import laid_out_like, local
+from fulmen_strategies._rank_place import DEFAULT_TIMEOUT, RankPlace
+from fulmen_strategies._sharded import states
+from fulmen_strategies._sharded.checks import overrides_configure_model, refuse_unreduced, wrapped_by_first_fsdp
+from fulmen_strategies._sharded.gradients import clip_by_norm, clip_by_value, parameters_of
 from fulmen_strategies._sharded.materialise import is_on_meta, materialise
-from fulmen_strategies._sharded.states import (
-    load_module_state,
-    load_optimizer_state,
-    module_state,
-    optimizer_state,
-)
+from fulmen_strategies._sharded.open_gradients import has_open_gradients, load_open_gradients, open_gradients
+from fulmen_strategies._sharded.replaced import Replaced
+from fulmen_strategies._sharded.replicas import dimensions, share_values
 from fulmen_strategies.collectives import TorchCollectives
-from fulmen_strategies.launchers._rank import become_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
     from contextlib import AbstractContextManager
+    from datetime import timedelta
 
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
@@ -46,8 +42,6 @@ if TYPE_CHECKING:
     Size = int | Literal["auto"]
 
 __all__ = ["ModelParallelStrategy"]
-
-_DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
 class ModelParallelStrategy:
@@ -89,7 +83,7 @@ class ModelParallelStrategy:
         tensor_parallel_size: Size = "auto",
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
-        timeout: timedelta | None = _DEFAULT_TIMEOUT,
+        timeout: timedelta | None = DEFAULT_TIMEOUT,
         *,
         context_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
@@ -109,19 +103,17 @@ class ModelParallelStrategy:
             pipeline_parallel=pipeline_parallel_size,
         )
         self._saves_shards = save_distributed_checkpoint
-        self._backend = process_group_backend
-        self._timeout = _DEFAULT_TIMEOUT if timeout is None else timeout
-        self._device: torch.device | None = None
+        self._rank = RankPlace(
+            "ModelParallelStrategy", process_group_backend, timeout,
+            hint=" In a LightningModule self.device_mesh is there from setup on.",
+        )  # fmt: skip
         self._mesh: DeviceMesh | None = None
-        self._membership = ProcessGroupMembership()
-        self._collectives: TorchCollectives | None = None
         # Of a pipeline: among the ranks that hold this rank's stage, and the state of all of them.
         self._of_stage: TorchCollectives | None = None
         self._stages: Stages | None = None
         # Modules that parallelize_fn has placed; a second fit must not place them again.
         self._placed = WeakIdKeyDictionary()
-        # Parameters before they were placed, to those that took their place: for optimizers made earlier.
-        self._replaced = WeakIdKeyDictionary()
+        self._replaced = Replaced()
 
     # -- processes ----------------------------------------------------------------------------------------------------
 
@@ -137,9 +129,7 @@ class ModelParallelStrategy:
         Raises:
             RuntimeError: ``setup_environment`` has not run yet.
         """
-        if self._device is None:
-            raise _too_early("root_device")
-        return self._device
+        return self._rank.device
 
     @property
     def collectives(self) -> TorchCollectives:
@@ -148,9 +138,7 @@ class ModelParallelStrategy:
         Raises:
             RuntimeError: ``setup_environment`` has not run yet.
         """
-        if self._collectives is None:
-            raise _too_early("collectives")
-        return self._collectives
+        return self._rank.collectives
 
     @property
     def _own_stage(self) -> TorchCollectives:
@@ -164,7 +152,7 @@ class ModelParallelStrategy:
             RuntimeError: ``setup_environment`` has not run yet: there are no processes.
         """
         if self._mesh is None:
-            raise _too_early("device_mesh")
+            raise self._rank.too_early("device_mesh")
         return self._mesh
 
     @property
@@ -208,24 +196,18 @@ class ModelParallelStrategy:
         if self._mesh is not None:
             return
         self.check_world(topology.devices, topology.num_nodes)
-        become_rank()  # a run may leave the launcher out where the processes exist already
-        self._membership.join(topology, self._backend, self._timeout)
-        self._device = topology.device
-        self._collectives = TorchCollectives(topology.device)
+        self._rank.take(topology)
         self._mesh = self._sizes.make(topology.device, len(topology.devices), topology.num_nodes)
-        self._of_stage = self._collectives
         if _has_stages(self._mesh):
             self._of_stage = TorchCollectives(topology.device, stage_group(self._mesh))
-            self._stages = Stages(self._mesh, self._collectives, self._of_stage, topology.device)
+            self._stages = Stages(self._mesh, self.collectives, self._of_stage, topology.device)
 
     def teardown(self) -> None:
         """Leave the process group if this strategy has made it. May be called twice."""
-        self._membership.leave()
-        self._collectives = self._of_stage = self._stages = None
-        self._device = None
-        self._mesh = None
+        self._rank.leave()
+        self._mesh = self._of_stage = self._stages = None
         self._placed.clear()
-        self._replaced.clear()
+        self._replaced.forget()
 
     # -- modules ------------------------------------------------------------------------------------------------------
 
@@ -241,7 +223,7 @@ class ModelParallelStrategy:
         """
         _refuse_fsdp1(module)
         has_placed_itself = any(isinstance(parameter, DTensor) for parameter in module.parameters())
-        if self._parallelize is None and not has_placed_itself and not _overrides_configure_model(module):
+        if self._parallelize is None and not has_placed_itself and not overrides_configure_model(module):
             raise MisconfigurationTypeError(
                 f"ModelParallelStrategy was asked to run {type(module).__name__}, which does not override "
                 "configure_model: parallelize its layers there, on self.device_mesh, or give the strategy a "
@@ -260,13 +242,15 @@ class ModelParallelStrategy:
         before = dict(module.named_parameters())
         placed = module
         if self._parallelize is not None:
-            self._share_values(module)  # each rank is about to keep a part of its own
+            self._share(module)  # each rank is about to keep a part of its own
             placed = self._parallelized(module, self._parallelize)
         if is_on_meta(placed):
             materialise(placed, self.root_device, self._own_stage)
         placed.to(self.root_device)
-        self._share_values(placed)
-        self._remember(module, placed, before)
+        self._share(placed)
+        self._replaced.note(before, placed)
+        if self._parallelize is not None:
+            self._placed[module] = weakref.ref(placed)
         return placed
 
     def _parallelized(self, module: nn.Module, parallelize: Parallelize) -> nn.Module:
@@ -279,38 +263,8 @@ class ModelParallelStrategy:
         _refuse_fsdp1(placed)
         return placed
 
-    def _share_values(self, module: nn.Module) -> None:
-        """Make equal what is taken for equal: along dimensions on which a tensor is whole, the first rank's counts.
-
-        A plan leaves layers out, and a user's random state may differ between ranks.
-        """
-        for tensor in (*module.parameters(), *module.buffers()):
-            if not tensor.is_meta:
-                for collectives in self._replicas_of(tensor):
-                    collectives.broadcast(local(tensor.detach()))
-
-    def _replicas_of(self, tensor: Tensor) -> Iterator[TorchCollectives]:
-        """The groups of ranks that hold the same part of ``tensor``."""
-        own = tensor.device_mesh if isinstance(tensor, DTensor) else None
-        spread = set[int]() if own is None else _ranks(own)
-        for name in _dimensions(self.device_mesh):
-            ranks = self.device_mesh[name]
-            # A stage of a pipeline is a module of its own.
-            if name != "pipeline_parallel" and ranks.size() > 1 and not spread >= _ranks(ranks):
-                yield TorchCollectives(self.root_device, ranks.get_group())
-        if isinstance(tensor, DTensor):
-            for axis, placement in enumerate(tensor.placements):
-                if isinstance(placement, Replicate) and tensor.device_mesh.size(axis) > 1:
-                    yield TorchCollectives(self.root_device, tensor.device_mesh.get_group(axis))
-
-    def _remember(self, module: nn.Module, placed: nn.Module, before: dict[str, nn.Parameter]) -> None:
-        if self._parallelize is not None:
-            self._placed[module] = weakref.ref(placed)
-        after = {_canonical(name): parameter for name, parameter in placed.named_parameters()}
-        for name, parameter in before.items():
-            now = after.get(_canonical(name))
-            if now is not None and now is not parameter:
-                self._replaced[parameter] = now
+    def _share(self, module: nn.Module) -> None:
+        share_values(module, self.device_mesh, self.root_device)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -347,38 +301,9 @@ class ModelParallelStrategy:
             MisconfigurationException: a parameter to train would differ between data-parallel ranks.
         """
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                for index, before in enumerate(cast("list[Tensor]", group["params"])):
-                    if before in self._replaced:
-                        group["params"][index] = now = cast("Tensor", self._replaced[before])
-                        if before in optimizer.state:
-                            optimizer.state[now] = _state_laid_out_like(now, optimizer.state.pop(before))
-        self._refuse_unreduced(module, optimizers)
+            self._replaced.hand_over(optimizer)
+        refuse_unreduced(module, optimizers, self.device_mesh)
         return optimizers
-
-    def _refuse_unreduced(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Each parameter to train must lie on a mesh that holds all ranks which read other data."""
-        peers = set[int]()
-        for name in ("data_parallel", "context_parallel"):
-            if name in _dimensions(self.device_mesh):
-                peers |= _ranks(self.device_mesh[name])
-        if len(peers) == 1:
-            return
-        names = {id(parameter): _canonical(name) for name, parameter in module.named_parameters()}
-        for parameter in itertools.chain(*map(_parameters, optimizers)):
-            reduced = isinstance(parameter, DTensor) and peers <= _ranks(parameter.device_mesh)
-            if parameter.requires_grad and not reduced:
-                kinds = " and ".join(
-                    f"{name}_size={self.device_mesh[name].size()}"
-                    for name in ("data_parallel", "context_parallel")
-                    if name in _dimensions(self.device_mesh) and self.device_mesh[name].size() > 1
-                )
-                raise MisconfigurationException(
-                    f"with {kinds} the gradient of {names.get(id(parameter), 'a parameter')!r} of "
-                    f"{type(module).__name__} would be each rank's own, because nothing spreads it over those "
-                    "ranks: after tensor parallel plans call fully_shard(module, mesh=device_mesh['data_parallel']) on "
-                    "the layers and on the module that holds them, or use tensor parallel alone."
-                )
 
     def clip_grad_norm(
         self,
@@ -394,11 +319,11 @@ class ModelParallelStrategy:
         Source: Pascanu et al. 2013, algorithm 1.
         """
         clip = clip_by_norm if self._stages is None else self._stages.clip_by_norm
-        return clip(_parameters(optimizer), max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
+        return clip(parameters_of(optimizer), max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
 
     def clip_grad_value(self, module: nn.Module, optimizer: Optimizer, clip_value: float) -> None:
         """Clamp every gradient element to ``[-clip_value, clip_value]`` in place."""
-        clip_by_value(_parameters(optimizer), clip_value)
+        clip_by_value(parameters_of(optimizer), clip_value)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -409,95 +334,63 @@ class ModelParallelStrategy:
 
     def module_state(self, module: nn.Module, *, full: bool) -> Mapping[str, object]:
         """State by canonical name. ``full``: whole CPU tensors on rank 0, empty elsewhere; otherwise DTensors."""
-        _reshard(module)
-        state = module_state(module, full=full, rank=self._own_stage.rank)
-        named = {_canonical(name): value for name, value in state.items()}
+        states.reshard(module)
+        state = states.module_state(module, full=full, rank=self._own_stage.rank)
+        named = {states.canonical(name): value for name, value in state.items()}
         return named if self._stages is None or not full else self._stages.join_states(named)
 
     def load_module_state(self, module: nn.Module, state: Mapping[str, object], *, strict: bool) -> object:
         """Load what ``module_state`` gave, of either kind, saved by any strategy on any number of ranks."""
-        _reshard(module)
-        here = {_canonical(name): name for name in module.state_dict()}
-        named = {_canonical(name): value for name, value in state.items()}
+        states.reshard(module)
+        here = {states.canonical(name): name for name in module.state_dict()}
+        named = {states.canonical(name): value for name, value in state.items()}
         if self._stages is not None:
             named = self._stages.own_part(named, set(here))
         named = {here.get(name, name): value for name, value in named.items()}
-        return load_module_state(module, named, self._own_stage, strict=strict)
+        return states.load_module_state(module, named, self._own_stage, strict=strict)
 
     def optimizer_state(self, module: nn.Module, optimizer: Optimizer, *, full: bool) -> Mapping[str, object]:
         """Optimizer state in torch's layout; ``full`` as in ``module_state``."""
-        state = optimizer_state(optimizer, full=full, rank=self._own_stage.rank)
+        state = states.optimizer_state(optimizer, full=full, rank=self._own_stage.rank)
         return state if self._stages is None or not full else self._stages.join_optimizers(state)
 
     def load_optimizer_state(self, module: nn.Module, optimizer: Optimizer, state: Mapping[str, object]) -> None:
         """Load what ``optimizer_state`` gave, of either kind, saved by any strategy on any number of ranks."""
         if self._stages is not None:
             state = self._stages.own_optimizer(state, [len(group["params"]) for group in optimizer.param_groups])
-        load_optimizer_state(optimizer, state, self._own_stage)
+        states.load_optimizer_state(optimizer, state, self._own_stage)
 
+    def has_open_gradients(self, module: nn.Module) -> bool:
+        """Whether this rank holds any gradient, reduced or not."""
+        return has_open_gradients(module, module)
 
-def _state_laid_out_like(parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: laid_out_like(value, parameter).to(value.dtype)
-        if isinstance(value, torch.Tensor) and value.dim() and value.shape == parameter.shape
-        else value
-        for name, value in state.items()
-    }
+    def open_gradients(self, module: nn.Module, *, full: bool) -> Mapping[str, object]:
+        """The state of every rank's gradients; ``full`` as in ``module_state``."""
+        states.reshard(module)
+        return open_gradients(module, module, self.collectives, full=full)
 
+    def load_open_gradients(self, module: nn.Module, state: Mapping[str, object]) -> None:
+        """Load what ``open_gradients`` gave.
 
-def _canonical(name: str) -> str:
-    """Without what ``torch.compile`` puts before the names inside a compiled module."""
-    return name.replace("_orig_mod.", "")
-
-
-def _reshard(module: nn.Module) -> None:
-    """Register shards as the module's parameters again, where an evaluation has left them gathered."""
-    for one in module.modules():
-        if isinstance(one, FSDPModule):
-            one.reshard()
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _dimensions(mesh: DeviceMesh) -> tuple[str, ...]:
-    return mesh.mesh_dim_names or ()
+        Raises:
+            CheckpointError: ranks have gradients of their own in it, and there are other ranks now.
+        """
+        states.reshard(module)
+        load_open_gradients(module, module, self.collectives, state)
 
 
 def _has_stages(mesh: DeviceMesh) -> bool:
-    return "pipeline_parallel" in _dimensions(mesh)
-
-
-def _ranks(mesh: DeviceMesh) -> set[int]:
-    return set(cast("list[int]", mesh.mesh.flatten().tolist()))
-
-
-def _overrides_configure_model(module: nn.Module) -> bool:
-    """Whether a class of ``module``'s replaces the ``configure_model`` that it has inherited."""
-    method = getattr(module, "configure_model", None)
-    if method is None:
-        return False
-    declared = [vars(kind)["configure_model"] for kind in type(module).__mro__ if "configure_model" in vars(kind)]
-    return len(declared) != 1 or getattr(method, "__func__", method) is not declared[0]
+    return "pipeline_parallel" in dimensions(mesh)
 
 
 def _refuse_fsdp1(module: nn.Module) -> None:
-    modules = cast("Iterator[tuple[str, nn.Module]]", module.named_modules())
-    found = next((name for name, one in modules if isinstance(one, FullyShardedDataParallel)), None)
-    if found is not None:
+    name = wrapped_by_first_fsdp(module)
+    if name is not None:
         raise MisconfigurationTypeError(
-            f"ModelParallelStrategy was given {type(module).__name__}, whose {found or 'root'!r} is wrapped in "
+            f"ModelParallelStrategy was given {type(module).__name__}, whose {name or 'root'!r} is wrapped in "
             "torch.distributed.fsdp.FullyShardedDataParallel (FSDP1): use torch.distributed.fsdp.fully_shard instead."
         )
 
 
 def _kind(value: object) -> str:
     return "None" if value is None else type(value).__name__
-
-
-def _too_early(name: str) -> RuntimeError:
-    return RuntimeError(
-        f"{name} of ModelParallelStrategy is unknown until setup_environment has run: call it first. In a "
-        "LightningModule self.device_mesh is there from setup on."
-    )

@@ -178,7 +178,7 @@ class AttachedModule(nn.Module):
         return self.device.type == "cuda"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # its owner has left it untyped
         if _first_tensor(self) is None:  # nothing that could tell later where it was moved
             result = cast("object", fn(torch.empty(0, device=self.device, dtype=self.dtype)))
             if isinstance(result, Tensor):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any, cast
 
-from fulmen._canonical import as_named_here, canonical
 from fulmen._checkpoint_layout import LIGHTNING_VERSION, lightning_loops, progress_from_lightning
 from fulmen._checkpoint_path import resolve_path
 from fulmen._exact_state import (
@@ -13,13 +12,14 @@ from fulmen._exact_state import (
     foreign_state,
     loader_states,
     require_known_version,
-    restore_gradients,
 )
 from fulmen._partial_resume import EVERYTHING, change, options, tell
-from fulmen.hparams import checkpoint_entries
+from fulmen._storable import storable_entries
+from fulmen._window_gradients import restore_gradients
 from fulmen.states import TrainerStatus
 from fulmen_fabric import rank_zero_info, rank_zero_warn
 from fulmen_fabric.abilities import supports
+from fulmen_fabric.compiled import as_named_here, canonical
 from fulmen_protocols import (
     CheckpointError,
     MisconfigurationException,
@@ -31,13 +31,18 @@ from fulmen_protocols import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch.optim import Optimizer
+
     from fulmen._session import Session
     from fulmen.trainer import Trainer
 
 __all__ = [
     "dump",
+    "is_full",
     "is_sharded",
     "load",
+    "module_state",
+    "optimizer_state",
     "resolve_path",
     "restore_modules_and_callbacks",
     "restore_training",
@@ -60,25 +65,44 @@ def save(
         trainer.strategy.saving.finish()
 
 
+def module_state(session: Session, *, full: bool) -> dict[str, Any]:
+    """The weights as a checkpoint holds them, by their plain names. Every rank must call it.
+
+    ``full``: sharded ones are gathered on rank 0.
+    """
+    strategy, module = session.assembly.strategy, session.module
+    if not supports(strategy, SupportsShardedState):
+        return dict(canonical(module.state_dict()))
+    placed = module if session.placed is None else session.placed
+    return dict(canonical(dict(strategy.module_state(placed, full=full))))
+
+
+def optimizer_state(session: Session, optimizer: Optimizer, *, full: bool) -> dict[str, Any]:
+    """The state of one of the session's optimizers as a checkpoint holds it; see ``module_state``."""
+    strategy = session.assembly.strategy
+    if not supports(strategy, SupportsShardedState):
+        return optimizer.state_dict()
+    placed = session.module if session.placed is None else session.placed
+    return dict(strategy.optimizer_state(placed, optimizer, full=full))
+
+
+def is_full(session: Session) -> bool:
+    """Whether checkpoints of this run hold whole tensors."""
+    # Shards stay where they are if that is wanted, and if there is a format that every rank writes.
+    strategy, checkpoint_io = session.assembly.strategy, session.assembly.checkpoint_io
+    wanted = supports(strategy, SupportsShardedState) and strategy.state_kind == "sharded"
+    return not (wanted and supports(checkpoint_io, SupportsShardedSave))
+
+
 def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> dict[str, Any]:
     """The content of a checkpoint of this moment. Every rank must call it."""
     progress = trainer._progress  # pyright: ignore[reportPrivateUsage]
-    module, strategy = session.module, trainer.assembly.strategy
-    placed = session.placed if session.placed is not None else module
-    sharded = strategy if supports(strategy, SupportsShardedState) else None
-    # Shards stay where they are if that is wanted, and if there is a format that every rank writes.
-    full = not (
-        sharded is not None
-        and sharded.state_kind == "sharded"
-        and supports(trainer.strategy.checkpoint_io, SupportsShardedSave)
-    )
+    module, full = session.module, is_full(session)
     checkpoint: dict[str, Any] = {
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
         "pytorch-lightning_version": LIGHTNING_VERSION,
-        "state_dict": canonical(
-            module.state_dict() if sharded is None else dict(sharded.module_state(placed, full=full))
-        ),
+        "state_dict": module_state(session, full=full),
         "loops": lightning_loops(
             progress,
             loader_states(session, progress),
@@ -93,17 +117,16 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
             if state:
                 callbacks[_state_key(callback)] = state
         checkpoint["optimizer_states"] = [
-            optimizer.state_dict() if sharded is None else dict(sharded.optimizer_state(placed, optimizer, full=full))
-            for optimizer in session.optimizers
+            optimizer_state(session, optimizer, full=full) for optimizer in session.optimizers
         ]
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in session.schedulers]
         precision = trainer.assembly.precision
         if supports(precision, SupportsGradScaling):
             checkpoint["MixedPrecision"] = precision.state_dict()
-        checkpoint["fulmen"] = exact_state(trainer, session)
-    checkpoint.update(checkpoint_entries(module))
+        checkpoint["fulmen"] = exact_state(trainer, session, full=full)
+    checkpoint.update(storable_entries(module, trainer.strategy.checkpoint_io))
     if session.datamodule is not None:
-        checkpoint.update(checkpoint_entries(session.datamodule, prefix="datamodule_"))
+        checkpoint.update(storable_entries(session.datamodule, trainer.strategy.checkpoint_io, "datamodule_"))
         state = session.scoped("state_dict", session.datamodule.state_dict, session.datamodule)()
         if state:
             checkpoint[type(session.datamodule).__qualname__] = state
@@ -228,7 +251,7 @@ def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, A
     for config, state in zip(session.schedulers, states, strict=False):
         config.scheduler.load_state_dict(state)
     if resume.takes("progress"):
-        restore_gradients(session, trainer._progress)  # pyright: ignore[reportPrivateUsage]
+        restore_gradients(session)
     if resume is not EVERYTHING:
         file = options(session.optimizers)
         change(resume, session.optimizers, scheduled=bool(states and session.schedulers))

@@ -9,14 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fulmen._metric_state import merge_states
-from fulmen_fabric import collect_rng_state, rank_zero_info, rank_zero_warn, restore_rng_state
-from fulmen_fabric.abilities import supports
-from fulmen_protocols import CheckpointError, SupportsShardedState
+from fulmen._window_gradients import own_gradients, sharded_gradients
+from fulmen_fabric import collect_rng_state, rank_zero_info, restore_rng_state
+from fulmen_protocols import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from torch import Tensor
 
     from fulmen._metering import Metering
     from fulmen._session import Session
@@ -28,7 +26,6 @@ __all__ = [
     "foreign_state",
     "loader_states",
     "require_known_version",
-    "restore_gradients",
     "restore_position",
     "restore_rng",
 ]
@@ -36,8 +33,11 @@ __all__ = [
 _VERSION = 1
 
 
-def exact_state(trainer: Trainer, session: Session) -> dict[str, Any]:
-    """Counters, and each rank's random state, data position, running metrics and open gradients."""
+def exact_state(trainer: Trainer, session: Session, *, full: bool) -> dict[str, Any]:
+    """Counters, and each rank's random state, data position, running metrics and open gradients.
+
+    ``full``: the gradients of sharded parameters are whole, and on rank 0.
+    """
     progress = trainer._progress  # pyright: ignore[reportPrivateUsage]
     store = trainer._metering.train if trainer._fitting else None  # pyright: ignore[reportPrivateUsage]
     loader = session.train_loader
@@ -49,13 +49,14 @@ def exact_state(trainer: Trainer, session: Session) -> dict[str, Any]:
         "rng": session.rng_before_validation or collect_rng_state(trainer.world.device),
         "loader": None if loader is None else loader.state_dict(progress.batch, within_epoch=within_epoch),
         "metrics": None if store is None or progress.epoch_ended else store.state_dict(),
-        "gradients": _open_gradients(session, progress),
+        "gradients": own_gradients(session, progress),
     }
     return {
         "version": _VERSION,
         "progress": progress.state_dict(),
         "data_parallel_size": trainer.world.data_parallel_size,
         "ranks": trainer.world.collectives.all_gather_object(mine),
+        "gradients": sharded_gradients(session, progress, full=full),
         "callback_metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
     }
 
@@ -83,53 +84,6 @@ def require_known_version(exact: Mapping[str, Any], path: object) -> None:
         raise CheckpointError(
             f"{path} was written with layout {exact['version']}; this fulmen reads {_VERSION}. Update fulmen."
         )
-
-
-# ---------------------------------------------------------------------- gradients
-
-
-def _open_gradients(session: Session, progress: Progress) -> dict[str, Tensor] | None:
-    """This rank's gradients, where a later step needs them."""
-    manual = session.manual
-    if not (progress.window_is_open if manual is None else manual.gradients_are_open):
-        return None
-    if supports(session.assembly.strategy, SupportsShardedState):
-        rank_zero_warn(
-            "this checkpoint is saved inside an accumulation window, and gradients of sharded parameters are not in "
-            "it: a resume goes on without the batches of this window so far. Save at the end of a window."
-        )
-        return None
-    named = session.module.named_parameters()
-    return {name: parameter.grad.detach().cpu() for name, parameter in named if parameter.grad is not None}
-
-
-def restore_gradients(session: Session, progress: Progress) -> None:
-    """Give every rank the gradients that it had.
-
-    Raises:
-        CheckpointError: another number of ranks had them, or whole ones are to go into sharded parameters.
-    """
-    assert session.resumed is not None
-    ranks: list[Any] = session.resumed.get("ranks", [])
-    if not any(rank["gradients"] for rank in ranks):
-        return
-    if supports(session.assembly.strategy, SupportsShardedState):
-        raise CheckpointError(
-            f"this checkpoint was saved inside an accumulation window by {len(ranks)} processes, each with gradients "
-            f"of the whole model, which strategy {session.assembly.strategy_name!r} cannot spread. Resume with the "
-            "strategy that saved it, or from a checkpoint that was saved at the end of a window."
-        )
-    if len(ranks) != session.world.world_size:
-        raise CheckpointError(
-            f"this checkpoint was saved inside an accumulation window by {len(ranks)} processes, which each hold their "
-            f"own gradients; {session.world.world_size} cannot share them. Resume with {len(ranks)}, or from a "
-            "checkpoint that was saved at the end of a window."
-        )
-    saved: dict[str, Tensor] = ranks[session.world.rank]["gradients"]
-    for name, parameter in session.module.named_parameters():
-        if name in saved:
-            parameter.grad = saved[name].to(parameter.device, copy=True)
-    session.has_open_gradients = not session.module.automatic_optimization
 
 
 # ---------------------------------------------------------------------- position and random state

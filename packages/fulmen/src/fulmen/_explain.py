@@ -71,7 +71,8 @@ _ORDER = (
 
 def explain_run(trainer: Trainer, model: LightningModule | None) -> str:
     """The text of ``Trainer.explain``."""
-    module = model if model is not None else trainer.lightning_module
+    session = trainer._session  # pyright: ignore[reportPrivateUsage]
+    module = session.module if model is None and session is not None else model
     assembly, settings = trainer.assembly, trainer.settings
     rows = ["Parts"]
     rows += [f"  {noun:<20} {source}" for noun, source in assembly.sources.items()]

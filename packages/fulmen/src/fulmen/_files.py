@@ -138,6 +138,6 @@ def write_bytes(path: str, data: bytes) -> None:
 
 
 def _remote(url: str) -> Any:
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec  # type: ignore[import-untyped]  # it has no types
 
     return cast("Any", fsspec).core.url_to_fs(url)[0]

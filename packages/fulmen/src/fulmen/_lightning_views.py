@@ -32,17 +32,12 @@ __all__ = [
 
 
 class Counts(NamedTuple):
-    """How many of something are ready, started, processed and completed. Between hooks the four are one number."""
+    """How many of something are ready, started, processed and completed, the one in hand included as far as it is."""
 
     ready: int
     started: int
     processed: int
     completed: int
-
-    @classmethod
-    def of(cls, count: int) -> Counts:
-        """``count`` of each."""
-        return cls(count, count, count, count)
 
 
 class ProgressView(NamedTuple):
@@ -63,7 +58,13 @@ class TrainingEpochLoopView:
     def batch_progress(self) -> ProgressView:
         """Training batches: of the running epoch, and of all."""
         progress = self._progress
-        return ProgressView(Counts.of(progress.batch), Counts.of(progress.total_batches), progress.epoch_is_whole)
+        begun = int(progress.epoch_started and not progress.epoch_ended and not progress.batch_is_open)
+        # The hooks at a batch's end belong to it; the validation after it does not.
+        ending = int(progress.batch_is_open and not progress.epoch_ended and not self._trainer.validating)
+        current, total = (
+            Counts(done + begun, done + begun, done, done - ending) for done in (progress.batch, progress.total_batches)
+        )
+        return ProgressView(current, total, self._trainer.is_last_batch)
 
     @property
     def log_step(self) -> int:
@@ -76,13 +77,13 @@ class TrainingEpochLoopView:
 
     @property
     def batch_idx(self) -> int:
-        """Index of the batch done last in the running epoch; -1 before the first."""
-        return self._progress.batch - 1
+        """Index of the batch in hand, or of the one done last in the running epoch; -1 before the first."""
+        return self.batch_progress.current.ready - 1
 
     @property
     def total_batch_idx(self) -> int:
         """The same over all epochs."""
-        return self._progress.total_batches - 1
+        return self.batch_progress.total.ready - 1
 
     @property
     def global_step(self) -> int:
@@ -118,8 +119,10 @@ class FitLoopView:
 
     @property
     def epoch_progress(self) -> ProgressView:
-        """Finished epochs."""
-        epochs = Counts.of(self._progress.epoch)
+        """Epochs, over all resumes."""
+        progress = self._progress
+        begun = progress.epoch + int(progress.epoch_started)
+        epochs = Counts(begun, begun, progress.epoch + int(progress.epoch_ended), progress.epoch)
         return ProgressView(epochs, epochs)
 
     @property
@@ -137,13 +140,35 @@ class FitLoopView:
         return self._trainer.min_epochs
 
     @property
+    def max_steps(self) -> int:
+        """``Trainer.max_steps``."""
+        return self._trainer.max_steps
+
+    @property
+    def min_steps(self) -> int:
+        """``Trainer.min_steps``."""
+        return self._trainer.min_steps
+
+    @property
     def max_batches(self) -> float:
         """Training batches of an epoch on this rank; ``inf`` when unknown."""
         return self._trainer.num_training_batches
 
+    def setup_data(self) -> None:
+        """Ask for the training loader now, if nobody has; then ``num_training_batches`` is known.
+
+        For ``configure_optimizers``, which runs before the loader is needed. Does nothing before there is a model.
+        """
+        self._trainer._load_training_data()  # pyright: ignore[reportPrivateUsage]
+
+    @property
+    def trainer(self) -> Trainer:
+        """Whose loop it is."""
+        return self._trainer
+
     @property
     def batch_idx(self) -> int:
-        """Index of the batch done last in the running epoch."""
+        """Index of the batch in hand, or of the one done last in the running epoch; -1 before the first."""
         return self.epoch_loop.batch_idx
 
     @property
@@ -162,6 +187,11 @@ class EvaluationLoopView:
 
     def __init__(self, trainer: Trainer, stage: str) -> None:
         self._trainer, self._stage = trainer, stage
+
+    @property
+    def trainer(self) -> Trainer:
+        """Whose loop it is."""
+        return self._trainer
 
     @property
     def max_batches(self) -> list[float]:

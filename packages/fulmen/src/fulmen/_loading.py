@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fulmen import _instantiator
-from fulmen._canonical import as_named_here
+from fulmen._storable import names_left_out
 from fulmen.hparams import load_hparams_from_csv, load_hparams_from_yaml, restored
+from fulmen_fabric.compiled import as_named_here
 from fulmen_protocols import CHECKPOINT_IOS, MisconfigurationException, MisconfigurationTypeError, load
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _location(map_location: object) -> torch.device | str | None:
         return map_location
     if callable(map_location):
         # Files are read into host memory, whatever device wrote them: ask where a storage of the host would go.
-        storage = cast("Any", map_location)(torch.UntypedStorage(0), "cpu")  # type: ignore[no-untyped-call]
+        storage = cast("Any", map_location)(torch.UntypedStorage(0), "cpu")  # type: ignore[no-untyped-call]  # its owner has left it untyped
         return None if storage is None else torch.device(storage.device)
     raise MisconfigurationTypeError(
         f"load_from_checkpoint got map_location={map_location!r}. Give a device: tensors are read into host memory and "
@@ -151,7 +152,16 @@ def _construct(
     _, saved = _instantiator.split(hparams)
     if not takes_any:
         saved = {key: value for key, value in saved.items() if key in parameters}
-    return cls(**{**saved, **overrides})
+    try:
+        return cls(**{**saved, **overrides})
+    except TypeError as error:
+        missing = [name for name in names_left_out(checkpoint, prefix) if name not in overrides]
+        if missing:
+            error.add_note(
+                f"fulmen: {str(path)!r} was saved without {', '.join(missing)}, which only code from the file could "
+                f"bring back. Write {cls.__name__}.load_from_checkpoint(path, {missing[0]}=...)."
+            )
+        raise
 
 
 def _construct_configured(

@@ -121,7 +121,7 @@ class Measuring:
 def prepare(profiler: Profiler, trainer: Trainer) -> None:
     """Tell a profiler what is about to run."""
     profiler.setup(trainer.state.fn or "fit", trainer.local_rank, trainer.log_dir)
-    if supports(profiler, SupportsModuleRecording) and trainer.lightning_module is not None:
+    if supports(profiler, SupportsModuleRecording):
         profiler.record_module(trainer.lightning_module, lambda step: _expected_calls(trainer, step))
 
 

@@ -25,9 +25,11 @@ from fulmen_protocols import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from torch.optim import Optimizer
+
     from fulmen._session import Session
 
-__all__ = ["configure_model", "convert", "give_back", "make_optimizers", "place", "prepare_data"]
+__all__ = ["bring_state", "configure_model", "convert", "give_back", "make_optimizers", "place", "prepare_data"]
 
 
 def prepare_data(session: Session) -> None:
@@ -89,7 +91,7 @@ def synchronise_batch_norms(module: nn.Module) -> dict[str, nn.Module]:
         The layers that were replaced, by name; the new ones have the same parameters.
     """
     replaced = {name: layer for name, layer in batch_norms(module).items() if not isinstance(layer, nn.SyncBatchNorm)}
-    nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+    nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]  # its owner has left it untyped
     return replaced
 
 
@@ -141,10 +143,26 @@ def make_optimizers(session: Session, *, steps_own_schedulers: bool) -> None:
     )
     assert session.placed is not None
     session.optimizers = list(session.assembly.strategy.prepare_optimizers(session.placed, optimizers))
+    for optimizer in session.optimizers:
+        bring_state(optimizer)
     precision = session.assembly.precision
     if supports(precision, SupportsOptimizerPreparation):
         for optimizer in session.optimizers:
             precision.prepare_optimizer(optimizer)
+
+
+def bring_state(optimizer: Optimizer) -> None:
+    """Move what ``optimizer`` knows of its parameters to where they are: its user may have made, and used, it before.
+
+    As with torch's ``load_state_dict``, a count of steps stays on the host unless the optimizer is capturable or fused.
+    """
+    for group in optimizer.param_groups:
+        counts_on_device = group.get("capturable") or group.get("fused")
+        for parameter in group["params"]:
+            known = cast("dict[str, object]", optimizer.state.get(parameter, {}))
+            for name, value in known.items():
+                if name != "step" or counts_on_device:
+                    known[name] = move_data_to_device(value, parameter.device)
 
 
 def _pass_on_advice(session: Session) -> None:

@@ -27,6 +27,7 @@ from fulmen_protocols import (
     SupportsLoaderProcessing,
     SupportsManualBackward,
     SupportsNoSync,
+    SupportsOpenGradients,
     SupportsPrecisionPlan,
     SupportsShardedState,
 )
@@ -140,7 +141,7 @@ class Session:
         strategy = self.assembly.strategy
         if self.placed is not None and supports(strategy, SupportsBoundMethods):
             return strategy.bind_method(self.placed, name)
-        return getattr(self.module, name)  # type: ignore[no-any-return]
+        return getattr(self.module, name)  # type: ignore[no-any-return]  # Any by its nature
 
     def step_method(
         self, name: str, *, several_loaders: bool = False, bind: bool = True, manually: bool = False
@@ -333,7 +334,10 @@ class Session:
         return {"step": run_step, "accumulate": run_accumulate}
 
     def has_gradients(self) -> bool:
-        """Whether any parameter holds one."""
+        """Whether any parameter holds one, or the strategy one for it."""
+        strategy = self.assembly.strategy
+        if supports(strategy, SupportsOpenGradients) and self.placed is not None:
+            return strategy.has_open_gradients(self.placed)
         return any(parameter.grad is not None for parameter in self.module.parameters())
 
     def place_again(self) -> None:

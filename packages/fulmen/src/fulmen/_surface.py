@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fulmen._run_loaders import train_loader
 from fulmen._surface_loops import LoopSurface
@@ -126,9 +126,9 @@ class TrainerSurface(SettingsSurface, LoopSurface):
     # ------------------------------------------------------------------ what we run
 
     @property
-    def lightning_module(self) -> LightningModule | None:
-        """The module of the last call."""
-        return None if self._session is None else self._session.module
+    def lightning_module(self) -> LightningModule:
+        """The module of the last call; None before the first, which is not in the type: callbacks run later."""
+        return cast("LightningModule", None if self._session is None else self._session.module)
 
     @property
     def model(self) -> nn.Module | None:
@@ -225,8 +225,8 @@ class TrainerSurface(SettingsSurface, LoopSurface):
 
     @property
     def is_last_batch(self) -> bool:
-        """Whether the batch just trained ended its epoch."""
-        return self._progress.epoch_is_whole
+        """Whether the batch in hand, or the one just trained, is the last of its epoch."""
+        return self._progress.last_is_in_hand or self._progress.epoch_is_whole
 
     @property
     def val_check_batch(self) -> float | None:
@@ -239,11 +239,9 @@ class TrainerSurface(SettingsSurface, LoopSurface):
     @property
     def estimated_stepping_batches(self) -> float:
         """Optimizer steps of the whole fit; ``inf`` when unbounded. May ask for the training loader."""
-        session = self._session
-        if session is None:
+        if self._session is None:
             return math.inf
-        if not self._train_loader_is_known:
-            train_loader(session, self.settings).setup(self._progress.epoch)
+        self._load_training_data()
         return replace(
             self._plan,
             max_epochs=self.max_epochs,
@@ -251,6 +249,11 @@ class TrainerSurface(SettingsSurface, LoopSurface):
             accumulate=self.accumulate_grad_batches,
             batches=self.num_training_batches,
         ).estimated_steps()
+
+    def _load_training_data(self) -> None:
+        """Ask for the training loader, unless it is known or nothing is trained."""
+        if self._session is not None and not self._train_loader_is_known:
+            train_loader(self._session, self.settings).setup(self._progress.epoch)
 
     @property
     def num_training_batches(self) -> float:

@@ -9,15 +9,12 @@ from fulmen_protocols import MissingPackage
 __all__ = ["from_xla"]
 
 
-def from_xla(module: str, name: str, known: frozenset[str]) -> object:
+def from_xla(module: str, name: str) -> object:
     """``name`` of fulmen_xla, for the module of that name.
 
     Raises:
-        AttributeError: it is none of ``known``.
         MissingPackage: fulmen-xla is not installed.
     """
-    if name not in known:
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
     try:
         package = import_module("fulmen_xla")
     except ModuleNotFoundError as error:

@@ -242,8 +242,8 @@ def _warn_about_modules(hparams: Mapping[str, Any]) -> None:
     for name, value in hparams.items():
         if isinstance(value, nn.Module):
             warnings.warn(
-                f"hyperparameter {name!r} is an nn.Module, whose weights a checkpoint holds already: "
-                f"save_hyperparameters(ignore=[{name!r}]) avoids storing it twice.",
+                f"hyperparameter {name!r} is an nn.Module. Checkpoints hold its weights and leave it out: give it to "
+                f"load_from_checkpoint(path, {name}=...), and write save_hyperparameters(ignore=[{name!r}]).",
                 stacklevel=3,
             )
 

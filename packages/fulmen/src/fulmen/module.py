@@ -6,7 +6,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from numbers import Number
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -22,13 +22,21 @@ from fulmen.optimizer import LightningOptimizer
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
     from os import PathLike
 
     from torch.optim import Optimizer
 
 
 __all__ = ["LightningModule"]
+
+
+class SupportsItems(Protocol):
+    """A mapping, or a torchmetrics ``MetricCollection``, which is none."""
+
+    def items(self) -> Iterable[tuple[str, Any]]:
+        """Names and what is under them."""
+        ...
 
 
 class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMixin, AttachedModule):
@@ -155,7 +163,7 @@ class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, Hyperpar
     @never_compiled
     def log_dict(
         self,
-        dictionary: Mapping[str, Any],
+        dictionary: SupportsItems,
         prog_bar: bool = False,
         logger: bool | None = None,
         on_step: bool | None = None,
@@ -285,7 +293,7 @@ class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, Hyperpar
         if self._trainer is None and self._fabric is not None:
             self._fabric.backward(loss, *args, **kwargs)
         else:
-            loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+            loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]  # its owner has left it untyped
 
     @never_compiled
     def toggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
@@ -440,7 +448,7 @@ class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, Hyperpar
         return load_module(cls, checkpoint_path, map_location, hparams_file, strict, weights_only, kwargs)
 
 
-def _for_fabric(values: Mapping[str, Any]) -> dict[str, Any]:
+def _for_fabric(values: SupportsItems) -> dict[str, Any]:
     """What a Fabric's loggers get of ``values``: they take numbers and tensors of one element."""
     for name, value in values.items():
         if not isinstance(value, (Number, Tensor)) or (isinstance(value, Tensor) and value.numel() != 1):
@@ -464,7 +472,7 @@ def _one_of(name: str, given: Any, trainers: Any) -> Any:
     return trainers if given is None else given
 
 
-def _items_to_log(dictionary: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _items_to_log(dictionary: SupportsItems) -> list[tuple[str, Any]]:
     torchmetrics = sys.modules.get("torchmetrics")
     if torchmetrics is not None and isinstance(dictionary, torchmetrics.MetricCollection):
         # Names with the collection's prefix and postfix; states that are shared within it stay shared.

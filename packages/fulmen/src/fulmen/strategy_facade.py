@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from fulmen import _checkpointing
 from fulmen._saving import Saving
+from fulmen_fabric import move_data_to_device
 from fulmen_fabric.abilities import supports
-from fulmen_protocols import MisconfigurationException, SupportsShardedSave
+from fulmen_protocols import (
+    MisconfigurationException,
+    OwnsAccumulation,
+    SupportsLoaderProcessing,
+    SupportsShardedSave,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,10 +25,12 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from fulmen.optimizer import LightningOptimizer
-    from fulmen_fabric import World
+    from fulmen._session import Session
+    from fulmen.module import LightningModule
+    from fulmen.optimizer import LightningOptimizer, LRSchedulerConfig
+    from fulmen.trainer import Trainer
     from fulmen_fabric.steps import Gradients
-    from fulmen_protocols import CheckpointIO, ReduceOp, Strategy
+    from fulmen_protocols import Accelerator, ClusterEnvironment, Precision, ReduceOp
 
 __all__ = ["StrategyFacade"]
 
@@ -31,19 +40,106 @@ _OPS: dict[str, ReduceOp] = {"mean": "mean", "avg": "mean", "sum": "sum", "min":
 
 
 class StrategyFacade:
-    """What callbacks and integrations read from ``trainer.strategy``. Anything else is asked of the backend itself."""
+    """What callbacks and integrations read from ``trainer.strategy``. Anything else is asked of the backend itself.
 
-    def __init__(self, backend: Strategy, world: World, checkpoint_io: CheckpointIO) -> None:
-        self.backend = backend
-        self.checkpoint_io = checkpoint_io
-        self.saving = Saving(checkpoint_io, world)
+    ``isinstance(trainer.strategy, DDPStrategy)`` holds where the backend is one; ``backend`` is the object itself.
+    """
+
+    restore_checkpoint_after_setup = False
+    """Whether weights are loaded only after the model is placed."""
+    lightning_restore_optimizer = True
+    """Whether the Trainer restores optimizers from a checkpoint."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        assembly = trainer.assembly
+        self.backend = assembly.strategy
+        self.checkpoint_io = assembly.checkpoint_io
+        self.saving = Saving(assembly.checkpoint_io, trainer.world)
         """Saves that may still be on their way."""
-        self._world = world
+        self._trainer = trainer
+        self._world = trainer.world
         self.model: nn.Module | None = None
         """The placed module: wrapped or sharded, as the strategy needs it."""
         self.gradients: Gradients | None = None
         self.wrapped_optimizers: list[LightningOptimizer] = []
         """Those of the running fit, as ``self.optimizers()`` gives them in manual optimization."""
+
+    # Outside code asks isinstance(trainer.strategy, FSDPStrategy), and must not be told no.
+    @property  # type: ignore[misc]  # object's can be set too, which nobody does to a strategy
+    def __class__(self) -> type[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]  # the same
+        return type(self.backend)
+
+    def __reduce__(self) -> tuple[object, tuple[()], dict[str, Any]]:
+        return _empty, (), dict(self.__dict__)  # pickle's own way refuses an object whose __class__ is not its type
+
+    @property
+    def lightning_module(self) -> LightningModule:
+        """The module of the last call, as the user wrote it; None before the first."""
+        return self._trainer.lightning_module
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers of the running fit. Settable, as ``Trainer.optimizers``."""
+        return self._trainer.optimizers
+
+    @optimizers.setter
+    def optimizers(self, optimizers: list[Optimizer]) -> None:
+        self._trainer.optimizers = optimizers
+
+    @property
+    def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:
+        """The schedulers of the running fit."""
+        return self._trainer.lr_scheduler_configs
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The accelerator in use."""
+        return self._trainer.assembly.accelerator
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """The precision in use."""
+        return self._trainer.assembly.precision
+
+    @property
+    def cluster_environment(self) -> ClusterEnvironment:
+        """What tells this process its ranks."""
+        return self._trainer.assembly.environment
+
+    @property
+    def parallel_devices(self) -> list[torch.device]:
+        """This node's devices, one for each of its processes."""
+        return list(self._trainer.assembly.devices)
+
+    @property
+    def strategy_name(self) -> str:
+        """The backend's registered name, else its class's."""
+        return self._trainer.assembly.strategy_name
+
+    @property
+    def launcher(self) -> Any:
+        """What starts the processes: its name, where the backend has one. None for one process."""
+        return getattr(self.backend, "launcher", None)
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the run."""
+        return self._trainer.assembly.num_nodes
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of this node."""
+        return len(self._trainer.assembly.devices)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """``num_replicas`` and ``rank`` for a sampler of one's own."""
+        return self._trainer.distributed_sampler_kwargs
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """Whether the strategy's engine counts accumulation itself."""
+        return supports(self.backend, OwnsAccumulation)
 
     @property
     def _lightning_optimizers(self) -> list[LightningOptimizer]:
@@ -121,6 +217,51 @@ class StrategyFacade:
             return tensor
         return self._world.collectives.all_gather(tensor, differentiable=sync_grads)
 
+    def batch_to_device(self, batch: T, device: torch.device | None = None, dataloader_idx: int = 0) -> T:
+        """``batch`` on ``device`` (None: this process's), moved as the Trainer moves one; hooks are not called."""
+        return move_data_to_device(batch, self.root_device if device is None else device)
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """``dataloader`` as the backend feeds it to the device; most leave it as it is."""
+        return (
+            self.backend.process_loader(dataloader) if supports(self.backend, SupportsLoaderProcessing) else dataloader
+        )
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The weights as a checkpoint holds them. Every rank must call it.
+
+        Raises:
+            MisconfigurationException: no model is attached yet.
+        """
+        session = self._session("lightning_module_state_dict()")
+        return _checkpointing.module_state(session, full=_checkpointing.is_full(session))
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state of one of ``optimizers``, or of its wrapper, as a checkpoint holds it. Every rank must call it.
+
+        Raises:
+            MisconfigurationException: no model is attached yet, or its fit does not train with ``optimizer``.
+        """
+        session = self._session("optimizer_state()")
+        plain = getattr(optimizer, "optimizer", optimizer)
+        for known in session.optimizers:
+            if known is plain or known is optimizer:
+                return _checkpointing.optimizer_state(session, known, full=_checkpointing.is_full(session))
+        raise MisconfigurationException(
+            f"optimizer_state({type(optimizer).__name__}): this fit trains with "
+            f"{', '.join(type(each).__name__ for each in session.optimizers) or 'no optimizer'}, and it is none of "
+            "these objects. Pass one of trainer.optimizers."
+        )
+
+    def _session(self, asked: str) -> Session:
+        session = self._trainer._session  # pyright: ignore[reportPrivateUsage]  # ours
+        if session is None:
+            raise MisconfigurationException(
+                f"trainer.strategy.{asked} needs a model, and this trainer has none yet. Call fit, validate, test or "
+                "predict first."
+            )
+        return session
+
     def clip_gradients(self, optimizer: Optimizer, value: float, algorithm: Literal["norm", "value"]) -> Tensor | None:
         """Clip in place; what ``LightningModule.clip_gradients`` calls. Returns the norm before, for ``"norm"``."""
         if self.gradients is None:
@@ -148,3 +289,8 @@ class StrategyFacade:
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.backend, name)
+
+
+def _empty() -> StrategyFacade:
+    """What unpickling fills."""
+    return object.__new__(StrategyFacade)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -19,11 +20,14 @@ from torch.distributed.fsdp import (
 )
 
 from fulmen_protocols.errors import MisconfigurationException, MisconfigurationTypeError, did_you_mean
+from fulmen_strategies._sharded.units import check_policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["Options", "Sharding", "mixed_precision", "offload", "options", "sharding"]
+    from fulmen_strategies._sharded.units import Policy
+
+__all__ = ["Options", "Sharding", "mixed_precision", "offload", "options", "recomputed", "sharding"]
 
 StrategyName = Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2"]
 
@@ -174,6 +178,29 @@ def mixed_precision(asked: object) -> MixedPrecisionPolicy | None:
         )
     casts = asked.cast_forward_inputs or asked.cast_root_forward_inputs
     return MixedPrecisionPolicy(asked.param_dtype, asked.reduce_dtype, cast_forward_inputs=casts)
+
+
+def recomputed(older: object, policy: Policy | None) -> Policy | None:
+    """Read ``activation_checkpointing_policy``, and its older form: a class or several.
+
+    Raises:
+        MisconfigurationException: both are given.
+        MisconfigurationTypeError: the older one is no class of modules.
+    """
+    if older is None:
+        return policy
+    if policy is not None:
+        raise MisconfigurationException(
+            "FSDPStrategy got both activation_checkpointing and activation_checkpointing_policy. Give the latter only."
+        )
+    classes = set(cast("list[Any]", older) if isinstance(older, (list, tuple, set)) else [older])
+    check_policy("activation_checkpointing", classes)
+    warnings.warn(
+        "FSDPStrategy(activation_checkpointing=...) is deprecated: write activation_checkpointing_policy={...}.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return cast("Policy", classes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,12 +137,6 @@ class ShardedEntry(nn.Module):
     def _state(self) -> Any:
         return cast("Any", self)._get_fsdp_state()
 
-    def reshard_all(self) -> None:
-        """Register the shards as the module's parameters again, where something has left them gathered."""
-        for module in self.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-
     # -- whole for longer ---------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager

@@ -21,8 +21,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.optim import Optimizer
 
-__all__ = ["all_finite", "clip_by_norm", "clip_by_value", "total_norm"]
+__all__ = ["all_finite", "clip_by_norm", "clip_by_value", "parameters_of", "total_norm"]
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """The parameters that ``optimizer`` steps, in the order of its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fulmen_strategies._sharded.layout import each_from_first, laid_out_like, map_tensors, to_host
@@ -21,7 +22,15 @@ if TYPE_CHECKING:
 
     from fulmen_strategies.collectives import TorchCollectives
 
-__all__ = ["Outcome", "load_module_state", "load_optimizer_state", "module_state", "optimizer_state"]
+__all__ = [
+    "Outcome",
+    "canonical",
+    "load_module_state",
+    "load_optimizer_state",
+    "module_state",
+    "optimizer_state",
+    "reshard",
+]
 
 
 class Outcome(NamedTuple):
@@ -29,6 +38,18 @@ class Outcome(NamedTuple):
 
     missing_keys: list[str]
     unexpected_keys: list[str]
+
+
+def canonical(name: str) -> str:
+    """``name`` without what ``torch.compile`` puts before the names inside a compiled module."""
+    return name.replace("_orig_mod.", "")
+
+
+def reshard(module: nn.Module) -> None:
+    """Register the shards as the parameters of ``module`` again, where an evaluation has left them gathered."""
+    for one in module.modules():
+        if isinstance(one, FSDPModule):
+            one.reshard()
 
 
 def module_state(module: nn.Module, *, full: bool, rank: int) -> dict[str, Any]:

@@ -1,13 +1,13 @@
-"""The life of a process that torchrun has started: it leaves its error to the agent, and does not wait for the dead.
+"""The life of a process that an elastic agent has started: it leaves its error to the agent, and waits for no dead.
 
-The agent kills the other workers when one has failed, but SIGTERM does not reach a process that waits in a collective
-with a handler of its own, and the agent then waits for half a minute. What is shared is the folder of the agent's error
-files: there the workers of a node write where they are, so that one that survives can tell of one that does not.
+The agent (torchrun's, or that of ``fulmen run``) kills the other workers when one has failed, but SIGTERM does not
+reach a process that waits in a collective with a handler of its own, and the agent then waits for half a minute. What
+is shared is the folder of the agent's error files: there the workers of a node write where they are, so that one that
+survives can tell of one that does not.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import sys
 import threading
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fulmen_protocols import Position, read_positions
-from fulmen_strategies._marks import process_exists
-from fulmen_strategies.launchers._failure import Failure, is_consequence, read_failure, record_exception, stack_file
+from fulmen_strategies._marks import LAUNCHED, STARTER_IS_NO_RANK, Starter, process_exists
+from fulmen_strategies.launchers._failure import Failure, exit_of_a_run, is_consequence, read_failure, tell
+from fulmen_strategies.launchers._own_end import OwnEnd
 from fulmen_strategies.launchers._pulse import Collective, Pulse, ask_all, read_standing
 from fulmen_strategies.launchers._verdict import odd_rank, others, recent
 
@@ -26,20 +27,26 @@ if TYPE_CHECKING:
 
 __all__ = ["ElasticRank", "is_elastic"]
 
+# All of these together, the stall limit aside, must leave time for the agent within ten seconds.
 _POLL_S = 0.2
-_VERDICT_S = 2.0  # how long a lost connection may wait for the failure that explains it
-_NOTICE_S = 4.0  # how long a process may take to end by itself when another has failed
-_REPORTED = "reported"
+_VERDICT_S = 1.5  # how long a lost connection may wait for the failure that explains it
+_NOTICE_S = 2.5  # how long a process may take to end by itself when another has failed
+_PRECEDENCE_S = 1.5  # how long the one that has failed may take to end before those that fail in consequence
 _PATIENCE_S = 0.7  # how long ranks may take to say where they are
+_REPORTED = "reported"
 
 
 def is_elastic() -> bool:
-    """Whether torchrun, or another elastic agent of torch, has started this process and others on this node."""
+    """Whether an elastic agent of torch has started this process, and possibly others on this node."""
     return bool(os.environ.get("TORCHELASTIC_RUN_ID") and os.environ.get("TORCHELASTIC_ERROR_FILE"))
 
 
 class ElasticRank:
-    """Reports this process's end in the agent's own way, and ends it when another one's end is seen."""
+    """Reports this process's end in the agent's own way, and ends it when another one's end is seen, or the agent's.
+
+    Attributes:
+        end: where it is reported.
+    """
 
     def __init__(self) -> None:
         self._file = os.environ["TORCHELASTIC_ERROR_FILE"]
@@ -47,27 +54,37 @@ class ElasticRank:
         self._rank = int(os.environ.get("RANK", "0"))
         self._first = self._rank - int(os.environ.get("LOCAL_RANK", "0"))
         self._world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        self._pid = os.getpid()
+        self._agent = Starter(int(os.environ.get(LAUNCHED, os.getppid())))
+        # That of `fulmen run` prints whose fault it was, and where that one was; torchrun's prints a table.
+        self._agent_tells = os.environ.get(STARTER_IS_NO_RANK) == "1"
+        self._reporting = threading.Lock()  # this process must not end while its watch is in the middle of a report
         self._hook_before = sys.excepthook
         sys.excepthook = self._on_uncaught
-        if not faulthandler.is_enabled():
-            # Kept open on purpose: the handler writes to it when the process crashes.
-            self._stack = open(stack_file(self._file), "w", encoding="utf-8")  # noqa: SIM115
-            faulthandler.enable(self._stack)
+        self.end = OwnEnd(self._file)
         Pulse(self._folder, self._rank).start()
         threading.Thread(target=self._watch, name="fulmen-peer-watch", daemon=True).start()
 
     # ---------------------------------------------------------------- this process fails
 
     def _on_uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if os.getpid() == self._pid:
-            if is_consequence(error) and self._wait_for_a_cause() is None:
-                record_exception(self._file, error)
-                self._report(self._who_kept_us_waiting())
-            # Its message is what the agent shows last, so it begins with whose it is.
-            position = read_positions(self._folder).get(self._rank)
-            error.add_note(f"raised on rank {self._rank} of {self._world_size}, at {position}")
-            record_exception(self._file, error)
+        if self.end.is_of_this_process:
+            first: Failure | None = None
+            if is_consequence(error):
+                cause = self._wait_for_a_cause()
+                if cause is not None:
+                    _let_end(cause.pid)
+                else:
+                    self.end.record(error)  # so that others do not take it for the cause
+                    cause = first = self._who_kept_us_waiting()
+                    self.end.record(error, first)  # the agent must find it when the report has ended that one
+                self._report(cause)
+            if not self._agent_tells:
+                # Its message is what the agent shows last, so it begins with whose it is.
+                position = read_positions(self._folder).get(self._rank)
+                error.add_note(f"raised on rank {self._rank} of {self._world_size}, at {position}")
+            self.end.record(error, first)
+            if self._agent_tells and not self._agent.is_gone():
+                return
         self._hook_before(kind, error, trace)
 
     def _wait_for_a_cause(self) -> Failure | None:
@@ -98,9 +115,16 @@ class ElasticRank:
 
     def _watch(self) -> None:
         while True:
+            if self._agent.is_gone():
+                if self._rank == self._first:
+                    tell(self._agent.last_words())
+                os._exit(1)
             cause = self._failed()
             # Where somebody has reported already, it may be this process that hangs: SIGTERM would not end it.
-            if cause is not None or os.path.exists(os.path.join(self._folder, _REPORTED)):
+            is_over = cause is not None or os.path.exists(os.path.join(self._folder, _REPORTED))
+            # All ranks may stop at one step and leave by sys.exit (when the job is being ended, say), some sooner than
+            # others: then this one still has things to do.
+            if is_over and exit_of_a_run() is None:
                 break
             time.sleep(_POLL_S)
         self._report(cause)
@@ -133,22 +157,23 @@ class ElasticRank:
         return os.path.join(self._folder, str(rank - self._first), Path(self._file).name)
 
     def _report(self, failure: Failure | None) -> None:
-        """Print what is known, unless another process of this node does."""
+        """Print what is known, unless another process of this node does, or the agent will."""
         if failure is None:
             return
-        try:
-            os.close(os.open(os.path.join(self._folder, _REPORTED), os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return
-        positions = read_positions(self._folder)
-        alive = {rank for rank, each in positions.items() if rank != failure.rank and process_exists(each.pid)}
-        ask_all(self._folder, alive, _PATIENCE_S)
-        standing = {rank: read_standing(self._folder, rank) for rank in alive}
-        stacks = {rank: said.stack for rank, said in standing.items() if said is not None}
-        text = others(stacks, positions, self._world_size)
-        if failure.kept_waiting:
-            text += recent(self._collectives(positions), self._world_size)
-        os.write(2, f"{text}{failure}\n".encode())
+        with self._reporting:
+            try:
+                os.close(os.open(os.path.join(self._folder, _REPORTED), os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return
+            positions = read_positions(self._folder)
+            alive = {rank for rank, each in positions.items() if rank != failure.rank and process_exists(each.pid)}
+            ask_all(self._folder, alive, _PATIENCE_S)
+            standing = {rank: read_standing(self._folder, rank) for rank in alive}
+            stacks = {rank: said.stack for rank, said in standing.items() if said is not None}
+            text = others(stacks, positions, self._world_size)
+            if failure.kept_waiting:
+                text += recent(self._collectives(positions), self._world_size)
+            tell(text if self._agent_tells else f"{text}{failure}\n")
 
     def _collectives(self, positions: dict[int, Position]) -> dict[int, list[Collective]]:
         found: dict[int, list[Collective]] = {}
@@ -156,3 +181,10 @@ class ElasticRank:
             standing = read_standing(self._folder, rank)
             found[rank] = list(self._read(rank, position).collectives if standing is None else standing.collectives)
         return found
+
+
+def _let_end(pid: int) -> None:
+    """Wait a moment for that process to end: an agent takes for the cause what it sees first."""
+    until = time.monotonic() + _PRECEDENCE_S
+    while process_exists(pid) and time.monotonic() < until:
+        time.sleep(0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,7 +20,16 @@ if TYPE_CHECKING:
 
     from fulmen_protocols import Position
 
-__all__ = ["Failure", "exit_of_a_run", "is_consequence", "read_failure", "read_stack", "record_exception", "stack_file"]
+__all__ = [
+    "Failure",
+    "exit_of_a_run",
+    "is_consequence",
+    "read_failure",
+    "read_stack",
+    "record_exception",
+    "stack_file",
+    "tell",
+]
 
 # What the transports say when a peer has vanished. It decides only whom to ask first and how long to wait for a better
 # answer, never whether something is an error.
@@ -74,12 +84,23 @@ class Failure:
             return 1
         return self.exit_code if self.exit_code >= 0 else 128 - self.exit_code
 
+    @property
+    def charge(self) -> str:
+        """Of a rank that kept the others waiting: which, where and how, as the beginning of a sentence."""
+        return f"{self._who} kept the others waiting{self._where}: {self.kept_waiting}"
+
+    @property
+    def _who(self) -> str:
+        return f"rank {self.rank} of {self.world_size} (process {self.pid})"
+
+    @property
+    def _where(self) -> str:
+        return "" if self.position is None else f", at {self.position}"
+
     def __str__(self) -> str:
-        who = f"rank {self.rank} of {self.world_size} (process {self.pid})"
-        where = "" if self.position is None else f", at {self.position}"
         prefix = f"[rank{self.rank}]: "
         if self.kept_waiting:
-            head = f"{who} kept the others waiting{where}: {self.kept_waiting}. The run was ended. There it stood:"
+            head = f"{self.charge}. The run was ended. There it stood:"
             return "\n".join([head, *(prefix + line for line in self.trace.splitlines() or ["an unknown place"])])
         if self.exit_code is not None and self.exit_code < 0:
             how = f"was killed by {_signal_name(-self.exit_code)}"
@@ -88,7 +109,7 @@ class Failure:
         else:
             how = "failed"
         lines = self.trace.rstrip().splitlines() or [f"{how} and left no Python traceback.{self._advice()}"]
-        head = f"{who} {how} first{where}; the run was ended. Its own report:"
+        head = f"{self._who} {how} first{self._where}; the run was ended. Its own report:"
         return "\n".join([head, *(prefix + line for line in lines)])
 
     def _advice(self) -> str:
@@ -99,8 +120,14 @@ class Failure:
         return ""
 
 
-def record_exception(file: str, error: BaseException) -> None:
-    """Write ``error`` to ``file`` in the layout of torch's elastic agent, in one step: a reader sees all or nothing."""
+def record_exception(file: str, error: BaseException, first: Failure | None = None) -> None:
+    """Write ``error`` to ``file`` in the layout of torch's elastic agent, in one step: a reader sees all or nothing.
+
+    Args:
+        file: where its starter will look.
+        error: what ended this process.
+        first: the rank that kept this one waiting; an agent cannot know.
+    """
     shown = "".join(traceback.format_exception(error))
     reply = {
         "message": {
@@ -110,6 +137,7 @@ def record_exception(file: str, error: BaseException) -> None:
         "time_s": time.time(),
         "is_consequence": is_consequence(error),
         "collectives": last_collectives(),
+        "first": None if first is None else {"rank": first.rank, "charge": first.charge, "trace": first.trace},
     }
     draft = f"{file}.{os.getpid()}"
     Path(draft).write_text(json.dumps(reply), encoding="utf-8")
@@ -136,6 +164,12 @@ def read_failure(file: str, *, rank: int, world_size: int, pid: int, exit_code: 
     except (OSError, ValueError, KeyError, TypeError):
         trace = read_stack(file)
     return Failure(rank, world_size, pid, exit_code, trace, time_s, consequence, collectives=collectives)
+
+
+def tell(text: str) -> None:
+    """Write ``text`` to the terminal at once, if there still is one: who ends processes must not fail over a report."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
 
 
 def stack_file(file: str) -> str:

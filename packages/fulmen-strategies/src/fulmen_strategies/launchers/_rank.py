@@ -1,9 +1,8 @@
-"""The life of a process that the launcher has started: it reports its end, and does not outlive its starter."""
+"""The life of a process that a launcher of ours has started: it reports its end, and does not outlive its starter."""
 
 from __future__ import annotations
 
 import atexit
-import faulthandler
 import os
 import sys
 import threading
@@ -11,16 +10,11 @@ import time
 from typing import TYPE_CHECKING
 
 from fulmen_protocols import read_positions
-from fulmen_strategies._marks import LAUNCHED, NOTES, STARTER_IS_NO_RANK, process_exists
+from fulmen_strategies._marks import LAUNCHED, NOTES, STARTER_IS_NO_RANK, Starter, process_exists
 from fulmen_strategies.environments._table import is_launched
 from fulmen_strategies.launchers._elastic import ElasticRank, is_elastic
-from fulmen_strategies.launchers._failure import (
-    exit_of_a_run,
-    is_consequence,
-    read_stack,
-    record_exception,
-    stack_file,
-)
+from fulmen_strategies.launchers._failure import is_consequence, read_stack, tell
+from fulmen_strategies.launchers._own_end import OwnEnd
 from fulmen_strategies.launchers._pulse import Pulse
 
 if TYPE_CHECKING:
@@ -37,61 +31,50 @@ _rank: _Rank | ElasticRank | None = None
 
 
 def become_rank() -> None:
-    """In a process that the launcher has started: report uncaught exceptions to the starter and end when it ends.
+    """In a process of several: report how it ends to the one that has started it, and end when that one does.
 
-    In one that torchrun has started: report them to its agent, and end when another rank of the node has failed.
+    That is a launcher of ours, or an elastic agent: torchrun's, or that of ``fulmen run``. Under an agent a process
+    also ends when another one of its node has failed.
 
     Once per process; later calls do nothing, and neither does any in another process.
     """
     global _rank
-    is_ours = LAUNCHED in os.environ
-    if not (is_launched(os.environ, os.getppid(), process_exists) if is_ours else is_elastic()):
+    if LAUNCHED in os.environ and not is_launched(os.environ, os.getppid(), process_exists):
+        return  # the variable was inherited from a process of another run
+    if not is_elastic() and LAUNCHED not in os.environ:
         return
     with _lock:
         if _rank is None:
-            _rank = _Rank(starter=int(os.environ[LAUNCHED])) if is_ours else ElasticRank()
+            _rank = ElasticRank() if is_elastic() else _Rank(Starter(int(os.environ[LAUNCHED])))
 
 
 def report_exit_first() -> None:
     """Call this after registering what is done at exit: a ``sys.exit`` must be reported before connections close."""
-    if isinstance(_rank, _Rank):
-        atexit.unregister(_rank.at_exit)
-        atexit.register(_rank.at_exit)
+    if _rank is not None and _rank.end is not None:
+        atexit.unregister(_rank.end.record_exit)
+        atexit.register(_rank.end.record_exit)
 
 
 class _Rank:
-    def __init__(self, starter: int) -> None:
+    """A process of the local launcher or of the process launcher."""
+
+    def __init__(self, starter: Starter) -> None:
         self._starter = starter
-        self._is_child = os.getppid() == starter
-        self._pid = os.getpid()
-        self._file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
         self._hook_before = sys.excepthook
         self._announcing = threading.Lock()
         self._notes = os.environ.get(NOTES, "")
         if self._notes:
             Pulse(self._notes, int(os.environ.get("RANK", "0"))).start()
-        if self._file:
+        file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+        self.end = OwnEnd(file) if file else None
+        if self.end is not None:
             sys.excepthook = self._on_uncaught
-            atexit.register(self.at_exit)
-            if not faulthandler.is_enabled():
-                # Kept open on purpose: the handler writes to it when the process crashes.
-                self._stack = open(stack_file(self._file), "w", encoding="utf-8")  # noqa: SIM115
-                faulthandler.enable(self._stack)
         threading.Thread(target=self._watch_starter, name="fulmen-starter-watch", daemon=True).start()
-
-    def at_exit(self) -> None:
-        """Report the ``sys.exit`` that ends this process, if there is one."""
-        error = exit_of_a_run()
-        if error is not None and os.getpid() == self._pid and not os.path.exists(self._file):
-            record_exception(self._file, error)
-
-    def _starter_is_gone(self) -> bool:
-        return os.getppid() != self._starter if self._is_child else not process_exists(self._starter)
 
     def _watch_starter(self) -> None:
         # The kernel's parent-death signal would be quicker, but it ends a process without a word, and somebody has to
         # say on the terminal what happened to rank 0.
-        while not self._starter_is_gone():
+        while not self._starter.is_gone():
             time.sleep(_POLL_S)
         self._announce_and_exit()
 
@@ -99,9 +82,7 @@ class _Rank:
         self._announcing.acquire()  # never released: one of the two threads that may come here ends the process
         if os.environ.get(STARTER_IS_NO_RANK) == "1":
             if os.environ.get("LOCAL_RANK") == "0":
-                os.write(
-                    2, f"process {self._starter}, which had started the ranks, has ended; they end too.\n".encode()
-                )
+                tell(self._starter.last_words())
         elif os.environ.get("LOCAL_RANK") == "1":
             world_size = os.environ.get("WORLD_SIZE", "?")
             rank = int(os.environ.get("RANK", "1")) - 1
@@ -113,25 +94,25 @@ class _Rank:
                 "A kill that nobody sent comes from the kernel when memory runs out."
             )
             report = (
-                f"rank {rank} of {world_size} (process {self._starter}) ended first{where}; the run was ended. "
+                f"rank {rank} of {world_size} (process {self._starter.pid}) ended first{where}; the run was ended. "
                 "What is known of it:\n" + "".join(f"[rank{rank}]: {line}\n" for line in end.splitlines())
             )
-            os.write(2, report.encode())
+            tell(report)
         os._exit(1)
 
     def _on_uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """Leave the traceback to the starter, who prints the one that matters last instead of all of them mixed."""
-        if os.getpid() != self._pid:  # a fork of this process
+        if self.end is None or not self.end.is_of_this_process:
             self._hook_before(kind, error, trace)
             return
-        if not self._starter_is_gone():
-            record_exception(self._file, error)
+        if not self._starter.is_gone():
+            self.end.record(error)
         if is_consequence(error):
             # A killed process loses its connections a moment before it loses its children.
             until = time.monotonic() + 0.5
-            while not self._starter_is_gone() and time.monotonic() < until:
+            while not self._starter.is_gone() and time.monotonic() < until:
                 time.sleep(0.02)
-            if self._starter_is_gone():
+            if self._starter.is_gone():
                 self._announce_and_exit()
-        elif self._starter_is_gone():
+        elif self._starter.is_gone():
             self._hook_before(kind, error, trace)

@@ -33,6 +33,7 @@ from fulmen_strategies.launchers._failure import (
     read_failure,
     read_stack,
     stack_file,
+    tell,
 )
 from fulmen_strategies.launchers._pulse import Collective, Pulse, ask_all, last_collectives, read_standing, stack_here
 from fulmen_strategies.launchers._rank import MAIN
@@ -212,7 +213,7 @@ class World:
                     self._terminate()
                 error.add_note(self._signature())
                 if not self._report_at_exit:
-                    os.write(2, self._surroundings(self.request.first_rank).encode())
+                    tell(self._surroundings(self.request.first_rank))
         self._hook_before(kind, error, trace)
 
     def _signature(self) -> str:
@@ -235,7 +236,7 @@ class World:
                 error.add_note(self._signature())
                 rank = self.request.first_rank
                 shown = "".join(traceback.format_exception(error)).splitlines()
-                os.write(2, "".join(f"[rank{rank}]: {line}\n" for line in shown).encode())
+                tell("".join(f"[rank{rank}]: {line}\n" for line in shown))
         else:
             try:
                 self._all_ended.wait()
@@ -441,7 +442,7 @@ class World:
 
     def _print_report(self) -> None:
         assert self._failure is not None
-        os.write(2, f"{self._surroundings(self._failure.rank)}{self._failure}\n".encode())
+        tell(f"{self._surroundings(self._failure.rank)}{self._failure}\n")
 
     def _surroundings(self, culprit: int) -> str:
         stacks = {rank: stack for rank, stack in sorted(self._stacks.items()) if rank != culprit}

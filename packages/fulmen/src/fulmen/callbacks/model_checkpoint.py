@@ -262,6 +262,8 @@ class ModelCheckpoint(Checkpoint):
         if self.monitor is not None and self.save_top_k != 0:
             metrics = trainer.callback_metrics
             fresh, known = self._value.is_fresh(metrics, moment, trainer.global_step), self.monitor in metrics
+            if not known and self.monitor in self._monitor_candidates(trainer):
+                fresh = known = True  # "step", "epoch", or what a subclass computes: made now, not logged
             if trainer.world_size > 1:  # rank 0's word counts, for others may not log the value
                 fresh, known = trainer.strategy.broadcast((fresh, known))
             if not fresh:

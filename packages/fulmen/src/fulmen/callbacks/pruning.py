@@ -173,7 +173,7 @@ class ModelPruning(Callback):
         """A checkpoint that is not permanent holds masks: give the layers that they belong to a place for them."""
         for (layer, name), path in zip(self._parameters_to_prune, self._names, strict=True):
             if path + "_mask" in state_dict and not hasattr(layer, name + "_mask"):
-                prune.identity(layer, name)  # type: ignore[no-untyped-call]
+                prune.identity(layer, name)  # type: ignore[no-untyped-call]  # its owner has left it untyped
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The model is loaded: whatever is loaded later has the model's own names."""
@@ -190,7 +190,7 @@ class ModelPruning(Callback):
         for (module, name), path in zip(self._parameters_to_prune, self._names, strict=True):
             if path in state["masks"]:
                 if not hasattr(module, name + "_mask"):
-                    prune.identity(module, name)  # type: ignore[no-untyped-call]
+                    prune.identity(module, name)  # type: ignore[no-untyped-call]  # its owner has left it untyped
                 with torch.no_grad():
                     getattr(module, name + "_mask").copy_(state["masks"][path])
                     getattr(module, name + "_orig").copy_(state["pruned"][path])
@@ -285,7 +285,7 @@ class ModelPruning(Callback):
             for orig in [name for name, _ in layer.named_parameters(recurse=False) if name.endswith("_orig")]:
                 name = orig.removesuffix("_orig")
                 if hasattr(layer, name + "_mask"):
-                    prune.remove(layer, name)  # type: ignore[no-untyped-call]
+                    prune.remove(layer, name)  # type: ignore[no-untyped-call]  # its owner has left it untyped
 
     def state_dict(self) -> dict[str, Any]:
         """By the parameter's name: masks, the weights under them, and the first values of the lottery ticket."""

@@ -26,7 +26,9 @@ class RichModelSummary(ModelSummary):
         try:
             import rich  # noqa: F401  # pyright: ignore[reportUnusedImport]
         except ImportError as error:
-            raise MissingPackage("RichModelSummary needs rich, which is not installed: pip install rich") from error
+            raise MissingPackage(
+                "RichModelSummary needs rich, which is not installed: pip install 'fulmen[rich]'"
+            ) from error
         super().__init__(max_depth, **summarize_kwargs)
 
     @staticmethod

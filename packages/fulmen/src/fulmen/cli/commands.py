@@ -154,7 +154,7 @@ def _check_keys(path: str, prefix: str, keys: Iterable[str], known: Sequence[str
 
 def _trainer_arguments() -> list[str]:
     """The names of the Trainer's arguments, from its source: importing it would import torch."""
-    spec = find_spec("fulmen.trainer")
+    spec = find_spec("fulmen.trainer.trainer")
     assert spec is not None
     assert spec.origin is not None
     with open(spec.origin, encoding="utf-8") as stream:

@@ -157,4 +157,4 @@ def override_configure_optimizers(
 
     if not inspect.ismethod(combine):
         update_wrapper(configure_optimizers, combine)
-    module.configure_optimizers = MethodType(configure_optimizers, module)  # type: ignore[method-assign]
+    module.configure_optimizers = MethodType(configure_optimizers, module)  # type: ignore[method-assign]  # replaced on purpose

@@ -40,14 +40,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    from importlib import import_module
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that is found here
 
-    if name in _HOME:
-        value: object = getattr(import_module(f"fulmen.demos.{_HOME[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'fulmen.demos' has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
+        if name in _HOME:
+            value: object = getattr(import_module(f"fulmen.demos.{_HOME[name]}"), name)
+            globals()[name] = value
+            return value
+        raise AttributeError(f"module 'fulmen.demos' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -43,7 +43,7 @@ class AllocationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  #
     """
 
     def __init__(self, granularity: int = 1) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # its owner has left it untyped
         self._granularity = granularity
         self._records: dict[int, _Record] = {}
         self._events: list[tuple[_Record, int]] = []
@@ -79,11 +79,11 @@ class AllocationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  #
                 recorder._is_guessing = before
 
         propagator._propagate_tensor_meta_non_cached = guess_unrecorded
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]  # its owner has left it untyped
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # its owner has left it untyped
         storages: Any = torch.UntypedStorage
         storages.resize_ = self._resize
         propagator: Any = ShardingPropagator

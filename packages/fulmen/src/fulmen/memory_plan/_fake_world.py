@@ -131,7 +131,7 @@ class _RealStaysReal(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its
     """Runs an operator for real if it is given tensors and none of them is fake."""
 
     def __init__(self, fake: type[Tensor], unset: Callable[[], AbstractContextManager[object]]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # its owner has left it untyped
         self._fake, self._unset = fake, unset
 
     def __torch_dispatch__(

@@ -23,14 +23,16 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'fulmen.runlog' has no attribute {name!r}")
-    from importlib import import_module
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that is found here
 
-    value: object = getattr(import_module(f"fulmen.runlog.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> object:
+        if name not in _HOME:
+            raise AttributeError(f"module 'fulmen.runlog' has no attribute {name!r}")
+        from importlib import import_module
+
+        value: object = getattr(import_module(f"fulmen.runlog.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

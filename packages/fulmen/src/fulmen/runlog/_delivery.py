@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fulmen.runlog import _cursors as cursors
 from fulmen.runlog._items import Call, Hyperparameters, Row
 from fulmen.runlog._outbox import Outbox
-from fulmen.runlog._record import FORMAT, plain
+from fulmen.runlog._record import FORMAT, encode_row, plain
 from fulmen.runlog._writer import EventLog
 from fulmen_fabric import rank_zero_warn
 from fulmen_fabric.abilities import supports
@@ -141,7 +141,10 @@ class Delivery:
         """
         now, at = time.time(), self._position()
         if is_first:
-            self._last = self._append({"kind": "metrics", "t": now, "x": x, "at": at, "of": of, "values": metrics})
+            log = self.log
+            self._last = (-1, -1)
+            if log is not None and log.is_open:
+                self._last = log.append_line(encode_row(now, x, at, of, metrics))
         item = Row(metrics, x, now, *self._last)
         for logger in loggers:
             box = self._box(logger)

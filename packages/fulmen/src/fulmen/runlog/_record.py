@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Final, cast
 
-__all__ = ["FILE", "FORMAT", "REPORT_FILE", "Record", "decode", "encode", "number", "plain"]
+__all__ = ["FILE", "FORMAT", "REPORT_FILE", "Record", "decode", "encode", "encode_row", "number", "plain"]
 
 FILE: Final = "run.jsonl"
 """Name of the log in a run's folder."""
@@ -23,6 +23,14 @@ Record = dict[str, object]
 
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
+_rows: dict[tuple[str, ...], str] = {}
+"""By what a row is of, and its names: its line, with a place for each number."""
+
+_SHAPES = 256
+"""Of rows that are remembered; a run has a handful."""
+
+_NUMBERS = {float, int}
+
 
 def encode(record: Mapping[str, object]) -> bytes:
     """One line. Numbers that JSON has no name for become the texts ``"nan"``, ``"inf"`` and ``"-inf"``."""
@@ -31,6 +39,33 @@ def encode(record: Mapping[str, object]) -> bytes:
     except (ValueError, TypeError):
         text = _encoder.encode(plain(record))
     return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def encode_row(time_s: float, x: int, at: int, of: str, values: Mapping[str, float]) -> bytes:
+    """The line of a ``metrics`` record. The same as ``encode`` makes, which takes a third longer for 20 numbers."""
+    numbers = values.values()
+    if type(x) is not int or not _NUMBERS.issuperset(map(type, numbers)) or not _are_finite(numbers):
+        return encode({"kind": "metrics", "t": time_s, "x": x, "at": at, "of": of, "values": values})
+    shape = (of, *values)
+    line = _rows.get(shape)
+    if line is None:
+        if len(_rows) >= _SHAPES:
+            _rows.clear()
+        names = ",".join(f"{_text(name)}:%r" for name in values)
+        line = f'{{"kind":"metrics","t":%r,"x":%r,"at":%r,"of":{_text(of)},"values":{{{names}}}}}\n'
+        _rows[shape] = line
+    return (line % (time_s, x, at, *numbers)).encode("utf-8", "backslashreplace")
+
+
+def _are_finite(numbers: Iterable[float]) -> bool:
+    try:
+        return math.isfinite(sum(numbers))  # one of a sum that is not may be: the slow way finds out
+    except OverflowError:  # an int that is no float
+        return False
+
+
+def _text(name: str) -> str:
+    return _encoder.encode(str(name)).replace("%", "%%")
 
 
 def decode(line: bytes) -> Record | None:

@@ -55,7 +55,10 @@ class EventLog:
 
     def append(self, record: Mapping[str, object]) -> tuple[int, int]:
         """Write one record; returns where in the file it begins and ends, in bytes."""
-        line = encode(record)
+        return self.append_line(encode(record))
+
+    def append_line(self, line: bytes) -> tuple[int, int]:
+        """``append`` of a record that is encoded already."""
         if self._torn:  # what an interrupted write left of a line must not swallow this one
             line = b"\n" + line
         start = self.size

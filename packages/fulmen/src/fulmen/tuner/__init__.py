@@ -10,14 +10,16 @@ if TYPE_CHECKING:
 __all__ = ["Tuner"]
 
 
-def __getattr__(name: str) -> object:
-    if name == "Tuner":
-        from importlib import import_module  # the callbacks import this package, and Tuner imports the callbacks
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that is found here
 
-        value: object = import_module("fulmen.tuner.tuning").Tuner
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'fulmen.tuner' has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name == "Tuner":
+            from importlib import import_module  # the callbacks import this package, and Tuner imports the callbacks
+
+            value: object = import_module("fulmen.tuner.tuning").Tuner
+            globals()[name] = value
+            return value
+        raise AttributeError(f"module 'fulmen.tuner' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

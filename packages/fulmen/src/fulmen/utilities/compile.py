@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any, cast
 
 from torch import nn
 
 from fulmen._compiled_log import let_log_in_graphs
 from fulmen.module import LightningModule
+from fulmen_fabric.compiled import is_compiled
 from fulmen_protocols import MisconfigurationException
 
 __all__ = ["from_compiled", "is_compiled", "to_uncompiled"]
 
 _METHODS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
-
-
-def is_compiled(model: object) -> bool:
-    """Whether ``model`` is what ``torch.compile`` makes of a module."""
-    dynamo = cast("Any", sys.modules.get("torch._dynamo"))  # not there: nobody has compiled anything
-    return dynamo is not None and isinstance(model, dynamo.OptimizedModule)
 
 
 def from_compiled(model: nn.Module) -> LightningModule:

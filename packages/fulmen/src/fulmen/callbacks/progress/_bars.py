@@ -69,6 +69,8 @@ def format_metric(value: object) -> str:
 class PlainBar:
     """Progress as lines: one at the end, and one every 10 seconds before. No control characters.
 
+    Has what subclasses of ``TQDMProgressBar`` use of a tqdm bar, so that they work without a terminal.
+
     Args:
         description: what stands before the numbers.
         total: batches; None when unknown.
@@ -85,14 +87,40 @@ class PlainBar:
         self._ended = -math.inf
         self._unsaid = False
 
+    disable = False
+    """Whether nothing is printed."""
+    leave = True
+    """Whether what was printed stays."""
+
+    @property
+    def desc(self) -> str:
+        """``description``, under tqdm's name."""
+        return self.description
+
     def set_description(self, desc: str | None = None, refresh: bool | None = True) -> None:
         """What stands before the numbers."""
         self.description = (desc or "").removesuffix(": ")
 
-    def set_postfix(self, ordered_dict: Mapping[str, object] | None = None, refresh: bool | None = True) -> None:
+    set_description_str = set_description
+
+    def set_postfix(
+        self, ordered_dict: Mapping[str, object] | None = None, refresh: bool | None = True, **more: object
+    ) -> None:
         """What stands behind the numbers."""
-        shown: Mapping[str, object] = {} if ordered_dict is None else ordered_dict
+        shown: Mapping[str, object] = {**({} if ordered_dict is None else ordered_dict), **more}
         self._postfix = "".join(f", {name}={format_metric(value)}" for name, value in shown.items())
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        """The same as a text."""
+        self._postfix = f", {s}" if s else ""
+
+    def update(self, n: float = 1) -> None:
+        """Count ``n`` more."""
+        self.n += n
+        self.refresh()
+
+    def clear(self) -> None:
+        """Nothing: a line that was printed stays."""
 
     def reset(self, total: float | None = None) -> None:
         """Start anew, for the next epoch."""

@@ -64,7 +64,9 @@ class RichProgressBar(DrawnProgressBar):
         try:
             import rich  # noqa: F401  # pyright: ignore[reportUnusedImport]
         except ImportError as error:
-            raise MissingPackage("RichProgressBar needs rich, which is not installed: pip install rich") from error
+            raise MissingPackage(
+                "RichProgressBar needs rich, which is not installed: pip install 'fulmen[rich]'"
+            ) from error
         super().__init__(refresh_rate, leave, at_most_per_s=refresh_rate)
         self.theme = RichProgressBarTheme() if theme is None else theme
         self._console_kwargs = {} if console_kwargs is None else console_kwargs

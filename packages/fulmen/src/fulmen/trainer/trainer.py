@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fulmen import (
     _callbacks,
     _checkpointing,
+    _foreign_methods,
     _layer_sync,
     _loggers,
     _measuring,
@@ -34,6 +35,7 @@ from fulmen._metering import Metering
 from fulmen._reporting import Reporter
 from fulmen._session import Session
 from fulmen._stopping import Stopping
+from fulmen._storable import warn_of_left_out
 from fulmen._training import Training
 from fulmen.datamodule import LightningDataModule
 from fulmen.evaluate import evaluate
@@ -188,12 +190,13 @@ class Trainer(TrainerActions):
         with _verify.collected(wrong):
             _verify.vendors_flags(model_registry, suggest_integrations)
         _verify.raise_all(wrong)
+        _foreign_methods.check_backends(self.assembly)
         settings = self.settings
         self.world = World(self.assembly)
         self.callbacks: list[Any] = _callbacks.complete(given, settings)
         self.loggers = _loggers.complete(logger, settings)
         self.state = TrainerState()
-        self.strategy = StrategyFacade(self.assembly.strategy, self.world, self.assembly.checkpoint_io)
+        self.strategy = StrategyFacade(self)
         self._progress = Progress()
         self._stopping = Stopping(self._progress, self.world, self.assembly.environment)
         self._session: Session | None = None
@@ -284,7 +287,7 @@ class Trainer(TrainerActions):
         return_predictions: bool | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
-    ) -> list[Any] | list[list[Any]] | None:
+    ) -> list[Any] | None:
         """Run the model over the loaders.
 
         Returns:
@@ -340,6 +343,8 @@ class Trainer(TrainerActions):
         for owner in (session.module, session.datamodule):
             if owner is not None and owner.hparams:
                 drop_unpicklable(owner)
+                if fn is TrainerFn.FITTING:
+                    warn_of_left_out(owner, self.strategy.checkpoint_io)
         if self.world.runs_apart:
             options = {"ckpt_path": self._ckpt_path, "weights_only": weights_only, "verbose": verbose, "keep": keep}
             return run_apart(self, Call(fn, session.module, given, session.datamodule, options))
@@ -416,7 +421,8 @@ class Trainer(TrainerActions):
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
         self.state.stage = _FIRST_STAGE[fn]
         if fn is TrainerFn.FITTING:
-            self._progress.stop_reason, self._progress.stop_now = None, False
+            self._progress.stop_reason = None
+            self._progress.stop_now = self._progress.last_is_in_hand = False
         else:
             session.keep_training_of(previous)
         if datamodule is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fulmen._not_here import not_here
+
 if TYPE_CHECKING:
     from fulmen._silent import DummyLogger as DummyLogger
     from fulmen_loggers import CometLogger as CometLogger
@@ -24,9 +26,10 @@ _HOME = {
     "WandbLogger": "fulmen_loggers",
     "merge_dicts": "fulmen_loggers",
 }
+_OBJECT = "Any object with the members of fulmen_protocols.Logger can be given to Trainer(logger=...)"
 _REFUSED = {
-    "LitLogger": "it logs to a service of Lightning's makers only, with their own package",
-    "NeptuneLogger": "Lightning has removed it too; Neptune's own package logs from a loop",
+    "LitLogger": f"it logs to a service of Lightning's makers only, with their own package. {_OBJECT}",
+    "NeptuneLogger": f"Lightning has removed it too; Neptune's own package logs from a loop. {_OBJECT}",
 }
 
 __all__ = [
@@ -41,19 +44,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    from importlib import import_module
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that is found here
 
-    if name in _HOME:
-        value: object = getattr(import_module(_HOME[name]), name)
-        globals()[name] = value
-        return value
-    if name in _REFUSED:
-        raise AttributeError(
-            f"fulmen.loggers has no {name}: {_REFUSED[name]}. Any object with the members of fulmen_protocols.Logger "
-            "can be given to Trainer(logger=...)."
-        )
-    raise AttributeError(f"module 'fulmen.loggers' has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
+        if name in _HOME:
+            value: object = getattr(import_module(_HOME[name]), name)
+            globals()[name] = value
+            return value
+        raise not_here("fulmen.loggers", name, _REFUSED)
 
 
 def __dir__() -> list[str]:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fulmen._layer_sync import TorchSyncBatchNorm
+from fulmen._not_here import not_here
 from fulmen._xla_names import from_xla
 from fulmen_checkpoint import (
     AsyncCheckpointIO,
@@ -14,11 +15,13 @@ from fulmen_precision import (
     BitsandbytesPrecision,
     DoublePrecision,
     Float8Precision,
+    FullPrecision,
     HalfPrecision,
     MixedPrecision,
     StochasticHalfPrecision,
     TransformerEnginePrecision,
 )
+from fulmen_protocols import CheckpointIO, ClusterEnvironment, LayerSync, Precision
 from fulmen_strategies import (
     KubeflowEnvironment,
     LightningEnvironment,
@@ -34,17 +37,29 @@ if TYPE_CHECKING:
     from fulmen_xla import XLAPrecision as XLAPrecision
     from fulmen_xla import XLAShardedCheckpointIO as XLAShardedCheckpointIO
 
+# Not in __all__, where a star import without fulmen-xla would end.
+_OF_XLA = frozenset({"XLACheckpointIO", "XLAEnvironment", "XLAPrecision", "XLAShardedCheckpointIO"})
+_REFUSED = {
+    "FSDPPrecision": "FSDPStrategy applies every precision itself; write Trainer(precision='bf16-mixed') or "
+    "FSDPStrategy(mixed_precision=...)",
+}
+
 __all__ = [
     "AsyncCheckpointIO",
     "BitsandbytesPrecision",
+    "CheckpointIO",
+    "ClusterEnvironment",
     "DoublePrecision",
     "Float8Precision",
+    "FullPrecision",
     "HalfPrecision",
     "KubeflowEnvironment",
     "LSFEnvironment",
+    "LayerSync",
     "LightningEnvironment",
     "MPIEnvironment",
     "MixedPrecision",
+    "Precision",
     "SLURMEnvironment",
     "SafetensorsCheckpointIO",
     "ShardedCheckpointIO",
@@ -55,9 +70,10 @@ __all__ = [
     "TransformerEnginePrecision",
 ]
 
-# Not in __all__, where a star import without fulmen-xla would end.
-_OF_XLA = frozenset({"XLACheckpointIO", "XLAEnvironment", "XLAPrecision", "XLAShardedCheckpointIO"})
 
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that is found here
 
-def __getattr__(name: str) -> object:
-    return from_xla(__name__, name, _OF_XLA)
+    def __getattr__(name: str) -> object:
+        if name in _OF_XLA:
+            return from_xla(__name__, name)
+        raise not_here("fulmen.plugins", name, _REFUSED)

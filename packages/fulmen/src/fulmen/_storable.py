@@ -1,0 +1,68 @@
+"""Hyperparameters that only code from a file could bring back are left out of checkpoints.
+
+The model's weights, and so a resume, do not need them; ``load_from_checkpoint`` is given them again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fulmen.hparams import checkpoint_entries
+from fulmen_fabric.abilities import supports
+from fulmen_protocols import SupportsContentCheck, WrapsCheckpointIO
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fulmen.hparams import HyperparametersMixin
+    from fulmen_protocols import CheckpointIO
+
+__all__ = ["names_left_out", "storable_entries", "warn_of_left_out"]
+
+_KEY = "hyper_parameters"
+
+
+def storable_entries(owner: HyperparametersMixin, checkpoint_io: CheckpointIO, prefix: str = "") -> dict[str, Any]:
+    """``checkpoint_entries`` without the values that ``checkpoint_io`` would refuse, and with the names of these."""
+    entries = checkpoint_entries(owner, prefix)
+    key = f"{prefix}{_KEY}"
+    names = _refused(entries.get(key, {}), checkpoint_io)
+    if names:
+        entries[key] = {name: value for name, value in entries[key].items() if name not in names}
+        entries[_noted(prefix)] = names
+    return entries
+
+
+def warn_of_left_out(owner: HyperparametersMixin, checkpoint_io: CheckpointIO) -> None:
+    """Say when a fit begins what its checkpoints will leave out; modules were said when they were recorded."""
+    hparams: dict[str, Any] = checkpoint_entries(owner).get(_KEY, {})
+    names = [name for name in _refused(hparams, checkpoint_io) if not isinstance(hparams[name], nn.Module)]
+    if names:
+        found = ", ".join(f"{name!r} ({type(hparams[name]).__name__})" for name in names)
+        cls = type(owner).__name__
+        warnings.warn(
+            f"checkpoints leave out the hyperparameters {found} of {cls}: only code from the file could bring them "
+            f"back. Give them to {cls}.load_from_checkpoint(path, {names[0]}=...), store plain data (str(path), "
+            "asdict(config)), or use plugins=TorchCheckpointIO(allow_unsafe=True).",
+            stacklevel=4,
+        )
+
+
+def names_left_out(checkpoint: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names of the hyperparameters that ``checkpoint`` was saved without."""
+    return list(checkpoint.get(_noted(prefix), ()))
+
+
+def _noted(prefix: str) -> str:
+    return f"fulmen_{prefix}hparams_left_out"
+
+
+def _refused(hparams: Mapping[str, Any], checkpoint_io: CheckpointIO) -> list[str]:
+    while supports(checkpoint_io, WrapsCheckpointIO) and checkpoint_io.checkpoint_io is not None:
+        checkpoint_io = checkpoint_io.checkpoint_io
+    if not supports(checkpoint_io, SupportsContentCheck):
+        return []
+    return [name for name, value in hparams.items() if checkpoint_io.cannot_hold({name: value})]

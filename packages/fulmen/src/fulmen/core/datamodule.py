@@ -1,0 +1,5 @@
+"""``LightningDataModule``, where Lightning has it."""
+
+from fulmen.datamodule import LightningDataModule
+
+__all__ = ["LightningDataModule"]

@@ -1,0 +1,5 @@
+"""``LightningModule``, where Lightning has it."""
+
+from fulmen.module import LightningModule
+
+__all__ = ["LightningModule"]

@@ -1,0 +1,5 @@
+"""``LightningOptimizer``, where Lightning has it."""
+
+from fulmen.optimizer import LightningOptimizer
+
+__all__ = ["LightningOptimizer"]

@@ -1,0 +1,5 @@
+"""``CometLogger``, where Lightning has it."""
+
+from fulmen_loggers import CometLogger
+
+__all__ = ["CometLogger"]

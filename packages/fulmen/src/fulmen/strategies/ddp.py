@@ -1,0 +1,5 @@
+"""``DDPStrategy``, where Lightning has it."""
+
+from fulmen_strategies import DDPStrategy
+
+__all__ = ["DDPStrategy"]
