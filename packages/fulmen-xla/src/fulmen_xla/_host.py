@@ -63,7 +63,7 @@ def map_tensors(function: Callable[[Tensor], object], tree: object) -> object:
         kind = cast("Callable[..., object]", type(cast("object", tree)))
         return kind(*items) if hasattr(tree, "_fields") else kind(items)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return _map_dataclass(function, cast("object", tree))
+        return _map_dataclass(function, cast("Any", tree))
     return tree
 
 
