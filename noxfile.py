@@ -74,6 +74,13 @@ def quantized(session: nox.Session) -> None:
 
 
 @nox.session
+def deepspeed(session: nox.Session) -> None:
+    """Install DeepSpeed, build its operators once, and train, save, resume and consolidate with it on the CPU."""
+    python = environment(session, "test", at=".nox/deepspeed")
+    session.run(python, "-m", "tools.deepspeed_session", *session.posargs)
+
+
+@nox.session
 def xla(session: nox.Session) -> None:
     """Install torch-xla with its own torch and test fulmen-xla on its CPU runtime: one device, and four as one."""
     session.run(sys.executable, "-m", "tools.xla", *session.posargs, external=True)

@@ -31,6 +31,7 @@ STEPS: dict[str, list[list[str]]] = {
     "layers": [[PY, "-m", "tools.check_layers"]],
     "api": [[PY, "-m", "tools.api"]],
     "alone": [[PY, "-m", "tools.alone", "--whole"]],
+    "deepspeed": [[PY, "-m", "tools.deepspeed_session"]],
     "xla": [[PY, "-m", "tools.xla"]],
     "docs": [[PY, "-m", "tools.docs"]],
     "demo": [

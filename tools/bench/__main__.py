@@ -15,6 +15,7 @@ NAMES = (
     "memory",
     "instructions",
     "gpu_overhead",
+    "deepspeed",
     "float8",
     "scaling",
     "async_save",

@@ -11,7 +11,16 @@ from typing import IO, TYPE_CHECKING, cast
 
 import torch
 
-from fulmen_checkpoint import _archive, _digest, _directory, _foreign, _safetensors, _snapshot, _standins
+from fulmen_checkpoint import (
+    _archive,
+    _digest,
+    _directory,
+    _foreign,
+    _registered,
+    _safetensors,
+    _snapshot,
+    _standins,
+)
 from fulmen_checkpoint._fetch import corrupt, fetched, storage_errors
 from fulmen_checkpoint._plain import find_unsafe
 from fulmen_checkpoint.migration import migrate
@@ -122,6 +131,9 @@ class TorchCheckpointIO:
             with fetched(self.storage, target) as stream:
                 loaded = self._load_file(stream, target, map_location, safe=weights_only is not False)
         except (IsADirectoryError, CheckpointNotFound) as error:
+            other = _registered.reader_of(self.storage, target)
+            if other is not None:
+                return other.load_checkpoint(target, map_location, weights_only)
             if isinstance(error, CheckpointNotFound) and not self._is_folder(target):  # some storages open no folders
                 raise
             loaded = self._load_folder(target, map_location)
@@ -152,6 +164,10 @@ class TorchCheckpointIO:
                     with suppress(CheckpointUnsafe):  # then it reads, up to an object that needs code
                         self._read(stream, target, "meta", safe=True, whole=False)
         except (IsADirectoryError, CheckpointNotFound) as error:
+            other = _registered.reader_of(self.storage, target)
+            if other is not None:
+                _registered.verify(other, target)
+                return
             if isinstance(error, CheckpointNotFound) and not self._is_folder(target):
                 raise
             self._verify_folder(target)
@@ -173,7 +189,7 @@ class TorchCheckpointIO:
                 except _digest.Damage as damage:
                     raise corrupt(target, str(damage)) from None
         except (IsADirectoryError, CheckpointNotFound):
-            if not self._is_folder(target):
+            if not self._is_folder(target) and _registered.reader_of(self.storage, target) is None:
                 raise
             return self.storage.exists(_directory.join(target, MANIFEST))
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fulmen_conformance._kit import offers
 from fulmen_conformance._reference import adam, batches, equal_bits, plain_training, sgd, tiny_net
-from fulmen_conformance._strategy_steps import backward, differences, full_state, gradients, prepare, train
+from fulmen_conformance._strategy_steps import backward, differences, full_state, gradients, prepare, step, train
 from fulmen_conformance._world import SkipCheck
 from fulmen_protocols import (
     Strategy,
@@ -208,7 +208,7 @@ def bound_methods_reduce(me: Rank, strategy: Strategy) -> None:
         loss = bound((x.to(strategy.root_device), y.to(strategy.root_device)))
         assert isinstance(loss, torch.Tensor)
         backward(strategy, loss, placed)
-        optimizer.step()
+        step(strategy, optimizer, placed)
 
     got = full_state(strategy, module, placed)
     if got or me.rank == 0:

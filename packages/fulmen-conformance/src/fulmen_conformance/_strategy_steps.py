@@ -13,8 +13,13 @@ from fulmen_protocols import (
     LimitsInferenceMode,
     OwnsAccumulation,
     OwnsBackward,
+    OwnsCheckpoints,
+    OwnsGradClipping,
+    OwnsOptimizers,
     OwnsOptimizerStep,
+    OwnsSchedulers,
     Strategy,
+    SupportsBatchSize,
     SupportsBoundMethods,
     SupportsCollectives,
     SupportsDataParallel,
@@ -28,6 +33,7 @@ from fulmen_protocols import (
     SupportsPrecisionCheck,
     SupportsPrecisionPlan,
     SupportsShardedState,
+    SupportsWindowEnds,
     SupportsWorldCheck,
 )
 
@@ -46,7 +52,12 @@ ABILITIES: tuple[type, ...] = (
     LimitsInferenceMode,
     OwnsAccumulation,
     OwnsBackward,
+    OwnsCheckpoints,
+    OwnsGradClipping,
     OwnsOptimizerStep,
+    OwnsOptimizers,
+    OwnsSchedulers,
+    SupportsBatchSize,
     SupportsBoundMethods,
     SupportsCollectives,
     SupportsDataParallel,
@@ -60,6 +71,7 @@ ABILITIES: tuple[type, ...] = (
     SupportsPrecisionCheck,
     SupportsPrecisionPlan,
     SupportsShardedState,
+    SupportsWindowEnds,
     SupportsWorldCheck,
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from fulmen_fabric import _engine_checkpoints as engine_checkpoints
 from fulmen_fabric._loaders import LoaderMaker
 from fulmen_fabric._processes import Processes
 from fulmen_fabric._setup import Composer
@@ -12,6 +13,7 @@ from fulmen_fabric._state import load_into, load_raw_into, to_saved
 from fulmen_fabric.abilities import supports
 from fulmen_fabric.preemption import PreemptionWatch
 from fulmen_fabric.run_state import RunState
+from fulmen_fabric.wrappers import FabricModule
 from fulmen_protocols import SupportsAsyncSave, SupportsShardedSave
 
 if TYPE_CHECKING:
@@ -72,6 +74,9 @@ class Checkpoints(Processes):
         """
         self._started("save")
         target = self.broadcast(os.fspath(path))
+        if self._composer.checkpoint_owner is not None and any(isinstance(one, FabricModule) for one in state.values()):
+            engine_checkpoints.save(self._composer.checkpoint_owner, target, state, filter)
+            return
         saved = to_saved(state, filter or {})
         checkpoint_io = self._assembly.checkpoint_io
         if supports(checkpoint_io, SupportsShardedSave):
@@ -109,6 +114,9 @@ class Checkpoints(Processes):
         self._started("load")
         self._finish_saves()
         self.barrier("load")
+        target, owner = os.fspath(path), self._composer.checkpoint_owner
+        if owner is not None and owner.owns_checkpoint(target):
+            return engine_checkpoints.load(owner, target, state, strict, weights_only)
         checkpoint = self._assembly.checkpoint_io.load_checkpoint(os.fspath(path), None, weights_only)
         rest = checkpoint if state is None else load_into(state, checkpoint, strict, os.fspath(path))
         self.barrier("load")

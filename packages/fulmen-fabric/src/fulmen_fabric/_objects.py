@@ -96,14 +96,15 @@ class Objects(Checkpoints):
 
         Args:
             module: your module, compiled or not; its parameters are moved in place.
-            optimizers: made from its parameters.
-            scheduler: returned as it is, last; for strategies whose engine steps schedulers.
+            optimizers: made from its parameters. None: for evaluation, or where an engine makes its own.
+            scheduler: returned as it is, last; an engine that steps schedulers steps it.
             move_to_device: False leaves the module on its device, where the strategy allows that.
             _reapply_compile: whether a module from ``torch.compile`` is compiled again around the strategy's wrapper;
                 False compiles the module alone, inside the wrapper.
 
         Returns:
-            The wrapped module; with optimizers a tuple ``(module, *optimizers)``, and the scheduler if one was given.
+            The wrapped module; with optimizers, given or an engine's own, a tuple ``(module, *optimizers)``, and the
+            scheduler if one was given.
 
         Raises:
             MisconfigurationException: something was set up before, or is neither module nor optimizer.
@@ -116,7 +117,9 @@ class Objects(Checkpoints):
         wrapped = self._composer.place(module, self.device, move=move_to_device, recompile=_reapply_compile)
         ready = self._wrap_optimizers(wrapped.placed, optimizers)
         self._after_setup(wrapped, ready)
-        if not optimizers and scheduler is None:
+        if scheduler is not None:
+            self._composer.take_scheduler(wrapped.placed, scheduler)
+        if not ready and scheduler is None:
             return wrapped
         return (wrapped, *ready) if scheduler is None else (wrapped, *ready, scheduler)
 

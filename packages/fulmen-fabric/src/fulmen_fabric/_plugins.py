@@ -134,13 +134,14 @@ def find_checkpoint_io(given: CheckpointIO | None, strategy: Strategy | None, no
 
     The latter also goes into a wrapper that has none.
     """
-    own = strategy.own_checkpoint_io() if strategy is not None and supports(strategy, BringsParts) else None
-    if given is None and own is not None:
-        notes.sources[CHECKPOINT_IOS.noun] = f"{type(own).__name__} of {type(strategy).__name__}"
-        return own
     if given is None:
+        own = strategy.own_checkpoint_io() if strategy is not None and supports(strategy, BringsParts) else None
+        if own is not None:
+            notes.sources[CHECKPOINT_IOS.noun] = f"{type(own).__name__} of {type(strategy).__name__}"
+            return own
         shards = strategy is not None and supports(strategy, SupportsShardedState) and strategy.state_kind == "sharded"
         return notes.load(CHECKPOINT_IOS, "sharded" if shards else "torch")
     if supports(given, WrapsCheckpointIO) and given.checkpoint_io is None:
+        own = strategy.own_checkpoint_io() if strategy is not None and supports(strategy, BringsParts) else None
         given.checkpoint_io = notes.load(CHECKPOINT_IOS, "torch") if own is None else own
     return given

@@ -17,7 +17,10 @@ from fulmen_protocols import (
     MisconfigurationException,
     MisconfigurationRuntimeError,
     OwnsBackward,
+    OwnsCheckpoints,
+    OwnsGradClipping,
     OwnsOptimizerStep,
+    OwnsSchedulers,
     SupportsBoundMethods,
     SupportsForwardContext,
     SupportsGradClipping,
@@ -313,6 +316,16 @@ class Composer:
             for one in prepared
         ]
 
+    def take_scheduler(self, placed: nn.Module, scheduler: object) -> None:
+        """Let an engine that steps schedulers step this one; otherwise the user does."""
+        if supports(self._strategy, OwnsSchedulers):
+            self._strategy.take_scheduler(placed, scheduler)
+
+    @property
+    def checkpoint_owner(self) -> OwnsCheckpoints | None:
+        """The strategy, if its engine writes checkpoints itself."""
+        return self._strategy if supports(self._strategy, OwnsCheckpoints) else None
+
     def _step(self, placed: nn.Module | None) -> Callable[[Optimizer, Callable[[], object] | None], object] | None:
         strategy, precision = self._strategy, self._precision
         if supports(strategy, OwnsOptimizerStep):
@@ -345,6 +358,12 @@ class Composer:
     ) -> Tensor | None:
         """Unscale where gradients are scaled, then clip by value or by norm; returns the norm, or None."""
         strategy, precision = self._strategy, self._precision
+        if supports(strategy, OwnsGradClipping):
+            asked = f"clip_val={clip_val!r}" if max_norm is None else f"max_norm={max_norm!r}"
+            raise MisconfigurationException(
+                f"clip_gradients({asked}) under strategy {self._assembly.strategy_name!r}, whose engine clips inside "
+                "its step. Leave the call out, and set the norm in the engine's own configuration."
+            )
         if supports(precision, SupportsGradScaling) and self._scales():
             precision.unscale(optimizer)
         if supports(strategy, SupportsGradClipping):

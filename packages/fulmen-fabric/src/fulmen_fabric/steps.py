@@ -32,6 +32,7 @@ from fulmen_protocols import (
     SupportsGradScaling,
     SupportsNoSync,
     SupportsPrecisionPlan,
+    SupportsWindowEnds,
 )
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ class Gradients:
         """``weigh`` gives a loss its weight among those of other ranks, right before its backward pass."""
         self.module = module
         self._weigh = weigh
-        self.scaler: SupportsGradScaling | None = precision if supports(precision, SupportsGradScaling) else None
+        # An engine that runs backward scales by itself.
+        scales = supports(precision, SupportsGradScaling) and not supports(strategy, OwnsBackward)
+        self.scaler: SupportsGradScaling | None = cast("SupportsGradScaling", precision) if scales else None
         self.forward_context: Callable[[], AbstractContextManager[object]] | None = (
             precision.forward_context
             if supports(precision, SupportsForwardContext) and not supports(strategy, SupportsPrecisionPlan)
@@ -318,14 +321,35 @@ def automatic_step(
                 output, loss = forward_backward(batch, batch_idx)
         return _visible(output, loss) if keep_outputs else None
 
+    mark_end = partial(strategy.set_window_end, placed) if supports(strategy, SupportsWindowEnds) else None
+
+    def step_of_engine(batch: object, batch_idx: int, /) -> object:
+        nonlocal window_is_empty
+        if mark_end is not None:
+            mark_end(True)
+        output, loss = forward_backward(batch, batch_idx)
+        _require_loss(loss, batch_idx)
+        before_the_step()
+        optimizer_step()
+        window_is_empty = True
+        return _visible(output, loss) if keep_outputs else None
+
+    def count_by_engine(batch: object, batch_idx: int, /) -> object:
+        if mark_end is not None:
+            mark_end(False)
+        output, loss = forward_backward(batch, batch_idx)
+        _require_loss(loss, batch_idx)
+        optimizer_step()  # the engine counts, and steps where it knows a window to end
+        return _visible(output, loss) if keep_outputs else None
+
     optimizer_step: Callable[..., object] = optimizer.step if gradients.is_plain else partial(gradients.step, optimizer)
     step_with: Callable[..., object] = partial(gradients.step, optimizer)
     if hooks.around_step is not None:
         optimizer_step, step_with = hooks.around_step(optimizer_step), hooks.around_step(step_with)
-    chosen: BatchStep = step
+    chosen: BatchStep = step_of_engine if engine_accumulates else step
     step_through: Callable[[Callable[[], object]], object] = hooks.optimizer_step or step_with
     if hooks.optimizer_step is not None:
-        chosen = step_with_closure
+        chosen = _marked(step_with_closure, mark_end) if engine_accumulates else step_with_closure
     elif needs_closure(optimizer):
         name = type(optimizer).__name__
         if scaler is not None:
@@ -340,7 +364,28 @@ def automatic_step(
                 "Use accumulate_grad_batches=1."
             )
         chosen = step_with_closure
-    return chosen, (chosen if engine_accumulates else accumulate_only)
+    return chosen, (count_by_engine if engine_accumulates else accumulate_only)
+
+
+def _marked(step: BatchStep, mark_end: Callable[[bool], object] | None) -> BatchStep:
+    """``step`` of an engine that is told of the window's end before it."""
+    if mark_end is None:
+        return step
+
+    def marked(batch: object, batch_idx: int, /) -> object:
+        mark_end(True)
+        return step(batch, batch_idx)
+
+    return marked
+
+
+def _require_loss(loss: Tensor | None, batch_idx: int) -> None:
+    """An engine counts on a backward pass for every batch."""
+    if loss is None:
+        raise MisconfigurationException(
+            f"training_step returned None for batch {batch_idx}, and the strategy's engine needs a backward pass for "
+            "every batch. Return a loss of zero weight instead, such as `0.0 * output.sum()`."
+        )
 
 
 def forward_only_step(

@@ -4,6 +4,7 @@ from fulmen_protocols.accelerator import Accelerator, SupportsDeviceStats, Suppo
 from fulmen_protocols.callback import HOOKS, Callback
 from fulmen_protocols.checkpoint_io import (
     CheckpointIO,
+    RecognisesFolders,
     SupportsAsyncSave,
     SupportsContentCheck,
     SupportsShardedSave,
@@ -14,6 +15,14 @@ from fulmen_protocols.cluster_environment import ClusterEnvironment, SupportsReq
 from fulmen_protocols.collectives import Collectives, ReduceOp, SupportsPatientBarrier
 from fulmen_protocols.command import Command
 from fulmen_protocols.discovery import available, check, load, load_factory, missing_members
+from fulmen_protocols.engine import (
+    OwnsCheckpoints,
+    OwnsGradClipping,
+    OwnsOptimizers,
+    OwnsSchedulers,
+    SupportsBatchSize,
+    SupportsWindowEnds,
+)
 from fulmen_protocols.errors import (
     BackendNotFound,
     BackendUnavailable,
@@ -156,13 +165,18 @@ __all__ = [
     "Optimizable",
     "OwnsAccumulation",
     "OwnsBackward",
+    "OwnsCheckpoints",
+    "OwnsGradClipping",
     "OwnsOptimizerStep",
+    "OwnsOptimizers",
+    "OwnsSchedulers",
     "Position",
     "Precision",
     "PrecisionPlan",
     "Profiler",
     "ProgressReporter",
     "RankFailure",
+    "RecognisesFolders",
     "ReduceOp",
     "Seam",
     "Stateful",
@@ -172,6 +186,7 @@ __all__ = [
     "StrategyParts",
     "SupportsAdvice",
     "SupportsAsyncSave",
+    "SupportsBatchSize",
     "SupportsBoundMethods",
     "SupportsCallingThread",
     "SupportsCheckpointUpload",
@@ -214,6 +229,7 @@ __all__ = [
     "SupportsStrategyChoice",
     "SupportsVerification",
     "SupportsWaitingRows",
+    "SupportsWindowEnds",
     "SupportsWorldCheck",
     "Topology",
     "Whereabouts",

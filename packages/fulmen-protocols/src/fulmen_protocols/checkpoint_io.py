@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from os import PathLike
 
     import torch
 
 __all__ = [
     "CheckpointIO",
+    "RecognisesFolders",
     "SupportsAsyncSave",
     "SupportsContentCheck",
     "SupportsShardedSave",
@@ -136,4 +137,17 @@ class SupportsVerification(Protocol):
 
     def verify_checkpoint(self, path: str | PathLike[str]) -> None:
         """Raises ``FileNotFoundError`` or ``ValueError`` (naming the damaged part) unless the checkpoint is whole."""
+        ...
+
+
+@runtime_checkable
+class RecognisesFolders(Protocol):
+    """A checkpoint IO, registered by name, that reads folders of a format which no other knows.
+
+    Whoever is to read a folder of unknown kind asks the registered ones, and lets the one that recognises it.
+    """
+
+    @staticmethod
+    def recognises(names: Collection[str]) -> bool:
+        """Whether a folder with these entries (names of files and folders) is of its format."""
         ...

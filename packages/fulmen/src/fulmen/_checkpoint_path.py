@@ -12,7 +12,7 @@ from fulmen.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
 from fulmen.states import TrainerFn
 from fulmen_fabric import rank_zero_info, rank_zero_warn
 from fulmen_fabric.abilities import supports
-from fulmen_protocols import MisconfigurationException, SupportsVerification
+from fulmen_protocols import MisconfigurationException, OwnsCheckpoints, SupportsVerification
 
 if TYPE_CHECKING:
     from fulmen.trainer import Trainer
@@ -135,11 +135,13 @@ def find_last(trainer: Trainer) -> str | None:
 def _first_whole(trainer: Trainer, paths: list[str]) -> str | None:
     """The first that is not damaged; says which were passed over."""
     io = trainer.strategy.checkpoint_io
+    engine = trainer.strategy.backend
     for path in paths:
-        if not supports(io, SupportsVerification):
+        reader: object = engine if supports(engine, OwnsCheckpoints) and engine.owns_checkpoint(path) else io
+        if not supports(reader, SupportsVerification):
             return path
         try:
-            io.verify_checkpoint(path)
+            reader.verify_checkpoint(path)
         except (OSError, ValueError) as error:
             rank_zero_warn(f"{path} is damaged and is passed over: {error}")
             continue

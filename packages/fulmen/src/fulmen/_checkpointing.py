@@ -23,6 +23,8 @@ from fulmen_fabric.compiled import as_named_here, canonical
 from fulmen_protocols import (
     CheckpointError,
     MisconfigurationException,
+    OwnsBackward,
+    OwnsCheckpoints,
     SupportsGradScaling,
     SupportsShardedSave,
     SupportsShardedState,
@@ -97,12 +99,14 @@ def is_full(session: Session) -> bool:
 def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> dict[str, Any]:
     """The content of a checkpoint of this moment. Every rank must call it."""
     progress = trainer._progress  # pyright: ignore[reportPrivateUsage]
-    module, full = session.module, is_full(session)
+    module, strategy, full = session.module, session.assembly.strategy, is_full(session)
+    # An engine writes module and optimizers itself: hooks are shown what this rank holds.
+    by_engine = not weights_only and supports(strategy, OwnsCheckpoints)
     checkpoint: dict[str, Any] = {
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
         "pytorch-lightning_version": LIGHTNING_VERSION,
-        "state_dict": module_state(session, full=full),
+        "state_dict": dict(canonical(module.state_dict())) if by_engine else module_state(session, full=full),
         "loops": lightning_loops(
             progress,
             loader_states(session, progress),
@@ -116,12 +120,12 @@ def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> d
             state = session.within("state_dict", callback.state_dict)() if hasattr(callback, "state_dict") else None
             if state:
                 callbacks[_state_key(callback)] = state
-        checkpoint["optimizer_states"] = [
-            optimizer_state(session, optimizer, full=full) for optimizer in session.optimizers
-        ]
+        checkpoint["optimizer_states"] = (
+            [] if by_engine else [optimizer_state(session, optimizer, full=full) for optimizer in session.optimizers]
+        )
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in session.schedulers]
         precision = trainer.assembly.precision
-        if supports(precision, SupportsGradScaling):
+        if supports(precision, SupportsGradScaling) and not supports(strategy, OwnsBackward):
             checkpoint["MixedPrecision"] = precision.state_dict()
         checkpoint["fulmen"] = exact_state(trainer, session, full=full)
     checkpoint.update(storable_entries(module, trainer.strategy.checkpoint_io))
@@ -149,9 +153,13 @@ def _state_key(callback: Any) -> str:
     return str(getattr(callback, "state_key", type(callback).__qualname__))
 
 
-def load(trainer: Trainer, path: str, weights_only: bool | None) -> dict[str, Any]:
-    """Read a checkpoint to the CPU, and say so."""
+def load(trainer: Trainer, session: Session, path: str, weights_only: bool | None) -> dict[str, Any]:
+    """Read a checkpoint to the CPU, and say so; of one that an engine wrote, what is no module and no optimizer."""
     rank_zero_info(f"restoring from {path}")
+    strategy = session.assembly.strategy
+    if supports(strategy, OwnsCheckpoints) and strategy.owns_checkpoint(path):
+        session.engine_checkpoint, session.engine_weights_only = path, weights_only
+        return strategy.read_rest(path, weights_only)
     return trainer.strategy.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
 
 
@@ -169,7 +177,10 @@ def restore_modules_and_callbacks(trainer: Trainer, session: Session, checkpoint
     module = session.module
     session.scoped("on_load_checkpoint", module.on_load_checkpoint)(checkpoint)
     if session.resume.takes("weights"):
-        _restore_weights(trainer, session, checkpoint)
+        if session.engine_checkpoint is None:
+            _restore_weights(trainer, session, checkpoint)
+        elif not trainer._fitting:  # pyright: ignore[reportPrivateUsage]
+            _restore_by_engine(session, optimizers=False)
     if session.datamodule is not None and session.resume.takes("data"):
         state = checkpoint.get(type(session.datamodule).__qualname__)
         if state:
@@ -243,9 +254,11 @@ def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, A
     if not trainer._fitting:  # pyright: ignore[reportPrivateUsage]
         return
     code = options(session.optimizers)
+    if session.engine_checkpoint is not None:
+        _restore_fit_by_engine(session)
     if resume.takes("progress"):
         _restore_progress(trainer, session, checkpoint)
-    if resume.takes("optimizers"):
+    if resume.takes("optimizers") and session.engine_checkpoint is None:
         _restore_optimizers(trainer, session, checkpoint)
     states = checkpoint.get("lr_schedulers", ()) if resume.takes("schedulers") else ()
     for config, state in zip(session.schedulers, states, strict=False):
@@ -258,8 +271,43 @@ def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, A
         tell(resume, trainer.ckpt_path, code, file, options(session.optimizers))
 
 
+def _restore_fit_by_engine(session: Session) -> None:
+    """Module and optimizers, once the engine is there to load them."""
+    resume = session.resume
+    weights, optimizers = resume.takes("weights"), resume.takes("optimizers")
+    if optimizers and not weights:
+        raise MisconfigurationException(
+            f"Resume asks for the optimizers of {session.engine_checkpoint!r} without its weights, and the strategy's "
+            "engine loads the two together. Take the weights too."
+        )
+    if weights:
+        _restore_by_engine(session, optimizers=optimizers)
+
+
+def _restore_by_engine(session: Session, *, optimizers: bool) -> None:
+    strategy, placed = session.assembly.strategy, session.placed
+    assert supports(strategy, OwnsCheckpoints)
+    assert placed is not None
+    assert session.engine_checkpoint is not None
+    try:
+        strategy.load_checkpoint(
+            placed,
+            session.engine_checkpoint,
+            optimizers=optimizers,
+            strict=session.module.strict_loading,
+            weights_only=session.engine_weights_only,
+        )
+    except RuntimeError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"the weights of {session.engine_checkpoint!r} do not fit {type(session.module).__name__}: {error}\n"
+            "Give the checkpoint of this model, or set strict_loading=False on it to load what fits by name."
+        ) from error
+
+
 def _restore_progress(trainer: Trainer, session: Session, checkpoint: dict[str, Any]) -> None:
-    _require_training_state(trainer, checkpoint)
+    _require_training_state(trainer, session, checkpoint)
     exact = checkpoint.get("fulmen")
     progress = trainer._progress  # pyright: ignore[reportPrivateUsage]
     if exact is None:
@@ -275,8 +323,9 @@ def _restore_progress(trainer: Trainer, session: Session, checkpoint: dict[str, 
     session.resumed = foreign_state(checkpoint) if exact is None else exact
 
 
-def _require_training_state(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    if "optimizer_states" not in checkpoint:
+def _require_training_state(trainer: Trainer, session: Session, checkpoint: dict[str, Any]) -> None:
+    by_engine = supports(session.assembly.strategy, OwnsCheckpoints) and "loops" in checkpoint
+    if not by_engine and "optimizer_states" not in checkpoint:
         raise CheckpointError(
             f"{trainer.ckpt_path} holds weights only (it was saved with save_weights_only=True), so training cannot "
             "resume from it. Load the weights with load_from_checkpoint and start anew."
@@ -284,8 +333,14 @@ def _require_training_state(trainer: Trainer, checkpoint: dict[str, Any]) -> Non
 
 
 def _restore_optimizers(trainer: Trainer, session: Session, checkpoint: dict[str, Any]) -> None:
-    _require_training_state(trainer, checkpoint)
+    _require_training_state(trainer, session, checkpoint)
     strategy = trainer.assembly.strategy
+    if supports(strategy, OwnsCheckpoints):
+        rank_zero_warn(
+            f"{trainer.ckpt_path} is one file: the weights are loaded from it, and the optimizers begin anew. To go on "
+            "with theirs, give the folder that the strategy's engine saved."
+        )
+        return
     states = checkpoint["optimizer_states"]
     if len(states) != len(session.optimizers):
         raise CheckpointError(

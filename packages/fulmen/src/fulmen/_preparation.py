@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
+from fulmen import _engine
 from fulmen.optimizer import parse_optimizers
 from fulmen.states import TrainerFn
 from fulmen.utilities.parameter_tying import find_shared_parameters, set_shared_parameters
@@ -135,6 +136,9 @@ def make_optimizers(session: Session, *, steps_own_schedulers: bool) -> None:
         steps_own_schedulers: whether the module has its own ``lr_scheduler_step``, and so may use any scheduler.
     """
     module = session.module
+    if _engine.makes_optimizers(session.assembly.strategy):
+        session.optimizers, session.schedulers = _engine.made_optimizers(session)
+        return
     returned = session.scoped("configure_optimizers", module.configure_optimizers)()
     optimizers, session.schedulers = parse_optimizers(
         returned,
@@ -143,6 +147,7 @@ def make_optimizers(session: Session, *, steps_own_schedulers: bool) -> None:
     )
     assert session.placed is not None
     session.optimizers = list(session.assembly.strategy.prepare_optimizers(session.placed, optimizers))
+    session.schedulers += _engine.made_schedulers(session)
     for optimizer in session.optimizers:
         bring_state(optimizer)
     precision = session.assembly.precision

@@ -13,12 +13,14 @@ from fulmen._splitter import Splitter
 from fulmen._train_loader import TrainLoader
 from fulmen._uneven import rounds_for
 from fulmen.states import TrainerFn
+from fulmen_fabric.abilities import supports
+from fulmen_protocols import SupportsBatchSize
 
 if TYPE_CHECKING:
     from fulmen._session import Session
     from fulmen.settings import BatchLimit, Settings
 
-__all__ = ["eval_loaders", "train_loader"]
+__all__ = ["eval_loaders", "tell_batch_size", "train_loader"]
 
 
 def train_loader(session: Session, settings: Settings) -> TrainLoader:
@@ -39,6 +41,18 @@ def train_loader(session: Session, settings: Settings) -> TrainLoader:
             gather=session.world.collectives.all_gather_object,
         )
     return session.train_loader
+
+
+def tell_batch_size(session: Session, settings: Settings, epoch: int) -> None:
+    """Ask for the training loader now, where the engine wants to know how many samples a batch has."""
+    strategy = session.assembly.strategy
+    if not supports(strategy, SupportsBatchSize) or not strategy.wants_batch_size:
+        return
+    loader = train_loader(session, settings)
+    loader.setup(epoch)
+    samples = getattr(getattr(loader.user_loader, "batch_sampler", None), "batch_size", None)
+    if isinstance(samples, int):
+        strategy.set_batch_size(samples)
 
 
 def eval_loaders(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fulmen._compiled_log import let_log_in_graphs, recording
+from fulmen._engine import ignored_hooks
 from fulmen._measuring import Measuring
 from fulmen._partial_resume import EVERYTHING
 from fulmen._raw_batches import fetches_itself, step_of_raw
@@ -21,6 +22,7 @@ from fulmen_fabric import move_data_to_device, rank_zero_warn
 from fulmen_fabric.abilities import supports
 from fulmen_fabric.steps import Gradients, StepHooks, automatic_step, forward_only_step
 from fulmen_protocols import (
+    OwnsGradClipping,
     SupportsBoundMethods,
     SupportsForwardContext,
     SupportsInputConversion,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from fulmen._engine import EngineSettings
     from fulmen._loaders import EvalLoaders, LoaderSource
     from fulmen._predictions import PredictionRecord
     from fulmen._train_loader import TrainLoader
@@ -95,6 +98,12 @@ class Session:
     """What the call takes of its checkpoint."""
     rng_before_validation: RNGState | None = None
     """The random state in which the validation that is running within a fit began."""
+    told_engine: EngineSettings | None = None
+    """What the strategy's engine was told of this fit."""
+    engine_checkpoint: str | None = None
+    """The checkpoint to load, where the strategy's engine loads module and optimizers from it."""
+    engine_weights_only: bool | None = None
+    """Whether code from that checkpoint may run: only if this is False."""
     has_open_gradients: bool = False
     """Whether the checkpoint held gradients that manual optimization had not stepped on yet."""
 
@@ -250,7 +259,8 @@ class Session:
                 "run_training_batch", forward_only_step(training_step, gradients, keep_outputs=keep_outputs)
             )
             return {"step": forward, "accumulate": forward}
-        overridden_backward = binder.overridden("backward")
+        ignored = ignored_hooks(binder, strategy)
+        overridden_backward = None if "backward" in ignored else binder.overridden("backward")
         hooks: dict[str, Any] = {
             "on_before_backward": binder.both("on_before_backward"),
             "on_after_backward": binder.both("on_after_backward"),
@@ -302,7 +312,7 @@ class Session:
             hooks["clip"] = partial(
                 self.scoped("configure_gradient_clipping", clips), optimizer, clip_val, clip_algorithm
             )
-        elif clip_val is not None and clip_val > 0:
+        elif clip_val is not None and clip_val > 0 and not supports(strategy, OwnsGradClipping):
             hooks["clip"] = partial(gradients.clip, optimizer, clip_val, clip_algorithm)
         own_step = binder.overridden("optimizer_step")
         if own_step is not None:

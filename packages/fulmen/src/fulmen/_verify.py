@@ -159,12 +159,14 @@ def run(
     sources: Mapping[str, LoaderSource],
     callbacks: Sequence[Any],
     settings: Settings,
+    *,
+    engine_makes_optimizers: bool = False,
 ) -> None:
     """Raise one error with everything that is missing or contradicts itself."""
     problems = check_hook_names(callbacks)
     name = type(module).__name__
     if fn is TrainerFn.FITTING:
-        problems += _fit(module, name, sources, settings)
+        problems += _fit(module, name, sources, settings, engine_makes_optimizers=engine_makes_optimizers)
     else:
         stage, step = {
             TrainerFn.VALIDATING: ("val", "validation_step"),
@@ -197,10 +199,18 @@ def _has_forward(module: LightningModule) -> bool:
     return type(module).forward is not torch.nn.Module.forward and type(module).forward is not LightningModule.forward
 
 
-def _fit(module: LightningModule, name: str, sources: Mapping[str, LoaderSource], settings: Settings) -> list[str]:
+def _fit(
+    module: LightningModule,
+    name: str,
+    sources: Mapping[str, LoaderSource],
+    settings: Settings,
+    *,
+    engine_makes_optimizers: bool,
+) -> list[str]:
+    needs = ("training_step",) if engine_makes_optimizers else ("training_step", "configure_optimizers")
     problems = [
         f"{name} has no {needed}, which trainer.fit() runs. Define it."
-        for needed in ("training_step", "configure_optimizers")
+        for needed in needs
         if not overrides(module, needed)
     ]
     if not sources["train"].is_defined:

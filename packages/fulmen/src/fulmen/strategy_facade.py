@@ -14,6 +14,7 @@ from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
     MisconfigurationException,
     OwnsAccumulation,
+    OwnsCheckpoints,
     SupportsLoaderProcessing,
     SupportsShardedSave,
 )
@@ -36,6 +37,7 @@ __all__ = ["StrategyFacade"]
 
 T = TypeVar("T")
 
+_OF_THE_ENGINE = ("state_dict", "optimizer_states")
 _OPS: dict[str, ReduceOp] = {"mean": "mean", "avg": "mean", "sum": "sum", "min": "min", "max": "max"}
 
 
@@ -274,7 +276,22 @@ class StrategyFacade:
         filepath: str | PathLike[str],
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
-        """Write on rank 0, or on every rank where the checkpoint IO is for that. Called by every rank."""
+        """Write on rank 0, or on every rank where the checkpoint IO or the strategy is for that. Called by every rank.
+
+        Raises:
+            MisconfigurationException: ``storage_options`` for a checkpoint that the strategy's engine writes.
+        """
+        if supports(self.backend, OwnsCheckpoints) and "optimizer_states" in checkpoint:
+            if storage_options is not None:
+                raise MisconfigurationException(
+                    f"save_checkpoint got storage_options={dict(storage_options)!r}, but the engine of "
+                    f"{type(self.backend).__name__} writes its checkpoints itself, to a folder. Leave them out."
+                )
+            if self.model is None:
+                raise MisconfigurationException("there is no model yet: call fit first.")
+            rest = {name: value for name, value in checkpoint.items() if name not in _OF_THE_ENGINE}
+            self.backend.save_checkpoint(self.model, rest, str(filepath))
+            return
         if supports(self.checkpoint_io, SupportsShardedSave):
             self.checkpoint_io.save_sharded(checkpoint, filepath, storage_options)
         elif self.is_global_zero:

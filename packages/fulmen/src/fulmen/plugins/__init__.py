@@ -3,8 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fulmen._layer_sync import TorchSyncBatchNorm
-from fulmen._not_here import not_here
-from fulmen._xla_names import from_xla
+from fulmen._not_here import elsewhere
 from fulmen_checkpoint import (
     AsyncCheckpointIO,
     SafetensorsCheckpointIO,
@@ -32,16 +31,22 @@ from fulmen_strategies import (
 )
 
 if TYPE_CHECKING:
+    from fulmen_deepspeed import DeepSpeedPrecision as DeepSpeedPrecision
     from fulmen_xla import XLACheckpointIO as XLACheckpointIO
     from fulmen_xla import XLAEnvironment as XLAEnvironment
     from fulmen_xla import XLAPrecision as XLAPrecision
     from fulmen_xla import XLAShardedCheckpointIO as XLAShardedCheckpointIO
 
-# Not in __all__, where a star import without fulmen-xla would end.
-_OF_XLA = frozenset({"XLACheckpointIO", "XLAEnvironment", "XLAPrecision", "XLAShardedCheckpointIO"})
 _REFUSED = {
     "FSDPPrecision": "FSDPStrategy applies every precision itself; write Trainer(precision='bf16-mixed') or "
     "FSDPStrategy(mixed_precision=...)",
+}
+_ELSEWHERE = {
+    "DeepSpeedPrecision": "fulmen_deepspeed",
+    "XLACheckpointIO": "fulmen_xla",
+    "XLAEnvironment": "fulmen_xla",
+    "XLAPrecision": "fulmen_xla",
+    "XLAShardedCheckpointIO": "fulmen_xla",
 }
 
 __all__ = [
@@ -74,6 +79,4 @@ __all__ = [
 if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that is found here
 
     def __getattr__(name: str) -> object:
-        if name in _OF_XLA:
-            return from_xla(__name__, name)
-        raise not_here("fulmen.plugins", name, _REFUSED)
+        return elsewhere("fulmen.plugins", name, _ELSEWHERE, _REFUSED)

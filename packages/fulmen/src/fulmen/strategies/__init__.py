@@ -1,13 +1,13 @@
-"""Strategies by the names people look for here; they live in fulmen-strategies, and are imported when first used."""
+"""Strategies by the names people look for here; they live in other packages, and are imported when first used."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fulmen._not_here import not_here
-from fulmen._xla_names import from_xla
+from fulmen._not_here import elsewhere
 
 if TYPE_CHECKING:
+    from fulmen_deepspeed import DeepSpeedStrategy as DeepSpeedStrategy
     from fulmen_protocols import Strategy as Strategy
     from fulmen_strategies import DDPStrategy as DDPStrategy
     from fulmen_strategies import FSDPStrategy as FSDPStrategy
@@ -18,8 +18,18 @@ if TYPE_CHECKING:
     from fulmen_xla import XLASPMDStrategy as XLASPMDStrategy
     from fulmen_xla import XLAStrategy as XLAStrategy
 
-# Not in __all__, where a star import without fulmen-xla would end.
-_OF_XLA = frozenset({"SingleDeviceXLAStrategy", "XLAFSDPStrategy", "XLASPMDStrategy", "XLAStrategy"})
+_HOME = {
+    "DDPStrategy": "fulmen_strategies",
+    "DeepSpeedStrategy": "fulmen_deepspeed",
+    "FSDPStrategy": "fulmen_strategies",
+    "ModelParallelStrategy": "fulmen_strategies",
+    "SingleDeviceStrategy": "fulmen_strategies",
+    "SingleDeviceXLAStrategy": "fulmen_xla",
+    "Strategy": "fulmen_protocols",
+    "XLAFSDPStrategy": "fulmen_xla",
+    "XLASPMDStrategy": "fulmen_xla",
+    "XLAStrategy": "fulmen_xla",
+}
 _REFUSED = {
     "ParallelStrategy": "a strategy of several processes needs no base class; what it has besides a Strategy are its "
     "launcher and collectives (docs/guides/write-a-strategy.md). trainer.world_size > 1 tells if there are several",
@@ -27,20 +37,14 @@ _REFUSED = {
     "`fulmen plugins` lists them, and a strategy without a name is passed as an object",
 }
 
+# What another package has to be installed for is not in it: a star import would end there.
 __all__ = ["DDPStrategy", "FSDPStrategy", "ModelParallelStrategy", "SingleDeviceStrategy", "Strategy"]
 
 
 if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that is found here
 
     def __getattr__(name: str) -> object:
-        if name in _OF_XLA:
-            return from_xla(__name__, name)
-        if name not in __all__:
-            raise not_here("fulmen.strategies", name, _REFUSED)
-        from importlib import import_module
-
-        value: object = getattr(import_module("fulmen_protocols" if name == "Strategy" else "fulmen_strategies"), name)
-        globals()[name] = value
+        globals()[name] = value = elsewhere("fulmen.strategies", name, _HOME, _REFUSED)
         return value
 
 

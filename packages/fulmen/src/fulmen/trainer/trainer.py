@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fulmen import (
     _callbacks,
     _checkpointing,
+    _engine,
     _foreign_methods,
     _layer_sync,
     _loggers,
@@ -33,6 +34,7 @@ from fulmen._first_line import first_line
 from fulmen._loaders import EvalLoaders, LoaderSource
 from fulmen._metering import Metering
 from fulmen._reporting import Reporter
+from fulmen._run_loaders import tell_batch_size
 from fulmen._session import Session
 from fulmen._stopping import Stopping
 from fulmen._storable import warn_of_left_out
@@ -414,10 +416,13 @@ class Trainer(TrainerActions):
         module.trainer = self
         own_callbacks = measuring.hook(module, "configure_callbacks", module.configure_callbacks)()
         _callbacks.attach_to(self.callbacks, _callbacks.as_list(own_callbacks))
-        _verify.run(fn, module, sources, self.callbacks, self.settings)
+        made_by_engine = _engine.makes_optimizers(self.assembly.strategy)
+        _verify.run(fn, module, sources, self.callbacks, self.settings, engine_makes_optimizers=made_by_engine)
         self._session = session = Session(
             fn, module, datamodule, self.assembly, self.world, sources, said=self._said, measuring=measuring
         )
+        if fn is TrainerFn.FITTING:
+            session.told_engine = _engine.hand_over(module, self.assembly, self.settings, None)
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
         self.state.stage = _FIRST_STAGE[fn]
         if fn is TrainerFn.FITTING:
@@ -466,7 +471,7 @@ class Trainer(TrainerActions):
         if self.world.world_size > 1:  # each rank has looked for "last" by itself
             self._ckpt_path = self.world.collectives.broadcast_object(self._ckpt_path)
         if self._ckpt_path is not None:
-            checkpoint = _checkpointing.load(self, self._ckpt_path, weights_only)
+            checkpoint = _checkpointing.load(self, session, self._ckpt_path, weights_only)
             if not _checkpointing.is_sharded(session):
                 _checkpointing.restore_modules_and_callbacks(self, session, checkpoint)
         _preparation.place(session)
@@ -475,6 +480,7 @@ class Trainer(TrainerActions):
             _checkpointing.restore_modules_and_callbacks(self, session, checkpoint)
         if fn is TrainerFn.FITTING:
             own_schedule = binder.overridden("lr_scheduler_step")
+            tell_batch_size(session, self.settings, self._progress.epoch)
             _preparation.make_optimizers(session, steps_own_schedulers=own_schedule is not None)
             for hook in binder.both("on_fit_start"):
                 hook()
@@ -495,6 +501,7 @@ class Trainer(TrainerActions):
     def _compose(self, session: Session, training: Training) -> tuple[FitParts, FitHooks]:
         """The training loop's parts and hooks, with the callbacks of this moment."""
         self._binder = HookBinder(self, session.module, self.callbacks, session.scoped)
+        _engine.hand_over(session.module, self.assembly, self.settings, session.told_engine)
         parts, hooks = training.compose(self._binder)
         first = (*_whereabouts.training(self._progress), *self.strategy.saving.step_hooks())
         if first:
