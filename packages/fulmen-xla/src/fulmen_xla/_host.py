@@ -59,7 +59,7 @@ def map_tensors(function: Callable[[Tensor], object], tree: object) -> object:
             return changed
         return cast("object", result)
     if isinstance(tree, (list, tuple)):
-        whole: Any = tree  # pyright: ignore[reportUnknownVariableType]  # of whatever elements
+        whole = cast("Any", tree)
         items = [map_tensors(function, value) for value in whole]
         kind: Callable[..., object] = type(whole)
         return kind(*items) if hasattr(whole, "_fields") else kind(items)
