@@ -61,7 +61,7 @@ def map_tensors(function: Callable[[Tensor], object], tree: object) -> object:
     if isinstance(tree, (list, tuple)):
         whole = cast("Any", tree)
         items = [map_tensors(function, value) for value in whole]
-        kind: Callable[..., object] = type(whole)
+        kind = cast("Callable[..., object]", type(whole))
         return kind(*items) if hasattr(whole, "_fields") else kind(items)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return _map_dataclass(function, cast("Any", tree))
