@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections import OrderedDict
 from pathlib import Path, PosixPath, WindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
@@ -47,7 +47,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == (filesystem.__name__, "_StorageInfo"):
             return filesystem._StorageInfo  # pyright: ignore[reportPrivateUsage]
         if (module, name) == ("torch.serialization", "_get_layout"):
-            return torch.serialization._get_layout  # pyright: ignore[reportPrivateUsage]
+            return cast("Any", torch.serialization)._get_layout
         if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
             return getattr(torch, name)
         if (module, name) == ("collections", "OrderedDict"):

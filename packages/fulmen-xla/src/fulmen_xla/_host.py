@@ -59,11 +59,12 @@ def map_tensors(function: Callable[[Tensor], object], tree: object) -> object:
             return changed
         return cast("object", result)
     if isinstance(tree, (list, tuple)):
-        items: list[Any] = [map_tensors(function, value) for value in cast("list[object]", tree)]
-        kind = cast("Callable[..., object]", type(cast("object", tree)))
-        return kind(*items) if hasattr(tree, "_fields") else kind(items)
+        whole = cast("Any", tree)
+        items = [map_tensors(function, value) for value in whole]
+        kind = cast("Callable[..., object]", type(whole))
+        return kind(*items) if hasattr(whole, "_fields") else kind(items)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return _map_dataclass(function, cast("object", tree))
+        return _map_dataclass(function, cast("Any", tree))
     return tree
 
 
