@@ -357,3 +357,19 @@ def test_the_last_batch_is_known_in_its_own_step_where_schedules_of_manual_optim
     seen: list[Any] = []
     trainer(max_epochs=2, limit_train_batches=2).fit(Manual(), loader(8))
     assert seen == [(0, 0, False), (0, 1, True), (1, 0, False), (1, 1, True)]
+
+
+@pytest.mark.proves("5.1")
+def test_a_checkpoint_keeps_the_versions_of_layers_by_which_torch_reads_old_files(tmp_path: Path) -> None:
+    class Normed(Line):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+    run = trainer()
+    run.fit(Normed(), loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert state._metadata["norm"] == {"version": 2}
+    assert run.strategy.lightning_module_state_dict().keys() == state.keys()

@@ -67,16 +67,16 @@ def save(
         trainer.strategy.saving.finish()
 
 
-def module_state(session: Session, *, full: bool) -> dict[str, Any]:
+def module_state(session: Session, *, full: bool) -> Mapping[str, Any]:
     """The weights as a checkpoint holds them, by their plain names. Every rank must call it.
 
     ``full``: sharded ones are gathered on rank 0.
     """
     strategy, module = session.assembly.strategy, session.module
     if not supports(strategy, SupportsShardedState):
-        return dict(canonical(module.state_dict()))
+        return canonical(module.state_dict())  # as it is: torch keeps the layers' versions in an attribute of it
     placed = module if session.placed is None else session.placed
-    return dict(canonical(dict(strategy.module_state(placed, full=full))))
+    return canonical(dict(strategy.module_state(placed, full=full)))
 
 
 def optimizer_state(session: Session, optimizer: Optimizer, *, full: bool) -> dict[str, Any]:

@@ -229,7 +229,7 @@ class StrategyFacade:
             self.backend.process_loader(dataloader) if supports(self.backend, SupportsLoaderProcessing) else dataloader
         )
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
+    def lightning_module_state_dict(self) -> Mapping[str, Any]:
         """The weights as a checkpoint holds them. Every rank must call it.
 
         Raises:
