@@ -344,6 +344,14 @@ def test_fit_forgets_an_earlier_request_to_stop() -> None:
     assert (run.current_epoch, run.should_stop) == (2, False)
 
 
+class Stream(IterableDataset[Any]):
+    def __init__(self, samples: list[Any]) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Any:
+        return iter(self.samples)
+
+
 @pytest.mark.proves("A.2", "9.46")
 def test_the_last_batch_is_known_in_its_own_step_where_schedules_of_manual_optimization_look() -> None:
     class Manual(Line):
@@ -355,8 +363,12 @@ def test_the_last_batch_is_known_in_its_own_step_where_schedules_of_manual_optim
             seen.append((self.trainer.current_epoch, batch_idx, self.trainer.is_last_batch))
 
     seen: list[Any] = []
-    trainer(max_epochs=2, limit_train_batches=2).fit(Manual(), loader(8))
-    assert seen == [(0, 0, False), (0, 1, True), (1, 0, False), (1, 1, True)]
+    counted = loader(8)
+    stream = DataLoader(Stream([torch.ones(2)] * 4), batch_size=2)  # nobody knows how long it is
+    for data, options in ((counted, {"limit_train_batches": 2}), (stream, {})):
+        seen.clear()
+        trainer(max_epochs=2, **options).fit(Manual(), data)
+        assert seen == [(0, 0, False), (0, 1, True), (1, 0, False), (1, 1, True)]
 
 
 @pytest.mark.proves("5.1")

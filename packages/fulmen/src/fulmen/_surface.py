@@ -226,7 +226,12 @@ class TrainerSurface(SettingsSurface, LoopSurface):
     @property
     def is_last_batch(self) -> bool:
         """Whether the batch in hand, or the one just trained, is the last of its epoch."""
-        return self._progress.last_is_in_hand or self._progress.epoch_is_whole
+        progress, session = self._progress, self._session
+        if progress.epoch_is_whole:
+            return True
+        loader = None if session is None else session.train_loader
+        in_hand = progress.epoch_started and not progress.epoch_ended and not progress.batch_is_open
+        return in_hand and loader is not None and (loader.last_is_out or progress.batch + 1 >= loader.batches)
 
     @property
     def val_check_batch(self) -> float | None:

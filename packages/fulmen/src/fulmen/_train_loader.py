@@ -84,6 +84,8 @@ class TrainLoader:
         self._looks_ahead = False
         self._loaded_in: int | None = None
         self._running: Iterator[tuple[object, bool]] | None = None
+        self.last_is_out = False
+        """Whether the epoch's last batch has been handed out, where only looking ahead could tell."""
         self._epoch = -1
         self._restored: Mapping[str, object] | None = None
         self.user_loader: object = None
@@ -167,7 +169,10 @@ class TrainLoader:
             if self._process is not None:
                 iterator = iter(self._process(iterator))
             if self.raw is None:
-                self._running = _with_last(iterator, self._own_batches, start, looks_ahead=self._looks_ahead)
+                self.last_is_out = False
+                self._running = _with_last(
+                    iterator, self._own_batches, start, looks_ahead=self._looks_ahead, note_last=self._note_last
+                )
                 if self._is_uneven and self.rounds is not None:
                     own = (batch for batch, _ in self._running)
                     taken = start if restored is None else cast("int", restored.get("batches", start))
@@ -180,9 +185,13 @@ class TrainLoader:
             self._epoch = epoch
         return self._running
 
+    def _note_last(self) -> None:
+        self.last_is_out = True
+
     def end_epoch(self) -> None:
         """Forget the running iterator: the next epoch starts a new one."""
         self._running = self._raw_batches = None
+        self.last_is_out = False
         if self._loaded_in is not None:
             self._place.end_epoch()
 
@@ -277,7 +286,7 @@ class TrainLoader:
 
 
 def _with_last(
-    iterator: Iterator[object], length: float, start: int, *, looks_ahead: bool
+    iterator: Iterator[object], length: float, start: int, *, looks_ahead: bool, note_last: Callable[[], None]
 ) -> Iterator[tuple[object, bool]]:
     """Pair each batch with whether it is the epoch's last; looks one batch ahead only where a count does not tell."""
     index = start
@@ -301,6 +310,7 @@ def _with_last(
             yield batch, False
             batch = following  # the batch in hand is always one behind the iterator
             index += 1
+        note_last()
         yield batch, True
         return
 

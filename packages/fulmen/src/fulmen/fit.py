@@ -94,8 +94,6 @@ def train_epoch(
     transfer, schedule, validates = parts.transfer, parts.schedule, plan.validates
     for batch, is_last in batches():
         batch_idx = progress.batch
-        if is_last:
-            progress.last_is_in_hand = True
         batch = transfer(batch)
         for hook in hooks.on_train_batch_start:
             hook(batch, batch_idx)
@@ -164,7 +162,7 @@ def end_epoch(parts: FitParts, hooks: FitHooks, progress: Progress) -> None:
     parts.close_epoch()
     progress.epoch += 1
     progress.batch = 0
-    progress.epoch_started = progress.epoch_ended = progress.epoch_is_whole = progress.last_is_in_hand = False
+    progress.epoch_started = progress.epoch_ended = progress.epoch_is_whole = False
 
 
 def skip_rest_of_epoch(parts: FitParts, progress: Progress, batch_idx: int) -> None:

@@ -47,8 +47,6 @@ class Progress:
     """Seconds spent in ``fit``, over all resumes."""
 
     # The rest lives for one call only and is not saved.
-    last_is_in_hand: bool = False
-    """Whether the batch that is being trained is the epoch's last; known before its step, unlike ``epoch_is_whole``."""
     stop_reason: str | None = None
     """Why somebody asked the run to stop; None while nobody has."""
     stop_now: bool = False
@@ -93,4 +91,4 @@ class Progress:
             setattr(self, name, value)
 
 
-_TRANSIENT = frozenset({"last_is_in_hand", "stop_reason", "stop_now", "replan"})
+_TRANSIENT = frozenset({"stop_reason", "stop_now", "replan"})

@@ -426,8 +426,7 @@ class Trainer(TrainerActions):
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
         self.state.stage = _FIRST_STAGE[fn]
         if fn is TrainerFn.FITTING:
-            self._progress.stop_reason = None
-            self._progress.stop_now = self._progress.last_is_in_hand = False
+            self._progress.stop_reason, self._progress.stop_now = None, False
         else:
             session.keep_training_of(previous)
         if datamodule is not None:
