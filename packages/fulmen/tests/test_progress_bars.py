@@ -481,7 +481,7 @@ def test_a_subclass_of_the_tqdm_bar_works_where_there_is_no_terminal(capsys: pyt
             bar.clear()
 
     seen: list[Any] = []
-    make_trainer(Own(), max_epochs=1).fit(Model(), data())
+    make_trainer(Own(), max_epochs=1).fit(Model(), data(), data(1))
 
     [(disabled, _, _)] = seen
     assert not disabled
