@@ -219,12 +219,8 @@ class Reporter:
             self.delivery.row(metrics, x, (logger,), "callback", is_first=logger is self.loggers[0])
 
     def remember_steps(self, store: MetricStore) -> None:
-        """Keep the last step's values readable when the epoch's, or those of another loop, take over."""
-        view = store.step_metrics()
-        _require_scalars(view)
-        self._callback.update(as_tensors(view.callback, store.device))
-        self._logged.update(as_tensors(view.log, store.device))
-        self._take_bar(view.bar)
+        """Keep the last step's values for callbacks when the epoch's take over."""
+        self._callback.update(as_tensors(store.step_metrics().callback, store.device))
 
     def goes_on(self) -> None:
         """Training begins, where a checkpoint has put it."""
@@ -252,7 +248,7 @@ class Reporter:
             logger.save()
 
     def _take_callback(self, store: MetricStore) -> None:
-        self._callback.update(as_tensors(store.step_metrics().callback, store.device))
+        self.remember_steps(store)
         self._callback.update(store.callback_metrics)
 
     def _report(self, view: MetricView, *, x: int, epoch: int, of: str) -> None:
