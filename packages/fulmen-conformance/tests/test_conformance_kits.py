@@ -20,8 +20,6 @@ import fulmen_conformance
 if TYPE_CHECKING:
     from types import ModuleType
 
-pytestmark = pytest.mark.processes
-
 DRILLS = Path(__file__).with_name("drills")
 
 
@@ -73,13 +71,14 @@ def drilled() -> list[tuple[str, str]]:
     return [(name, cls) for name in names for cls in vars(module_of(name)) if cls.startswith("Test")]
 
 
-SLOW = {"drill_strategy_world", "drill_launcher"}  # processes for each broken backend
+def marks(drill: str) -> list[pytest.MarkDecorator]:
+    """Of the drills that start processes, for each broken backend anew or once."""
+    if drill in ("drill_strategy_world", "drill_launcher"):
+        return [pytest.mark.slow]
+    return [pytest.mark.processes] if drill == "drill_collectives" else []
 
 
-@pytest.mark.parametrize(
-    ("drill", "cls"),
-    [pytest.param(*case, marks=[pytest.mark.slow] if case[0] in SLOW else []) for case in drilled()],
-)
+@pytest.mark.parametrize(("drill", "cls"), [pytest.param(*case, marks=marks(case[0])) for case in drilled()])
 def test_a_kit_catches_exactly_what_is_broken(drill: str, cls: str) -> None:
     outcomes = outcomes_of(drill)
 
