@@ -96,6 +96,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.proves("13.6")
+@pytest.mark.slow
 def test_every_rank_writes_its_own_report_of_what_its_strategy_did(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

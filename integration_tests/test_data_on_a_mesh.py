@@ -41,6 +41,7 @@ def indices(rank: dict[str, Any], epoch: int) -> list[int]:
 
 
 @pytest.mark.proves("4.26")
+@pytest.mark.slow
 def test_tensor_parallel_ranks_read_the_same_batches_and_data_parallel_ranks_share_the_samples_out() -> None:
     found = of("two parts")
     assert [one["kwargs"] for one in found] == [{"num_replicas": 2, "rank": rank // 2} for rank in range(4)]

@@ -77,6 +77,7 @@ def test_a_loop_leaves_the_same_behind_as_under_lightnings_fabric(scenario: str)
 
 @pytest.mark.proves("8.3", "8.8", "8.10", "8.11", "8.12", "8.14", "8.18", "8.20")
 @pytest.mark.parametrize("scenario", NAMES["together"])
+@pytest.mark.slow
 def test_two_ranks_leave_the_same_behind_as_under_lightnings_fabric(scenario: str) -> None:
     for mine, expected in zip(results("fulmen", 2), results("lightning", 2), strict=True):
         compare(mine[scenario], expected[scenario])

@@ -96,6 +96,7 @@ def test_data_is_prepared_on_one_process_and_set_up_on_all(run: tuple[Path, str,
 
 @pytest.mark.proves("10.8")
 @pytest.mark.parametrize("per_node", ["per_node", "per_run"])
+@pytest.mark.slow
 def test_data_is_prepared_once_a_node_or_once_a_run_as_each_owner_wants(per_node: str, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -88,6 +88,7 @@ def test_an_optimizer_step_on_shards_makes_nothing_of_the_whole_size(fused: bool
     assert plan.peak < 4 * plan.parameter_count
 
 
+@pytest.mark.slow
 def test_mixed_precision_gathers_halves_for_a_gpu() -> None:
     asked: dict[str, Any] = {"strategy": "fsdp", "devices": 8, "model": LARGE, "batch": [1, 129]}
     whole, mixed = (planned({**asked, "precision": precision}, "cuda") for precision in ("32-true", "bf16-mixed"))

@@ -62,6 +62,7 @@ def one_process() -> tuple[Part, torch.optim.Optimizer, float]:
 
 
 @pytest.mark.proves("4.26")
+@pytest.mark.slow
 def test_all_stages_read_the_same_batches() -> None:
     assert told(0)["seen"] == told(1)["seen"]
     assert {len(batch) for batch in told(0)["seen"]} == {BATCH}

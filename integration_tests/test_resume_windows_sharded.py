@@ -51,6 +51,7 @@ def leaves(tree: Any) -> list[Any]:
 
 @pytest.mark.proves("5.39")
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_save_inside_a_window_of_sharded_parameters_resumes_bit_for_bit(kind: str) -> None:
     case = found(2)[kind]
     assert leaves(case["expected"])

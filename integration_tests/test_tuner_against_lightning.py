@@ -44,6 +44,7 @@ def results(library: str) -> dict[str, dict[str, Any]]:
 @needs_lightning
 @pytest.mark.proves("13.1")
 @pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.slow
 def test_curve_and_suggestion_are_those_of_lightning(name: str) -> None:
     ours, theirs = results("fulmen")["lr"][name], results("lightning.pytorch")["lr"][name]
 

@@ -73,6 +73,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.proves("4.46", "13.14")
+@pytest.mark.slow
 def test_ranks_find_out_whether_they_share_files_and_what_the_norm_of_sharded_gradients_is(tmp_path: Path) -> None:
     script, folder = tmp_path / "script.py", tmp_path / "shared"
     script.write_text(SCRIPT)

@@ -141,6 +141,7 @@ def test_strategies_that_make_new_processes_require_a_function(strategy):
 
 @pytest.mark.processes
 @pytest.mark.proves("8.4")
+@pytest.mark.slow
 def test_a_function_in_spawned_processes_gives_back_what_rank_0_returned(tmp_path):
     body = """
         import json, sys
@@ -221,6 +222,7 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.processes
 @pytest.mark.proves("8.12")
+@pytest.mark.slow
 def test_the_others_wait_for_rank_0_longer_than_their_group_waits_for_anything(ranks):
     assert [one["order"] for one in ranks] == ["0101", "0101"]
     assert ranks[1]["control"] == "ran out"

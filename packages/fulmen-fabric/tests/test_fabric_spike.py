@@ -150,6 +150,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.proves("11.17")
+@pytest.mark.slow
 def test_a_spike_on_one_of_two_ranks_ends_both(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -216,6 +216,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.proves("13.7")
+@pytest.mark.slow
 def test_on_two_processes_rank_zero_logs_the_rates_of_both(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

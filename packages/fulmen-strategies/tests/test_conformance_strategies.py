@@ -154,6 +154,7 @@ class TestTorchCollectives(CollectivesConformance):
         return f"{__file__}:joined"
 
 
+@pytest.mark.slow
 class TestLocalLauncher(LauncherConformance):
     @pytest.fixture
     def factory(self) -> str:

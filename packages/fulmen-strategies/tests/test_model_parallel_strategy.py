@@ -515,6 +515,7 @@ def test_on_four_ranks(folder: Path, name: str) -> None:
             pytest.fail(f"on rank {rank}:\n{error}", pytrace=False)
 
 
+@pytest.mark.slow
 def test_the_four_ranks_end_well(folder: Path) -> None:
     assert (folder / "output").read_text().splitlines()[:1] == ["exit status 0"]
 

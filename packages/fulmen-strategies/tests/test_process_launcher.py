@@ -126,6 +126,7 @@ def test_new_interpreters_get_the_function_the_random_state_and_the_switches(met
 
 
 @pytest.mark.proves("4.35")
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_is_told(tmp_path: Path) -> None:
     done = run("spawn", str(tmp_path), "unguarded")
     assert done.returncode == 1
