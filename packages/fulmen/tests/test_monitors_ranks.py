@@ -119,7 +119,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]
     script.write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, script, folder], capture_output=True, text=True, timeout=150, check=False, env=environment
+        [sys.executable, script, folder],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+        env=environment,
+        cwd=folder,  # where the run's own log goes, as the logger has no folder
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)], folder
