@@ -149,6 +149,14 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
     return bytes(byte ^ (1 << rng.randrange(8)) if rng.random() < 0.002 else byte for byte in data)
 
 
+def _shows_a_traceback() -> bool:
+    """Whether Python parses a line of a source file, to underline a part of it in a traceback: it runs nothing."""
+    frame = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
+    while frame.f_back is not None and frame.f_globals.get("__name__") == "ast":
+        frame = frame.f_back
+    return frame.f_globals.get("__name__") == "traceback"
+
+
 def _child(source: Path, first: int, end: int, seed: str) -> None:
     """Load the mutations from ``first`` on, up to ``end``, and print what each did."""
     expected = TorchCheckpointIO().load_checkpoint(source)
@@ -156,7 +164,7 @@ def _child(source: Path, first: int, end: int, seed: str) -> None:
     watching = False
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if watching and event in WATCHED:
+        if watching and event in WATCHED and not (event == "compile" and _shows_a_traceback()):
             seen.append(f"{event} {str(arguments)[:80]}")
 
     with tempfile.TemporaryDirectory() as temporary:
