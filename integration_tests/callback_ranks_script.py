@@ -83,23 +83,23 @@ def trainer(folder: Path, *callbacks: Any, **options: Any) -> fulmen.Trainer:
 
 
 def loader(rows: int) -> Any:
-    return DataLoader(torch.ones(rows, 1))  # type: ignore[arg-type]  # whatever has items is data
+    return DataLoader(torch.ones(rows, 1))  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
 
 def predictions(folder: Path) -> dict[str, Any]:
     values = torch.arange(7)
     few = torch.arange(1)
     loaders: dict[str, Any] = {
-        "plain": DataLoader(values, batch_size=2),  # type: ignore[arg-type]  # whatever has items is data
-        "drop_last": DataLoader(values, batch_size=2, drop_last=True),  # type: ignore[arg-type]  # whatever has items is data
-        "shuffle": DataLoader(values, batch_size=2, shuffle=True),  # type: ignore[arg-type]  # whatever has items is data
-        "sampler": DataLoader(values, batch_size=2, sampler=SubsetRandomSampler([6, 1, 4])),  # type: ignore[arg-type]  # whatever has items is data
+        "plain": DataLoader(values, batch_size=2),  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
+        "drop_last": DataLoader(values, batch_size=2, drop_last=True),  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
+        "shuffle": DataLoader(values, batch_size=2, shuffle=True),  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
+        "sampler": DataLoader(values, batch_size=2, sampler=SubsetRandomSampler([6, 1, 4])),  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
         "batch_sampler": DataLoader(
-            values,  # type: ignore[arg-type]  # whatever has items is data
+            values,  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
             batch_sampler=BatchSampler(SequentialSampler(values), 3, drop_last=False),
         ),
-        "fewer samples than ranks": DataLoader(few, batch_size=2),  # type: ignore[arg-type]  # whatever has items is data
-        "several": [DataLoader(values, batch_size=2), DataLoader(few)],  # type: ignore[arg-type]  # whatever has items is data
+        "fewer samples than ranks": DataLoader(few, batch_size=2),  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
+        "several": [DataLoader(values, batch_size=2), DataLoader(few)],  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
     }
     found: dict[str, Any] = {}
     for name, made in loaders.items():

@@ -21,7 +21,7 @@ def main(library_name: str, epochs: int, save_to: str, ckpt_path: str | None) ->
     library = importlib.import_module(library_name)
     losses: list[float] = []
 
-    class Net(library.LightningModule):  # type: ignore[misc]  # which class, a parameter says
+    class Net(library.LightningModule):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self, width: int = 8) -> None:
             super().__init__()
             self.save_hyperparameters()

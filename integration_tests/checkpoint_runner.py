@@ -31,7 +31,7 @@ BATCHES = 4
 
 
 def model_of(library: Any, script: list[float], fail_at: int = -1) -> Any:
-    class Scripted(library.LightningModule):  # type: ignore[misc]  # which class, a parameter says
+    class Scripted(library.LightningModule):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         """Logs written values: for each validation, each step, and each training epoch."""
 
         def __init__(self) -> None:
@@ -64,7 +64,7 @@ def model_of(library: Any, script: list[float], fail_at: int = -1) -> Any:
 
 
 def loader(batches: int) -> Any:
-    return DataLoader(torch.ones(batches, 1))  # type: ignore[arg-type]  # whatever has items is data
+    return DataLoader(torch.ones(batches, 1))  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
 
 def fit(library: Any, model: Any, callbacks: Any, folder: str, ckpt_path: Any = None, **options: Any) -> Any:
@@ -197,7 +197,7 @@ def saving(library: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (arguments, options) in SAVING.items():
 
-        class Keep(callbacks.ModelCheckpoint):  # type: ignore[misc]  # which class, a parameter says
+        class Keep(callbacks.ModelCheckpoint):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
             if name == "other characters":
                 CHECKPOINT_JOIN_CHAR, CHECKPOINT_EQUALS_CHAR, CHECKPOINT_NAME_LAST = "_", ":", "{epoch}_newest"
                 FILE_EXTENSION, STARTING_VERSION = ".ckpt", 3
@@ -368,7 +368,7 @@ def writing(library: Any) -> dict[str, Any]:
     """What prediction writers get, for several kinds of loaders."""
     callbacks = importlib.import_module(f"{library.__name__}.callbacks")
 
-    class Writer(callbacks.BasePredictionWriter):  # type: ignore[misc]  # which class, a parameter says
+    class Writer(callbacks.BasePredictionWriter):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self, interval: str) -> None:
             super().__init__(interval)
             self.calls: list[Any] = []
@@ -385,12 +385,12 @@ def writing(library: Any) -> dict[str, Any]:
             self.calls.append(["epoch", as_lists(predictions), batch_indices])
 
     values = torch.arange(7.0)
-    batches = BatchSampler(SequentialSampler(values), 3, drop_last=False)  # type: ignore[arg-type]  # whatever has items is data
+    batches = BatchSampler(SequentialSampler(values), 3, drop_last=False)  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
     loaders: dict[str, Callable[[], Any]] = {
-        "plain": lambda: DataLoader(values, batch_size=3),  # type: ignore[arg-type]  # whatever has items is data
-        "drop_last": lambda: DataLoader(values, batch_size=3, drop_last=True),  # type: ignore[arg-type]  # whatever has items is data
-        "several": lambda: [DataLoader(values, batch_size=4), DataLoader(values[:2])],  # type: ignore[arg-type]  # whatever has items is data
-        "batch_sampler": lambda: DataLoader(values, batch_sampler=batches),  # type: ignore[arg-type]  # whatever has items is data
+        "plain": lambda: DataLoader(values, batch_size=3),  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
+        "drop_last": lambda: DataLoader(values, batch_size=3, drop_last=True),  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
+        "several": lambda: [DataLoader(values, batch_size=4), DataLoader(values[:2])],  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
+        "batch_sampler": lambda: DataLoader(values, batch_sampler=batches),  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
     }
     found: dict[str, Any] = {}
     for name, make in loaders.items():

@@ -41,7 +41,7 @@ class Wide(Encoder):
         self.depth = depth
 
 
-class Model(library.LightningModule):  # type: ignore[misc,name-defined]  # which class, a parameter says
+class Model(library.LightningModule):  # type: ignore[misc,name-defined]  # the base class is chosen at run time: Lightning's or ours
     def __init__(self, lr: float = 0.1, hidden: int = 4, encoder: Encoder | None = None) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -89,12 +89,12 @@ class Injected(Model):
 
 
 class Two(Model):
-    def __init__(self, one: dict, two: dict) -> None:  # type: ignore[type-arg]  # bare on purpose
+    def __init__(self, one: dict, two: dict) -> None:  # type: ignore[type-arg]  # an argument annotated by a bare dict is what is tested
         super().__init__()
         self.one, self.two = one, two
 
 
-class Data(library.LightningDataModule):  # type: ignore[misc,name-defined]  # which class, a parameter says
+class Data(library.LightningDataModule):  # type: ignore[misc,name-defined]  # the base class is chosen at run time: Lightning's or ours
     def __init__(self, batch_size: int = 2, path: str = "here") -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -105,7 +105,7 @@ class Data(library.LightningDataModule):  # type: ignore[misc,name-defined]  # w
         return DataLoader(TensorDataset(torch.ones(4, 6)), batch_size=self.batch_size)
 
 
-class Count(Callback):  # type: ignore[misc,valid-type]  # a class found at run time
+class Count(Callback):  # type: ignore[misc,valid-type]  # the base class is chosen at run time: Lightning's or ours
     def __init__(self, every: int = 1, tag: str = "t") -> None:
         self.every, self.tag = every, tag
 
@@ -118,38 +118,38 @@ def make_trainer(max_epochs: int = 7, **kwargs: Any) -> library.Trainer:
     return library.Trainer(max_epochs=max_epochs, **kwargs)
 
 
-class Trainer(library.Trainer):  # type: ignore[misc,name-defined]  # which class, a parameter says
+class Trainer(library.Trainer):  # type: ignore[misc,name-defined]  # the base class is chosen at run time: Lightning's or ours
     def __init__(self, extra: str = "x", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.extra = extra
 
 
-class Linked(LightningCLI):  # type: ignore[misc,valid-type]  # a class found at run time
+class Linked(LightningCLI):  # type: ignore[misc,valid-type]  # the base class is chosen at run time: Lightning's or ours
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_argument("--size", type=int, default=1)
         parser.link_arguments("size", "model.hidden", compute_fn=lambda size: 2 * size)
         parser.link_arguments("data.features", "model.lr", apply_on="instantiate")
 
 
-class Forced(LightningCLI):  # type: ignore[misc,valid-type]  # a class found at run time
+class Forced(LightningCLI):  # type: ignore[misc,valid-type]  # the base class is chosen at run time: Lightning's or ours
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_lightning_class_args(Count, "count")
         parser.set_defaults({"count.every": 3, "count.tag": "forced"})
 
 
-class FixedOptimizer(LightningCLI):  # type: ignore[misc,valid-type]  # a class found at run time
+class FixedOptimizer(LightningCLI):  # type: ignore[misc,valid-type]  # the base class is chosen at run time: Lightning's or ours
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_optimizer_args(torch.optim.Adam)
         parser.add_lr_scheduler_args(torch.optim.lr_scheduler.ExponentialLR)
 
 
-class TwoOptimizers(LightningCLI):  # type: ignore[misc,valid-type]  # a class found at run time
+class TwoOptimizers(LightningCLI):  # type: ignore[misc,valid-type]  # the base class is chosen at run time: Lightning's or ours
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_optimizer_args(torch.optim.Adam, nested_key="opt_one", link_to="model.one")
         parser.add_optimizer_args((torch.optim.SGD, torch.optim.RMSprop), nested_key="opt_two", link_to="model.two")
 
 
-class TwoAutomatic(LightningCLI):  # type: ignore[misc,valid-type]  # a class found at run time
+class TwoAutomatic(LightningCLI):  # type: ignore[misc,valid-type]  # the base class is chosen at run time: Lightning's or ours
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_optimizer_args(torch.optim.Adam, nested_key="one")
         parser.add_optimizer_args(torch.optim.SGD, nested_key="two")

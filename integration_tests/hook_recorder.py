@@ -72,7 +72,7 @@ class Toggle:
 
 
 def module_class(library: Any, toggle: Toggle) -> type:
-    class Module(library.LightningModule):  # type: ignore[misc]  # which class, a parameter says
+    class Module(library.LightningModule):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(4, 2)
@@ -123,7 +123,7 @@ class DataModuleSource:
 
     @staticmethod
     def of(library: Any) -> type:
-        class Data(library.LightningDataModule):  # type: ignore[misc]  # which class, a parameter says
+        class Data(library.LightningDataModule):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
             def _loader(self) -> Any:
                 return DataLoader(torch.randn(6, 4), batch_size=2)
 

@@ -38,7 +38,7 @@ class Data(LightningDataModule):
         SEEN["state in setup"] = self.state
 
     def train_dataloader(self) -> Any:
-        return DataLoader(torch.arange(24.0).reshape(12, 2), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
+        return DataLoader(torch.arange(24.0).reshape(12, 2), batch_size=2)  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
 
 class Model(LightningModule):

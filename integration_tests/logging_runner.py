@@ -35,7 +35,7 @@ OPTIONS: dict[str, dict[str, bool]] = {
 
 
 def data(batches: int = 2, seed: int = 0) -> DataLoader[Any]:
-    return DataLoader(torch.randn(2 * batches, 4, generator=torch.Generator().manual_seed(seed)), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
+    return DataLoader(torch.randn(2 * batches, 4, generator=torch.Generator().manual_seed(seed)), batch_size=2)  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
 
 def rows(folder: str) -> list[dict[str, float]]:
@@ -47,7 +47,7 @@ def rows(folder: str) -> list[dict[str, float]]:
 
 
 def module_class(library: Any) -> type:
-    class Module(library.LightningModule):  # type: ignore[misc]  # which class, a parameter says
+    class Module(library.LightningModule):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
@@ -265,7 +265,7 @@ def shared_names_over_loaders(library: Any) -> Any:
 
 @scenario
 def callbacks_log(library: Any) -> Any:
-    class Logs(library.Callback):  # type: ignore[misc]  # which class, a parameter says
+    class Logs(library.Callback):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             pl_module.log("batch_start", float(batch_idx))
 
@@ -341,7 +341,7 @@ def an_axis_and_an_epoch_of_ones_own(library: Any) -> Any:
 
 
 def manual(library: Any, optimizers: int) -> Any:
-    class Manual(module_class(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Manual(module_class(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self) -> None:
             super().__init__()
             self.automatic_optimization = False
@@ -377,7 +377,7 @@ def manual_optimization_with_three(library: Any) -> Any:
 def with_metrics(library: Any, **options: Any) -> Any:
     from torchmetrics import MeanMetric, MetricCollection, SumMetric
 
-    class Metrics(module_class(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Metrics(module_class(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self) -> None:
             super().__init__()
             self.mean, self.val_mean = MeanMetric(), MeanMetric()

@@ -31,7 +31,7 @@ def dataset(samples: int, seed: int = 1) -> TensorDataset:
 
 
 def base(library: Any) -> type:
-    class Model(library.LightningModule):  # type: ignore[misc]  # which class, a parameter says
+    class Model(library.LightningModule):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
@@ -91,7 +91,7 @@ def clipping_by_value(library: Any) -> Any:
 
 @scenario
 def forked_names(library: Any) -> Any:
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = self.loss(batch)
             self.log("both", loss, on_step=True, on_epoch=True)
@@ -109,7 +109,7 @@ def forked_names(library: Any) -> Any:
 
 @scenario
 def logging_from_hooks(library: Any) -> Any:
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
             self.log("from_batch_end", outputs["loss"])
 
@@ -142,7 +142,7 @@ def validation_across_epochs(library: Any) -> Any:
 
 @scenario
 def several_validation_loaders(library: Any) -> Any:
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
             self.log("val_loss", self.loss(batch))
             if dataloader_idx == 1:
@@ -156,7 +156,7 @@ def several_validation_loaders(library: Any) -> Any:
 
 @scenario
 def schedulers_by_step_and_metric(library: Any) -> Any:
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=0.5)
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
@@ -171,7 +171,7 @@ def schedulers_by_step_and_metric(library: Any) -> Any:
 
 @scenario
 def skipped_epoch(library: Any) -> Any:
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
             return -1 if batch_idx == 3 else None
 
@@ -180,7 +180,7 @@ def skipped_epoch(library: Any) -> Any:
 
 @scenario
 def stopped_by_a_callback(library: Any) -> Any:
-    class Stop(library.Callback):  # type: ignore[misc]  # which class, a parameter says
+    class Stop(library.Callback):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             if trainer.global_step == 3:
                 trainer.should_stop = True
@@ -190,7 +190,7 @@ def stopped_by_a_callback(library: Any) -> Any:
 
 @scenario
 def minimum_epochs_before_a_stop(library: Any) -> Any:
-    class Stop(library.Callback):  # type: ignore[misc]  # which class, a parameter says
+    class Stop(library.Callback):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             trainer.should_stop = True
 
@@ -214,7 +214,7 @@ def fast_dev_run(library: Any) -> Any:
 
 @scenario
 def manual_with_two_optimizers(library: Any) -> Any:
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self) -> None:
             super().__init__()
             self.automatic_optimization = False
@@ -266,7 +266,7 @@ def checkpoints_every_few_steps(library: Any) -> Any:
 def learning_rates(library: Any) -> Any:
     callbacks = importlib.import_module(f"{library.__name__}.callbacks")
 
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.Adam(self.parameters(), lr=0.01)
             return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
@@ -281,7 +281,7 @@ def clipping_by_norm(library: Any) -> Any:
 
 @scenario
 def adam_with_a_longer_accumulation_than_an_epoch(library: Any) -> Any:
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def configure_optimizers(self) -> Any:
             return torch.optim.Adam(self.parameters(), lr=0.01)
 
@@ -290,7 +290,7 @@ def adam_with_a_longer_accumulation_than_an_epoch(library: Any) -> Any:
 
 @scenario
 def lbfgs(library: Any) -> Any:
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def configure_optimizers(self) -> Any:
             return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
 
@@ -299,7 +299,7 @@ def lbfgs(library: Any) -> Any:
 
 @scenario
 def batches_without_a_loss(library: Any) -> Any:
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = super().training_step(batch, batch_idx)
             return None if batch_idx % 3 == 1 else loss
@@ -309,7 +309,7 @@ def batches_without_a_loss(library: Any) -> Any:
 
 @scenario
 def a_mapping_with_extra_outputs(library: Any) -> Any:
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return {"loss": self.loss(batch), "size": len(batch[1])}
 
@@ -322,7 +322,7 @@ def a_mapping_with_extra_outputs(library: Any) -> Any:
 
 @scenario
 def an_own_optimizer_step_with_warm_up(library: Any) -> Any:
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = 0.1 * min(1.0, (self.trainer.global_step + 1) / 5)
@@ -334,7 +334,7 @@ def an_own_optimizer_step_with_warm_up(library: Any) -> Any:
 
 @scenario
 def an_own_backward_and_zero_grad(library: Any) -> Any:
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def backward(self, loss: Any) -> None:
             (2 * loss).backward()
 
@@ -348,7 +348,7 @@ def an_own_backward_and_zero_grad(library: Any) -> Any:
 def gradient_norms_before_the_step(library: Any) -> Any:
     grads = importlib.import_module(f"{library.__name__}.utilities")
 
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def on_before_optimizer_step(self, optimizer: Any) -> None:
             self.log_dict(grads.grad_norm(self, norm_type=2))
 
@@ -357,7 +357,7 @@ def gradient_norms_before_the_step(library: Any) -> Any:
 
 @scenario
 def one_cycle_by_step(library: Any) -> Any:
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
             steps = int(self.trainer.estimated_stepping_batches)
@@ -371,7 +371,7 @@ def one_cycle_by_step(library: Any) -> Any:
 
 @scenario
 def schedule_with_a_frequency(library: Any) -> Any:
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=0.4)
             decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
@@ -386,7 +386,7 @@ def schedule_with_a_frequency(library: Any) -> Any:
 
 @scenario
 def manual_with_accumulation_and_a_schedule(library: Any) -> Any:
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self) -> None:
             super().__init__()
             self.automatic_optimization = False
@@ -443,7 +443,7 @@ def double_precision(library: Any) -> Any:
 
 @scenario
 def dropout_and_batch_norm(library: Any) -> Any:
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(1)
@@ -456,7 +456,7 @@ def dropout_and_batch_norm(library: Any) -> Any:
 def metric_objects(library: Any) -> Any:
     import torchmetrics
 
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self) -> None:
             super().__init__()
             self.accuracy = torchmetrics.classification.MulticlassAccuracy(3, average="micro")
@@ -476,7 +476,7 @@ def metric_objects(library: Any) -> Any:
 
 @scenario
 def a_callback_that_logs_and_one_with_state(library: Any) -> Any:
-    class Count(library.Callback):  # type: ignore[misc]  # which class, a parameter says
+    class Count(library.Callback):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self) -> None:
             self.batches = 0
 
@@ -495,7 +495,7 @@ def a_callback_that_logs_and_one_with_state(library: Any) -> Any:
 
 @scenario
 def several_training_loaders(library: Any) -> Any:
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = self.loss(batch["a"]) + self.loss(batch["b"])
             self.log("train_loss", loss, batch_size=4)
@@ -511,7 +511,7 @@ def several_training_loaders(library: Any) -> Any:
 def early_stopping_with_a_threshold_by_training_loss(library: Any) -> Any:
     callbacks = importlib.import_module(f"{library.__name__}.callbacks")
 
-    class Model(base(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = self.loss(batch)
             self.log("train_loss", loss, on_step=False, on_epoch=True)

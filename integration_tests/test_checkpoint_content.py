@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def parts(module: Any, data: Any, callback: Any) -> tuple[Any, Any, Any]:
     """A module, a data module and a callback that derive from these bases, and use every place in a checkpoint."""
 
-    class Model(module):  # type: ignore[misc]  # which class, a parameter says
+    class Model(module):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self, width: int = 3, options: Any = None) -> None:
             super().__init__()
             self.save_hyperparameters()
@@ -45,7 +45,7 @@ def parts(module: Any, data: Any, callback: Any) -> tuple[Any, Any, Any]:
             self.events.append("module")
             self.loaded = checkpoint["of the module"]
 
-    class Data(data):  # type: ignore[misc]  # which class, a parameter says
+    class Data(data):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self, rows: int = 8) -> None:
             super().__init__()
             self.save_hyperparameters()
@@ -61,7 +61,7 @@ def parts(module: Any, data: Any, callback: Any) -> tuple[Any, Any, Any]:
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             self.loaded = state_dict["served"]
 
-    class Keeps(callback):  # type: ignore[misc]  # which class, a parameter says
+    class Keeps(callback):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self) -> None:
             self.state: dict[str, Any] = {"list": [1]}
 
@@ -187,7 +187,7 @@ def test_every_state_hook_gets_what_it_gave_and_callbacks_a_copy_of_their_own(tm
     assert again.whole["of the callback"] == 7
     assert module.loaded[-1] == "of the callback"
 
-    class Other(data):  # type: ignore[misc, valid-type]  # which class, a parameter says
+    class Other(data):  # type: ignore[misc, valid-type]  # the base class is chosen at run time: Lightning's or ours
         pass
 
     other = Other()
@@ -199,7 +199,7 @@ def test_every_state_hook_gets_what_it_gave_and_callbacks_a_copy_of_their_own(tm
 def test_an_evaluation_restores_no_optimizers_and_needs_none_in_the_file(tmp_path: Path) -> None:
     model, data, keeps = OURS
 
-    class Tested(model):  # type: ignore[misc, valid-type]  # which class, a parameter says
+    class Tested(model):  # type: ignore[misc, valid-type]  # the base class is chosen at run time: Lightning's or ours
         def test_step(self, batch: Any, batch_idx: int) -> None:
             self.log("width", float(self.layer.out_features))
 
@@ -231,7 +231,7 @@ class Thing:
 def test_every_way_to_load_takes_weights_only_and_runs_no_code_without_it(call: str, tmp_path: Path) -> None:
     model, data, keeps = OURS
 
-    class Whole(model):  # type: ignore[misc, valid-type]  # which class, a parameter says
+    class Whole(model):  # type: ignore[misc, valid-type]  # the base class is chosen at run time: Lightning's or ours
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
             return None
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def module_class(base: Any) -> Any:
-    class Model(base):  # type: ignore[misc]  # which class, a parameter says
+    class Model(base):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self, manual: bool) -> None:
             super().__init__()
             self.automatic_optimization = not manual
@@ -52,7 +52,7 @@ def module_class(base: Any) -> Any:
 
 
 def callback_class(base: Any) -> Any:
-    class Saves(base):  # type: ignore[misc]  # which class, a parameter says
+    class Saves(base):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self, folder: Path) -> None:
             self.folder = folder
             self.paths: dict[str, Path] = {}
@@ -167,7 +167,7 @@ def test_lightning_goes_on_with_the_right_batch_and_step_from_what_we_saved_anyw
 
 
 def reading_class(base: Any) -> Any:
-    class Reads(base):  # type: ignore[misc]  # which class, a parameter says
+    class Reads(base):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self) -> None:
             self.seen: list[Any] = []
 

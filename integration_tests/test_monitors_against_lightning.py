@@ -178,7 +178,7 @@ def test_a_summary_has_the_columns_cells_and_totals_of_lightnings(depth: int, ex
     for library, summary_of in ((fulmen, summarize), (None, theirs("pytorch.utilities.model_summary.summarize"))):
         base: Any = theirs("pytorch.LightningModule") if library is None else library.LightningModule
 
-        class Module(Net, base):  # type: ignore[misc]  # which class, a parameter says
+        class Module(Net, base):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
             pass
 
         torch.manual_seed(0)
@@ -261,7 +261,7 @@ def logger_for(library: Any) -> Any:
 
     base: Any = theirs("pytorch.loggers.Logger")
 
-    class Theirs(Rows, base):  # type: ignore[misc]  # which class, a parameter says
+    class Theirs(Rows, base):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         name, version = "rows", 0
 
         def log_metrics(self, metrics: Any, step: int | None = None) -> None:
@@ -273,7 +273,7 @@ def logger_for(library: Any) -> Any:
 
 
 def model_for(library: Any) -> Any:
-    class Model(library.LightningModule):  # type: ignore[misc]  # which class, a parameter says
+    class Model(library.LightningModule):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         flops_per_batch = 100
 
         def __init__(self) -> None:

@@ -319,7 +319,7 @@ def test_a_loader_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_lightning_and_fulmen_read_each_others_loader_states(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning.pytorch")
 
-    class Theirs(lightning.LightningModule):  # type: ignore[misc]  # which class, a parameter says
+    class Theirs(lightning.LightningModule):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 1))
@@ -327,7 +327,7 @@ def test_lightning_and_fulmen_read_each_others_loader_states(tmp_path: Path) -> 
 
         training_step, configure_optimizers = Model.training_step, Model.configure_optimizers
 
-    class Saver(lightning.Callback):  # type: ignore[misc]  # which class, a parameter says
+    class Saver(lightning.Callback):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             if batch_idx == 2:
                 trainer.save_checkpoint(tmp_path / "theirs.ckpt")

@@ -36,7 +36,7 @@ def trainer(**options: Any) -> fulmen.Trainer:
 
 
 def loader() -> DataLoader[Any]:
-    return DataLoader(torch.randn(4, 2), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
+    return DataLoader(torch.randn(4, 2), batch_size=2)  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
 
 def test_at_most_six_frames_of_ours_lie_between_fit_and_the_step() -> None:
@@ -112,6 +112,6 @@ def test_settings_changed_during_a_run_take_over_after_the_batch_in_hand() -> No
                 trainer.accumulate_grad_batches = 2
 
     run = trainer(callbacks=[Change()])
-    run.fit(Model(), DataLoader(torch.randn(16, 2), batch_size=2))  # type: ignore[arg-type]  # whatever has items is data
+    run.fit(Model(), DataLoader(torch.randn(16, 2), batch_size=2))  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
     assert run.global_step == 2 + 3, "two single batches, then three windows of two"

@@ -28,7 +28,7 @@ ACCELERATOR = sys.argv[2]
 
 def numbers(samples: int, start: int = 0, **options: Any) -> DataLoader[Any]:
     values = torch.arange(start, start + samples, dtype=torch.float32).reshape(samples, 1)
-    return DataLoader(values, **{"batch_size": 2, **options})  # type: ignore[arg-type]  # whatever has items is data
+    return DataLoader(values, **{"batch_size": 2, **options})  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
 
 class Model(fulmen.LightningModule):

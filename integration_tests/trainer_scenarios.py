@@ -32,7 +32,7 @@ def scenario(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def numbers(samples: int, start: int = 0, **options: Any) -> DataLoader[Any]:
     values = torch.arange(start, start + samples, dtype=torch.float32).reshape(samples, 1)
-    return DataLoader(values, **{"batch_size": 2, **options})  # type: ignore[arg-type]  # whatever has items is data
+    return DataLoader(values, **{"batch_size": 2, **options})  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
 
 class Stream(IterableDataset[Any]):
@@ -66,7 +66,7 @@ def trainer(library: Any, **options: Any) -> Any:
 
 
 def model_of(library: Any) -> type:
-    class Model(library.LightningModule):  # type: ignore[misc]  # which class, a parameter says
+    class Model(library.LightningModule):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(1, 1)
@@ -142,7 +142,7 @@ def validation_by_the_clock(library: Any) -> Any:
     def run(**options: Any) -> str:
         now = [1000.0]
 
-        class Model(model_of(library)):  # type: ignore[misc]  # which class, a parameter says
+        class Model(model_of(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
             def training_step(self, batch: Any, batch_idx: int) -> Any:
                 now[0] += 10
                 return super().training_step(batch, batch_idx)
@@ -178,7 +178,7 @@ def limits_of_a_run(library: Any) -> Any:
         model = model_of(library)()
         calls: list[str] = []
 
-        class Calls(library.Callback):  # type: ignore[misc]  # which class, a parameter says
+        class Calls(library.Callback):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
             def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
                 calls.append("setup " + stage)
 
@@ -231,7 +231,7 @@ def limits_of_a_run(library: Any) -> Any:
 @scenario
 def requests_to_stop(library: Any) -> Any:
     def run(at: int, **options: Any) -> Any:
-        class Stop(library.Callback):  # type: ignore[misc]  # which class, a parameter says
+        class Stop(library.Callback):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
             def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
                 if trainer.fit_loop.epoch_loop.total_batch_idx == at:
                     trainer.should_stop = True
@@ -256,7 +256,7 @@ def requests_to_stop(library: Any) -> Any:
 @scenario
 def estimated_steps(library: Any) -> Any:
     def run(loader: Any, **options: Any) -> Any:
-        class Model(model_of(library)):  # type: ignore[misc]  # which class, a parameter says
+        class Model(model_of(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
             def training_step(self, batch: Any, batch_idx: int) -> Any:
                 return self.layer.weight.sum()
 
@@ -292,7 +292,7 @@ def estimated_steps(library: Any) -> Any:
 
 
 def _trained_on(library: Any, loaders: Any, **options: Any) -> Any:
-    class Model(model_of(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(model_of(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             self.seen.append(plain(batch))
             return self.layer.weight.sum()
@@ -337,7 +337,7 @@ class _Own:
 
 @scenario
 def limits_of_evaluation(library: Any) -> Any:
-    class Model(model_of(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(model_of(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def note(self, name: str, batch: Any, dataloader_idx: int) -> None:
             self.seen.append([name, plain(batch), dataloader_idx])
 
@@ -370,7 +370,7 @@ def limits_of_evaluation(library: Any) -> Any:
 @scenario
 def overfitting(library: Any) -> Any:
     def run(train: Any, val: Any, **options: Any) -> Any:
-        class Model(model_of(library)):  # type: ignore[misc]  # which class, a parameter says
+        class Model(model_of(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
             def training_step(self, batch: Any, batch_idx: int) -> Any:
                 self.seen.append(["t", plain(batch)])
                 return self.layer(batch).mean()
@@ -434,7 +434,7 @@ def reading_ahead(library: Any) -> Any:
     """How many samples were read when each batch is trained on."""
 
     def run(data: Any, **options: Any) -> Any:
-        class Model(model_of(library)):  # type: ignore[misc]  # which class, a parameter says
+        class Model(model_of(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
             def training_step(self, batch: Any, batch_idx: int) -> Any:
                 self.seen.append(data.read)
                 return self.layer(batch).mean()
@@ -455,7 +455,7 @@ def reading_ahead(library: Any) -> Any:
 @scenario
 def outputs_of_steps(library: Any) -> Any:
     def run(**options: Any) -> Any:
-        class Model(model_of(library)):  # type: ignore[misc]  # which class, a parameter says
+        class Model(model_of(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
             def training_step(self, batch: Any, batch_idx: int) -> Any:
                 loss = self.layer(batch).mean() + 1
                 if batch_idx == 1:
@@ -478,7 +478,7 @@ def outputs_of_steps(library: Any) -> Any:
         made.fit(model, numbers(10))
         return [model.seen, made.global_step, plain(model.layer.weight)]
 
-    class Manual(model_of(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Manual(model_of(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self) -> None:
             super().__init__()
             self.automatic_optimization = False
@@ -498,7 +498,7 @@ def outputs_of_steps(library: Any) -> Any:
 @scenario
 def steps_that_fetch_their_batches(library: Any) -> Any:
     def run(loader: Callable[[], Any], per_step: int = 1) -> Any:
-        class Model(model_of(library)):  # type: ignore[misc]  # which class, a parameter says
+        class Model(model_of(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
             def take(self, name: str, dataloader_iter: Any) -> Any:
                 for _ in range(per_step):
                     batch, batch_idx, dataloader_idx = next(dataloader_iter)
@@ -546,7 +546,7 @@ def steps_that_fetch_their_batches(library: Any) -> Any:
 @scenario
 def schedules(library: Any) -> Any:
     def run(configuration: Callable[[Any], Any], **options: Any) -> Any:
-        class Model(model_of(library)):  # type: ignore[misc]  # which class, a parameter says
+        class Model(model_of(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
             def configure_optimizers(self) -> Any:
                 optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
                 return {"optimizer": optimizer, "lr_scheduler": configuration(optimizer)}
@@ -613,7 +613,7 @@ def own_scheduler(library: Any) -> Any:
         def step(self) -> None:
             raise AssertionError("the module steps it")
 
-    class Model(model_of(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(model_of(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
             return [optimizer], [Own(optimizer)]
@@ -633,7 +633,7 @@ def own_scheduler(library: Any) -> Any:
 
 @scenario
 def arguments_of_calls(library: Any) -> Any:
-    class Data(library.LightningDataModule):  # type: ignore[misc]  # which class, a parameter says
+    class Data(library.LightningDataModule):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def train_dataloader(self) -> Any:
             return numbers(4)
 
@@ -646,7 +646,7 @@ def arguments_of_calls(library: Any) -> Any:
         def predict_dataloader(self) -> Any:
             return numbers(4, 30)
 
-    class Own(model_of(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Own(model_of(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def val_dataloader(self) -> Any:
             return numbers(2, 100)
 
@@ -720,7 +720,7 @@ def readings(library: Any) -> Any:
         }
         seen.append([moment, plain(entry)])
 
-    class Watch(library.Callback):  # type: ignore[misc]  # which class, a parameter says
+    class Watch(library.Callback):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
             read("sanity check end", trainer)
 
@@ -765,7 +765,7 @@ def precisions(library: Any) -> Any:
     """Where a precision casts: the batch, the module, and never the outputs."""
 
     def run(precision: str) -> Any:
-        class Model(model_of(library)):  # type: ignore[misc]  # which class, a parameter says
+        class Model(model_of(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
             def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
                 self.seen.append(["before transfer", str(batch.dtype)])
                 return batch
@@ -791,7 +791,7 @@ def precisions(library: Any) -> Any:
 @scenario
 def sanity_check(library: Any) -> Any:
     def run(path: str | None = None, save: str | None = None, **options: Any) -> Any:
-        class Model(model_of(library)):  # type: ignore[misc]  # which class, a parameter says
+        class Model(model_of(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
             def validation_step(self, batch: Any, batch_idx: int) -> None:
                 self.log("val", 1.0)
                 self.seen.append(f"{'s' if self.trainer.sanity_checking else 'v'}{batch_idx}")
@@ -825,7 +825,7 @@ def sanity_check(library: Any) -> Any:
 
 @scenario
 def modes_of_modules(library: Any) -> Any:
-    class Model(model_of(library)):  # type: ignore[misc]  # which class, a parameter says
+    class Model(model_of(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self) -> None:
             super().__init__()
             self.frozen = nn.Dropout(0.5).eval()
@@ -879,7 +879,7 @@ def loaders_made_anew(library: Any) -> Any:
     found: dict[str, Any] = {}
     for every in (0, 1, 2, 3):
 
-        class Model(model_of(library)):  # type: ignore[misc]  # which class, a parameter says
+        class Model(model_of(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
             def train_dataloader(self) -> Any:
                 self.seen.append(f"train loader in epoch {self.trainer.current_epoch}")
                 return numbers(4)
@@ -896,7 +896,7 @@ def loaders_made_anew(library: Any) -> Any:
 
 @scenario
 def changes_during_a_run(library: Any) -> Any:
-    class Change(library.Callback):  # type: ignore[misc]  # which class, a parameter says
+    class Change(library.Callback):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             if trainer.current_epoch == 1:
                 trainer.accumulate_grad_batches = 2

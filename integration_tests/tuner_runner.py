@@ -39,7 +39,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def model_of(library: Any) -> Any:
-    class Model(library.LightningModule):  # type: ignore[misc]  # which class, a parameter says
+    class Model(library.LightningModule):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)

@@ -174,7 +174,7 @@ def evaluation() -> None:
     model, run = Evaluated(), trainer()
     for samples in range(1, 51):
         data = torch.arange(1, samples + 1, dtype=torch.float32).reshape(samples, 1)
-        loader: Any = DataLoader(data, batch_size=3)  # type: ignore[arg-type]  # whatever has items is data
+        loader: Any = DataLoader(data, batch_size=3)  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
         SEEN[f"evaluated {samples}"] = run.validate(model, loader, verbose=False)[0]
 
 

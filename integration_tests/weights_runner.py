@@ -32,7 +32,7 @@ def dataset(samples: int, seed: int = 1) -> TensorDataset:
 
 
 def model(library: Any, *, batch_norm: bool = False, schedule: str | None = None, groups: bool = False) -> Any:
-    class Model(library.LightningModule):  # type: ignore[misc]  # which class, a parameter says
+    class Model(library.LightningModule):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
@@ -132,7 +132,7 @@ def averaging_parameters_only_while_accumulating(library: Any, callbacks: Any) -
 
 @scenario
 def averaging_by_epoch_with_own_function(library: Any, callbacks: Any) -> Scenario:
-    class ByEpoch(callbacks.WeightAveraging):  # type: ignore[misc]  # which class, a parameter says
+    class ByEpoch(callbacks.WeightAveraging):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
             return epoch_idx is not None and epoch_idx >= 1
 
@@ -173,7 +173,7 @@ def backbone_not_aligned(library: Any, callbacks: Any) -> Scenario:
 
 @scenario
 def finetuning_of_ones_own(library: Any, callbacks: Any) -> Scenario:
-    class OneByOne(callbacks.BaseFinetuning):  # type: ignore[misc]  # which class, a parameter says
+    class OneByOne(callbacks.BaseFinetuning):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def freeze_before_training(self, pl_module: Any) -> None:
             self.freeze([pl_module.backbone], train_bn=False)
 
@@ -195,7 +195,7 @@ def pruned(amount: Any = 0.3, **options: Any) -> Callable[[Any, Any], Scenario]:
     return make
 
 
-class Smallest(prune.BasePruningMethod):  # type: ignore[misc]  # which class, a parameter says
+class Smallest(prune.BasePruningMethod):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
     PRUNING_TYPE = "unstructured"
 
     def __init__(self, amount: float) -> None:
@@ -241,7 +241,7 @@ SCENARIOS |= {
 
 @scenario
 def pruning_of_chosen_layers(library: Any, callbacks: Any) -> Scenario:
-    class Filtered(callbacks.ModelPruning):  # type: ignore[misc]  # which class, a parameter says
+    class Filtered(callbacks.ModelPruning):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def filter_parameters_to_prune(self, parameters_to_prune: Any = ()) -> Any:
             return [pair for pair in parameters_to_prune if pair[1] == "weight"]
 

@@ -69,7 +69,7 @@ class Validated(Model):
 
 
 def loader(batches: int = 2) -> DataLoader[Any]:
-    return DataLoader(torch.ones(batches, 2))  # type: ignore[arg-type]  # whatever has items is data
+    return DataLoader(torch.ones(batches, 2))  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
 
 def trainer(**options: Any) -> fulmen.Trainer:

@@ -49,7 +49,7 @@ class Compiled(fulmen.LightningModule):
 
 def loader(samples: int = 8) -> DataLoader[Any]:
     values = torch.arange(samples * 2, dtype=torch.float32).reshape(samples, 2)
-    return DataLoader(values, batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
+    return DataLoader(values, batch_size=2)  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
 
 def trainer(**options: Any) -> fulmen.Trainer:

@@ -109,7 +109,7 @@ def test_a_boring_model_steps_as_the_loop_by_hand(model: type[Any]) -> None:
     theirs = torch.nn.Linear(32, 2)
     theirs.load_state_dict(ours.layer.state_dict())
 
-    trainer().fit(ours, DataLoader(rows, shuffle=False, sampler=range(4)))  # type: ignore[arg-type]  # whatever has items is data
+    trainer().fit(ours, DataLoader(rows, shuffle=False, sampler=range(4)))  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
     for row in rows:
         optimizer.zero_grad()
@@ -231,7 +231,7 @@ def test_the_word_models_learn_a_short_text(kind: type[Any], words: Path) -> Non
 
 
 def test_a_sequence_sampler_goes_on_in_every_row() -> None:
-    batches = list(SequenceSampler(range(11), batch_size=3))  # type: ignore[arg-type]  # whatever has items is data
+    batches = list(SequenceSampler(range(11), batch_size=3))  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
     assert batches == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
 

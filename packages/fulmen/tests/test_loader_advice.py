@@ -39,7 +39,7 @@ class Line(fulmen.LightningModule):
 
 
 def loader(samples: int = 8, **options: Any) -> DataLoader[Any]:
-    return DataLoader(torch.ones(samples, 2), **{"batch_size": 2, **options})  # type: ignore[arg-type]  # whatever has items is data
+    return DataLoader(torch.ones(samples, 2), **{"batch_size": 2, **options})  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
 
 def trainer(**options: Any) -> fulmen.Trainer:
@@ -134,8 +134,8 @@ def test_a_shuffled_evaluation_is_mentioned(method: str) -> None:
 def test_a_sampler_that_repeats_samples_in_evaluation_is_mentioned() -> None:
     def distributed(samples: int) -> Any:
         data = torch.ones(samples, 2)
-        sampler: Any = DistributedSampler(data, num_replicas=4, rank=0, shuffle=False)  # type: ignore[arg-type]  # whatever has items is data
-        return DataLoader(data, sampler=sampler, num_workers=2)  # type: ignore[arg-type]  # whatever has items is data
+        sampler: Any = DistributedSampler(data, num_replicas=4, rank=0, shuffle=False)  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
+        return DataLoader(data, sampler=sampler, num_workers=2)  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
     assert said(trainer(), "validate", distributed(6)) == [
         "val_dataloader has a DistributedSampler, which gives 2 of 6 samples twice so that its 4 parts are equal. "

@@ -79,7 +79,7 @@ class Model(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
     def _loader(self) -> Any:
-        return DataLoader(torch.ones(6, 4), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
+        return DataLoader(torch.ones(6, 4), batch_size=2)  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
     train_dataloader = val_dataloader = test_dataloader = predict_dataloader = _loader
 
@@ -258,7 +258,7 @@ class Data(LightningDataModule):
         self.hparams.size = 100
 
     def train_dataloader(self) -> Any:
-        return DataLoader(torch.ones(6, 4), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
+        return DataLoader(torch.ones(6, 4), batch_size=2)  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
 
 @pytest.mark.proves("6.9")
@@ -396,7 +396,7 @@ def test_a_name_shared_by_loaders_is_one_metric_of_those_that_logged_it(tmp_path
             self.log(f"own_{dataloader_idx}", 1.0, add_dataloader_idx=False)
 
         def val_dataloader(self) -> Any:
-            return [self._loader(), DataLoader(torch.ones(2, 4), batch_size=2)]  # type: ignore[arg-type]  # whatever has items is data
+            return [self._loader(), DataLoader(torch.ones(2, 4), batch_size=2)]  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
     results = make_trainer(tmp_path).validate(Several(), verbose=False)
 
@@ -565,7 +565,7 @@ def test_a_metric_object_is_found_by_identity_or_by_the_attribute_that_is_named(
 def test_what_a_metric_object_computes_must_fit_where_it_goes(
     value: Any, options: dict[str, Any], words: str | None, tmp_path: Path
 ) -> None:
-    class Computes(torchmetrics().Metric):  # type: ignore[misc,name-defined]  # which class, a parameter says
+    class Computes(torchmetrics().Metric):  # type: ignore[misc,name-defined]  # the base class is chosen at run time: Lightning's or ours
         def update(self) -> None: ...
 
         def compute(self) -> Any:

@@ -55,7 +55,7 @@ def test_a_duration_between_validations_is_counted_from_the_start_of_the_first_f
     interval: timedelta, validated_after: list[int]
 ) -> None:
     module = Counting()
-    train, val = DataLoader(torch.ones(4, 2)), DataLoader(torch.ones(1, 2))  # type: ignore[arg-type]  # whatever has items is data
+    train, val = DataLoader(torch.ones(4, 2)), DataLoader(torch.ones(1, 2))  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
     quiet_trainer(val_check_interval=interval).fit(module, train, val)
 

@@ -146,7 +146,7 @@ def test_where_samples_have_no_index_none_is_given_and_a_warning_says_why() -> N
 def test_a_loader_that_cannot_be_made_again_predicts_without_indices() -> None:
     class Own(DataLoader[Any]):
         def __init__(self, rows: int, secret: str) -> None:
-            super().__init__(data(rows), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
+            super().__init__(data(rows), batch_size=2)  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
     writer = Writer("batch")
     with pytest.warns(UserWarning, match="needs 'rows'"):

@@ -58,7 +58,7 @@ class Model(fulmen.LightningModule):
 
 
 def loader(batches: int) -> DataLoader[Any]:
-    return DataLoader(torch.randn(2 * batches, 2), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
+    return DataLoader(torch.randn(2 * batches, 2), batch_size=2)  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
 
 def trainer(root: Path, **options: Any) -> fulmen.Trainer:

@@ -322,7 +322,7 @@ def test_get_metrics_can_be_overridden(
 ) -> None:
     monkeypatch.setattr(_bars, "PLAIN_EPOCH_INTERVAL_S", 0.0)
 
-    class Mine(kind):  # type: ignore[misc]  # which class, a parameter says
+    class Mine(kind):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
         def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
             items: dict[str, Any] = super().get_metrics(trainer, pl_module)
             items.pop("half")

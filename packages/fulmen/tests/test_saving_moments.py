@@ -42,7 +42,7 @@ class Model(fulmen.LightningModule):
 
 
 def loader(batches: int = 2) -> DataLoader[Any]:
-    return DataLoader(torch.ones(batches, 1))  # type: ignore[arg-type]  # whatever has items is data
+    return DataLoader(torch.ones(batches, 1))  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
 
 def trainer(folder: Path, *callbacks: Callback, **options: Any) -> fulmen.Trainer:

@@ -39,7 +39,7 @@ class Model(fulmen.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
     def train_dataloader(self) -> Any:
-        return DataLoader(torch.randn(4, 3), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
+        return DataLoader(torch.randn(4, 3), batch_size=2)  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
 
 class Served(Model, ServableModule):

@@ -35,7 +35,7 @@ class Model(LightningModule):
 
 
 def losses(*values: float) -> DataLoader[Any]:
-    return DataLoader(torch.tensor(values), batch_size=1)  # type: ignore[arg-type]  # whatever has items is data
+    return DataLoader(torch.tensor(values), batch_size=1)  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
 
 def make(tmp_path: Path, *callbacks: Callback, **flags: Any) -> Trainer:

@@ -25,7 +25,7 @@ class Good(fulmen.LightningModule):
 
 
 def loader(samples: int = 8) -> DataLoader[Any]:
-    return DataLoader(torch.randn(samples, 4), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
+    return DataLoader(torch.randn(samples, 4), batch_size=2)  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
 
 def trainer(**options: Any) -> fulmen.Trainer:

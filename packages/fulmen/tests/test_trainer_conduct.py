@@ -39,7 +39,7 @@ class Line(fulmen.LightningModule):
 
 
 def loader(samples: int = 8) -> DataLoader[Any]:
-    return DataLoader(torch.ones(samples, 2), batch_size=2)  # type: ignore[arg-type]  # whatever has items is data
+    return DataLoader(torch.ones(samples, 2), batch_size=2)  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
 
 def trainer(**options: Any) -> fulmen.Trainer:
@@ -304,7 +304,7 @@ def test_a_stream_that_ends_before_its_limit_still_steps_and_validates() -> None
     for stream in (Stream(), Claiming()):
         model = Validated()
         run = trainer(accumulate_grad_batches=2, limit_train_batches=6)
-        run.fit(model, DataLoader(stream, batch_size=1), DataLoader(torch.ones(1, 1)))  # type: ignore[arg-type]  # whatever has items is data
+        run.fit(model, DataLoader(stream, batch_size=1), DataLoader(torch.ones(1, 1)))  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
         assert run.global_step == 2
         assert model.weights == [0, -1, -1.5, -99]
 

@@ -49,7 +49,7 @@ class Counting(fulmen.LightningModule):
 
 def numbers(samples: int, **options: Any) -> DataLoader[Any]:
     values = torch.arange(samples, dtype=torch.float32).repeat_interleave(2).reshape(samples, 2)
-    return DataLoader(values, batch_size=2, **options)  # type: ignore[arg-type]  # whatever has items is data
+    return DataLoader(values, batch_size=2, **options)  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
 
 def trainer(**options: Any) -> fulmen.Trainer:

@@ -112,7 +112,7 @@ def batches(count: int) -> list[int]:
     ],
 )
 def test_a_combined_loader_gives_batch_batch_idx_and_dataloader_idx(mode: Any, expected: list[Any]) -> None:
-    loaders = [DataLoader(batches(size), batch_size=None) for size in (2, 3)]  # type: ignore[arg-type]  # whatever has items is data
+    loaders = [DataLoader(batches(size), batch_size=None) for size in (2, 3)]  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
     combined = utilities.CombinedLoader(loaders, mode)
     iter(combined)
 
@@ -130,7 +130,7 @@ def test_a_combined_loader_gives_batch_batch_idx_and_dataloader_idx(mode: Any, e
 def test_a_combined_loader_walks_nested_collections_and_can_be_resumed() -> None:
     def combined() -> utilities.CombinedLoader:
         def loader(size: int) -> DataLoader[Any]:
-            return DataLoader(batches(size), batch_size=None)  # type: ignore[arg-type]  # whatever has items is data
+            return DataLoader(batches(size), batch_size=None)  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
 
         return utilities.CombinedLoader({"a": loader(4), "b": [loader(4), (loader(4),)]}, "max_size")
 
@@ -194,7 +194,7 @@ class SizedStream(Stream):
 
 @pytest.mark.proves("13.11")
 def test_loaders_are_asked_for_their_length_and_kind() -> None:
-    plain, stream, sized = DataLoader([1, 2, 3]), DataLoader(Stream()), DataLoader(SizedStream())  # type: ignore[arg-type, var-annotated]  # whatever has items is data
+    plain, stream, sized = DataLoader([1, 2, 3]), DataLoader(Stream()), DataLoader(SizedStream())  # type: ignore[arg-type, var-annotated]  # torch takes any sequence; its annotation names only Dataset
 
     assert [sized_len(loader) for loader in (plain, stream, sized, iter([1]))] == [3, None, 3, None]
     assert [has_len(loader) for loader in (plain, stream, sized, [])] == [True, False, True, True]

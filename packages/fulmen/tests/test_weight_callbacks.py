@@ -547,7 +547,7 @@ def test_a_wrong_type_is_a_type_error_too() -> None:
             make()
 
 
-class Sharding(SingleDeviceStrategy):  # type: ignore[misc]  # a class found at run time
+class Sharding(SingleDeviceStrategy):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
     """A single device that says of itself that it shards; nothing is trained with it here."""
 
     state_kind = "full"
@@ -558,7 +558,7 @@ class Sharding(SingleDeviceStrategy):  # type: ignore[misc]  # a class found at 
     load_module_state = optimizer_state = load_optimizer_state = module_state
 
 
-class Engine(SingleDeviceStrategy):  # type: ignore[misc]  # a class found at run time
+class Engine(SingleDeviceStrategy):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
     """A single device that says of itself that it accumulates."""
 
     def set_accumulation(self, batches: int) -> None:
