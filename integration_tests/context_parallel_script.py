@@ -34,12 +34,19 @@ class Attention(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
+def start_weights() -> dict[str, Tensor]:
+    """The same on every device: a GPU draws other numbers from the same seed."""
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        return Attention().state_dict()
+
+
 class Model(fulmen.LightningModule):
     """As the guide shows it."""
 
     def configure_model(self) -> None:
-        torch.manual_seed(0)
         self.net = Attention()
+        self.net.load_state_dict(start_weights())
         if self.device_mesh is not None:
             fully_shard(self.net, mesh=self.device_mesh["context_parallel"])
 
@@ -83,10 +90,8 @@ def main(folder: Path) -> None:
     trainer.fit(model, DataLoader(data, batch_size=BATCH))
     shared: Any = trainer.strategy.backend.module_state(trainer.strategy.model, full=True)
     if trainer.global_rank == 0:
-        torch.manual_seed(0)
-        began = Attention().cuda()
         alone = Attention().cuda()
-        alone.load_state_dict(began.state_dict())
+        alone.load_state_dict(start_weights())
         optimizer = torch.optim.SGD(alone.parameters(), lr=0.5)
         for _ in range(2):
             for x, y in DataLoader(data, batch_size=BATCH):
@@ -96,7 +101,7 @@ def main(folder: Path) -> None:
                 loss.backward()
                 optimizer.step()
         want = torch.cat([value.flatten().cpu() for value in alone.state_dict().values()])
-        start = torch.cat([value.flatten().cpu() for value in began.state_dict().values()])
+        start = torch.cat([value.flatten().cpu() for value in start_weights().values()])
         got = torch.cat([shared[f"net.{name}"].flatten() for name in alone.state_dict()])
         (folder / "result.json").write_text(
             json.dumps(

@@ -124,7 +124,8 @@ def main() -> int:
             result = Path(folder) / "result.json"
             command = [
                 sys.executable,
-                os.path.abspath(__file__),
+                "-m",
+                __spec__.name,
                 *sys.argv[1:],
                 "--child",
                 str(result),

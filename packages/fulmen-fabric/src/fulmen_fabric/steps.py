@@ -4,7 +4,9 @@
 them: full precision enters no context, one batch per step divides nothing, a hook nobody defines is an empty tuple.
 
 Order within a step, which people rely on: forward → zero gradients (first batch of a window) → backward → unscale →
-``on_before_optimizer_step`` → clip → optimizer step → scaler update. The same callables serve the Trainer and Fabric.
+``on_before_optimizer_step`` → clip → optimizer step → scaler update. Where nobody has a hook on the zeroing, it comes
+before the forward pass: the gradients of the last step would lie beside the activations of this one, which is the
+moment when memory is shortest. The same callables serve the Trainer and Fabric.
 """
 
 from __future__ import annotations
@@ -237,10 +239,13 @@ def automatic_step(
     zero_grad: Callable[[], object] = hooks.zero_grad or optimizer.zero_grad
     engine_accumulates = supports(strategy, OwnsAccumulation)
     divisor = 1 if engine_accumulates else accumulate
+    clears_first = not before_zero_grad and hooks.zero_grad is None
     window_is_empty = not window_is_open  # no backward pass since the last optimizer step
 
     def forward_backward(batch: object, batch_idx: int) -> tuple[object, Tensor | None]:
         nonlocal window_is_empty
+        if clears_first and window_is_empty:
+            zero_grad()
         if forward_context is None:
             output = training_step(batch, batch_idx)
         else:
@@ -256,11 +261,11 @@ def automatic_step(
             return output, None
         if divisor != 1:
             loss = loss / divisor
-        if window_is_empty:
+        if window_is_empty and not clears_first:
             for hook in before_zero_grad:
                 hook(optimizer)
             zero_grad()
-            window_is_empty = False
+        window_is_empty = False
         target = loss if scaler is None else scaler.scale(loss)
         for hook in before_backward:
             hook(target)

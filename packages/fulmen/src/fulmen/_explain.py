@@ -37,9 +37,10 @@ _ORDER = (
     (1, "each batch:"),
     (2, "{transfer}"),
     (2, "<on_train_batch_start>"),
+    (2, "{zeroed_first}"),
     (2, "{forward}[training_step]"),
     (2, "<on_before_zero_grad>"),
-    (2, "gradients are zeroed  ({window})"),
+    (2, "{zeroed_after}"),
     (2, "<on_before_backward>"),
     (2, "backward{scaled}"),
     (2, "<on_after_backward>"),
@@ -87,7 +88,7 @@ def explain_run(trainer: Trainer, model: LightningModule | None) -> str:
     if module is not None:
         rows.append(f"  {'module':<20} {_origin(module)}")
     rows += ["", "Order of fit"]
-    words = _words(trainer)
+    words = _words(trainer, module)
     manual = module is not None and not module.automatic_optimization
     for depth, template in _ORDER:
         text = template
@@ -105,7 +106,7 @@ def _is_automatic_only(template: str) -> bool:
     return any(part in template for part in ("zeroed", "zero_grad", "{clip}", "optimizer step", "lr_scheduler_step"))
 
 
-def _words(trainer: Trainer) -> dict[str, str]:
+def _words(trainer: Trainer, module: LightningModule | None) -> dict[str, str]:
     settings, precision = trainer.settings, trainer.assembly.precision_name
     every = settings.accumulate_grad_batches
     interval = settings.val_check_interval
@@ -113,12 +114,19 @@ def _words(trainer: Trainer) -> dict[str, str]:
     if isinstance(interval, int):
         validate = f"every {interval} batches"
     mixed = precision.endswith("mixed")
+    zeroed = f"gradients are zeroed  ({'every batch' if every == 1 else f'first of every {every} batches'})"
+    is_seen = (
+        bool(_suppliers("on_before_zero_grad", trainer, module, with_callbacks=True))
+        or (module is not None and _overrides(module, LightningModule, "optimizer_zero_grad"))
+        or Measuring(trainer.profiler).is_on
+    )
     return {
         "sanity": "no" if settings.num_sanity_val_steps == 0 else f"{settings.num_sanity_val_steps:g}",
         "epochs": f"at most {settings.max_epochs}" if settings.max_epochs != -1 else "until max_steps or a stop",
         "transfer": f"the batch goes to {trainer.world.device}",
         "forward": f"under autocast ({precision}): " if mixed else "",
-        "window": "every batch" if every == 1 else f"first of every {every} batches",
+        "zeroed_first": "" if is_seen else zeroed,
+        "zeroed_after": zeroed if is_seen else "",
         "window_end": "every batch" if every == 1 else f"last of every {every} batches, and of the epoch",
         "scaled": " of the scaled loss; then gradients are unscaled" if precision == "16-mixed" else "",
         "skipped": ", skipped where a gradient is not finite" if precision == "16-mixed" else "",

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Sequence
 
     from fulmen_strategies._sharded.casting import Casting
 
-__all__ = ["ShardedEntry", "sharded_entry"]
+__all__ = ["ShardedEntry", "parameter_groups", "sharded_entry"]
 
 _ENTRY = "_fulmen_sharded_entry"
 
@@ -126,7 +126,7 @@ class ShardedEntry(nn.Module):
     def after_step(self) -> None:
         """After an optimizer step: within a manual step the whole parameters are those before it, so gather again."""
         if self._is_manual[0]:
-            for group in self._state._fsdp_param_groups:
+            for group in parameter_groups(self._state):
                 group._to_sharded()  # reshard() would keep the root whole until forward has returned
             self._make_whole()
 
@@ -144,7 +144,7 @@ class ShardedEntry(nn.Module):
         """Within the block this rank holds the whole model, and forward passes communicate nothing."""
         self._state._lazy_init()  # it decides what the root does after a forward pass
         units = [module for module in self.modules() if isinstance(module, FSDPModule)]
-        groups = [group for unit in units for group in cast("Any", unit)._get_fsdp_state()._fsdp_param_groups]
+        groups = [group for unit in units for group in parameter_groups(cast("Any", unit)._get_fsdp_state())]
         before = [group.post_forward_mesh_info for group in groups]
         for unit in units:
             unit.unshard()
@@ -159,6 +159,13 @@ class ShardedEntry(nn.Module):
                 group.post_forward_mesh_info = info
             for unit in units:
                 unit.reshard()
+
+
+def parameter_groups(state: Any) -> Sequence[Any]:
+    """What FSDP2 gathers together in one unit: earlier torch (2.11) has one group for each at most."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return cast("Sequence[Any]", state._fsdp_param_groups)
+    return () if state._fsdp_param_group is None else (state._fsdp_param_group,)
 
 
 def sharded_entry(module: nn.Module) -> ShardedEntry | None:

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from fulmen_protocols.errors import CheckpointError
+from fulmen_strategies._sharded.entry import parameter_groups
 from fulmen_strategies._sharded.layout import laid_out_like, local, to_host
 from fulmen_strategies._sharded.states import canonical
 
@@ -136,7 +137,7 @@ def _each(root: nn.Module, module: nn.Module) -> Iterator[_Found]:
     records: dict[int, Any] = {}
     for unit in root.modules():
         if isinstance(unit, FSDPModule):
-            for group in cast("Any", unit)._get_fsdp_state()._fsdp_param_groups:
+            for group in parameter_groups(cast("Any", unit)._get_fsdp_state()):
                 records.update((id(record.sharded_param), record) for record in group.fsdp_params)
     for name, parameter in module.named_parameters():
         yield _Found(canonical(name), parameter, records.get(id(parameter)))
