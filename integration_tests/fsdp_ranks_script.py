@@ -195,7 +195,8 @@ class Runs:
         fabric = fulmen.Fabric(accelerator=self.accelerator, devices=self.ranks, strategy=blocks(), precision=precision)
         fabric.launch()
         torch.manual_seed(0)
-        net = Net()
+        with torch.device(fabric.device):  # as configure_model does: a GPU draws other numbers from the same seed
+            net = Net()
         model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9))
         loader = fabric.setup_dataloaders(self.loader())
         norms: list[float] = []
