@@ -57,6 +57,7 @@ from fulmen_protocols.logger import (
     SupportsRowTime,
     SupportsWaitingRows,
 )
+from fulmen_protocols.nested import map_instances
 from fulmen_protocols.precision import (
     Precision,
     PrecisionPlan,
@@ -240,6 +241,7 @@ __all__ = [
     "did_you_mean",
     "load",
     "load_factory",
+    "map_instances",
     "missing_members",
     "read_positions",
 ]
