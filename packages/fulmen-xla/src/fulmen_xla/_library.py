@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +15,7 @@ import torch
 
 from fulmen_protocols.errors import BackendUnavailable, MissingPackage
 
-__all__ = ["check_pair", "library", "load", "platform", "require"]
+__all__ = ["check_pair", "library", "load", "platform", "require", "runtime_is_running", "tpu_chips"]
 
 
 def require(who: str) -> None:
@@ -93,11 +94,18 @@ def platform() -> str:
     asked = os.environ.get("PJRT_DEVICE", "")
     if asked:
         return asked.partition("_")[0].upper()
-    return "TPU" if _tpus() else ""
+    return "TPU" if tpu_chips() else ""
 
 
-def _tpus() -> int:
+def tpu_chips() -> int:
+    """How many TPU chips (or cores) this machine has; 0 where no TPU is set up. Starts nothing."""
     try:
         return int(library("_internal.tpu").num_available_devices())
     except (ValueError, AssertionError, OSError, KeyError):  # what torch-xla raises where no TPU is set up
         return 0
+
+
+def runtime_is_running() -> bool:
+    """Whether this process has opened a device; does not import torch-xla to find out."""
+    loaded: Any = sys.modules.get("torch_xla")
+    return loaded is not None and bool(loaded._XLAC._xla_runtime_is_initialized())

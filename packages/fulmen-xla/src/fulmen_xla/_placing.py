@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-__all__ = ["Moves", "created_on_host", "quiet_hooks", "sync"]
+__all__ = ["Moves", "created_on_host", "quiet_hooks", "step", "sync"]
 
 
 def quiet_hooks() -> None:
@@ -30,6 +30,13 @@ def quiet_hooks() -> None:
 def sync() -> None:
     """Cut the recorded graph here and start to run it; nothing waits for its results."""
     library().sync()
+
+
+def step(optimizer: Optimizer, closure: Callable[[], object] | None) -> object:
+    """Step, and cut the graph: a batch and its update are one program, the next one is another."""
+    result: Any = optimizer.step() if closure is None else optimizer.step(closure)  # type: ignore[arg-type]
+    sync()
+    return cast("object", result)
 
 
 class Moves:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fulmen_xla._host import map_tensors, to_host
+from fulmen_protocols.nested import map_instances
+from fulmen_xla._host import to_host
 from fulmen_xla._library import library
 from fulmen_xla._placing import sync
 
@@ -64,41 +65,42 @@ class Layout:
     def module_state(self, collectives: XLACollectives, *, full: bool) -> dict[str, object]:
         """By canonical name, in the order that the module had."""
         sync()
-        buffers = {_canonical(name): value for name, value in self._module.named_buffers()}
+        buffers = self._buffers()
         state: dict[str, object] = {}
         for name in self._names:
-            shard = self._shards.get(self._same_as.get(name, name))
-            if shard is None:
-                state[name] = buffers[name].detach() if name in buffers else self._own(name)
-            else:
+            shard = self._shard_of(name)
+            if shard is not None:
                 value = shard.parameter.detach()
                 state[name] = _whole(value, shard.size, collectives) if full else value
+            elif name in buffers:
+                state[name] = buffers[name].detach()
+            else:
+                raise RuntimeError(f"{name} is neither a parameter nor a buffer of the module that was placed.")
         if not full:
             return state
         return to_host(state) if collectives.rank == 0 else {}
 
-    def _own(self, name: str) -> object:
-        raise RuntimeError(f"{name} is neither a parameter nor a buffer of the module that was placed.")
-
     def load_module_state(self, state: Mapping[str, object], collectives: XLACollectives, *, strict: bool) -> Outcome:
+        """Load whole tensors or shards; a whole state counts on rank 0 where the others have none."""
         state = _everywhere(state, collectives)
         missing = [name for name in self._names if name not in state]
         unexpected = [name for name in state if name not in self._names]
         if strict and (missing or unexpected):
             raise RuntimeError(f"missing from the state: {missing}; not in the module: {unexpected}.")
-        buffers = {_canonical(name): value for name, value in self._module.named_buffers()}
+        buffers = self._buffers()
         with torch.no_grad():
             for name in self._names:
                 if name not in state:
                     continue
                 value = cast("Tensor", state[name])
-                shard = self._shards.get(self._same_as.get(name, name))
+                shard = self._shard_of(name)
                 target = buffers[name] if shard is None else shard.parameter
                 target.copy_(value if shard is None else _part(value, shard, name))
         sync()
         return Outcome(missing, unexpected)
 
     def optimizer_state(self, optimizer: Optimizer, collectives: XLACollectives, *, full: bool) -> dict[str, object]:
+        """In torch's layout: whole CPU tensors on rank 0, or this rank's shards."""
         sync()
         state: dict[str, Any] = optimizer.state_dict()
         if not full:
@@ -116,6 +118,7 @@ class Layout:
     def load_optimizer_state(
         self, optimizer: Optimizer, state: Mapping[str, object], collectives: XLACollectives
     ) -> None:
+        """Load whole tensors or shards into an optimizer of the placed module."""
         known = cast("dict[str, Any]", _everywhere(state, collectives))
         shards = self._by_number(optimizer)
 
@@ -130,6 +133,12 @@ class Layout:
         mine = {n: {key: fitted(n, value) for key, value in kept.items()} for n, kept in known["state"].items()}
         optimizer.load_state_dict({**known, "state": mine})
         sync()
+
+    def _shard_of(self, name: str) -> _Shard | None:
+        return self._shards.get(self._same_as.get(name, name))
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {_canonical(name): value for name, value in self._module.named_buffers()}
 
     def _by_number(self, optimizer: Optimizer) -> dict[int, _Shard]:
         """Each shard by the number that the optimizer's state has for it."""
@@ -169,4 +178,5 @@ def _everywhere(state: Mapping[str, object], collectives: XLACollectives) -> Map
     """Rank 0's state for ranks without one; as it is where every rank has its own."""
     if collectives.world_size == 1 or all(collectives.all_gather_object(bool(state))):
         return state
-    return cast("Mapping[str, object]", collectives.broadcast_object(map_tensors(lambda one: one.cpu(), state)))
+    on_host = map_instances(Tensor, lambda one: one.cpu(), state)
+    return cast("Mapping[str, object]", collectives.broadcast_object(on_host))

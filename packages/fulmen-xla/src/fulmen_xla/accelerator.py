@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from fulmen_protocols.errors import MisconfigurationException, MisconfigurationTypeError
-from fulmen_xla._library import library, platform, require
+from fulmen_xla._library import library, platform, require, runtime_is_running, tpu_chips
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,10 +51,7 @@ class XLAAccelerator:
         if not kind or (self._only is not None and kind != self._only):
             return 0
         if kind == "TPU":
-            try:
-                return int(library("_internal.tpu").num_available_devices())
-            except (ValueError, AssertionError, OSError, KeyError):  # no TPU is set up
-                return 0
+            return tpu_chips()
         variable = _COUNTS.get(kind, "")
         return int(os.environ.get(variable, "1")) if variable else 1
 
@@ -114,7 +110,7 @@ class XLAAccelerator:
 
     def teardown(self) -> None:
         """Run what has been recorded and wait for it; the runtime itself stays until the process ends."""
-        if _runtime_is_running():
+        if runtime_is_running():
             library().sync()
             library("core.xla_model").wait_device_ops()
 
@@ -153,12 +149,6 @@ class XLAAccelerator:
                 f"strategy {type(strategy).__name__} cannot drive accelerator {self.name()!r}. "
                 f"Use one of {', '.join(map(repr, _STRATEGIES))}, or 'auto'."
             )
-
-
-def _runtime_is_running() -> bool:
-    """Whether this process has opened a device."""
-    loaded: Any = sys.modules.get("torch_xla")
-    return loaded is not None and bool(loaded._XLAC._xla_runtime_is_initialized())
 
 
 def _read(text: str, count: int, asked: str, allowed: str) -> int | list[int]:

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fulmen_protocols.errors import MisconfigurationException, MisconfigurationTypeError
-from fulmen_xla import _base, _shards
+from fulmen_xla import _limits, _shards
+from fulmen_xla._arguments import parts_of, wrap_policy
 from fulmen_xla._entry import Entry, enter
 from fulmen_xla._library import library, require
-from fulmen_xla._placing import created_on_host, quiet_hooks
+from fulmen_xla._place import DevicePlace, Replicas
+from fulmen_xla._placing import created_on_host, quiet_hooks, step
 from fulmen_xla.checkpoint_io import XLACheckpointIO
-from fulmen_xla.parallel import XLAStrategy, check_replicas
+from fulmen_xla.environment import XLAEnvironment
+from fulmen_xla.parallel import check_replicas
 from fulmen_xla.shard_files import XLAShardFilesIO
 
 if TYPE_CHECKING:
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
     from fulmen_protocols.strategy import StrategyParts
     from fulmen_protocols.topology import Topology
     from fulmen_xla.collectives import XLACollectives
-    from fulmen_xla.environment import XLAEnvironment
 
 __all__ = ["XLAFSDPStrategy"]
 
@@ -91,13 +93,12 @@ class XLAFSDPStrategy:
                 "layer is wrapped. Give one of the two."
             )
         require("XLAFSDPStrategy")
-        self._replicas = XLAStrategy(
-            accelerator, parallel_devices, checkpoint_io, precision, precision_plugin, sync_module_states=False
+        self._parts = parts_of(
+            "XLAFSDPStrategy", accelerator, parallel_devices, checkpoint_io, precision, precision_plugin
         )
-        self._policy = _base.wrap_policy("XLAFSDPStrategy", auto_wrap_policy or activation_checkpointing_policy)
+        self._policy = wrap_policy("XLAFSDPStrategy", auto_wrap_policy or activation_checkpointing_policy)
         self._recomputed = tuple(activation_checkpointing_policy or ())
-        given: list[Any] = list(activation_checkpointing_policy or ())
-        if not all(isinstance(one, type) for one in given):
+        if not all(isinstance(cast("object", one), type) for one in self._recomputed):
             raise MisconfigurationTypeError(
                 f"XLAFSDPStrategy(activation_checkpointing_policy={activation_checkpointing_policy!r}) is not a set of "
                 "layer classes, such as {nn.Linear}."
@@ -106,12 +107,14 @@ class XLAFSDPStrategy:
         self._sequential = sequential_save
         self._kwargs = kwargs
         self._compute = torch.float32
+        self._place = DevicePlace("XLAFSDPStrategy")
+        self._replicas = Replicas("XLAFSDPStrategy", "xla_fsdp", self._place)
         self._layouts: dict[int, _shards.Layout] = {}
 
     @property
     def parts(self) -> StrategyParts:
         """What the user gave."""
-        return self._replicas.parts
+        return self._parts
 
     @property
     def launcher(self) -> str:
@@ -120,11 +123,11 @@ class XLAFSDPStrategy:
 
     def own_environment(self) -> XLAEnvironment:
         """``XLAEnvironment``."""
-        return self._replicas.own_environment()
+        return XLAEnvironment()
 
     def own_precision(self, name: str) -> Precision:
         """``XLAPrecision`` of that name."""
-        return _base.own_precision("xla_fsdp", name)
+        return _limits.own_precision("xla_fsdp", name)
 
     def own_checkpoint_io(self) -> CheckpointIO:
         """A file for each rank, or ``XLACheckpointIO`` for whole checkpoints."""
@@ -136,12 +139,12 @@ class XLAFSDPStrategy:
         Raises:
             MisconfigurationException: the plan scales losses, or computes in float64.
         """
-        _base.check_plan("xla_fsdp", plan)
+        _limits.check_plan("xla_fsdp", plan)
         self._compute = plan["compute"]
 
     def check_world(self, devices: Sequence[torch.device], num_nodes: int) -> None:
         """Refuse devices of another kind, whole checkpoints from several hosts, and replicas that are threads."""
-        _base.check_devices("xla_fsdp", devices)
+        _limits.check_devices("xla_fsdp", devices)
         check_replicas("xla_fsdp", len(devices))
         if self._kind == "full" and num_nodes > 1:
             raise MisconfigurationException(
@@ -163,17 +166,29 @@ class XLAFSDPStrategy:
 
     @property
     def root_device(self) -> torch.device:
-        """The device of this replica. Raises ``RuntimeError`` before ``setup_environment``."""
-        return self._replicas.root_device
+        """The device of this replica.
+
+        Raises:
+            RuntimeError: ``setup_environment`` has not run yet.
+        """
+        return self._place.device
 
     @property
     def collectives(self) -> XLACollectives:
-        """Communication among the replicas. Raises ``RuntimeError`` before ``setup_environment``."""
+        """Communication among the replicas.
+
+        Raises:
+            RuntimeError: ``setup_environment`` has not run yet.
+        """
         return self._replicas.collectives
 
     def setup_environment(self, topology: Topology) -> None:
-        """Open this replica's device; see ``XLAStrategy.setup_environment``."""
-        self._replicas.setup_environment(topology)
+        """Open this replica's device and see that the runtime counts as the run does.
+
+        Raises:
+            MisconfigurationException: it does not, or this process already drives its devices as one.
+        """
+        self._replicas.meet(topology)
 
     def module_context(self, *, empty: bool) -> AbstractContextManager[object]:
         """Create modules on the host, from where ``place`` shards them; with ``empty`` without initialising them."""
@@ -237,7 +252,7 @@ class XLAFSDPStrategy:
         self, optimizer: Optimizer, module: nn.Module | None, closure: Callable[[], object] | None = None
     ) -> object:
         """Step, and run what was recorded; gradients were reduced in the backward pass."""
-        return _base.step(optimizer, closure)
+        return step(optimizer, closure)
 
     def clip_grad_norm(
         self,
@@ -271,7 +286,7 @@ class XLAFSDPStrategy:
 
     def process_loader(self, loader: Iterable[object]) -> Iterable[object]:
         """Upload batches while the device computes."""
-        return self._replicas.process_loader(loader)
+        return self._place.uploading(loader)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -305,7 +320,7 @@ class XLAFSDPStrategy:
 
     def teardown(self) -> None:
         """Let go of the device."""
-        self._replicas.teardown()
+        self._replicas.part()
         self._layouts.clear()
 
 

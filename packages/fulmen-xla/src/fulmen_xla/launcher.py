@@ -12,11 +12,11 @@ import tempfile
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 from fulmen_protocols.errors import MisconfigurationException, RankFailure
 from fulmen_xla import _replica
-from fulmen_xla._library import library, platform, require
+from fulmen_xla._library import library, platform, require, runtime_is_running
 from fulmen_xla.accelerator import XLAAccelerator
 
 if TYPE_CHECKING:
@@ -126,8 +126,7 @@ def _require_all(num_processes: int) -> None:
 
 
 def _require_closed() -> None:
-    loaded: Any = sys.modules.get("torch_xla")
-    if loaded is not None and loaded._XLAC._xla_runtime_is_initialized():
+    if runtime_is_running():
         raise MisconfigurationException(
             f"replicas cannot be started: this process has opened a device of PJRT's {platform()} runtime already. "
             "Move no tensor to an XLA device before the launch (in a notebook: restart the kernel)."

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import queue
 from collections import deque
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from fulmen_xla._host import map_tensors, tensors_of
+from torch import Tensor
+
+from fulmen_protocols.nested import map_instances
+from fulmen_xla._host import tensors_of
 from fulmen_xla._library import library
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
 
     import torch
-    from torch import Tensor
 
 __all__ = ["XLADeviceLoader"]
 
@@ -69,11 +71,10 @@ class XLADeviceLoader:
                         is_over = True
                     else:
                         taken.append(batch)
-                        to_upload.put([tensor for tensor in tensors_of(batch) if tensor.device.type == "cpu"])
+                        to_upload.put([one for one in tensors_of(batch) if one.device.type == "cpu"])
                 if not taken:
                     break
-                tensors = iter(cast("list[Tensor]", next(uploaded)))
-                yield map_tensors(lambda one: next(tensors) if one.device.type == "cpu" else one, taken.popleft())  # noqa: B023
+                yield _with_uploaded(taken.popleft(), next(uploaded))
             library().sync()
             if failure is not None:
                 raise failure
@@ -83,6 +84,12 @@ class XLADeviceLoader:
 
     def __len__(self) -> int:
         return len(self._loader)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # the user's, or a TypeError
+
+
+def _with_uploaded(batch: object, uploaded: list[Tensor]) -> object:
+    """``batch`` with the tensors of the host replaced, in order."""
+    copies = iter(uploaded)
+    return map_instances(Tensor, lambda one: next(copies) if one.device.type == "cpu" else one, batch)
 
 
 _END = object()

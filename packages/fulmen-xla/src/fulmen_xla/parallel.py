@@ -6,15 +6,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from fulmen_protocols.errors import MisconfigurationException
-from fulmen_xla import _base
+from fulmen_xla import _limits
+from fulmen_xla._arguments import parts_of
 from fulmen_xla._library import library, platform, require
-from fulmen_xla._modes import require_no_spmd
-from fulmen_xla._placing import Moves, created_on_host
-from fulmen_xla._random import register, seed_like_torch
+from fulmen_xla._place import DevicePlace, Replicas
+from fulmen_xla._placing import created_on_host, step
 from fulmen_xla.checkpoint_io import XLACheckpointIO
-from fulmen_xla.collectives import XLACollectives
 from fulmen_xla.environment import XLAEnvironment
-from fulmen_xla.loader import XLADeviceLoader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
     from fulmen_protocols.precision import Precision, PrecisionPlan
     from fulmen_protocols.strategy import StrategyParts
     from fulmen_protocols.topology import Topology
+    from fulmen_xla.collectives import XLACollectives
 
 __all__ = ["XLAStrategy", "check_replicas", "debug"]
 
@@ -67,15 +66,11 @@ class XLAStrategy:
         sync_module_states: bool = True,
     ) -> None:
         require("XLAStrategy")
-        self._parts = _base.parts(
-            "XLAStrategy", accelerator, parallel_devices, checkpoint_io, precision, precision_plugin
-        )
+        self._parts = parts_of("XLAStrategy", accelerator, parallel_devices, checkpoint_io, precision, precision_plugin)
         self.debug = debug
         self._sync_module_states = sync_module_states
-        self._debugging = _base.Debugging(debug)
-        self._device: torch.device | None = None
-        self._collectives: XLACollectives | None = None
-        self._moves = Moves()
+        self._place = DevicePlace("XLAStrategy", reports=debug)
+        self._replicas = Replicas("XLAStrategy", "xla", self._place)
         self._holds_back = False
 
     @property
@@ -94,7 +89,7 @@ class XLAStrategy:
 
     def own_precision(self, name: str) -> Precision:
         """``XLAPrecision`` of that name."""
-        return _base.own_precision("xla", name)
+        return _limits.own_precision("xla", name)
 
     def own_checkpoint_io(self) -> CheckpointIO:
         """``XLACheckpointIO``."""
@@ -102,11 +97,11 @@ class XLAStrategy:
 
     def check_precision(self, plan: PrecisionPlan) -> None:
         """Refuse a precision that scales losses, or is none of XLA's."""
-        _base.check_plan("xla", plan)
+        _limits.check_plan("xla", plan)
 
     def check_world(self, devices: Sequence[torch.device], num_nodes: int) -> None:
         """Refuse devices of another kind, and runtimes whose replicas are threads of one process."""
-        _base.check_devices("xla", devices)
+        _limits.check_devices("xla", devices)
         check_replicas("xla", len(devices))
 
     @property
@@ -116,11 +111,7 @@ class XLAStrategy:
         Raises:
             RuntimeError: ``setup_environment`` has not run yet; the processes may not have started.
         """
-        if self._device is None:
-            raise RuntimeError(
-                "the device of XLAStrategy is unknown before its processes have started and setup_environment has run."
-            )
-        return self._device
+        return self._place.device
 
     @property
     def collectives(self) -> XLACollectives:
@@ -129,9 +120,7 @@ class XLAStrategy:
         Raises:
             RuntimeError: ``setup_environment`` has not run yet.
         """
-        if self._collectives is None:
-            raise RuntimeError("the replicas of XLAStrategy have not met yet: setup_environment comes first.")
-        return self._collectives
+        return self._replicas.collectives
 
     def setup_environment(self, topology: Topology) -> None:
         """Open this replica's device and see that the runtime counts as the run does.
@@ -139,17 +128,7 @@ class XLAStrategy:
         Raises:
             MisconfigurationException: it does not, or this process already drives its devices as one.
         """
-        require_no_spmd("xla")
-        register()
-        self._debugging.start()
-        self._device = _base.current_device()
-        self._collectives = XLACollectives()
-        if self._collectives.world_size != topology.world_size:
-            raise MisconfigurationException(
-                f"strategy 'xla' was asked to run in {topology.world_size} processes, but PJRT's {platform()} runtime "
-                f"counts {self._collectives.world_size} replicas. Use devices='auto' and the right num_nodes."
-            )
-        seed_like_torch()
+        self._replicas.meet(topology)
 
     def module_context(self, *, empty: bool) -> AbstractContextManager[object]:
         """Create modules on the host, from where ``place`` takes them; with ``empty`` without initialising them."""
@@ -157,10 +136,8 @@ class XLAStrategy:
 
     def place(self, module: nn.Module) -> nn.Module:
         """Move ``module`` in place, give it the first replica's weights, and reduce its gradients from now on."""
-        self._moves.move(module, self.root_device)
+        module = self.place_for_inference(module)
         if self.collectives.world_size > 1:
-            if self._sync_module_states:
-                library("core.xla_model").broadcast_master_param(module)
             for parameter in module.parameters():
                 if parameter.requires_grad:
                     cast("Any", parameter).register_post_accumulate_grad_hook(self._reduce)
@@ -168,7 +145,7 @@ class XLAStrategy:
 
     def place_for_inference(self, module: nn.Module) -> nn.Module:
         """Move ``module`` in place and give it the first replica's weights."""
-        self._moves.move(module, self.root_device)
+        module = self._place.move(module)
         if self.collectives.world_size > 1 and self._sync_module_states:
             library("core.xla_model").broadcast_master_param(module)
         return module
@@ -191,23 +168,21 @@ class XLAStrategy:
 
     def prepare_optimizers(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
         """Return ``optimizers``; those made before ``place`` now hold the parameters on the device."""
-        self._moves.follow(optimizers)
-        return optimizers
+        return self._place.follow(optimizers)
 
     def optimizer_step(
         self, optimizer: Optimizer, module: nn.Module | None, closure: Callable[[], object] | None = None
     ) -> object:
         """Step, and run what was recorded."""
-        return _base.step(optimizer, closure)
+        return step(optimizer, closure)
 
     def process_loader(self, loader: Iterable[object]) -> Iterable[object]:
         """Upload batches while the device computes."""
-        return loader if isinstance(loader, XLADeviceLoader) else XLADeviceLoader(loader, self.root_device)
+        return self._place.uploading(loader)
 
     def teardown(self) -> None:
         """Let go of the device."""
-        self._debugging.stop()
-        self._device = self._collectives = None
+        self._replicas.part()
 
 
 def check_replicas(strategy: str, count: int) -> None:

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 from fulmen_protocols.errors import MisconfigurationException, did_you_mean
+from fulmen_protocols.nested import map_instances
 from fulmen_protocols.precision import PrecisionPlan
 from fulmen_xla._library import require
-from fulmen_xla._tensors import cast_floating
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -68,11 +69,15 @@ class XLAPrecision:
 
     def convert_input(self, data: object) -> object:
         """``data`` with its floating tensors cast; with ``"32-true"`` as it is."""
-        return data if self._dtype is torch.float32 else cast_floating(data, self._dtype)
+        return data if self._dtype is torch.float32 else _cast_floating(data, self._dtype)
 
     def convert_output(self, data: object) -> object:
         """``data`` with its floating tensors cast to torch's default dtype; with ``"32-true"`` as it is."""
-        return data if self._dtype is torch.float32 else cast_floating(data, torch.get_default_dtype())
+        return data if self._dtype is torch.float32 else _cast_floating(data, torch.get_default_dtype())
+
+
+def _cast_floating(data: object, dtype: torch.dtype) -> object:
+    return map_instances(Tensor, lambda one: one.to(dtype) if one.is_floating_point() else one, data)
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict_loader import load  # pyright: igno
 from torch.distributed.checkpoint.state_dict_saver import save  # pyright: ignore[reportUnknownVariableType]
 
 from fulmen_protocols.errors import CheckpointCorrupt, CheckpointError
+from fulmen_protocols.nested import map_instances
 from fulmen_xla._dcp_index import SafeReader
-from fulmen_xla._host import map_tensors
 from fulmen_xla._library import library, require
 from fulmen_xla._placing import sync
 from fulmen_xla.checkpoint_io import XLACheckpointIO
@@ -76,7 +76,7 @@ class XLAShardedCheckpointIO:
             tensors[str(len(tensors))] = tensor.detach()
             return {_TENSOR: str(len(tensors) - 1)}
 
-        tree = cast("dict[str, object]", map_tensors(name, checkpoint))
+        tree = cast("dict[str, object]", map_instances(Tensor, name, checkpoint))
         sync()
         library("core.xla_model").wait_device_ops()
         folder.parent.mkdir(parents=True, exist_ok=True)

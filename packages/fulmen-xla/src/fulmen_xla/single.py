@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from fulmen_protocols.errors import MisconfigurationException
-from fulmen_xla import _base
+from fulmen_xla import _limits
+from fulmen_xla._arguments import parts_of
 from fulmen_xla._library import require
 from fulmen_xla._modes import require_no_spmd
-from fulmen_xla._placing import Moves, created_on_host
-from fulmen_xla._random import register, seed_like_torch
+from fulmen_xla._place import DevicePlace
+from fulmen_xla._placing import created_on_host, step
 from fulmen_xla.checkpoint_io import XLACheckpointIO
-from fulmen_xla.loader import XLADeviceLoader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -66,14 +66,10 @@ class SingleDeviceXLAStrategy:
         asked = torch.device("xla", device) if isinstance(device, int) else device
         self._asked = None if asked is None else torch.device(asked)
         if self._asked is not None:
-            _base.check_devices("SingleDeviceXLAStrategy", [self._asked])
+            _limits.check_devices("SingleDeviceXLAStrategy", [self._asked])
         self.debug = debug
-        self._parts = _base.parts(
-            "SingleDeviceXLAStrategy", accelerator, None, checkpoint_io, precision, precision_plugin
-        )
-        self._debugging = _base.Debugging(debug)
-        self._device: torch.device | None = None
-        self._moves = Moves()
+        self._parts = parts_of("SingleDeviceXLAStrategy", accelerator, None, checkpoint_io, precision, precision_plugin)
+        self._place = DevicePlace("SingleDeviceXLAStrategy", reports=debug)
 
     @property
     def parts(self) -> StrategyParts:
@@ -85,7 +81,7 @@ class SingleDeviceXLAStrategy:
 
     def own_precision(self, name: str) -> Precision:
         """``XLAPrecision`` of that name."""
-        return _base.own_precision("single_xla", name)
+        return _limits.own_precision("single_xla", name)
 
     def own_checkpoint_io(self) -> CheckpointIO:
         """``XLACheckpointIO``."""
@@ -93,11 +89,11 @@ class SingleDeviceXLAStrategy:
 
     def check_precision(self, plan: PrecisionPlan) -> None:
         """Refuse a precision that scales losses, or is none of XLA's."""
-        _base.check_plan("single_xla", plan)
+        _limits.check_plan("single_xla", plan)
 
     def check_world(self, devices: Sequence[torch.device], num_nodes: int) -> None:
         """Refuse devices of another kind."""
-        _base.check_devices("single_xla", devices)
+        _limits.check_devices("single_xla", devices)
 
     @property
     def root_device(self) -> torch.device:
@@ -106,11 +102,7 @@ class SingleDeviceXLAStrategy:
         Raises:
             RuntimeError: ``setup_environment`` has not run yet.
         """
-        if self._device is None:
-            raise RuntimeError(
-                "the device of SingleDeviceXLAStrategy is unknown until setup_environment has run: call it first."
-            )
-        return self._device
+        return self._place.device
 
     def setup_environment(self, topology: Topology) -> None:
         """Take the topology's device unless one was given.
@@ -124,10 +116,7 @@ class SingleDeviceXLAStrategy:
                 "strategy='xla', or devices=1 and num_nodes=1."
             )
         require_no_spmd("single_xla")
-        register()
-        self._debugging.start()
-        self._device = topology.device if self._asked is None else self._asked
-        seed_like_torch()
+        self._place.take(topology.device if self._asked is None else self._asked)
 
     def module_context(self, *, empty: bool) -> AbstractContextManager[object]:
         """Create modules on the host, from where ``place`` takes them; with ``empty`` without initialising them."""
@@ -135,24 +124,22 @@ class SingleDeviceXLAStrategy:
 
     def place(self, module: nn.Module) -> nn.Module:
         """Move ``module`` to the device in place and return it; what shared a parameter still does."""
-        return self._moves.move(module, self.root_device)
+        return self._place.move(module)
 
     def prepare_optimizers(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
         """Return ``optimizers``; those made before ``place`` now hold the parameters on the device."""
-        self._moves.follow(optimizers)
-        return optimizers
+        return self._place.follow(optimizers)
 
     def optimizer_step(
         self, optimizer: Optimizer, module: nn.Module | None, closure: Callable[[], object] | None = None
     ) -> object:
         """Step, and run what was recorded."""
-        return _base.step(optimizer, closure)
+        return step(optimizer, closure)
 
     def process_loader(self, loader: Iterable[object]) -> Iterable[object]:
         """Upload batches while the device computes."""
-        return loader if isinstance(loader, XLADeviceLoader) else XLADeviceLoader(loader, self.root_device)
+        return self._place.uploading(loader)
 
     def teardown(self) -> None:
         """Forget the topology's device."""
-        self._debugging.stop()
-        self._device = None
+        self._place.leave()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from torch import Tensor
 
 from fulmen_protocols.errors import MisconfigurationException
-from fulmen_xla import _base, _sharding
+from fulmen_protocols.nested import map_instances
+from fulmen_xla import _limits, _sharding
+from fulmen_xla._arguments import parts_of, wrap_policy
 from fulmen_xla._entry import Entry
-from fulmen_xla._host import map_tensors, to_host
+from fulmen_xla._host import to_host
 from fulmen_xla._library import library, require
 from fulmen_xla._modes import start_spmd
-from fulmen_xla._placing import Moves, created_on_host, quiet_hooks, sync
-from fulmen_xla._random import register, seed_like_torch
+from fulmen_xla._place import DevicePlace, too_early
+from fulmen_xla._placing import created_on_host, quiet_hooks, sync
+from fulmen_xla._shards import Outcome
 from fulmen_xla.checkpoint_io import XLACheckpointIO
-from fulmen_xla.loader import XLADeviceLoader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -31,13 +35,6 @@ if TYPE_CHECKING:
     from fulmen_protocols.topology import Topology
 
 __all__ = ["XLASPMDStrategy"]
-
-
-class Outcome(NamedTuple):
-    """Which names did not meet, as ``nn.Module.load_state_dict`` tells it."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
 
 
 class XLASPMDStrategy:
@@ -88,16 +85,14 @@ class XLASPMDStrategy:
                 f"XLASPMDStrategy(state_dict_type={state_dict_type!r}): use 'full' (one file) or 'sharded' (a folder)."
             )
         require("XLASPMDStrategy")
-        self._parts = _base.parts("XLASPMDStrategy", accelerator, None, checkpoint_io, precision, precision_plugin)
-        self._policy = _base.wrap_policy("XLASPMDStrategy", auto_wrap_policy)
+        self._parts = parts_of("XLASPMDStrategy", accelerator, None, checkpoint_io, precision, precision_plugin)
+        self._policy = wrap_policy("XLASPMDStrategy", auto_wrap_policy)
         self._copies = data_parallel_size
         self._asked_kind: Literal["full", "sharded"] | None = state_dict_type
         self._default_kind: Literal["full", "sharded"] = "full"
-        self._debugging = _base.Debugging(debug)
         self._devices: tuple[torch.device, ...] = ()
-        self._device: torch.device | None = None
+        self._place = DevicePlace("XLASPMDStrategy", reports=debug)
         self._mesh: Any = None
-        self._moves = Moves()
         self._with_sharded_state: set[int] = set()
 
     @property
@@ -110,7 +105,7 @@ class XLASPMDStrategy:
 
     def own_precision(self, name: str) -> Precision:
         """``XLAPrecision`` of that name."""
-        return _base.own_precision("xla_spmd", name)
+        return _limits.own_precision("xla_spmd", name)
 
     def own_checkpoint_io(self) -> CheckpointIO | None:
         """``XLACheckpointIO`` for whole checkpoints; folders are written as any strategy's are."""
@@ -118,7 +113,7 @@ class XLASPMDStrategy:
 
     def check_precision(self, plan: PrecisionPlan) -> None:
         """Refuse a precision that scales losses, or is none of XLA's."""
-        _base.check_plan("xla_spmd", plan)
+        _limits.check_plan("xla_spmd", plan)
 
     def take_devices(self, devices: Sequence[torch.device]) -> None:
         """Take over all devices of this machine."""
@@ -126,7 +121,7 @@ class XLASPMDStrategy:
 
     def check_world(self, devices: Sequence[torch.device], num_nodes: int) -> None:
         """Refuse devices of another kind, several machines, and a mesh that does not come out even."""
-        _base.check_devices("xla_spmd", devices)
+        _limits.check_devices("xla_spmd", devices)
         if num_nodes > 1:
             raise MisconfigurationException(
                 f"strategy 'xla_spmd' with num_nodes={num_nodes}: its one process drives the devices of one machine. "
@@ -146,11 +141,7 @@ class XLASPMDStrategy:
         Raises:
             RuntimeError: ``setup_environment`` has not run yet.
         """
-        if self._device is None:
-            raise RuntimeError(
-                "root_device of XLASPMDStrategy is unknown until setup_environment has run: call it first."
-            )
-        return self._device
+        return self._place.device
 
     @property
     def mesh(self) -> Any:
@@ -160,7 +151,7 @@ class XLASPMDStrategy:
             RuntimeError: ``setup_environment`` has not run yet.
         """
         if self._mesh is None:
-            raise RuntimeError("mesh of XLASPMDStrategy is unknown until setup_environment has run: call it first.")
+            raise too_early("XLASPMDStrategy", "mesh")
         return self._mesh
 
     def setup_environment(self, topology: Topology) -> None:
@@ -174,7 +165,6 @@ class XLASPMDStrategy:
                 f"XLASPMDStrategy runs in one process, but the run has {topology.world_size}: use strategy='xla'."
             )
         start_spmd()
-        register()
         count = int(library("runtime").global_runtime_device_count())
         asked = len(self._devices) or count
         if asked != count:
@@ -182,10 +172,8 @@ class XLASPMDStrategy:
                 f"strategy 'xla_spmd' drives every device that the runtime has, which are {count}, and "
                 f"devices={asked} was asked for. Use devices='auto', or set CPU_NUM_DEVICES or TPU_VISIBLE_CHIPS."
             )
-        self._debugging.start()
+        self._place.take()
         self._mesh = _sharding.make_mesh(count, self._copies)
-        self._device = _base.current_device()
-        seed_like_torch()
 
     def module_context(self, *, empty: bool) -> AbstractContextManager[object]:
         """Create modules on the host, from where ``place`` spreads them; with ``empty`` without initialising them."""
@@ -196,7 +184,7 @@ class XLASPMDStrategy:
 
         ``module`` keeps computing the same; the wrapper also spreads what its ``forward`` returns.
         """
-        self._moves.move(module, self.root_device)
+        self._place.move(module)
         quiet_hooks()
         wrapper: Any = library("experimental.spmd_fully_sharded_data_parallel").SpmdFullyShardedDataParallel
         # Layers of a module that was placed before, for the fit before a test say, are wrapped already.
@@ -213,8 +201,7 @@ class XLASPMDStrategy:
 
     def prepare_optimizers(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
         """Return ``optimizers``; those made before ``place`` now hold the parameters on the devices."""
-        self._moves.follow(optimizers)
-        return optimizers
+        return self._place.follow(optimizers)
 
     def optimizer_step(
         self, optimizer: Optimizer, module: nn.Module | None, closure: Callable[[], object] | None = None
@@ -229,9 +216,7 @@ class XLASPMDStrategy:
 
     def process_loader(self, loader: Iterable[object]) -> Iterable[object]:
         """Upload batches while the devices compute, each device its part."""
-        if isinstance(loader, XLADeviceLoader):
-            return loader
-        return XLADeviceLoader(loader, self.root_device, input_sharding=_sharding.ByFirstDimension(self.mesh))
+        return self._place.uploading(loader, sharding=_sharding.ByFirstDimension(self.mesh))
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -272,7 +257,7 @@ class XLASPMDStrategy:
     def load_optimizer_state(self, module: nn.Module, optimizer: Optimizer, state: Mapping[str, object]) -> None:
         """Load either kind, and spread it as the parameters are."""
         # Optimizers take tensors as they are: two would go on with the same one.
-        own = map_tensors(lambda tensor: tensor.detach().clone(), state)
+        own = map_instances(Tensor, lambda one: one.detach().clone(), state)
         optimizer.load_state_dict(cast("dict[str, Any]", own))
         _sharding.shard_optimizer_state(optimizer, self.mesh)
         self._with_sharded_state.add(id(optimizer))
@@ -280,8 +265,8 @@ class XLASPMDStrategy:
 
     def teardown(self) -> None:
         """Let go of the devices. The process stays in SPMD mode: torch-xla has no way back."""
-        self._debugging.stop()
-        self._device = self._mesh = None
+        self._place.leave()
+        self._mesh = None
         self._with_sharded_state.clear()
 
 
