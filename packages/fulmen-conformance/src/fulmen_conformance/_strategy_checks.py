@@ -10,7 +10,16 @@ from torch.nn import functional as F
 
 from fulmen_conformance._kit import offers
 from fulmen_conformance._reference import adam, batches, equal_bits, plain_training, sgd, tiny_net
-from fulmen_conformance._strategy_steps import backward, differences, full_state, gradients, prepare, step, train
+from fulmen_conformance._strategy_steps import (
+    backward,
+    differences,
+    forward_backward,
+    full_state,
+    gradients,
+    prepare,
+    step,
+    train,
+)
 from fulmen_conformance._world import SkipCheck
 from fulmen_protocols import (
     Strategy,
@@ -186,9 +195,9 @@ def no_sync(me: Rank, strategy: Strategy) -> None:
     placed, _ = prepare(strategy, module, sgd)
 
     with cast("SupportsNoSync", strategy).no_sync(placed):
-        _forward_backward(strategy, placed, first[part])
+        forward_backward(strategy, placed, first[part])
     _assert_close(gradients(placed), local, "this rank's own after a backward within no_sync")
-    _forward_backward(strategy, placed, second[part])
+    forward_backward(strategy, placed, second[part])
 
     _assert_close(gradients(placed), mean, "the mean of the accumulated ones after no_sync has ended")
 
@@ -224,7 +233,7 @@ def clipping(me: Rank, strategy: Strategy) -> None:
     F.mse_loss(plain(x), y).backward()  # type: ignore[no-untyped-call, unused-ignore]
     expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
     placed, optimizer = prepare(strategy, tiny_net(), sgd)
-    _forward_backward(strategy, placed, batches(1, seed=part)[0])
+    forward_backward(strategy, placed, batches(1, seed=part)[0])
 
     norm = cast("SupportsGradClipping", strategy).clip_grad_norm(placed, optimizer, 0.1)
 
@@ -295,11 +304,6 @@ def two_cycles(me: Rank) -> None:
 def _one_step(strategy: Strategy) -> None:
     placed, optimizer = prepare(strategy, tiny_net(), sgd)
     train(strategy, placed, optimizer, batches(1))
-
-
-def _forward_backward(strategy: Strategy, placed: torch.nn.Module, batch: Batch) -> None:
-    x, y = (value.to(strategy.root_device) for value in batch)
-    backward(strategy, F.mse_loss(placed(x), y), placed)
 
 
 def checks() -> dict[str, Callable[[Rank], None]]:

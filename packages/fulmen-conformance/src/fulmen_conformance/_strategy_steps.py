@@ -8,34 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from fulmen_conformance._kit import offers
-from fulmen_protocols import (
-    BringsParts,
-    LimitsInferenceMode,
-    OwnsAccumulation,
-    OwnsBackward,
-    OwnsCheckpoints,
-    OwnsGradClipping,
-    OwnsOptimizers,
-    OwnsOptimizerStep,
-    OwnsSchedulers,
-    Strategy,
-    SupportsBatchSize,
-    SupportsBoundMethods,
-    SupportsCollectives,
-    SupportsDataParallel,
-    SupportsDeviceMesh,
-    SupportsGradClipping,
-    SupportsInferencePlacement,
-    SupportsLaunch,
-    SupportsLoaderProcessing,
-    SupportsModuleCheck,
-    SupportsNoSync,
-    SupportsPrecisionCheck,
-    SupportsPrecisionPlan,
-    SupportsShardedState,
-    SupportsWindowEnds,
-    SupportsWorldCheck,
-)
+from fulmen_protocols import OwnsBackward, OwnsOptimizerStep, Strategy, SupportsShardedState, engine
+from fulmen_protocols import strategy as seam
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -45,35 +19,23 @@ if TYPE_CHECKING:
 
     from fulmen_conformance._reference import Batch
 
-__all__ = ["ABILITIES", "backward", "differences", "full_state", "gradients", "prepare", "step", "train"]
+__all__ = [
+    "ABILITIES",
+    "backward",
+    "differences",
+    "forward_backward",
+    "full_state",
+    "gradients",
+    "prepare",
+    "step",
+    "train",
+]
 
-ABILITIES: tuple[type, ...] = (
-    BringsParts,
-    LimitsInferenceMode,
-    OwnsAccumulation,
-    OwnsBackward,
-    OwnsCheckpoints,
-    OwnsGradClipping,
-    OwnsOptimizerStep,
-    OwnsOptimizers,
-    OwnsSchedulers,
-    SupportsBatchSize,
-    SupportsBoundMethods,
-    SupportsCollectives,
-    SupportsDataParallel,
-    SupportsDeviceMesh,
-    SupportsGradClipping,
-    SupportsInferencePlacement,
-    SupportsLaunch,
-    SupportsLoaderProcessing,
-    SupportsModuleCheck,
-    SupportsNoSync,
-    SupportsPrecisionCheck,
-    SupportsPrecisionPlan,
-    SupportsShardedState,
-    SupportsWindowEnds,
-    SupportsWorldCheck,
+_NO_ABILITIES = ("Strategy", "StrategyParts")
+ABILITIES: tuple[type, ...] = tuple(
+    vars(module)[name] for module in (seam, engine) for name in module.__all__ if name not in _NO_ABILITIES
 )
+"""Everything that a strategy may offer beside the protocol itself."""
 
 
 def prepare(
@@ -96,6 +58,14 @@ def backward(strategy: Strategy, loss: Tensor, placed: nn.Module) -> None:
         loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
 
 
+def forward_backward(strategy: Strategy, placed: nn.Module, batch: Batch) -> Tensor:
+    """One batch up to its gradients; returns the loss."""
+    x, y = (value.to(strategy.root_device) for value in batch)
+    loss = F.mse_loss(placed(x), y)
+    backward(strategy, loss, placed)
+    return loss
+
+
 def step(strategy: Strategy, optimizer: Optimizer, placed: nn.Module) -> None:
     """The optimizer step, by the strategy's engine where it owns it."""
     if offers(strategy, OwnsOptimizerStep):
@@ -106,10 +76,9 @@ def step(strategy: Strategy, optimizer: Optimizer, placed: nn.Module) -> None:
 
 def train(strategy: Strategy, placed: nn.Module, optimizer: Optimizer, data: Iterable[Batch]) -> None:
     """The loop of a user, one optimizer step a batch."""
-    for x, y in data:
+    for batch in data:
         optimizer.zero_grad()
-        loss = F.mse_loss(placed(x.to(strategy.root_device)), y.to(strategy.root_device))
-        backward(strategy, loss, placed)
+        forward_backward(strategy, placed, batch)
         step(strategy, optimizer, placed)
 
 

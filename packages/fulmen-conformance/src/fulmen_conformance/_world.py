@@ -30,7 +30,7 @@ from fulmen_conformance._reference import free_port
 from fulmen_protocols import Topology
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
     from multiprocessing.process import BaseProcess
 
 __all__ = ["Rank", "SkipCheck", "settle"]
@@ -45,6 +45,17 @@ class Outcome(NamedTuple):
 
     kind: Literal["passed", "skipped", "failed"]
     text: str = ""
+
+
+class _Setting(NamedTuple):
+    """What the worlds of one kit and backend have in common."""
+
+    checks: str
+    """The module of this package that has them."""
+    factory: str
+    num_processes: int
+    device: str
+    timeout_s: float
 
 
 @dataclass
@@ -93,7 +104,7 @@ def _has_index(device: torch.device) -> bool:
 
 def settle(checks: str, name: str, factory: str, num_processes: int, device: torch.device, timeout_s: float) -> None:
     """Pass, skip or fail the running test as check ``name`` of module ``checks`` ended on all ranks of a world."""
-    outcome = _outcomes(checks, factory, num_processes, str(device), timeout_s)[name]
+    outcome = _outcomes(_Setting(checks, factory, num_processes, str(device), timeout_s))[name]
     if outcome.kind == "skipped":
         pytest.skip(outcome.text)
     if outcome.kind == "failed":
@@ -106,25 +117,23 @@ def _checks_of(module: str) -> dict[str, Callable[[Rank], None]]:
 
 
 @functools.cache
-def _outcomes(checks: str, factory: str, num_processes: int, device: str, timeout_s: float) -> Mapping[str, Outcome]:
+def _outcomes(setting: _Setting) -> Mapping[str, Outcome]:
     outcomes: dict[str, Outcome] = {}
-    remaining = list(_checks_of(checks))
+    remaining = list(_checks_of(setting.checks))
     while remaining:
-        ended = _one_world(checks, remaining, factory, num_processes, device, timeout_s)
+        ended = _one_world(setting, remaining)
         outcomes.update(ended)
         remaining = [name for name in remaining if name not in ended]
     return outcomes
 
 
-def _one_world(
-    checks: str, names: Sequence[str], factory: str, num_processes: int, device: str, timeout_s: float
-) -> dict[str, Outcome]:
+def _one_world(setting: _Setting, names: Sequence[str]) -> dict[str, Outcome]:
     """Run ``names`` until the first one that fails; at least one outcome."""
     folder = Path(tempfile.mkdtemp(prefix="fulmen-conformance-"))
-    processes = _start(checks, names, factory, num_processes, device, folder, timeout_s)
+    processes = _start(setting, names, folder)
     try:
-        hung = _watch(processes, folder, timeout_s)
-        return _collect(names, processes, folder, hung, timeout_s)
+        hung = _watch(processes, folder, setting.timeout_s)
+        return _collect(names, processes, folder, f"hung for {setting.timeout_s:g} s" if hung else "")
     finally:
         for process in processes:
             if process.is_alive():
@@ -134,29 +143,17 @@ def _one_world(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(
-    checks: str, names: Sequence[str], factory: str, num_processes: int, device: str, folder: Path, timeout_s: float
-) -> list[BaseProcess]:
+def _start(setting: _Setting, names: Sequence[str], folder: Path) -> list[BaseProcess]:
     # A fork server that has imported torch once starts clean processes in milliseconds; Windows has none.
-    if "forkserver" in multiprocessing.get_all_start_methods() and torch.device(device).type == "cpu":
+    if "forkserver" in multiprocessing.get_all_start_methods() and torch.device(setting.device).type == "cpu":
         context: Any = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "fulmen_conformance"])
     else:
         context = multiprocessing.get_context("spawn")
     processes: list[BaseProcess] = []
     with _main_module_left_alone():
-        for rank in range(num_processes):
-            arguments = (
-                checks,
-                list(names),
-                factory,
-                rank,
-                num_processes,
-                device,
-                str(folder),
-                timeout_s,
-                dict(os.environ),
-            )
+        for rank in range(setting.num_processes):
+            arguments = (setting, list(names), rank, str(folder), dict(os.environ))
             process: BaseProcess = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
             processes.append(process)
@@ -164,7 +161,7 @@ def _start(
 
 
 @contextlib.contextmanager
-def _main_module_left_alone() -> Any:
+def _main_module_left_alone() -> Generator[None]:
     """New processes must not import the main script: under pytest it is pytest, elsewhere it may be unguarded."""
     main = sys.modules["__main__"]
     spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
@@ -201,9 +198,8 @@ def _watch(processes: Sequence[BaseProcess], folder: Path, timeout_s: float) -> 
         time.sleep(0.02)
 
 
-def _collect(
-    names: Sequence[str], processes: Sequence[BaseProcess], folder: Path, hung: bool, timeout_s: float
-) -> dict[str, Outcome]:
+def _collect(names: Sequence[str], processes: Sequence[BaseProcess], folder: Path, hung: str) -> dict[str, Outcome]:
+    """Outcomes up to the first check that did not pass; ``hung`` tells how, if the world did."""
     outcomes: dict[str, Outcome] = {}
     for index, name in enumerate(names):
         texts: list[str] = []
@@ -218,7 +214,7 @@ def _collect(
                 texts.append(text)
             elif kind == "nothing":
                 log = (folder / f"log-{rank}").read_text(errors="replace")[-4000:] if process.pid is not None else ""
-                state = f"hung for {timeout_s:g} s" if hung else f"gave no result (exit code {process.exitcode})"
+                state = hung or f"gave no result (exit code {process.exitcode})"
                 texts.append(f"rank {rank} of {len(processes)} {state}; the end of its output:\n{log}")
         if kinds == {"passed"}:
             outcomes[name] = Outcome("passed")
@@ -232,17 +228,7 @@ def _collect(
     return outcomes
 
 
-def _work(
-    checks: str,
-    names: list[str],
-    factory: str,
-    rank: int,
-    world_size: int,
-    device: str,
-    folder: str,
-    timeout_s: float,
-    variables: dict[str, str],
-) -> None:
+def _work(setting: _Setting, names: list[str], rank: int, folder: str, variables: dict[str, str]) -> None:
     """One process of a world."""
     os.environ.clear()
     os.environ.update(variables)
@@ -250,15 +236,17 @@ def _work(
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
-    table = _checks_of(checks)
+    table = _checks_of(setting.checks)
+    # A hung rank leaves in its log where it stood, just before the parent gives up.
+    patience_s = max(0.8 * setting.timeout_s, setting.timeout_s - 5.0)
     me: Rank | None = None
     for index, name in enumerate(names):
         kind, text = "passed", ""
         try:
             if me is None:
-                me = Rank(rank, world_size, import_callable(factory), torch.device(device), Path(folder))
-            # A hung rank leaves in its log where it stood, just before the parent gives up.
-            faulthandler.dump_traceback_later(max(0.8 * timeout_s, timeout_s - 5.0), file=log)
+                make, device = import_callable(setting.factory), torch.device(setting.device)
+                me = Rank(rank, setting.num_processes, make, device, Path(folder))
+            faulthandler.dump_traceback_later(patience_s, file=log)
             table[name](me)
             me.meet()
         except SkipCheck as reason:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import pytest
 
-from fulmen_conformance._kit import Kit, offers, whole_or_absent
+from fulmen_conformance._kit import Kit, need, whole_or_absent
 from fulmen_protocols import ClusterEnvironment, SupportsRequeue, missing_members
 
 if TYPE_CHECKING:
@@ -86,11 +86,11 @@ class ClusterEnvironmentConformance(Kit):
 
         Whether ``requeue`` reaches the scheduler is yours to test: the kit queues no job.
         """
-        if not offers(kit_environment, SupportsRequeue):
-            pytest.skip("it queues no job again")
-        number = kit_environment.requeue_signal  # type: ignore[attr-defined]  # offers has looked
+        need(kit_environment, SupportsRequeue)
+        requeued = cast("SupportsRequeue", kit_environment)
+        number = requeued.requeue_signal
 
-        assert type(kit_environment.auto_requeue) is bool  # type: ignore[attr-defined]
+        assert type(requeued.auto_requeue) is bool
         if number is not None:
             assert isinstance(number, signal.Signals)
             assert number.name not in ("SIGKILL", "SIGSTOP", "SIGINT"), "no process can catch it, or Ctrl+C sends it"

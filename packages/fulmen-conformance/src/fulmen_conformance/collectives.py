@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from fulmen_conformance._kit import Kit
+from fulmen_conformance._processes import KitOfProcesses
 from fulmen_conformance._world import settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
+
 __all__ = ["CollectivesConformance"]
 
 
-class CollectivesConformance(Kit):
+class CollectivesConformance(KitOfProcesses):
     """Proves ``Collectives`` in real processes.
 
     Give the fixture ``factory``; a backend of one process only also ``num_processes`` = 1. Each test runs on every
@@ -27,21 +28,6 @@ class CollectivesConformance(Kit):
     def factory(self) -> str:
         """``"module:callable"`` or ``"/path/file.py:callable"``: takes a ``Topology``, joins, returns the backend."""
         raise NotImplementedError('define a fixture `factory` that returns "module:callable"')
-
-    @pytest.fixture
-    def num_processes(self) -> int:
-        """Number of processes to start."""
-        return 2
-
-    @pytest.fixture
-    def device(self) -> torch.device:
-        """Where tensors live. Without an index, rank i gets device i (CPU: all share it)."""
-        return torch.device("cpu")
-
-    @pytest.fixture
-    def timeout_s(self) -> float:
-        """Seconds without any progress after which the processes count as hung."""
-        return 60.0
 
     @pytest.fixture
     def kit_check(

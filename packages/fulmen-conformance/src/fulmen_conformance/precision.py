@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -26,7 +26,8 @@ from fulmen_protocols import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
     from fulmen_protocols import PrecisionPlan
 
@@ -310,19 +311,9 @@ def _torch_state(device: torch.device) -> tuple[object, ...]:
     )
 
 
-class _ForwardContextOf:
-    """Makes a precision's forward contexts, or empty ones where it offers none."""
-
-    def __init__(self, precision: Precision) -> None:
-        self.precision = precision
-
-    def __call__(self) -> AbstractContextManager[object]:
-        if isinstance(self.precision, SupportsForwardContext):
-            return self.precision.forward_context()
-        return nullcontext()
-
-
-_forward_context_of = _ForwardContextOf
+def _forward_context_of(precision: Precision) -> Callable[[], AbstractContextManager[object]]:
+    """What makes the context of a forward pass: an empty one where ``precision`` offers none."""
+    return precision.forward_context if isinstance(precision, SupportsForwardContext) else nullcontext
 
 
 def _converted_input(precision: Precision, x: Tensor) -> Tensor:

@@ -8,29 +8,26 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fulmen_conformance._kit import Kit, need, offers, whole_or_absent
+from fulmen_conformance._kit import need, offers, whole_or_absent
 from fulmen_conformance._reference import adam, batches, equal_bits, free_port, plain_training, sgd, tiny_net
+from fulmen_conformance._strategy_engine import EngineTests
+from fulmen_conformance._strategy_ranks import RankTests
 from fulmen_conformance._strategy_steps import (
     ABILITIES,
     backward,
     differences,
+    forward_backward,
     full_state,
     gradients,
     prepare,
     step,
     train,
 )
-from fulmen_conformance._world import settle
 from fulmen_protocols import (
     OwnsAccumulation,
     OwnsBackward,
-    OwnsCheckpoints,
-    OwnsGradClipping,
-    OwnsOptimizerStep,
-    OwnsSchedulers,
     Strategy,
     SupportsBoundMethods,
-    SupportsCollectives,
     SupportsDataParallel,
     SupportsGradClipping,
     SupportsInferencePlacement,
@@ -39,90 +36,24 @@ from fulmen_protocols import (
     SupportsNoSync,
     SupportsPrecisionPlan,
     SupportsShardedState,
-    SupportsWindowEnds,
     Topology,
     missing_members,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable
 
     from fulmen_protocols import PrecisionPlan
 
 __all__ = ["StrategyConformance"]
 
 
-class StrategyConformance(Kit):
+class StrategyConformance(EngineTests, RankTests):
     """Proves a ``Strategy`` against plain PyTorch, in one process and, where it offers collectives, in several.
 
     Give the fixture ``strategy``; ``device`` where it is not for the CPU; and ``factory`` for one of several processes.
     The strategy of the fixture runs as the only process of its group.
     """
-
-    @pytest.fixture
-    def strategy(self) -> Strategy:
-        """The strategy under test, new for each test, before ``setup_environment``."""
-        raise NotImplementedError("define a fixture `strategy` that returns the strategy under test")
-
-    @pytest.fixture
-    def factory(self) -> str | None:
-        """``"module:callable"`` or ``"/path/file.py:callable"``: of no arguments, returns the strategy under test."""
-        return None
-
-    @pytest.fixture
-    def num_processes(self) -> int:
-        """Number of processes of the tests with several."""
-        return 2
-
-    @pytest.fixture
-    def device(self) -> torch.device:
-        """Where this strategy computes. Without an index, rank i gets device i (CPU: all share it)."""
-        return torch.device("cpu")
-
-    @pytest.fixture
-    def tolerance(self) -> float:
-        """How far weights may be from those of plain PyTorch on this device, absolute (relative above 1).
-
-        0.0: not at all. More is for a device whose compiler fuses the steps of a loop, and so rounds plain PyTorch's in
-        another way than those of a run that starts a program for each.
-        """
-        return 0.0
-
-    @pytest.fixture
-    def timeout_s(self) -> float:
-        """Seconds without any progress after which the processes count as hung."""
-        return 60.0
-
-    @pytest.fixture
-    def kit_topology(self, device: torch.device) -> Topology:
-        """The place of the only process of a run. Not to be replaced."""
-        if device.type != "cpu" and cast("int | None", device.index) is None:
-            device = torch.device(device.type, 0)
-        return Topology(devices=(device,), main_port=free_port())
-
-    @pytest.fixture
-    def kit_ready(self, strategy: Strategy, kit_topology: Topology) -> Iterator[Strategy]:
-        """The strategy between ``setup_environment`` and ``teardown``. Not to be replaced."""
-        strategy.setup_environment(kit_topology)
-        yield strategy
-        strategy.teardown()
-
-    @pytest.fixture
-    def kit_check(
-        self, strategy: Strategy, factory: str | None, num_processes: int, device: torch.device, timeout_s: float
-    ) -> Callable[[str], None]:
-        """Runs one check on every rank. Not to be replaced."""
-        need(strategy, SupportsCollectives)
-        if factory is None:
-            pytest.fail(
-                f"{type(strategy).__name__} offers SupportsCollectives, so its tests start processes: define a fixture "
-                '`factory` that returns "module:callable".',
-                pytrace=False,
-            )
-        return lambda name: settle("_strategy_checks", name, factory, num_processes, device, timeout_s)
-
-    # --- One process ----------------------------------------------------------------------------------------------
 
     def test_it_has_every_member_of_the_protocol(self, strategy: Strategy) -> None:
         """``Strategy`` has no optional member. On failure look at the names listed as missing."""
@@ -230,139 +161,20 @@ class StrategyConformance(Kit):
 
         if offers(kit_ready, SupportsNoSync):
             with cast("SupportsNoSync", kit_ready).no_sync(placed):
-                _forward_backward(kit_ready, placed, data[0])
+                forward_backward(kit_ready, placed, data[0])
         else:
-            _forward_backward(kit_ready, placed, data[0])
-        _forward_backward(kit_ready, placed, data[1])
+            forward_backward(kit_ready, placed, data[0])
+        forward_backward(kit_ready, placed, data[1])
         step(kit_ready, optimizer, placed)
 
         assert differences(full_state(kit_ready, module, placed), plain.state_dict(), tolerance=tolerance) == []
-
-    def test_an_engine_that_accumulates_steps_once_a_window(self, strategy: Strategy, kit_topology: Topology) -> None:
-        """Weights change on every second call. On failure look at ``set_accumulation`` and ``optimizer_step``."""
-        need(strategy, OwnsAccumulation)
-        strategy.setup_environment(kit_topology)
-        cast("OwnsAccumulation", strategy).set_accumulation(2)
-        module = tiny_net()
-        placed, optimizer = prepare(strategy, module, sgd)
-
-        changed: list[bool] = []
-        for batch in batches(4):
-            before = full_state(strategy, module, placed)
-            _forward_backward(strategy, placed, batch)
-            step(strategy, optimizer, placed)
-            changed.append(differences(full_state(strategy, module, placed), before) != [])
-
-        assert changed == [False, True, False, True]
-        strategy.teardown()
-
-    def test_an_engine_that_is_told_where_a_window_ends_steps_there(
-        self, strategy: Strategy, kit_topology: Topology
-    ) -> None:
-        """After one batch and after three, of windows of four. On failure look at ``set_window_end``."""
-        need(strategy, SupportsWindowEnds)
-        strategy.setup_environment(kit_topology)
-        cast("OwnsAccumulation", strategy).set_accumulation(4)
-        module = tiny_net()
-        placed, optimizer = prepare(strategy, module, sgd)
-
-        changed: list[bool] = []
-        for batch, is_end in zip(batches(4), (True, False, False, True), strict=True):
-            before = full_state(strategy, module, placed)
-            cast("SupportsWindowEnds", strategy).set_window_end(placed, is_end)
-            _forward_backward(strategy, placed, batch)
-            step(strategy, optimizer, placed)
-            changed.append(differences(full_state(strategy, module, placed), before) != [])
-
-        assert changed == [True, False, False, True]
-        strategy.teardown()
-
-    def test_an_engine_that_clips_steps_as_pytorch_does_after_clipping(
-        self, strategy: Strategy, kit_topology: Topology
-    ) -> None:
-        """By norm, or refused with the value. On failure look at ``set_clipping``: called before ``place``."""
-        need(strategy, OwnsGradClipping)
-        device, data = kit_topology.device, batches(2)
-        plain = tiny_net(device=device)
-        plain_optimizer = sgd(plain.parameters())
-        for x, y in batches(2, device=device):
-            plain_optimizer.zero_grad()
-            F.mse_loss(plain(x), y).backward()  # type: ignore[no-untyped-call, unused-ignore]
-            torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
-            plain_optimizer.step()
-        strategy.setup_environment(kit_topology)
-        cast("OwnsGradClipping", strategy).set_clipping(0.1)
-        module = tiny_net()
-        placed, optimizer = prepare(strategy, module, sgd)
-
-        train(strategy, placed, optimizer, data)
-
-        assert differences(full_state(strategy, module, placed), plain.state_dict(), tolerance=1e-5) == []
-        strategy.teardown()
-
-    def test_an_engine_steps_the_schedulers_it_has_taken_and_no_longer_those_released(
-        self, kit_ready: Strategy
-    ) -> None:
-        """After each optimizer step. On failure look at ``take_scheduler`` and ``release_schedulers``."""
-        need(kit_ready, OwnsSchedulers)
-        owner = cast("OwnsSchedulers", kit_ready)
-        placed, optimizer = prepare(kit_ready, tiny_net(), sgd)
-        assert list(owner.release_schedulers(placed)) == []
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
-        first = optimizer.param_groups[0]["lr"]
-        owner.take_scheduler(placed, scheduler)
-
-        train(kit_ready, placed, optimizer, batches(2))
-        assert optimizer.param_groups[0]["lr"] == first / 4
-        assert list(owner.release_schedulers(placed)) == [scheduler]
-        train(kit_ready, placed, optimizer, batches(1))
-
-        assert optimizer.param_groups[0]["lr"] == first / 4
-
-    def test_an_engine_s_checkpoint_brings_back_module_optimizer_and_the_rest(
-        self, kit_ready: Strategy, tmp_path: Path
-    ) -> None:
-        """Then training goes on equally. On failure look at ``OwnsCheckpoints``'s methods."""
-        need(kit_ready, OwnsCheckpoints)
-        owner, path = cast("OwnsCheckpoints", kit_ready), str(tmp_path / "run.ckpt")
-        first, second = tiny_net(), tiny_net(seed=1)
-        placed, optimizer = prepare(kit_ready, first, adam)
-        train(kit_ready, placed, optimizer, batches(2))
-
-        owner.save_checkpoint(placed, {"epoch": 3, "rng": torch.ones(2)}, path)
-
-        assert owner.owns_checkpoint(path)
-        rest = owner.read_rest(path, None)
-        assert rest.keys() == {"epoch", "rng"}
-        assert rest["epoch"] == 3
-        placed_again, optimizer_again = prepare(kit_ready, second, adam)
-        owner.load_checkpoint(placed_again, path, optimizers=True, strict=True)
-        train(kit_ready, placed, optimizer, batches(2, seed=1))
-        train(kit_ready, placed_again, optimizer_again, batches(2, seed=1))
-        states = [full_state(kit_ready, m, p) for m, p in ((first, placed), (second, placed_again))]
-        assert differences(states[1], states[0]) == []
-
-    def test_an_engine_s_step_evaluates_the_closure(self, kit_ready: Strategy, tolerance: float) -> None:
-        """LBFGS and Lightning's closures need it. On failure look at ``optimizer_step``: ``closure`` dropped."""
-        need(kit_ready, OwnsOptimizerStep)
-        module = tiny_net()
-        placed, optimizer = prepare(kit_ready, module, sgd)
-        expected = plain_training(tiny_net(device=kit_ready.root_device), sgd, batches(1, device=kit_ready.root_device))
-
-        def closure() -> object:
-            optimizer.zero_grad()
-            return _forward_backward(kit_ready, placed, batches(1)[0])
-
-        cast("OwnsOptimizerStep", kit_ready).optimizer_step(optimizer, placed, closure)
-
-        assert differences(full_state(kit_ready, module, placed), expected.state_dict(), tolerance=tolerance) == []
 
     def test_a_bound_method_runs_the_module_s_method(self, kit_ready: Strategy, tolerance: float) -> None:
         """``training_step`` goes through the wrapper. On failure look at ``bind_method``: arguments, result, graph."""
         need(kit_ready, SupportsBoundMethods)
         module = tiny_net()
         placed, _ = prepare(kit_ready, module, sgd)
-        x, y = (value.to(kit_ready.root_device) for value in batches(1)[0])
+        x, y = batches(1, device=kit_ready.root_device)[0]
         bound = cast("SupportsBoundMethods", kit_ready).bind_method(placed, "loss_of")
 
         loss = bound((x, y))
@@ -382,10 +194,10 @@ class StrategyConformance(Kit):
         module = tiny_net()
         placed, optimizer = prepare(kit_ready, module, sgd)
         plain = tiny_net(device=kit_ready.root_device)
-        x, y = (value.to(kit_ready.root_device) for value in batches(1)[0])
+        x, y = batches(1, device=kit_ready.root_device)[0]
         F.mse_loss(plain(x), y).backward()  # type: ignore[no-untyped-call, unused-ignore]
         expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1, norm_type)
-        _forward_backward(kit_ready, placed, batches(1)[0])
+        forward_backward(kit_ready, placed, batches(1)[0])
 
         norm = cast("SupportsGradClipping", kit_ready).clip_grad_norm(placed, optimizer, 0.1, norm_type=norm_type)
 
@@ -398,7 +210,7 @@ class StrategyConformance(Kit):
         need(kit_ready, SupportsGradClipping)
         placed, optimizer = prepare(kit_ready, tiny_net(), sgd)
         x, y = batches(1)[0]
-        _forward_backward(kit_ready, placed, (x * float("nan"), y))
+        forward_backward(kit_ready, placed, (x * float("nan"), y))
 
         with pytest.raises(RuntimeError):
             cast("SupportsGradClipping", kit_ready).clip_grad_norm(placed, optimizer, 1.0, error_if_nonfinite=True)
@@ -408,10 +220,10 @@ class StrategyConformance(Kit):
         need(kit_ready, SupportsGradClipping)
         placed, optimizer = prepare(kit_ready, tiny_net(), sgd)
         plain = tiny_net(device=kit_ready.root_device)
-        x, y = (value.to(kit_ready.root_device) for value in batches(1)[0])
+        x, y = batches(1, device=kit_ready.root_device)[0]
         F.mse_loss(plain(x), y).backward()  # type: ignore[no-untyped-call, unused-ignore]
         torch.nn.utils.clip_grad_value_(plain.parameters(), 0.05)
-        _forward_backward(kit_ready, placed, batches(1)[0])
+        forward_backward(kit_ready, placed, batches(1)[0])
 
         cast("SupportsGradClipping", kit_ready).clip_grad_value(placed, optimizer, 0.05)
 
@@ -533,56 +345,6 @@ class StrategyConformance(Kit):
             strategy.teardown()
             strategy.teardown()
 
-    # --- Several processes: every rank runs the check of the same name in _strategy_checks.py ---------------------
-
-    def test_every_rank_knows_its_place(self, kit_check: Callable[[str], None]) -> None:
-        """On failure look at ``setup_environment`` and at ``collectives``: rank, world size, root device."""
-        kit_check("place_in_the_world")
-
-    def test_its_collectives_reach_every_rank(self, kit_check: Callable[[str], None]) -> None:
-        """A first look; ``CollectivesConformance`` is the proof. On failure look at the group ``collectives`` uses."""
-        kit_check("collectives")
-
-    def test_replicas_start_with_the_weights_of_rank_zero(self, kit_check: Callable[[str], None]) -> None:
-        """Ranks create different values. On failure look at ``place``: nobody broadcasts."""
-        kit_check("replicas_start_equal")
-
-    def test_training_on_several_ranks_follows_the_mean_gradient(self, kit_check: Callable[[str], None]) -> None:
-        """Against plain PyTorch on all batches. On failure look at the reduction: a sum, missing, wrong batches."""
-        kit_check("training_follows_the_mean_gradient")
-
-    def test_ranks_end_with_the_same_weights_bit_for_bit(self, kit_check: Callable[[str], None]) -> None:
-        """On failure look for parameters that are not reduced: every rank must step with one gradient."""
-        kit_check("ranks_end_equal")
-
-    def test_within_no_sync_gradients_stay_local(self, kit_check: Callable[[str], None]) -> None:
-        """And the backward after it reduces their sum. On failure look at ``no_sync``: forward must be inside too."""
-        kit_check("no_sync")
-
-    def test_a_bound_method_reduces_gradients_too(self, kit_check: Callable[[str], None]) -> None:
-        """On failure look at ``bind_method``: it must enter the wrapper, not the original module."""
-        kit_check("bound_methods_reduce")
-
-    def test_clipping_uses_the_norm_of_the_whole_gradient(self, kit_check: Callable[[str], None]) -> None:
-        """Equal on every rank, equal to the formula. On failure look at ``clip_grad_norm``: norm of one shard only."""
-        kit_check("clipping")
-
-    def test_inference_uses_the_weights_of_rank_zero(self, kit_check: Callable[[str], None]) -> None:
-        """On failure look at ``place_for_inference``: nobody broadcasts."""
-        kit_check("inference_placement")
-
-    def test_full_state_is_whole_on_rank_zero_and_loads_again(self, kit_check: Callable[[str], None]) -> None:
-        """On failure look at ``module_state(full=True)`` and ``load_module_state``: names, shapes, ranks left out."""
-        kit_check("sharded_state")
-
-    def test_every_part_of_the_data_is_read(self, kit_check: Callable[[str], None]) -> None:
-        """On failure look at ``data_parallel_rank``: over all ranks it takes each value below the size."""
-        kit_check("data_parallel_ranks")
-
-    def test_the_group_can_be_left_and_joined_again(self, kit_check: Callable[[str], None]) -> None:
-        """Two whole cycles, ``teardown`` twice each. On failure look at process groups that stay behind."""
-        kit_check("two_cycles")
-
 
 def _same(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
     return equal_bits(got, expected) or bool(
@@ -599,12 +361,3 @@ def _weights_after_training(
     placed, optimizer = prepare(strategy, module, sgd)
     train(strategy, placed, optimizer, batches(2))
     return full_state(strategy, module, placed)
-
-
-def _forward_backward(
-    strategy: Strategy, placed: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
-    x, y = (value.to(strategy.root_device) for value in batch)
-    loss = F.mse_loss(placed(x), y)
-    backward(strategy, loss, placed)
-    return loss
