@@ -16,7 +16,7 @@ from fulmen_precision._tensors import cast_floating
 from fulmen_protocols import BackendUnavailable, MisconfigurationException, PrecisionPlan, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
     from contextlib import AbstractContextManager
     from types import TracebackType
 
@@ -101,7 +101,7 @@ class BitsandbytesPrecision:
         """
         library = _library()
         chosen = [name for name, _ in linears(module, self.ignore_modules)]
-        has_own = any(isinstance(layer, (library.nn.Linear4bit, library.nn.Linear8bitLt)) for layer in module.modules())
+        has_own = any(_is_quantized(layer, library) for layer in module.modules())
         if not chosen and not has_own:
             raise MisconfigurationException(
                 f"BitsandbytesPrecision(mode={self.mode!r}): {type(module).__name__} has no linear layer to quantize"
@@ -152,7 +152,7 @@ class BitsandbytesPrecision:
         arguments: dict[str, object] = {"bias": bias, "device": torch.device("meta")}
         if self.mode.startswith("int8"):
             trains = self.mode == "int8-training"
-            made = _layers().Int8(
+            made = _int8_layer(_library())(
                 layer.in_features,
                 layer.out_features,
                 has_fp16_weights=trains,
@@ -160,7 +160,7 @@ class BitsandbytesPrecision:
                 **arguments,
             )
         else:
-            made = _layers().FourBit(
+            made = _four_bit_layer(_library())(
                 layer.in_features,
                 layer.out_features,
                 compute_dtype=self.dtype,
@@ -171,16 +171,15 @@ class BitsandbytesPrecision:
         if bias:
             made.bias = nn.Parameter(layer.bias.detach().to(self.dtype), requires_grad=layer.bias.requires_grad)
         made.dtype = self.dtype
-        if device.type == "meta":
-            return cast("nn.Module", made)
-        made.quantize(layer.weight.detach())
+        if device.type != "meta":  # there the weights are still to be loaded
+            made.quantize(layer.weight.detach())
         return cast("nn.Module", made)
 
 
 class _QuantizedLinears:
     """Within the block ``torch.nn.Linear(...)`` gives what ``make`` makes of the layer."""
 
-    def __init__(self, dtype: torch.dtype, make: Any) -> None:
+    def __init__(self, dtype: torch.dtype, make: Callable[[nn.Linear], nn.Module]) -> None:
         self._default = DefaultDtype(dtype)
         self._make = make
         self._plain: list[type[nn.Linear]] = []
@@ -223,79 +222,80 @@ def _is_quantized(layer: nn.Module, library: Any) -> bool:
     return isinstance(layer, (library.nn.Linear4bit, library.nn.Linear8bitLt))
 
 
-class _Layers:
-    """The two kinds of layers, made when bitsandbytes is first needed."""
+@functools.cache
+def _four_bit_layer(library: Any) -> Any:
+    """The layer of 4-bit weights of bitsandbytes, made when that is first needed."""
 
-    def __init__(self, library: Any) -> None:
-        class FourBit(library.nn.Linear4bit):  # type: ignore[misc]
-            """4-bit weights that can be loaded packed and plain."""
+    class FourBit(library.nn.Linear4bit):  # type: ignore[misc]
+        """4-bit weights that can be loaded packed and plain."""
 
-            def quantize(self, weight: Tensor) -> None:
-                """Pack ``weight``, shape ``(out, in)``, on its device."""
-                old: Any = self.weight
-                self.weight: Any = library.nn.Params4bit(
-                    weight.to(self.dtype),
-                    requires_grad=False,
-                    compress_statistics=old.compress_statistics,
-                    quant_type=old.quant_type,
-                    quant_storage=old.quant_storage,
-                    module=self,
-                ).to(weight.device)
+        def quantize(self, weight: Tensor) -> None:
+            """Pack ``weight``, shape ``(out, in)``, on its device."""
+            old: Any = self.weight
+            self.weight: Any = library.nn.Params4bit(
+                weight.to(self.dtype),
+                requires_grad=False,
+                compress_statistics=old.compress_statistics,
+                quant_type=old.quant_type,
+                quant_storage=old.quant_storage,
+                module=self,
+            ).to(weight.device)
 
-            def _load_from_state_dict(
-                self, state_dict: dict[str, Any], prefix: str, local: Any, strict: bool, missing: Any, unexpected: Any,
-                errors: Any,
-            ) -> None:  # fmt: skip
-                name = f"{prefix}weight"
-                weight = state_dict.get(name)
-                extra = {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
-                if isinstance(weight, Tensor):
-                    device = self.weight.device if self.weight.device.type != "meta" else weight.device
-                    if extra:
-                        self.weight = library.nn.Params4bit.from_prequantized(
-                            weight, extra, requires_grad=False, device=device, module=self
-                        )
-                    elif tuple(weight.shape) == (self.out_features, self.in_features):
-                        self.quantize(weight.to(device))
-                    else:
-                        errors.append(f"{name} is neither packed nor of shape {(self.out_features, self.in_features)}")
-                rest = {k: v for k, v in state_dict.items() if k != name and not k.startswith(f"{name}.")}
-                nothing: list[str] = []
-                nn.Linear._load_from_state_dict(self, rest, prefix, local, strict, nothing, unexpected, errors)  # pyright: ignore[reportPrivateUsage]
-                missing.extend(each for each in nothing if each != name or weight is None)
-
-        class Int8(library.nn.Linear8bitLt):  # type: ignore[misc]
-            """8-bit weights that can be loaded packed and plain."""
-
-            def quantize(self, weight: Tensor) -> None:
-                """Pack ``weight``, shape ``(out, in)``, on its device; keep it plain where it is to be trained."""
-                trains = self.state.has_fp16_weights
-                data = weight.to(self.dtype)
-                parameter = library.nn.Int8Params(
-                    data if trains else data.cpu(), requires_grad=trains, has_fp16_weights=trains
-                )
-                self.weight = parameter if trains else parameter.to(weight.device)
-
-            def forward(self, x: Tensor) -> Tensor:
-                """Multiply in 8 bits by the weights of this moment."""
-                # bitsandbytes quantizes trained weights anew only where they have no gradient, which holds if gradients
-                # were set to None before the forward pass; after it, the pass would use the weights of long ago.
-                if self.state.has_fp16_weights:
-                    self.state.CB = None
-                return cast("Tensor", super().forward(x))
-
-            def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-                weight = state_dict.get(f"{prefix}weight")
-                if isinstance(weight, Tensor) and weight.is_floating_point() and not self.state.has_fp16_weights:
-                    device = self.weight.device if self.weight.device.type != "meta" else weight.device
+        def _load_from_state_dict(
+            self, state_dict: dict[str, Any], prefix: str, local: Any, strict: bool, missing: Any, unexpected: Any,
+            errors: Any,
+        ) -> None:  # fmt: skip
+            name = f"{prefix}weight"
+            weight = state_dict.get(name)
+            extra = {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
+            if isinstance(weight, Tensor):
+                device = self.weight.device if self.weight.device.type != "meta" else weight.device
+                if extra:
+                    self.weight = library.nn.Params4bit.from_prequantized(
+                        weight, extra, requires_grad=False, device=device, module=self
+                    )
+                elif tuple(weight.shape) == (self.out_features, self.in_features):
                     self.quantize(weight.to(device))
-                    state_dict = {**state_dict, f"{prefix}weight": self.weight.data}
-                super()._load_from_state_dict(state_dict, prefix, *rest)
+                else:
+                    errors.append(f"{name} is neither packed nor of shape {(self.out_features, self.in_features)}")
+            rest = {k: v for k, v in state_dict.items() if k != name and not k.startswith(f"{name}.")}
+            nothing: list[str] = []
+            nn.Linear._load_from_state_dict(self, rest, prefix, local, strict, nothing, unexpected, errors)  # pyright: ignore[reportPrivateUsage]
+            missing.extend(each for each in nothing if each != name or weight is None)
 
-        self.FourBit: Any = FourBit
-        self.Int8: Any = Int8
+    return FourBit
 
 
 @functools.cache
-def _layers() -> _Layers:
-    return _Layers(_library())
+def _int8_layer(library: Any) -> Any:
+    """The layer of 8-bit weights of bitsandbytes, made when that is first needed."""
+
+    class Int8(library.nn.Linear8bitLt):  # type: ignore[misc]
+        """8-bit weights that can be loaded packed and plain."""
+
+        def quantize(self, weight: Tensor) -> None:
+            """Pack ``weight``, shape ``(out, in)``, on its device; keep it plain where it is to be trained."""
+            trains = self.state.has_fp16_weights
+            data = weight.to(self.dtype)
+            parameter = library.nn.Int8Params(
+                data if trains else data.cpu(), requires_grad=trains, has_fp16_weights=trains
+            )
+            self.weight = parameter if trains else parameter.to(weight.device)
+
+        def forward(self, x: Tensor) -> Tensor:
+            """Multiply in 8 bits by the weights of this moment."""
+            # bitsandbytes quantizes trained weights anew only where they have no gradient, which holds if gradients
+            # were set to None before the forward pass; after it, the pass would use the weights of long ago.
+            if self.state.has_fp16_weights:
+                self.state.CB = None
+            return cast("Tensor", super().forward(x))
+
+        def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+            weight = state_dict.get(f"{prefix}weight")
+            if isinstance(weight, Tensor) and weight.is_floating_point() and not self.state.has_fp16_weights:
+                device = self.weight.device if self.weight.device.type != "meta" else weight.device
+                self.quantize(weight.to(device))
+                state_dict = {**state_dict, f"{prefix}weight": self.weight.data}
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    return Int8

@@ -188,14 +188,14 @@ class XLASPMDStrategy:
         quiet_hooks()
         wrapper: Any = library("experimental.spmd_fully_sharded_data_parallel").SpmdFullyShardedDataParallel
         # Layers of a module that was placed before, for the fit before a test say, are wrapped already.
-        wraps = self._policy is not None and not any(isinstance(one, wrapper) for one in module.modules())
+        is_wrapped = any(isinstance(one, wrapper) for one in module.modules())
         return cast(
             "nn.Module",
             wrapper(
                 Entry(module),  # torch-xla wants a forward, which a module with nothing but steps has not
                 mesh=self.mesh,
                 shard_output=_sharding.shard_output,
-                auto_wrap_policy=self._policy() if wraps and self._policy is not None else None,
+                auto_wrap_policy=None if self._policy is None or is_wrapped else self._policy(),
             ),
         )
 
