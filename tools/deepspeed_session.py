@@ -18,7 +18,11 @@ from tools.environment import ensure, pip_install
 from tools.workspace import ROOT
 
 HOME = ROOT / ".nox" / "deepspeed"
-TESTS = ["packages/fulmen-deepspeed", "integration_tests/test_deepspeed_ranks.py"]
+TESTS = [
+    "packages/fulmen-deepspeed",
+    "integration_tests/test_deepspeed_ranks.py",
+    "integration_tests/test_deepspeed_after_ddp.py",
+]
 BUILD = """
 import deepspeed, torch.distributed
 from deepspeed.ops.op_builder import CPUAdamBuilder

@@ -10,6 +10,7 @@ import torch
 from fulmen_deepspeed import DeepSpeedCheckpointIO
 from fulmen_deepspeed import _folder as folders
 from fulmen_deepspeed._checkpoint import EngineCheckpoints
+from fulmen_deepspeed._process_group import ProcessGroup
 from fulmen_protocols import (
     CHECKPOINT_IOS,
     CheckpointCorrupt,
@@ -49,7 +50,7 @@ def test_a_folder_is_recognised_by_its_entries() -> None:
 @pytest.mark.proves("4.30")
 def test_parts_of_a_checkpoint_are_refused_with_the_folder_that_was_meant(tmp_path: Path) -> None:
     path = layout(tmp_path)
-    checkpoints = EngineCheckpoints(exclude_frozen=False, load_full_weights=False)
+    checkpoints = EngineCheckpoints(ProcessGroup(), exclude_frozen=False, load_full_weights=False)
 
     assert checkpoints.owns(str(path))
     with pytest.raises(CheckpointNotFound, match=r"folder inside a checkpoint.*Give .*run.ckpt'"):
@@ -64,8 +65,8 @@ def test_one_file_is_taken_only_where_load_full_weights_says_so(tmp_path: Path) 
     torch.save({}, file)
 
     with pytest.raises(MisconfigurationException, match=r"load_full_weights=True"):
-        EngineCheckpoints(exclude_frozen=False, load_full_weights=False).owns(str(file))
-    assert not EngineCheckpoints(exclude_frozen=False, load_full_weights=True).owns(str(file))
+        EngineCheckpoints(ProcessGroup(), exclude_frozen=False, load_full_weights=False).owns(str(file))
+    assert not EngineCheckpoints(ProcessGroup(), exclude_frozen=False, load_full_weights=True).owns(str(file))
 
 
 def test_a_file_that_is_missing_or_cut_short_is_named(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from fulmen_deepspeed._entry import EngineEntry
-    from fulmen_deepspeed.collectives import EngineCollectives
+    from fulmen_deepspeed._process_group import ProcessGroup
 
 __all__ = ["EngineCheckpoints"]
 
@@ -30,14 +30,15 @@ class EngineCheckpoints:
     """Saving and loading through an engine.
 
     Args:
+        group: the ranks that save and load together.
         exclude_frozen: leave parameters out that need no gradient.
         load_full_weights: whether a checkpoint may be one file with the whole model.
     """
 
-    def __init__(self, *, exclude_frozen: bool, load_full_weights: bool) -> None:
+    def __init__(self, group: ProcessGroup, *, exclude_frozen: bool, load_full_weights: bool) -> None:
+        self._group = group
         self._exclude_frozen = exclude_frozen
         self._load_full_weights = load_full_weights
-        self.collectives: EngineCollectives | None = None
 
     def owns(self, path: str) -> bool:
         """See ``DeepSpeedStrategy.owns_checkpoint``."""
@@ -45,11 +46,9 @@ class EngineCheckpoints:
             if self._load_full_weights:
                 return False
             raise _remote(path)
-        problem = _folder.require(path)
-        if problem is None:
+        if _folder.is_folder_of_engine(path):
             return True
-        if "Give" in str(problem):
-            raise problem
+        _folder.refuse_part(path)
         if os.path.exists(path) and not self._load_full_weights:
             raise MisconfigurationException(
                 f"{path!r} is no folder of DeepSpeed's. If it holds the weights of the whole model, load it with "
@@ -65,10 +64,9 @@ class EngineCheckpoints:
 
     def save(self, engine: Any, rest: Mapping[str, object], path: str) -> None:
         """Every rank writes into a folder beside ``path``, which takes its name when it is whole."""
-        ranks = self._ranks()
         if "://" in path:
             raise _remote(path)
-        path = ranks.broadcast_object(os.path.abspath(path))
+        path = self._group.collectives.broadcast_object(os.path.abspath(path))
         staging = f"{path}.staging"
         client = _folder.client_state(dict(rest))
         self._on_first(lambda: shutil.rmtree(staging, ignore_errors=True))
@@ -77,14 +75,9 @@ class EngineCheckpoints:
         )
         self._on_first(lambda: _commit(staging, path))
 
-    def _ranks(self) -> EngineCollectives:
-        if self.collectives is None:
-            raise RuntimeError("checkpoints of DeepSpeedStrategy need its processes: call setup_environment first.")
-        return self.collectives
-
     def _on_first(self, action: Callable[[], None]) -> None:
         """Run ``action`` on rank 0; every rank waits for it, and hears of its error."""
-        ranks = self._ranks()
+        ranks = self._group.collectives
         problem: Exception | None = None
         if ranks.rank == 0:
             try:
@@ -101,16 +94,14 @@ class EngineCheckpoints:
 
     def read_rest(self, path: str, weights_only: bool | None) -> dict[str, object]:
         """See ``DeepSpeedStrategy.read_rest``."""
-        problem = _folder.require(path)
-        if problem is not None:
-            raise problem
+        _folder.require(path)
         _folder.check_whole(path)
         return _folder.rest_of(_folder.tag_of(path), weights_only)
 
     def load(self, entry: EngineEntry, path: str, *, optimizers: bool, strict: bool, weights_only: bool | None) -> None:
         """Module and optimizer, through the engine; the module alone, from the whole weights."""
         path = os.path.abspath(path)
-        ranks = self._ranks()
+        ranks = self._group.collectives
         if not (optimizers and entry.trains):
             whole: dict[str, Any] = {}
             if ranks.rank == 0:
@@ -145,7 +136,7 @@ class EngineCheckpoints:
 
     def _load_resized(self, entry: EngineEntry, folder: str, *, strict: bool) -> None:
         """What another number of ranks has saved, by way of DeepSpeed's universal checkpoint."""
-        ranks = self._ranks()
+        ranks = self._group.collectives
         universal = f"{os.path.dirname(folder)}.universal"
         self._on_first(lambda: _make_universal(folder, universal))
         engine = entry.engine

@@ -29,54 +29,44 @@ class EngineEntry(nn.Module):
 
     Attributes:
         module: the user's module.
+        casting: what the precision means for its calls.
+        make_engine: makes an engine for evaluation, where the module cannot compute without one.
     """
 
     def __init__(self, module: nn.Module, casting: Casting, device: torch.device) -> None:
         super().__init__()
         self.module = module
-        own = self.__dict__
-        own["casting"] = casting
-        own["device"] = device
-        # Not registered as a submodule: parameters would be found twice.
-        own["engine"] = None
-        own["trains"] = False
-        own["is_manual"] = False
-        own["make_engine"] = None
-        module.__dict__[_MARK] = self
+        self.casting = casting
+        self.make_engine: Callable[[], None] | None = None
+        self._device = device
+        # Boxed: as an attribute the engine would become a submodule, and each parameter be found twice.
+        self._engine: list[Any] = [None]
+        self._trains = False
+        self._is_manual = False
+        module.__dict__[_MARK] = self  # not as a submodule either
 
     # Any: DeepSpeed has no type information.
     @property
     def engine(self) -> Any:
         """DeepSpeed's engine; None before there is one."""
-        return self.__dict__["engine"]
+        return self._engine[0]
 
     @property
     def trains(self) -> bool:
         """Whether the engine has an optimizer."""
-        return bool(self.__dict__["trains"])
-
-    @property
-    def make_engine(self) -> Callable[[], None] | None:
-        """What makes an engine for evaluation, where the module cannot compute without one."""
-        made: Callable[[], None] | None = self.__dict__["make_engine"]
-        return made
-
-    @make_engine.setter
-    def make_engine(self, make: Callable[[], None] | None) -> None:
-        self.__dict__["make_engine"] = make
+        return self._trains
 
     def attach(self, engine: Any, *, trains: bool) -> None:
         """From now on calls go through ``engine``."""
-        self.__dict__["engine"], self.__dict__["trains"] = engine, trains
+        self._engine[0], self._trains = engine, trains
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Run the module; what it returns is in the plan's output dtype."""
-        casting: Casting = self.__dict__["casting"]
-        return casting.output(self.run(None, *args, **kwargs))
+        return self.casting.output(self.run(None, *args, **kwargs))
 
     def run(self, method: Callable[..., object] | None, *args: object, **kwargs: object) -> Any:
         """Run ``method`` of the module, or the module, with inputs in the dtype of computation."""
-        casting: Casting = self.__dict__["casting"]
+        casting = self.casting
         if self.engine is None and self.make_engine is not None:
             self.make_engine()
         engine, module = self.engine, self.module
@@ -84,12 +74,12 @@ class EngineEntry(nn.Module):
             function = module if method is None else method
             if casting.plan["parameter"] == casting.plan["compute"]:
                 args, kwargs = self._cast(args, kwargs)
-            with casting.evaluation(self.__dict__["device"].type):
+            with casting.evaluation(self._device.type):
                 return function(*args, **kwargs)
         args, kwargs = self._cast(args, kwargs)
         if method is None:
             return engine(*args, **kwargs)
-        if self.__dict__["is_manual"]:
+        if self._is_manual:
             return method(*args, **kwargs)
         with _instead_of_forward(module, method):
             return engine(*args, **kwargs)
@@ -99,18 +89,18 @@ class EngineEntry(nn.Module):
 
         What it calls of the module computes as always: the hooks of ZeRO stage 3 are on the module's layers.
         """
-        self.__dict__["is_manual"] = True
+        self._is_manual = True
         try:
             return self.run(method, *args, **kwargs)
         finally:
-            self.__dict__["is_manual"] = False
+            self._is_manual = False
 
     @contextmanager
     def manual_backward(self) -> Generator[None]:
         """Surrounds a backward pass inside ``run_manual``, which the engine's forward has not prepared."""
         prologue = getattr(self.engine, "_backward_prologue", None)
         # Since 0.18 the engine prepares a backward pass by hooks on what its forward returned; before, in backward().
-        if self.__dict__["is_manual"] and prologue is not None and not inspect.signature(prologue).parameters:
+        if self._is_manual and prologue is not None and not inspect.signature(prologue).parameters:
             engine: Any = self.engine
             before, engine._running_engine_backward = engine._running_engine_backward, True
             try:
@@ -120,7 +110,7 @@ class EngineEntry(nn.Module):
         yield
 
     def _cast(self, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        casting: Casting = self.__dict__["casting"]
+        casting = self.casting
         if casting.is_single:
             return args, kwargs
         return tuple(casting.inputs(each) for each in args), {k: casting.inputs(v) for k, v in kwargs.items()}

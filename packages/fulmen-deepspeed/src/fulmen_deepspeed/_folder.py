@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import pickle
+import re
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from fulmen_deepspeed._library import submodule
-from fulmen_protocols.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound, CheckpointUnsafe
+from fulmen_protocols.errors import CheckpointCorrupt, CheckpointNotFound, CheckpointUnsafe
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Generator
@@ -23,6 +24,7 @@ __all__ = [
     "MANIFEST",
     "TAG",
     "check_whole",
+    "client_state",
     "data_parallel_size",
     "is_folder_of_engine",
     "is_of_stage_3",
@@ -31,8 +33,11 @@ __all__ = [
     "optimizer_files",
     "read_file",
     "reading",
+    "refuse_part",
+    "require",
     "rest_of",
     "tag_of",
+    "unsafe",
     "write_manifest",
 ]
 
@@ -98,8 +103,6 @@ def optimizer_files(folder: str) -> list[str]:
 
 
 def _natural(name: str) -> tuple[object, ...]:
-    import re
-
     return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", os.path.basename(name)))
 
 
@@ -208,10 +211,10 @@ def write_manifest(path: str) -> None:
                 os.fsync(opened.fileno())
             sizes[os.path.relpath(file, path).replace(os.sep, "/")] = os.path.getsize(file)
     staged = os.path.join(path, f"{MANIFEST}.part")
-    with open(staged, "w", encoding="utf-8") as file_:
-        json.dump({"version": 1, "files": sizes}, file_, indent=1)
-        file_.flush()
-        os.fsync(file_.fileno())
+    with open(staged, "w", encoding="utf-8") as stream:
+        json.dump({"version": 1, "files": sizes}, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
     os.replace(staged, os.path.join(path, MANIFEST))
 
 
@@ -229,28 +232,39 @@ def check_whole(path: str) -> None:
             raise CheckpointCorrupt(f"{path!r} holds no file '*model_states.pt'. It was not written whole.")
         return
     try:
-        with open(manifest, encoding="utf-8") as file:
-            sizes = cast("dict[str, int]", json.load(file)["files"])
+        with open(manifest, encoding="utf-8") as stream:
+            sizes = cast("dict[str, int]", json.load(stream)["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointCorrupt(f"the list of files {manifest!r} cannot be read: {error}.") from error
     for name, size in sizes.items():
-        file_ = os.path.join(path, name)
-        if not os.path.isfile(file_):
+        file = os.path.join(path, name)
+        if not os.path.isfile(file):
             raise CheckpointCorrupt(f"{path!r} is damaged: its file {name!r} is missing. Use another checkpoint.")
-        if os.path.getsize(file_) != size:
+        if os.path.getsize(file) != size:
             raise CheckpointCorrupt(
-                f"{path!r} is damaged: its file {name!r} has {os.path.getsize(file_)} bytes, and {size} were written. "
+                f"{path!r} is damaged: its file {name!r} has {os.path.getsize(file)} bytes, and {size} were written. "
                 "Use another checkpoint."
             )
 
 
-def require(path: str) -> CheckpointError | None:
-    """Why ``path`` is no checkpoint folder, with the folder that was probably meant; None if it is one."""
-    if is_folder_of_engine(path):
-        return None
-    parent, grandparent = os.path.dirname(path), os.path.dirname(os.path.dirname(path))
-    if is_folder_of_engine(parent) and os.path.isdir(path):
-        return CheckpointNotFound(f"{path!r} is a folder inside a checkpoint of DeepSpeed. Give {parent!r}.")
-    if is_folder_of_engine(grandparent) and os.path.isfile(path):
-        return CheckpointNotFound(f"{path!r} is a file inside a checkpoint of DeepSpeed. Give {grandparent!r}.")
-    return CheckpointNotFound(f"{path!r} is no checkpoint of DeepSpeed: there is no folder {TAG!r} in it.")
+def refuse_part(path: str) -> None:
+    """Refuse a part of a checkpoint folder.
+
+    Raises:
+        CheckpointNotFound: it is one; the message names the folder that was probably meant.
+    """
+    parent = os.path.dirname(path)
+    whole, kind = (parent, "folder") if os.path.isdir(path) else (os.path.dirname(parent), "file")
+    if os.path.exists(path) and is_folder_of_engine(whole):
+        raise CheckpointNotFound(f"{path!r} is a {kind} inside a checkpoint of DeepSpeed. Give {whole!r}.")
+
+
+def require(path: str) -> None:
+    """Refuse what is no checkpoint folder.
+
+    Raises:
+        CheckpointNotFound: it is none; the message names the folder that was probably meant.
+    """
+    if not is_folder_of_engine(path):
+        refuse_part(path)
+        raise CheckpointNotFound(f"{path!r} is no checkpoint of DeepSpeed: there is no folder {TAG!r} in it.")

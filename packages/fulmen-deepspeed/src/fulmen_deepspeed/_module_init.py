@@ -1,4 +1,4 @@
-"""Where and how new modules get their first values."""
+"""Where and how new modules get their first values, outside of ZeRO's third stage, which has a way of its own."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from fulmen_deepspeed._library import submodule
 from fulmen_protocols.errors import MisconfigurationException
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch.optim import Optimizer
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from fulmen_deepspeed.collectives import EngineCollectives
 
 __all__ = ["Layout", "adopt", "check", "load_state", "state"]
+
+T = TypeVar("T")
 
 _LAYOUT = "_fulmen_layout"
 _PART = "fulmen_part_of_rank"
@@ -121,7 +123,7 @@ def state(entry: EngineEntry, optimizer: Optimizer, *, full: bool, rank: int) ->
     """Optimizer state; ``full``: whole CPU tensors on rank 0 and nothing elsewhere, otherwise the part of this rank."""
     zero = entry.engine.optimizer
     if not full:
-        return {_PART: rank, **copy.deepcopy(_with_flat_parameters(zero, optimizer, optimizer.state_dict))}
+        return {_PART: rank, **copy.deepcopy(_with_flat_parameters(zero, optimizer.state_dict))}
     if zero is optimizer:
         whole = copy.deepcopy(optimizer.state_dict())
         return whole if rank == 0 else {}
@@ -143,7 +145,7 @@ def state(entry: EngineEntry, optimizer: Optimizer, *, full: bool, rank: int) ->
     return {"state": entries, "param_groups": _options(optimizer, layout)} if rank == 0 else {}
 
 
-def _with_flat_parameters(zero: Any, optimizer: Optimizer, do: Any) -> Any:
+def _with_flat_parameters(zero: Any, do: Callable[[], T]) -> T:
     """``do()`` while the optimizer's groups hold the flat parameters, which stage 3 puts there for a step only."""
     if not hasattr(zero, "_set_fp32_optimizer_param_groups"):
         return do()
@@ -186,7 +188,7 @@ def load_state(
     zero = entry.engine.optimizer
     if _PART in saved:
         plain = {key: value for key, value in saved.items() if key != _PART}
-        _with_flat_parameters(zero, optimizer, lambda: optimizer.load_state_dict(copy.deepcopy(plain)))
+        _with_flat_parameters(zero, lambda: optimizer.load_state_dict(copy.deepcopy(plain)))
         _link(zero, optimizer)
         return
     if zero is optimizer:

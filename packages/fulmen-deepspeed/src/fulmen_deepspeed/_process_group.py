@@ -1,4 +1,9 @@
-"""The default process group: joined, handed to DeepSpeed, and left again with what DeepSpeed remembers of it."""
+"""The default process group: joined, handed to DeepSpeed, and left again with what DeepSpeed remembers of it.
+
+How a group is joined and left stands once more in fulmen-strategies, with other things around it (a launcher's notes on
+failures there, a library that keeps groups of its own here); docs/decisions/0025 says why. The keys in the store carry
+this package's name: one process may meet the others at one store for both packages in turn.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +23,12 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
 
 from fulmen_deepspeed._library import submodule
+from fulmen_deepspeed.collectives import EngineCollectives
 from fulmen_protocols.errors import BackendUnavailable, MisconfigurationException
 
 if TYPE_CHECKING:
+    import torch
+
     from fulmen_protocols.topology import Topology
 
 __all__ = ["ProcessGroup"]
@@ -32,13 +40,58 @@ _MEETING = timedelta(minutes=10)
 
 
 class ProcessGroup:
-    """This process's place in the default group. One that somebody else has made is used and never destroyed."""
+    """This process's place in the default group. One that somebody else has made is used and never destroyed.
 
-    def __init__(self) -> None:
+    Args:
+        backend: ``"nccl"``, ``"gloo"``, ...; None: what suits the device.
+        timeout: after which a rank gives up waiting for others in a collective.
+    """
+
+    def __init__(self, backend: str | None = None, timeout: timedelta = timedelta(minutes=30)) -> None:
+        self._backend = backend
+        self._timeout = timeout
+        self._topology: Topology | None = None
+        self._collectives: EngineCollectives | None = None
         self._made: object = None
         self._hook: Any = None
 
-    def join(self, topology: Topology, backend: str | None, timeout: timedelta) -> None:
+    @property
+    def device(self) -> torch.device:
+        """The device of this process.
+
+        Raises:
+            RuntimeError: the group is not joined.
+        """
+        return self._joined("root_device").device
+
+    @property
+    def local_rank(self) -> int:
+        """Index of this process on its node.
+
+        Raises:
+            RuntimeError: the group is not joined.
+        """
+        return self._joined("local_rank").local_rank
+
+    @property
+    def collectives(self) -> EngineCollectives:
+        """Communication among the ranks.
+
+        Raises:
+            RuntimeError: the group is not joined.
+        """
+        self._joined("collectives")
+        assert self._collectives is not None
+        return self._collectives
+
+    def _joined(self, name: str) -> Topology:
+        if self._topology is None:
+            raise RuntimeError(
+                f"{name} of DeepSpeedStrategy is unknown until setup_environment has run: call it first."
+            )
+        return self._topology
+
+    def join(self, topology: Topology) -> None:
         """Make the default group unless there is one, and let DeepSpeed use it.
 
         Raises:
@@ -46,9 +99,9 @@ class ProcessGroup:
             BackendUnavailable: this build of torch lacks the backend.
         """
         device = topology.device
-        chosen = backend or ("gloo" if device.type == "cpu" else dist.get_default_backend_for_device(device))
+        backend = self._backend or ("gloo" if device.type == "cpu" else dist.get_default_backend_for_device(device))
         if not dist.is_initialized():
-            self._make(topology, chosen, timeout)
+            self._make(topology, backend)
         elif (found := (dist.get_rank(), dist.get_world_size())) != (topology.rank, topology.world_size):
             raise MisconfigurationException(
                 f"this run is rank {topology.rank} of {topology.world_size}, but the process group that is there "
@@ -59,10 +112,12 @@ class ProcessGroup:
         # On a CPU it builds an operator the first time, and prints so every time.
         with contextlib.redirect_stdout(io.StringIO()):
             submodule("deepspeed.comm").init_distributed(
-                chosen, auto_mpi_discovery=False, timeout=timeout, verbose=False
+                backend, auto_mpi_discovery=False, timeout=self._timeout, verbose=False
             )
+        self._topology = topology
+        self._collectives = EngineCollectives(device)
 
-    def _make(self, topology: Topology, backend: str, timeout: timedelta) -> None:
+    def _make(self, topology: Topology, backend: str) -> None:
         if (backend == "nccl" and not dist.is_nccl_available()) or (backend == "gloo" and not dist.is_gloo_available()):
             raise BackendUnavailable(
                 f"process group backend {backend!r} was asked for, but this build of torch comes without it. Install a "
@@ -72,10 +127,12 @@ class ProcessGroup:
         hook = sys.excepthook
         dist.init_process_group(
             backend,
-            store=PrefixStore(f"fulmen/{attempt}/{generation}", _store(topology, max(timeout, _MEETING))),
+            store=PrefixStore(
+                f"fulmen_deepspeed/{attempt}/{generation}", _store(topology, max(self._timeout, _MEETING))
+            ),
             rank=topology.rank,
             world_size=topology.world_size,
-            timeout=timeout,
+            timeout=self._timeout,
             device_id=None if topology.device.type == "cpu" else topology.device,
         )
         self._made, self._hook = dist.group.WORLD, (hook, sys.excepthook)
@@ -84,6 +141,7 @@ class ProcessGroup:
 
     def leave(self) -> None:
         """Destroy the group if this object has made it, and let DeepSpeed forget it. May be called twice."""
+        self._topology = self._collectives = None
         made, self._made = self._made, None
         if made is None:
             return

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Outcome",
     "each_from_first",
+    "forget_gradients",
     "is_partitioned",
     "load_module_state",
     "local_part",
     "module_state",
-    "unhook",
 ]
 
 
@@ -53,7 +53,7 @@ def _zero_steps(entry: EngineEntry) -> bool:
 
 def module_state(entry: EngineEntry, *, full: bool, rank: int) -> dict[str, Any]:
     """The module's state; ``full``: whole CPU tensors on rank 0, nothing elsewhere; otherwise what this rank holds."""
-    dtype = entry.__dict__["casting"].plan["parameter"]
+    dtype = entry.casting.plan["parameter"]
     state: dict[str, Any] = {}
     seen: dict[int, Tensor] = {}  # a parameter with several names is gathered once
     for name, value in entry.module.state_dict(keep_vars=True).items():
@@ -182,7 +182,7 @@ def each_from_first(state: Mapping[Any, Any], collectives: EngineCollectives) ->
             yield name, collectives.broadcast(mine)
 
 
-def unhook(module: nn.Module) -> None:
-    """Forget gradients that a former engine may have left."""
+def forget_gradients(module: nn.Module) -> None:
+    """Drop what an engine that was taken apart may have left in ``.grad``."""
     for parameter in module.parameters():
         parameter.grad = None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fulmen_deepspeed._casting import DefaultDtype, cast_floating
+from fulmen_deepspeed._casting import cast_floating, default_dtype
 from fulmen_protocols import MisconfigurationException, PrecisionPlan, did_you_mean
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class DeepSpeedPrecision:
 
     def init_context(self) -> AbstractContextManager[object]:
         """Within the block, new floating tensors get the dtype of a ``"-true"`` precision."""
-        return DefaultDtype(self._dtype) if self.precision.endswith("-true") else nullcontext()
+        return default_dtype(self._dtype) if self.precision.endswith("-true") else nullcontext()
 
     def convert_input(self, data: object) -> object:
         """``data`` with its floating tensors in the dtype of computation."""

@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
-from argparse import Namespace
-from collections.abc import Mapping
-from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
 from fulmen_deepspeed import _optimizers, _states, _verify
-from fulmen_deepspeed import config as config_module
-from fulmen_deepspeed._casting import SINGLE, Casting
 from fulmen_deepspeed._checkpoint import EngineCheckpoints
-from fulmen_deepspeed._entry import EngineEntry, entry_of, forget_entry
+from fulmen_deepspeed._engines import Engines
 from fulmen_deepspeed._library import deepspeed_for, require_deepspeed
 from fulmen_deepspeed._module_init import created_on
 from fulmen_deepspeed._process_group import ProcessGroup
-from fulmen_deepspeed.collectives import EngineCollectives
+from fulmen_deepspeed._settings import settings_from
 from fulmen_protocols import StrategyParts
-from fulmen_protocols.errors import MisconfigurationException, MisconfigurationTypeError
+from fulmen_protocols.errors import MisconfigurationException
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from fulmen_deepspeed import config as config_module
+    from fulmen_deepspeed.collectives import EngineCollectives
     from fulmen_protocols import Accelerator, ClusterEnvironment, Precision, PrecisionPlan, Topology
 
 __all__ = ["DeepSpeedStrategy"]
@@ -157,10 +152,9 @@ class DeepSpeedStrategy:
         *,
         precision: Precision | None = None,
     ) -> None:
-        given = dict(locals())
+        given = dict(locals())  # first of all: every argument by name, and nothing else
         require_deepspeed()
-        self._config = _config_from(given)
-        self._logs_throughput = logging_level <= logging.INFO
+        self._settings = settings_from(DeepSpeedStrategy, given)
         if precision is not None and precision_plugin is not None:
             raise MisconfigurationException(
                 "DeepSpeedStrategy got precision and precision_plugin, which are the same. Give one of the two."
@@ -168,32 +162,20 @@ class DeepSpeedStrategy:
         self._parts = StrategyParts(
             accelerator, parallel_devices, cluster_environment, None, precision_plugin or precision
         )
-        self._scale = config_module.LossScale(
-            loss_scale, initial_scale_power, loss_scale_window, hysteresis, min_loss_scale
-        )
-        self._remote_device = remote_device
-        self._backend = process_group_backend
-        self._timeout = _DEFAULT_TIMEOUT if timeout is None else timeout
         self._logging_level = logging_level
-        self._from_run = config_module.FromRun()
-        self._casting = Casting(SINGLE)
-        self._deepspeed: Any = None  # the library, once the kind of device is known
-        self._local_rank = 0
-        self._device: torch.device | None = None
-        self._kind: str | None = None
-        self._group = ProcessGroup()
-        self._collectives: EngineCollectives | None = None
+        self._device_type = "cuda"  # until the devices are known
+        self._group = ProcessGroup(process_group_backend, _DEFAULT_TIMEOUT if timeout is None else timeout)
+        self._engines = Engines(self._settings, self._group, remote_device)
         self._checkpoints = EngineCheckpoints(
-            exclude_frozen=exclude_frozen_parameters, load_full_weights=load_full_weights
+            self._group, exclude_frozen=exclude_frozen_parameters, load_full_weights=load_full_weights
         )
-        self._entries: list[EngineEntry] = []
 
     # -- before anything starts ---------------------------------------------------------------------------------------
 
     @property
     def config(self) -> config_module.Config:
         """DeepSpeed's configuration as it stands, without what the run decides."""
-        return self._config
+        return self._settings.config
 
     @property
     def parts(self) -> StrategyParts:
@@ -208,7 +190,7 @@ class DeepSpeedStrategy:
     @property
     def stage(self) -> int:
         """The ZeRO stage: what is spread over the ranks."""
-        return config_module.stage_of(self._config)
+        return self._settings.stage
 
     def check_world(self, devices: Sequence[torch.device], num_nodes: int) -> None:
         """Compare the arguments with the devices of each node.
@@ -218,8 +200,8 @@ class DeepSpeedStrategy:
             BackendUnavailable: offloading to NVMe was asked for, and this machine cannot.
         """
         _verify.devices(devices)
-        _verify.nvme(self._config)
-        self._kind = devices[0].type
+        _verify.nvme(self._settings.config)
+        self._device_type = devices[0].type
 
     def apply_precision_plan(self, plan: PrecisionPlan) -> None:
         """Take over the dtype of computation.
@@ -228,8 +210,7 @@ class DeepSpeedStrategy:
             MisconfigurationException: the engine does not compute in it, here or at all, or the configuration says
                 something else.
         """
-        config_module.with_precision(self._config, plan, self._scale, self._kind or "cuda")
-        self._casting = Casting(plan)
+        self._settings.apply_plan(plan, self._device_type)
 
     def set_accumulation(self, batches: int) -> None:
         """Let the engine step after so many batches.
@@ -237,8 +218,7 @@ class DeepSpeedStrategy:
         Raises:
             MisconfigurationException: the configuration has a number of its own.
         """
-        config_module.check_accumulation(self._config)
-        self._from_run = _replaced(self._from_run, accumulation=batches)
+        self._settings.set_accumulation(batches)
 
     def set_clipping(self, value: float | None, algorithm: Literal["norm", "value"] = "norm") -> None:
         """Let the engine clip gradients to the norm ``value`` before each step; None leaves it to the configuration.
@@ -246,23 +226,21 @@ class DeepSpeedStrategy:
         Raises:
             MisconfigurationException: clipping by value, or the configuration has another norm.
         """
-        config_module.check_clipping(self._config, value, algorithm)
-        self._from_run = _replaced(self._from_run, clipping=value)
+        self._settings.set_clipping(value, algorithm)
 
     @property
     def wants_batch_size(self) -> bool:
         """Whether the number of samples in a batch is still unknown."""
-        known = ("train_micro_batch_size_per_gpu", "train_batch_size")
-        return not any(name in self._config for name in known)
+        return self._settings.wants_batch_size
 
     def set_batch_size(self, samples: int) -> None:
         """Learn the number of samples in a batch of one rank; DeepSpeed's log of its throughput counts with it."""
-        self._from_run = _replaced(self._from_run, batch_size=samples)
+        self._settings.set_batch_size(samples)
 
     @property
     def makes_optimizers(self) -> bool:
         """Whether the configuration defines the optimizer."""
-        return "optimizer" in self._config
+        return self._settings.makes_optimizer
 
     @property
     def state_kind(self) -> Literal["full", "sharded"]:
@@ -278,9 +256,7 @@ class DeepSpeedStrategy:
         Raises:
             RuntimeError: ``setup_environment`` has not run yet.
         """
-        if self._device is None:
-            raise _too_early("root_device")
-        return self._device
+        return self._group.device
 
     @property
     def collectives(self) -> EngineCollectives:
@@ -289,9 +265,7 @@ class DeepSpeedStrategy:
         Raises:
             RuntimeError: ``setup_environment`` has not run yet.
         """
-        if self._collectives is None:
-            raise _too_early("collectives")
-        return self._collectives
+        return self._group.collectives
 
     def setup_environment(self, topology: Topology) -> None:
         """Join the process group, or take over the one that exists. Calling it again changes nothing.
@@ -301,21 +275,13 @@ class DeepSpeedStrategy:
             BackendUnavailable: torch lacks the backend, or DeepSpeed drives another kind of device.
         """
         self.check_world(topology.devices, topology.num_nodes)
-        self._deepspeed = deepspeed_for(topology.device.type, self._logging_level)
-        self._group.join(topology, self._backend, self._timeout)
-        self._device = topology.device
-        self._local_rank = topology.local_rank
-        self._collectives = EngineCollectives(topology.device)
-        self._checkpoints.collectives = self._collectives
+        self._engines.use(deepspeed_for(topology.device.type, self._logging_level))
+        self._group.join(topology)
 
     def teardown(self) -> None:
         """Take the engines apart and leave the process group if this strategy has made it. May be called twice."""
-        for entry in self._entries:
-            _dismantle(entry)
-        self._entries = []
+        self._engines.dismantle()
         self._group.leave()
-        self._collectives = None
-        self._device = None
 
     # -- modules ------------------------------------------------------------------------------------------------------
 
@@ -325,13 +291,9 @@ class DeepSpeedStrategy:
 
         With ``empty`` the initialisers of ``torch.nn`` do nothing.
         """
-        with ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             if self.stage == 3:
-                stack.enter_context(
-                    self._deepspeed.zero.Init(
-                        enabled=True, remote_device=self._remote_device, config_dict_or_path=self._engine_config()
-                    )
-                )
+                stack.enter_context(self._engines.spreading())
                 if empty:
                     stack.enter_context(created_on(torch.get_default_device(), empty=True))
             else:
@@ -345,23 +307,7 @@ class DeepSpeedStrategy:
         keeps it until then, and is evaluated through it. Parameters are spread over ranks by the engine, which stage 3
         also makes for a module without an optimizer, when it is first called.
         """
-        before = entry_of(module)
-        if before is not None:
-            if before.engine is not None and before in self._entries:
-                return before
-            _dismantle(before)
-            module = before.module
-        if not _states.is_partitioned(module):
-            plan = self._casting.plan
-            dtype = plan["parameter"] if plan["parameter"] == plan["compute"] != torch.float32 else None
-            module = module.to(self.root_device, dtype)
-            for tensor in (*module.parameters(), *module.buffers()):
-                self.collectives.broadcast(tensor)
-        entry = EngineEntry(module, self._casting, self.root_device)
-        if self.stage == 3:
-            entry.make_engine = partial(self._make_evaluation_engine, entry)
-        self._entries.append(entry)
-        return entry
+        return self._engines.place(module)
 
     def place_for_plan(self, module: nn.Module, device: torch.device) -> tuple[nn.Module, Mapping[str, int]]:
         """Refuse: what the engine will allocate is not to be seen from outside.
@@ -377,17 +323,17 @@ class DeepSpeedStrategy:
 
     def bind_method(self, placed: nn.Module, name: str) -> Callable[..., object]:
         """The original module's method ``name``, run inside the engine's forward."""
-        entry = self._entry(placed)
+        entry = self._engines.entry(placed)
         return entry if name == "forward" else partial(entry.run, getattr(entry.module, name))
 
     def bind_manual_method(self, placed: nn.Module, name: str) -> Callable[..., object]:
         """As ``bind_method``, for a method that itself runs backward passes, each within ``manual_backward``."""
-        entry = self._entry(placed)
+        entry = self._engines.entry(placed)
         return partial(entry.run_manual, getattr(entry.module, name))
 
     def manual_backward(self, placed: nn.Module, loss: Tensor) -> AbstractContextManager[None]:
         """Surrounds each backward pass inside a manually bound method."""
-        return self._entry(placed).manual_backward()
+        return self._engines.entry(placed).manual_backward()
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -399,19 +345,7 @@ class DeepSpeedStrategy:
         Raises:
             MisconfigurationException: several optimizers, one that DeepSpeed cannot step, or two definitions of one.
         """
-        entry = self._entry(module)
-        _optimizers.check(optimizers, entry.module, self._config)
-        if not optimizers and not self.makes_optimizers:
-            return []
-        if entry.engine is not None:
-            _take_down_engine(entry)
-        layout = _optimizers.Layout.of(optimizers[0]) if optimizers else None
-        engine = self._initialize(entry.module, self._engine_config(), next(iter(optimizers), None))
-        entry.attach(engine, trains=True)
-        self._configure_activation_checkpointing()
-        optimizer = engine.basic_optimizer
-        _optimizers.adopt(optimizer, engine, layout)
-        return [optimizer]
+        return self._engines.attach_for_training(module, optimizers)
 
     def backward(self, loss: Tensor, module: nn.Module | None, **kwargs: object) -> None:
         """Let the engine run the backward pass; it divides the loss by the number of accumulated batches.
@@ -425,7 +359,7 @@ class DeepSpeedStrategy:
                 f"backward was given {', '.join(sorted(unknown))}, which DeepSpeed's engine does not take. Leave "
                 f"{'it' if len(unknown) == 1 else 'them'} out; it knows retain_graph."
             )
-        self._trained(module).backward(loss, **kwargs)
+        self._engines.training(module).backward(loss, **kwargs)
 
     def optimizer_step(
         self, optimizer: Optimizer, module: nn.Module | None, closure: Callable[[], object] | None = None
@@ -433,19 +367,19 @@ class DeepSpeedStrategy:
         """Run ``closure`` if there is one, then let the engine count the batch and step where a window ends."""
         if closure is not None:
             closure()
-        return self._trained(module).step()
+        return self._engines.training(module).step()
 
     def set_window_end(self, module: nn.Module | None, is_end: bool) -> None:
         """Say whether the next backward pass is the last one before an optimizer step."""
-        self._trained(module).set_gradient_accumulation_boundary(is_end)
+        self._engines.training(module).set_gradient_accumulation_boundary(is_end)
 
     def take_scheduler(self, module: nn.Module, scheduler: object) -> None:
         """Let the engine step ``scheduler`` after each of its optimizer steps."""
-        self._trained(module).lr_scheduler = scheduler
+        self._engines.training(module).lr_scheduler = scheduler
 
     def release_schedulers(self, module: nn.Module) -> Sequence[object]:
         """The scheduler of the configuration, if it has one; the engine steps it no longer."""
-        engine = self._trained(module)
+        engine = self._engines.training(module)
         scheduler, engine.lr_scheduler = engine.lr_scheduler, None
         return [] if scheduler is None else [scheduler]
 
@@ -456,20 +390,19 @@ class DeepSpeedStrategy:
 
         While an engine trains, those are its float32 weights, from which it makes the ones it computes with.
         """
-        entry = self._entry(module)
-        return _states.module_state(entry, full=full, rank=self.collectives.rank)
+        return _states.module_state(self._engines.entry(module), full=full, rank=self.collectives.rank)
 
     def load_module_state(self, module: nn.Module, state: Mapping[str, object], *, strict: bool) -> object:
         """Load what ``module_state`` gave, of either kind; returns what did not meet, as torch does."""
-        return _states.load_module_state(self._entry(module), state, self.collectives, strict=strict)
+        return _states.load_module_state(self._engines.entry(module), state, self.collectives, strict=strict)
 
     def optimizer_state(self, module: nn.Module, optimizer: Optimizer, *, full: bool) -> Mapping[str, object]:
         """State in torch's layout; ``full``: whole CPU tensors on rank 0, otherwise the part of this rank."""
-        return _optimizers.state(self._entry(module), optimizer, full=full, rank=self.collectives.rank)
+        return _optimizers.state(self._engines.entry(module), optimizer, full=full, rank=self.collectives.rank)
 
     def load_optimizer_state(self, module: nn.Module, optimizer: Optimizer, state: Mapping[str, object]) -> None:
         """Load what ``optimizer_state`` gave, of either kind."""
-        _optimizers.load_state(self._entry(module), optimizer, state, self.collectives)
+        _optimizers.load_state(self._engines.entry(module), optimizer, state, self.collectives)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -495,7 +428,7 @@ class DeepSpeedStrategy:
         Raises:
             CheckpointUnsafe: ``rest`` holds objects that only code could bring back.
         """
-        self._checkpoints.save(self._trained(module), rest, path)
+        self._checkpoints.save(self._engines.training(module), rest, path)
 
     def read_rest(self, path: str, weights_only: bool | None) -> dict[str, object]:
         """What was saved beside the module and its optimizer.
@@ -510,106 +443,5 @@ class DeepSpeedStrategy:
     ) -> None:
         """Load the module from the folder ``path``, and the state of its optimizer, of any number of ranks."""
         self._checkpoints.load(
-            self._entry(module), path, optimizers=optimizers, strict=strict, weights_only=weights_only
+            self._engines.entry(module), path, optimizers=optimizers, strict=strict, weights_only=weights_only
         )
-
-    # -- inside -------------------------------------------------------------------------------------------------------
-
-    def _entry(self, placed: nn.Module) -> EngineEntry:
-        entry = entry_of(placed)
-        if entry is None:
-            raise MisconfigurationTypeError(
-                f"DeepSpeedStrategy was given a {type(placed).__name__} that it has not placed. Call place() first."
-            )
-        return entry
-
-    # Any: DeepSpeed has no type information.
-    def _trained(self, placed: nn.Module | None) -> Any:
-        """The engine that trains ``placed``, or the only one there is."""
-        if placed is None:
-            training = [entry for entry in self._entries if entry.trains]
-            if len(training) != 1:
-                raise MisconfigurationException(
-                    f"DeepSpeedStrategy has {len(training)} engines that train, and was not told which one is meant. "
-                    "Give the module."
-                )
-            return training[0].engine
-        entry = placed if isinstance(placed, EngineEntry) else self._entry(placed)
-        if not entry.trains:
-            raise MisconfigurationException(
-                f"{type(entry.module).__name__} has no optimizer yet, and DeepSpeed's engine is made with it. Set both "
-                "up together: model, optimizer = fabric.setup(model, optimizer)."
-            )
-        return entry.engine
-
-    def _engine_config(self) -> config_module.Config:
-        plan, kind = self._casting.plan, self.root_device.type
-        made = config_module.with_precision(self._config, plan, self._scale, kind)
-        return config_module.for_engine(made, self._from_run, logs_throughput=self._logs_throughput)
-
-    def _initialize(self, module: nn.Module, settings: config_module.Config, optimizer: Optimizer | None) -> Any:
-        device = self.root_device
-        index = self._local_rank if device.type == "cpu" else device.index
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        if optimizer is None and "optimizer" not in settings:
-            parameters = []
-        engine, _, _, _ = self._deepspeed.initialize(
-            args=Namespace(device_rank=index),
-            config=settings,
-            model=module,
-            model_parameters=parameters,
-            optimizer=optimizer,
-            dist_init_required=False,
-        )
-        return engine
-
-    def _make_evaluation_engine(self, entry: EngineEntry) -> None:
-        made = config_module.for_evaluation(self._engine_config())
-        entry.attach(self._initialize(entry.module, made, None), trains=False)
-
-    def _configure_activation_checkpointing(self) -> None:
-        found: object = self._config.get("activation_checkpointing")
-        wanted: dict[str, Any] = dict(cast("Mapping[str, Any]", found)) if isinstance(found, Mapping) else {}
-        if not any(wanted.values()):
-            return
-        self._deepspeed.checkpointing.configure(
-            mpu_=None,
-            partition_activations=wanted.get("partition_activations"),
-            contiguous_checkpointing=wanted.get("contiguous_memory_optimization"),
-            num_checkpoints=wanted.get("number_checkpoints"),
-            checkpoint_in_cpu=wanted.get("cpu_checkpointing"),
-            synchronize=wanted.get("synchronize_checkpoint_boundary"),
-            profile=wanted.get("profile"),
-        )
-
-
-def _config_from(given: Mapping[str, Any]) -> config_module.Config:
-    """The user's own configuration, which then is alone, or that of the arguments."""
-    own, source = config_module.load_config(given["config"])
-    if own is None:
-        config_module.check_options(given)
-        return config_module.default_config(given)
-    _verify.no_arguments_beside(DeepSpeedStrategy, given, source)
-    return own
-
-
-def _replaced(run: config_module.FromRun, **changes: Any) -> config_module.FromRun:
-    return dataclasses.replace(run, **changes)
-
-
-def _dismantle(entry: EngineEntry) -> None:
-    """Let go of a module: nothing of the engine stays in it but, in stage 3, its parameters' places."""
-    _take_down_engine(entry)
-    forget_entry(entry.module)
-
-
-def _take_down_engine(entry: EngineEntry) -> None:
-    engine = entry.engine
-    entry.attach(None, trains=False)
-    if engine is not None:
-        engine.destroy()
-        _states.unhook(entry.module)
-
-
-def _too_early(name: str) -> RuntimeError:
-    return RuntimeError(f"{name} of DeepSpeedStrategy is unknown until setup_environment has run: call it first.")
