@@ -46,7 +46,7 @@ _PRECEDENCE_S = 1.5  # how long the one that has failed may take to end before t
 _REAPED_S = 4.0  # how long an agent on a busy machine may take to notice a process that has ended
 _PATIENCE_S = 0.7  # how long ranks may take to say where they are
 _REPORTED = "reported"
-_VANISHED = "was killed by a signal or ended by os._exit, and left no Python traceback; the one that has started it knows which."
+_VANISHED = "was killed by a signal or ended by os._exit, and left no Python traceback; its starter knows which."
 
 
 def is_elastic() -> bool:
