@@ -7,6 +7,8 @@ import nox
 
 nox.needs_version = ">=2024.10.9"
 nox.options.sessions = ["tests"]
+# Where this is set, each of the many processes below would compile all packages anew; at a user's, pip has done that.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 nox.options.default_venv_backend = "none"  # the sessions share .nox/dev, which environment() makes
 
 
@@ -39,7 +41,9 @@ def tests(session: nox.Session) -> None:
     where = session.posargs or ["packages", "integration_tests", "tools"]
     # Two processes; one thread each, or torch's threads fight for the same cores.
     args = ["-n", "2", "--dist", "loadfile", "-m", "not slow", *where]
-    session.run(python, "-m", "pytest", *args, env={"OMP_NUM_THREADS": "1"})
+    # Processes that only end sooner; in `full` they end as they do at a user's.
+    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.abspath("tools/quick_exit")}
+    session.run(python, "-m", "pytest", *args, env=env)
 
 
 @nox.session
