@@ -82,6 +82,8 @@ def test_a_failed_save_of_rank_zero_ends_both_ranks_with_its_error(tmp_path: Pat
 
 
 @pytest.mark.proves("5.13", "5.39")
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_sharded_ranks_leave_the_folders_of_synchronous_saving_and_go_on_from_them_bit_for_bit(tmp_path: Path) -> None:
     code, whole, printed = run(tmp_path / "whole", "shards")
     assert code == 0, printed[-4000:]
