@@ -120,9 +120,9 @@ class SupportsShardedSave(Protocol):
         path: str | PathLike[str],
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
-        """As ``save_checkpoint``, called by every rank with the same names; returns when the checkpoint is visible, or
-        when it is ``SupportsAsyncSave`` and what was given may change.
+        """As ``save_checkpoint``, called by every rank with the same names.
 
+        It returns when the checkpoint is visible; one that ``SupportsAsyncSave`` when what was given may change.
         Tensors may be shards (``DTensor``). What is no tensor of a module or an optimizer counts on rank 0. An error of
         one rank is raised on all, and ``path`` then keeps what it held.
         """
