@@ -91,6 +91,12 @@ def xla(session: nox.Session) -> None:
 
 
 @nox.session
+def oldest(session: nox.Session) -> None:
+    """Test what calls torch's private functions on the oldest torch that the packages take. [-- TESTS ...]."""
+    session.run(sys.executable, "-m", "tools.oldest", *session.posargs, external=True)
+
+
+@nox.session
 def clusters(session: nox.Session) -> None:
     """Install SLURM and Open MPI (as root, on Debian or Ubuntu), start one node, and test the environments on them."""
     python = environment(session, "test", "clusters", at=".nox/clusters")
