@@ -7,6 +7,8 @@ import nox
 
 nox.needs_version = ">=2024.10.9"
 nox.options.sessions = ["tests"]
+# Where this is set, each of the many processes below would compile all packages anew; at a user's, pip has done that.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 nox.options.default_venv_backend = "none"  # the sessions share .nox/dev, which environment() makes
 
 
@@ -84,6 +86,12 @@ def deepspeed(session: nox.Session) -> None:
 def xla(session: nox.Session) -> None:
     """Install torch-xla with its own torch and test fulmen-xla on its CPU runtime: one device, and four as one."""
     session.run(sys.executable, "-m", "tools.xla", *session.posargs, external=True)
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """Test what calls torch's private functions on the oldest torch that the packages take. [-- TESTS ...]."""
+    session.run(sys.executable, "-m", "tools.oldest", *session.posargs, external=True)
 
 
 @nox.session

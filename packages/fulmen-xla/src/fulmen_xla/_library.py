@@ -9,13 +9,17 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fulmen_protocols.errors import BackendUnavailable, MissingPackage
 
-__all__ = ["check_pair", "library", "load", "platform", "require", "runtime_is_running", "tpu_chips"]
+__all__ = ["PCI_DEVICES", "check_pair", "library", "load", "platform", "require", "runtime_is_running", "tpu_chips"]
+
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+_GOOGLE = "0x1ae0"  # the vendor's number, which every TPU on the bus has
 
 
 def require(who: str) -> None:
@@ -94,7 +98,7 @@ def platform() -> str:
     asked = os.environ.get("PJRT_DEVICE", "")
     if asked:
         return asked.partition("_")[0].upper()
-    return "TPU" if tpu_chips() else ""
+    return "TPU" if _is_on_the_bus() and tpu_chips() else ""
 
 
 def tpu_chips() -> int:
@@ -103,6 +107,18 @@ def tpu_chips() -> int:
         return int(library("_internal.tpu").num_available_devices())
     except (ValueError, AssertionError, OSError, KeyError):  # what torch-xla raises where no TPU is set up
         return 0
+
+
+def _is_on_the_bus() -> bool:
+    """Whether a TPU is: importing torch_xla to ask replaces torch's clip_grad_norm_ and nn.GRU and sets PJRT_DEVICE."""
+    return any(_vendor(device) == _GOOGLE for device in PCI_DEVICES.glob("*/vendor"))
+
+
+def _vendor(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:  # unplugged meanwhile, or not for us to read
+        return ""
 
 
 def runtime_is_running() -> bool:
