@@ -73,11 +73,6 @@ def test_the_files_are_those_of_synchronous_saves_of_that_moment(tmp_path: Path,
     assert torch.equal(into["t"], (torch.arange(12.0).reshape(3, 4) + 2).t())
 
 
-@pytest.mark.slow
-def test_they_are_in_a_bucket_too(s3_options: dict[str, object], s3_folder: str) -> None:
-    _check_bits(_run("bits", 2, s3_folder, STORAGE=json.dumps(s3_options)), 2)
-
-
 def test_a_fault_of_one_rank_is_raised_by_all_and_the_old_checkpoint_stays(tmp_path: Path) -> None:
     first, second = _run("faults", 2, tmp_path)
     assert "File too large" in second["wait"]
