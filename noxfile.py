@@ -7,6 +7,8 @@ import nox
 
 nox.needs_version = ">=2024.10.9"
 nox.options.sessions = ["tests"]
+# Where this is set, each of the many processes below would compile all packages anew; at a user's, pip has done that.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 nox.options.default_venv_backend = "none"  # the sessions share .nox/dev, which environment() makes
 
 

@@ -33,17 +33,18 @@ def ranks(accelerator: str = "cpu") -> list[dict[str, Any]]:
         return [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def order(*, synced: bool) -> list[list[Any]]:
+def order(accelerator: str) -> list[list[Any]]:
     norm, half, full, wrapped = "BatchNorm1d", "torch.bfloat16", "torch.float32", "DistributedDataParallel"
-    inside = "SyncBatchNorm" if synced else norm
+    inside, before = ("SyncBatchNorm", []) if accelerator == "cuda" else ("SyncedNorm", [["layers", norm, full]])
     return [
-        ["accelerator", "cuda" if synced else "cpu"],
+        ["accelerator", accelerator],
+        *before,
         ["precision", inside, full],
         ["place", inside, half],
         ["placed", wrapped, 1],  # with its communication hook
         ["configure_optimizers", inside, half],
         ["model", wrapped, wrapped],
-        ["prepare_optimizers", wrapped, 1],
+        ["prepare_optimizers", wrapped, "_After"],  # its steps average from now on
         ["precision", "SGD"],
         ["on_fit_start", inside, half],
         ["training_step", inside, half],
@@ -54,7 +55,9 @@ def order(*, synced: bool) -> list[list[Any]]:
 @pytest.mark.proves("4.9")
 def test_ddp_is_set_up_in_lightnings_order() -> None:
     for seen in ranks():
-        assert seen["order"] == order(synced=False)
+        assert seen["order"] == order("cpu")
+        assert seen["own layer is back"]
+        assert seen["its parameters are trained ones"]
 
 
 @pytest.mark.cuda
@@ -62,7 +65,7 @@ def test_ddp_is_set_up_in_lightnings_order() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_batch_norm_is_synchronised_before_anything_else_and_given_back_at_the_end() -> None:
     for seen in ranks("cuda"):
-        assert seen["order"] == order(synced=True)
+        assert seen["order"] == order("cuda")
         assert seen["own layer is back"]
         assert seen["its parameters are trained ones"]
         assert seen["device"] == "cpu"

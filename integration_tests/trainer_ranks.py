@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
 from torch.utils.data import DataLoader
 
 import fulmen
 from fulmen.callbacks import ModelCheckpoint
+from fulmen.plugins import LayerSync
 from fulmen_accelerators import CPUAccelerator, CUDAAccelerator
 from fulmen_precision import HalfPrecision
 from fulmen_strategies import DDPStrategy
@@ -96,8 +97,28 @@ def order_of_setup() -> None:
             return placed
 
         def prepare_optimizers(self, module: nn.Module, optimizers: Any) -> Any:
-            order.append(["prepare_optimizers", type(module).__name__, len(optimizers)])
-            return super().prepare_optimizers(module, optimizers)
+            [optimizer] = found = super().prepare_optimizers(module, optimizers)
+            hooks = optimizer._optimizer_step_post_hooks
+            averages = [type(hook).__name__ for hook in hooks.values()]
+            order.append(["prepare_optimizers", type(module).__name__, *averages])
+            return found
+
+    class SyncedNorm(nn.BatchNorm1d):
+        """In the place of torch's, which runs on GPUs only."""
+
+    class Layers(LayerSync):
+        """The user's own way of making layers communicate."""
+
+        def apply(self, model: nn.Module) -> nn.Module:
+            state("layers", model)
+            self.own, model.norm = model.norm, SyncedNorm(1)
+            model.norm.load_state_dict(self.own.state_dict())
+            return model
+
+        def revert(self, model: nn.Module) -> nn.Module:
+            self.own.to(model.norm.weight.dtype).load_state_dict(model.norm.state_dict())
+            model.norm = self.own
+            return model
 
     class Watched(Model):
         def configure_optimizers(self) -> Any:
@@ -118,11 +139,17 @@ def order_of_setup() -> None:
 
     model = Watched()
     own = model.norm
+    on_gpus = ACCELERATOR == "cuda"
     run = trainer(
-        sync_batchnorm=ACCELERATOR == "cuda",
+        sync_batchnorm=on_gpus,
         accelerator=Accelerator(),
-        plugins=Precision("bf16-true"),
-        strategy=Strategy(find_unused_parameters=True, ddp_comm_hook=allreduce_hook),
+        plugins=[Precision("bf16-true")] if on_gpus else [Precision("bf16-true"), Layers()],
+        strategy=Strategy(
+            find_unused_parameters=True,
+            ddp_comm_hook=post_localSGD_hook,
+            ddp_comm_state=PostLocalSGDState(None, None, start_localSGD_iter=100),
+            model_averaging_period=1,
+        ),
     )
     run.fit(model, numbers(8))
     SEEN["order"] = order

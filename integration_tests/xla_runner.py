@@ -21,8 +21,7 @@ from fulmen.callbacks import ModelCheckpoint
 
 
 class Norm(nn.BatchNorm1d):
-    """Batch norm as it is on XLA, on the CPU too: torch-xla keeps the variance that it has divided by, torch one that is
-    n / (n - 1) times as large."""
+    """Batch norm as on XLA, on the CPU too: it keeps the variance divided by, torch one n / (n - 1) times as large."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or x.device.type != "cpu":

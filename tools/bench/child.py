@@ -20,10 +20,11 @@ class MeasurementFailed(RuntimeError):
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The child's environment: one thread, no accelerator, the repository importable."""
+    """The child's environment: one thread, no accelerator, the repository importable, its bytecode kept as pip does."""
     path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
     fixed = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-    return {**os.environ, **fixed, **more}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**inherited, **fixed, **more}
 
 
 def spawn(module: str, *arguments: object, python: str = sys.executable, timeout_s: float = 3600) -> Any:

@@ -33,7 +33,7 @@ from typing import Any
 from tools.bench.child import print_table
 from tools.workspace import ROOT
 
-CONTESTANTS = ["fulmen", "raw", "lightning"]
+CONTESTANTS = ["raw", "fulmen", "lightning"]
 WORKLOADS = ["gpt2-ddp", "1b-fsdp", "7b-fsdp", "7b-2d"]
 LEAST = {"gpt2-ddp": 1, "1b-fsdp": 1, "7b-fsdp": 2, "7b-2d": 4}
 """Fewest devices for each, as in ``scaling_models``, which imports torch."""

@@ -37,10 +37,10 @@ class Workload:
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("gpt2-ddp", "gpt2", "ddp", 16, 1024, 8, 30),
+        Workload("gpt2-ddp", "gpt2", "ddp", 32, 1024, 8, 30),
         Workload("1b-fsdp", "1b", "fsdp", 4, 2048, 6, 20),
-        Workload("7b-fsdp", "7b", "fsdp", 2, 2048, 4, 12, least=2, saves=False),
-        Workload("7b-2d", "7b", "2d", 2, 2048, 4, 12, least=4, saves=False),
+        Workload("7b-fsdp", "7b", "fsdp", 4, 2048, 4, 12, least=2, saves=False),
+        Workload("7b-2d", "7b", "2d", 4, 2048, 4, 12, least=4, saves=False),
     )
 }
 

@@ -310,7 +310,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--accelerator", choices=["cuda", "cpu"], required=True)
     add("--report", type=Path, required=True)
     add("--checkpoints", type=Path)
-    add("--contestants", nargs="+", default=["fulmen", "raw", "lightning"])
+    add("--contestants", nargs="+", default=["raw", "fulmen", "lightning"])
     add("--rounds", type=int, default=1)
     for switch in ("tiny", "fp8", "recompute", "compile"):
         add(f"--{switch}", action="store_true")

@@ -2,6 +2,7 @@
 # Start a SLURM of one node on this machine, without systemd, cgroups or accounting. Needs root.
 # Processes that run already are left alone. The node pretends to have 4 CPUs, so that 2 tasks always fit.
 set -e
+command -v srun > /dev/null || { echo "SLURM is installed, but srun is not on PATH: add its folder." >&2; exit 1; }
 host=$(hostname -s)
 mkdir -p /etc/slurm /var/spool/slurmctld /var/spool/slurmd /var/log/slurm /run/munge
 [ -f /etc/munge/munge.key ] || /usr/sbin/mungekey -c

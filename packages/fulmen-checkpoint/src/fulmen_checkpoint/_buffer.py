@@ -6,6 +6,7 @@ import mmap
 import os
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,8 @@ __all__ = ["Buffer"]
 
 # Room for a checkpoint that grows a little, as optimizers' do after their first step.
 _SLACK = 16
+_PART_BYTES = 64 << 20
+_MOST_THREADS = 8
 
 
 class Buffer:
@@ -38,8 +41,8 @@ class Buffer:
             self.handle = _nameless_file()
             try:
                 _allocate(self.handle, self.size)
-                populate = getattr(mmap, "MAP_POPULATE", 0)
-                self._map = mmap.mmap(self.handle, self.size, flags=mmap.MAP_SHARED | populate)
+                # Not populated: pinning does that too, and copies on the CPU do it by several threads.
+                self._map = mmap.mmap(self.handle, self.size)
             except BaseException:
                 os.close(self.handle)
                 raise
@@ -95,7 +98,16 @@ def _nameless_file() -> int:
 
 def _allocate(handle: int, size: int) -> None:
     # Now, and with an error that can be told; a page that is missing at its first use would end the process.
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(handle, 0, size)
-    else:
-        os.ftruncate(handle, size)
+    os.ftruncate(handle, size)
+    if not hasattr(os, "posix_fallocate"):
+        return
+
+    def allocate(start: int) -> None:
+        os.posix_fallocate(handle, start, min(_PART_BYTES, size - start))
+
+    if size <= _PART_BYTES:
+        allocate(0)
+        return
+    with ThreadPoolExecutor(_MOST_THREADS) as threads:  # the kernel zeroes some 2 GB a second and core
+        for _ in threads.map(allocate, range(0, size, _PART_BYTES)):
+            pass

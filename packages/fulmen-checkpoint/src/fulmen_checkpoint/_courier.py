@@ -131,6 +131,11 @@ class Courier:
                     return False
         return None
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether there is an error that has not been raised."""
+        return bool(self._errors)
+
     def poll(self) -> None:
         """Raise the first error that has not been raised, with the others as its notes."""
         if not self._errors:

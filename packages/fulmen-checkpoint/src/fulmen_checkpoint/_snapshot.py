@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import ctypes
 import io
-import os
 import pickle
 import zipfile
 from dataclasses import dataclass, field
 from functools import cache
-from threading import Thread
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fulmen_checkpoint._host_copies import HostCopies, padded
+from fulmen_checkpoint._shard_file import Frame
 from fulmen_protocols.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
     from fulmen_checkpoint._buffer import Buffer
 
-__all__ = ["Frame", "Pickled", "Snapshot", "frame", "on_host", "pickled", "rebuild", "take"]
+__all__ = ["Pickled", "Snapshot", "frame", "on_host", "pickled", "rebuild", "take"]
 
 _PROTOCOL = 2  # torch's restricted reader knows no later one
-_ALIGNMENT = 64
 _ONE_BYTE = torch.uint8
-_MOVE_BYTES = 8 << 20
-# More do not copy faster: memory has only so many channels.
-_MOST_THREADS = 4
 
 
 @dataclass(slots=True)
@@ -41,7 +37,7 @@ class Pickled:
     @property
     def size(self) -> int:
         """Bytes that a buffer needs for a snapshot of it."""
-        return sum(_padded(storage.nbytes()) for storage in self.storages) + len(self.data)
+        return sum(padded(storage.nbytes()) for storage in self.storages) + len(self.data)
 
 
 @dataclass(slots=True)
@@ -59,22 +55,6 @@ class Snapshot:
         for copy in self.copies:
             copy.synchronize()
         self.copies.clear()
-
-
-class _Move(NamedTuple):
-    """Bytes to copy within host memory."""
-
-    target: int
-    """An address."""
-    source: int
-    size: int
-
-
-class Frame(NamedTuple):
-    """The small records of this torch's files, in their order around the storages."""
-
-    head: list[tuple[str, bytes]]
-    tail: list[tuple[str, bytes]]
 
 
 class _Pickler(pickle.Pickler):
@@ -119,7 +99,7 @@ class _Unpickler(pickle.Unpickler):
         return storage(wrap_storage=self._storages[int(key)], dtype=dtype, _internal=True)
 
 
-def pickled(checkpoint: Mapping[str, object]) -> Pickled:
+def pickled(checkpoint: object) -> Pickled:
     """What ``torch.save`` makes of ``checkpoint`` before it writes storages; none of them is copied yet.
 
     Raises:
@@ -148,72 +128,17 @@ def take(source: Pickled, buffer: Buffer) -> Snapshot:
     queued on the current stream from now on begins after them, so that it may change the tensors.
     """
     places: list[tuple[int, int]] = []
-    streams: dict[torch.device, torch.cuda.Stream] = {}
-    moves: list[_Move] = []
+    copies = HostCopies(buffer)
     offset = 0
     for storage in source.storages:
         size = storage.nbytes()
         places.append((offset, size))
-        if size and storage.device.type == "cpu":
-            moves += _moves(buffer.bytes.data_ptr() + offset, storage.data_ptr(), size)
-        elif size:
-            _copy(storage, buffer, offset, size, streams)
-        offset += _padded(size)
-    _move(moves)
+        if size:
+            copies.add(torch.empty(0, dtype=_ONE_BYTE, device=storage.device).set_(cast("Any", storage)), offset)
+        offset += padded(size)
+    events = copies.start()
     buffer.write(offset, source.data)
-    copies: list[torch.cuda.Event] = []
-    for device, stream in streams.items():
-        copy = cast("torch.cuda.Event", stream.record_event())
-        torch.cuda.current_stream(device).wait_event(copy)
-        copies.append(copy)
-    return Snapshot(buffer, (offset, len(source.data)), places, copies)
-
-
-def _moves(target: int, source: int, size: int) -> Iterator[_Move]:
-    for done in range(0, size, _MOVE_BYTES):
-        yield _Move(target + done, source + done, min(_MOVE_BYTES, size - done))
-
-
-def _move(moves: list[_Move]) -> None:
-    """Copy on several cores by the C library, which goes round the caches where torch's copy fills them."""
-
-    def work() -> None:
-        while True:
-            try:
-                target, source, size = moves.pop()
-            except IndexError:
-                return
-            ctypes.memmove(target, source, size)
-
-    threads = [Thread(target=work) for _ in range(min(_MOST_THREADS, os.cpu_count() or 1, len(moves)) - 1)]
-    for thread in threads:
-        thread.start()
-    work()
-    for thread in threads:
-        thread.join()
-
-
-def _copy(
-    storage: torch.UntypedStorage,
-    buffer: Buffer,
-    offset: int,
-    size: int,
-    streams: dict[torch.device, torch.cuda.Stream],
-) -> None:
-    device = storage.device
-    source = torch.empty(0, dtype=_ONE_BYTE, device=device).set_(cast("Any", storage))
-    target = buffer.bytes[offset : offset + size]
-    if device.type != "cuda":
-        target.copy_(source)
-        return
-    buffer.pin()
-    stream = streams.get(device)
-    if stream is None:
-        stream = streams[device] = cast("Any", torch.cuda).Stream(device)
-        assert stream is not None
-        stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        target.copy_(source, non_blocking=True)
+    return Snapshot(buffer, (offset, len(source.data)), places, events)
 
 
 def rebuild(snapshot: Snapshot) -> dict[str, object]:
@@ -238,7 +163,3 @@ def frame() -> Frame:
             elif name not in ("data.pkl", ".data/serialization_id"):
                 records.append((name, archive.read(info)))
     return Frame(head, tail)
-
-
-def _padded(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT

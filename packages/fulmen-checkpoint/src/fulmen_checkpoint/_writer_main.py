@@ -13,8 +13,9 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from fulmen_checkpoint import _archive, _local
+from fulmen_checkpoint import _archive, _local, _shard_file
 from fulmen_checkpoint._fetch import storage_errors
+from fulmen_checkpoint._shard_file import Record
 from fulmen_protocols.errors import FulmenError
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from typing import IO
 
-__all__ = ["Outcome", "Request", "main", "receive", "send"]
+    from fulmen_checkpoint._shard_file import Frame, Written
+
+__all__ = ["Outcome", "Place", "Request", "ShardRequest", "main", "receive", "send"]
 
 _HEADER = struct.Struct("<Q")
 _LOOK_AROUND_S = 2.0
@@ -30,30 +33,53 @@ _LOOK_AROUND_S = 2.0
 _NICENESS = 10
 
 
-class Request(NamedTuple):
-    """One checkpoint to write. Places are (offset, size) in the buffer that comes with it, in bytes."""
+class Place(NamedTuple):
+    """Where a file goes."""
 
-    target: str
+    path: str
     local: str | None
-    """The absolute path, if ``target`` is a file of this machine."""
+    """The absolute path, if it is on this machine."""
     options: Mapping[str, object]
-    """Of the storage, for other targets."""
+    """Of the storage, for other places."""
+
+
+class Request(NamedTuple):
+    """One checkpoint to write. Spans are (offset, size) in the buffer that comes with it, in bytes."""
+
+    place: Place
     pickle: tuple[int, int]
     storages: list[tuple[int, int]]
-    head: list[tuple[str, bytes]]
-    tail: list[tuple[str, bytes]]
+    frame: Frame
+
+    @property
+    def target(self) -> str:
+        """What is named in errors."""
+        return self.place.path
+
+
+class ShardRequest(NamedTuple):
+    """A rank's file of a checkpoint that is a folder. Spans are as those of ``Request``."""
+
+    target: str
+    """The folder."""
+    place: Place
+    records: list[tuple[bytes, tuple[int, int]]]
+    """Pickle and span of each tensor."""
+    frame: Frame
 
 
 class Outcome(NamedTuple):
     """What became of a request."""
 
     error: FulmenError | None
-    """As ``TorchCheckpointIO`` would raise it; None when the checkpoint is visible."""
+    """As ``TorchCheckpointIO`` would raise it; None when the file is visible."""
+    written: Written | None = None
+    """Of a ``ShardRequest``."""
 
 
-def send(connection: socket.socket, message: tuple[object, ...], handle: int | None = None) -> None:
+def send(connection: socket.socket, message: Request | ShardRequest | Outcome, handle: int | None = None) -> None:
     """Send one message, with a file descriptor if given."""
-    payload = pickle.dumps(tuple(message))
+    payload = pickle.dumps(message)
     header = _HEADER.pack(len(payload))
     if handle is None:
         connection.sendall(header)
@@ -62,7 +88,7 @@ def send(connection: socket.socket, message: tuple[object, ...], handle: int | N
     connection.sendall(payload)
 
 
-def receive(connection: socket.socket) -> tuple[tuple[object, ...], int | None]:
+def receive(connection: socket.socket) -> tuple[object, int | None]:
     """The next message and its file descriptor.
 
     Raises:
@@ -110,44 +136,50 @@ def main(handle: int, parent: int) -> None:
                 return
             if buffer is None:
                 return
-            outcome = _answer(Request(*message), buffer)  # type: ignore[arg-type]  # what send() was given
+            assert isinstance(message, (Request, ShardRequest))
+            outcome = _answer(message, buffer)
             try:
                 send(connection, outcome)
             except OSError:
                 return
 
 
-def _answer(request: Request, buffer: int) -> Outcome:
+def _answer(request: Request | ShardRequest, buffer: int) -> Outcome:
     try:
         with storage_errors(request.target, "written"):
             try:
-                _write(request, buffer)
+                return Outcome(None, _write(request, buffer))
             finally:
                 os.close(buffer)
     except FulmenError as error:
-        return Outcome(error)
-    return Outcome(None)
+        error.__cause__ = error.__context__ = None  # their frames would keep the buffer in use
+        return Outcome(error.with_traceback(None))
 
 
-def _write(request: Request, buffer: int) -> None:
+def _write(request: Request | ShardRequest, buffer: int) -> Written | None:
     size = os.fstat(buffer).st_size
-    with mmap.mmap(buffer, size, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as memory:
-        views = [memory[offset : offset + count] for offset, count in (request.pickle, *request.storages)]
-        head = [("data.pkl", bytes(views[0])), *request.head]
-        try:
-            with _sink(request) as sink:
-                _archive.write(sink, _archive.Parts(head, views[1:], request.tail))
-        finally:
-            for view in views:
-                view.release()
+    if isinstance(request, ShardRequest):
+        spans = [span for _, span in request.records]
+    else:
+        spans = [request.pickle, *request.storages]
+    # Nobody closes it: where writing fails, frames of the error still look into it, and what closed it would fail too.
+    memory = memoryview(mmap.mmap(buffer, size, prot=mmap.PROT_READ))
+    views = [memory[offset : offset + count] for offset, count in spans]
+    with _sink(request.place) as sink:
+        if isinstance(request, ShardRequest):
+            records = [Record(data, view) for (data, _), view in zip(request.records, views, strict=True)]
+            return _shard_file.write(sink, records, request.frame)
+        head = [("data.pkl", bytes(views[0])), *request.frame.head]
+        _archive.write(sink, _archive.Parts(head, views[1:], request.frame.tail))
+        return None
 
 
-def _sink(request: Request) -> AbstractContextManager[IO[bytes]]:
-    if request.local is not None:
-        return _local.write_atomic(request.local)
+def _sink(place: Place) -> AbstractContextManager[IO[bytes]]:
+    if place.local is not None:
+        return _local.write_atomic(place.local)
     from fulmen_checkpoint.storage import FsspecStorage  # fsspec is slow to import, and local files need none of it
 
-    return FsspecStorage(request.options).write_atomic(request.target)
+    return FsspecStorage(place.options).write_atomic(place.path)
 
 
 if __name__ == "__main__":

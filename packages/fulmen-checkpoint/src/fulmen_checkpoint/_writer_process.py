@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -9,12 +10,19 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import fulmen_protocols
-from fulmen_checkpoint._writer_main import Outcome, Request, receive, send
+from fulmen_checkpoint._writer_main import Outcome, Place, Request, ShardRequest, receive, send
+from fulmen_checkpoint.storage import FsspecStorage, is_object_store, local_path
 from fulmen_protocols.errors import CheckpointError
 
-__all__ = ["WriterProcess", "is_possible"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fulmen_protocols.storage import Storage
+
+__all__ = ["WriterProcess", "place_of"]
 
 _log = logging.getLogger("fulmen_checkpoint")
 _END_S = 5.0
@@ -22,9 +30,29 @@ _ATTEMPTS = 3
 _START = "import sys; sys.path[:] = {path!r}; from fulmen_checkpoint._writer_main import main; main({fd}, {parent})"
 
 
-def is_possible() -> bool:
+def place_of(path: str, storage: Storage) -> Place | None:
+    """What to tell another process about ``path``; None if it could not write to the same place."""
+    if type(storage) is not FsspecStorage or not _is_possible():
+        return None
+    local = local_path(path)
+    if local is not None:
+        return Place(path, local, {})
+    options = storage.storage_options
+    return Place(path, None, options) if is_object_store(path) and _is_plain(options) else None
+
+
+def _is_possible() -> bool:
     """Whether this Python can start another one and hand it open files."""
     return hasattr(socket, "send_fds") and bool(sys.executable) and not getattr(sys, "frozen", False)
+
+
+def _is_plain(options: Mapping[str, object]) -> bool:
+    """Whether another process can be told these options; sessions and connections it cannot."""
+    try:
+        json.dumps(options)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 class WriterProcess:
@@ -40,7 +68,7 @@ class WriterProcess:
         """Of the process, while there is one."""
         return None if self._process is None else self._process.pid
 
-    def write(self, request: Request, buffer: int) -> Outcome:
+    def write(self, request: Request | ShardRequest, buffer: int) -> Outcome:
         """Have ``request`` written; returns when it is visible or has failed.
 
         A writer that is killed from outside loses nothing, since the snapshot is not its own: a new one does it again.
@@ -57,7 +85,8 @@ class WriterProcess:
             try:
                 send(connection, request, buffer)
                 answer, _ = receive(connection)
-                return Outcome(*answer)  # type: ignore[arg-type]  # what the writer sent
+                assert isinstance(answer, Outcome)
+                return answer
             except (EOFError, OSError):
                 code = self._end()
                 if self._given_up:

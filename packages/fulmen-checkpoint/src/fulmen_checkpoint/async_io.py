@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pickle
@@ -11,11 +10,13 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from fulmen_checkpoint import _snapshot
+from fulmen_checkpoint._background_shards import BackgroundShards, Meeting, Target
 from fulmen_checkpoint._courier import Courier, Save
 from fulmen_checkpoint._writer_main import Request
-from fulmen_checkpoint._writer_process import WriterProcess, is_possible
+from fulmen_checkpoint._writer_process import WriterProcess, place_of
 from fulmen_checkpoint.serializers import pack
-from fulmen_checkpoint.storage import FsspecStorage, is_object_store, local_path
+from fulmen_checkpoint.sharded import ShardedCheckpointIO
+from fulmen_checkpoint.storage import FsspecStorage, local_path
 from fulmen_checkpoint.torch_io import TorchCheckpointIO, require_plain
 from fulmen_protocols import MisconfigurationException, SupportsVerification
 from fulmen_protocols.errors import CheckpointError
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     import torch
 
     from fulmen_checkpoint._snapshot import Snapshot
+    from fulmen_checkpoint._writer_main import Place
     from fulmen_protocols import CheckpointIO
+    from fulmen_protocols.storage import Storage
 
 __all__ = ["AsyncCheckpointIO"]
 
@@ -41,6 +44,10 @@ class AsyncCheckpointIO:
     ``TorchCheckpointIO``, by a process of its own that starts at the first save, so that training shares no
     interpreter lock with it. Only what a process cannot do is done by a thread, and logged: other storages than local
     folders and object stores (``memory://`` lives in one process), other wrapped IOs, Windows.
+
+    Around a ``ShardedCheckpointIO`` it is an IO that all ranks write: ``save_sharded`` copies this rank's pieces, and
+    the folder becomes a checkpoint when all ranks have written theirs. The ranks meet over gloo groups of their own,
+    made at the first save. An error, or the end, of one rank is told to all.
 
     An error of a save is raised by the next ``save_checkpoint``, ``poll``, ``wait`` or ``teardown``, whichever comes
     first, and printed at exit if none does. What is removed meanwhile goes only after the saves before it are visible,
@@ -69,13 +76,15 @@ class AsyncCheckpointIO:
             raise MisconfigurationException(
                 f"AsyncCheckpointIO(timeout_s={timeout_s!r}) leaves no time. Give a positive number of seconds."
             )
+        self._process = process = WriterProcess()
+        self._meeting = meeting = Meeting(timeout_s)
+        self._courier = courier = Courier(max_pending + 1, timeout_s, partial(_give_up, process, meeting))
+        self._shards = BackgroundShards(courier, process, meeting)
         self._inner: CheckpointIO | None = None
         self.checkpoint_io = checkpoint_io
-        self._process = WriterProcess()
-        self._courier = courier = Courier(max_pending + 1, timeout_s, self._process.kill)
         self._told: set[str] = set()
         # At exit too, when nobody has called teardown.
-        self._end = weakref.finalize(self, _finish, courier, self._process)
+        self._end = weakref.finalize(self, _finish, courier, process, meeting)
 
     @property
     def checkpoint_io(self) -> CheckpointIO | None:
@@ -84,13 +93,22 @@ class AsyncCheckpointIO:
 
     @checkpoint_io.setter
     def checkpoint_io(self, value: CheckpointIO | None) -> None:
-        if isinstance(value, AsyncCheckpointIO) or hasattr(value, "save_sharded"):
-            what = "is asynchronous itself" if isinstance(value, AsyncCheckpointIO) else "is written by all ranks"
+        by_all_ranks = type(value) is ShardedCheckpointIO  # a subclass may write something else
+        if isinstance(value, AsyncCheckpointIO) or (hasattr(value, "save_sharded") and not by_all_ranks):
+            what = "is asynchronous itself"
+            if not isinstance(value, AsyncCheckpointIO):
+                what = "is written by all ranks, in a way that only it knows"
             raise MisconfigurationException(
                 f"AsyncCheckpointIO(checkpoint_io={type(value).__name__}(...)): it {what}. Use it as it is, or wrap an "
-                "IO that one process writes, such as TorchCheckpointIO()."
+                "IO that one process writes, such as TorchCheckpointIO(), or ShardedCheckpointIO()."
             )
         self._inner = value
+        # An ability that is there only with an IO that has it: who saves asks for it.
+        for name in ("save_sharded", "load_sharded"):
+            vars(self).pop(name, None)
+        if by_all_ranks:
+            self.save_sharded = self._save_sharded
+            self.load_sharded = self._load_sharded
 
     def save_checkpoint(
         self,
@@ -106,8 +124,11 @@ class AsyncCheckpointIO:
             CheckpointUnsafe: an object in it could not be loaded safely; the message names its place.
             CheckpointError: an earlier save failed, or there is no memory for the snapshot.
         """
-        self._courier.poll()
         target, inner = os.fspath(path), self._wrapped()
+        if type(inner) is ShardedCheckpointIO:
+            self._shards.save(checkpoint, self._target(inner, target, storage_options), None, alone=True)
+            return
+        self._courier.poll()
         checkpoint = pack(checkpoint)
         own = _writes_torch_files(inner)
         if own and not cast("TorchCheckpointIO", inner).allow_unsafe:
@@ -125,13 +146,34 @@ class AsyncCheckpointIO:
         except BaseException:
             self._courier.give_back(buffer)
             raise
-        request = self._request(inner, snapshot, target, storage_options) if own else None
-        if request is not None:
+        place = _place(cast("TorchCheckpointIO", inner).storage, target, storage_options) if own else None
+        if place is not None:
+            request = Request(place, snapshot.pickle, snapshot.storages, _snapshot.frame())
             run = partial(_write_by_process, self._process, snapshot, request)
         else:
             self._tell_of_thread(inner, target)
             run = partial(_write_by_thread, inner, snapshot, target, storage_options)
         self._courier.submit(Save(_name(target), run, buffer))
+
+    def _save_sharded(
+        self,
+        checkpoint: Mapping[str, object],
+        path: str | os.PathLike[str],
+        storage_options: Mapping[str, object] | None = None,
+    ) -> None:
+        """``save_sharded``: as ``save_checkpoint``, of every rank its part; every rank must call it.
+
+        Raises:
+            CheckpointUnsafe: an object in it is neither a tensor nor plain data.
+            CheckpointError: an earlier save failed, or there is no memory for the snapshot, on any rank.
+        """
+        inner = cast("ShardedCheckpointIO", self._wrapped())
+        self._shards.save(checkpoint, self._target(inner, os.fspath(path), storage_options), inner.process_group)
+
+    def _load_sharded(self, path: str | os.PathLike[str], into: Mapping[str, object]) -> dict[str, object]:
+        """``load_sharded``: that of the wrapped IO, when no save is pending any more."""
+        self._courier.drain()
+        return cast("ShardedCheckpointIO", self._wrapped()).load_sharded(path, into)
 
     def load_checkpoint(
         self,
@@ -183,34 +225,18 @@ class AsyncCheckpointIO:
         Raises:
             CheckpointError: a save failed, or did not get done within ``timeout_s``.
         """
-        try:
-            self._courier.stop()
-        finally:
-            self._process.close()
-        self._courier.poll()
+        _finish(self._courier, self._process, self._meeting)
 
     def _wrapped(self) -> CheckpointIO:
         if self._inner is None:
             self._inner = TorchCheckpointIO()
         return self._inner
 
-    def _request(
-        self,
-        inner: CheckpointIO,
-        snapshot: Snapshot,
-        target: str,
-        storage_options: Mapping[str, object] | None,
-    ) -> Request | None:
-        """What to ask of another process; None if it could not reach the same storage."""
-        storage = cast("TorchCheckpointIO", inner).storage
-        if type(storage) is not FsspecStorage or not is_possible():
-            return None
-        options = storage.storage_options if storage_options is None else dict(storage_options)
-        local = local_path(target)
-        if local is None and not (is_object_store(target) and _is_plain(options)):
-            return None
-        frame = _snapshot.frame()
-        return Request(target, local, options if local is None else {}, snapshot.pickle, snapshot.storages, *frame)
+    def _target(self, inner: ShardedCheckpointIO, folder: str, storage_options: Mapping[str, object] | None) -> Target:
+        if _place(inner.storage, folder, storage_options) is None:
+            self._tell_of_thread(inner, folder)
+        storage = inner.storage if storage_options is None else FsspecStorage(storage_options)
+        return Target(folder, _name(folder), storage)
 
     def _tell_of_thread(self, inner: CheckpointIO, target: str) -> None:
         what = target.partition("://")[0] if "://" in target else type(inner).__name__
@@ -225,15 +251,6 @@ class AsyncCheckpointIO:
 
 def _writes_torch_files(inner: CheckpointIO) -> bool:
     return type(inner) is TorchCheckpointIO  # a subclass may write something else
-
-
-def _is_plain(options: Mapping[str, object]) -> bool:
-    """Whether another process can be told these options; sessions and connections it cannot."""
-    try:
-        json.dumps(options)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def _name(target: str) -> str:
@@ -255,9 +272,22 @@ def _write_by_thread(
     inner.save_checkpoint(_snapshot.rebuild(snapshot), target, storage_options)
 
 
-def _finish(courier: Courier, process: WriterProcess) -> None:
+def _place(storage: Storage, target: str, storage_options: Mapping[str, object] | None) -> Place | None:
+    """Where another process can write; None if it could not reach the same storage."""
+    if storage_options is not None and type(storage) is FsspecStorage:
+        storage = FsspecStorage(storage_options)
+    return place_of(target, storage)
+
+
+def _give_up(process: WriterProcess, meeting: Meeting) -> None:
+    meeting.give_up()
+    process.kill()
+
+
+def _finish(courier: Courier, process: WriterProcess, meeting: Meeting) -> None:
     try:
         courier.stop()
     finally:
         process.close()
+        meeting.close()
     courier.poll()

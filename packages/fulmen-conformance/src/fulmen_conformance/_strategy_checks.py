@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from fulmen_conformance._reference import Batch
     from fulmen_conformance._world import Rank
+    from fulmen_protocols import Topology
 
 __all__ = ["checks"]
 
@@ -42,13 +43,23 @@ def _need(strategy: object, ability: type) -> None:
         raise SkipCheck(f"{type(strategy).__name__} does not offer {ability.__name__}")
 
 
+def _set_up(me: Rank, strategy: Strategy) -> Topology:
+    """Let ``strategy`` join the others; return its place when all have joined."""
+    topology = me.topology()
+    strategy.setup_environment(topology)
+    # A rank that is quick could leave again, and take the store of torch's rendezvous with it, while a slow one still
+    # looks up addresses there: "Connection reset by peer".
+    me.meet()
+    return topology
+
+
 def _with_strategy(check: Callable[[Rank, Strategy], None]) -> Callable[[Rank], None]:
     """Run ``check`` in one cycle of a new strategy."""
 
     @functools.wraps(check)
     def whole(me: Rank) -> None:
         strategy: Strategy = me.make()
-        strategy.setup_environment(me.topology())
+        _set_up(me, strategy)
         reason = None
         # The wrapped module dies with the frame of ``check``, before the group: torch deadlocks when DDP's reducer has
         # the last reference to a gloo group, whose destructor then joins threads while it holds the GIL.
@@ -94,8 +105,7 @@ def _assert_close(got: list[torch.Tensor], expected: list[torch.Tensor], what: s
 
 def place_in_the_world(me: Rank) -> None:
     strategy: Strategy = me.make()
-    topology = me.topology()
-    strategy.setup_environment(topology)
+    topology = _set_up(me, strategy)
     _need(strategy, SupportsCollectives)
     collectives = cast("SupportsCollectives", strategy).collectives
 
@@ -285,7 +295,7 @@ def data_parallel_ranks(me: Rank, strategy: Strategy) -> None:
 def two_cycles(me: Rank) -> None:
     for _ in range(2):
         strategy: Strategy = me.make()
-        strategy.setup_environment(me.topology())
+        _set_up(me, strategy)
         _one_step(strategy)
         strategy.teardown()
         strategy.teardown()

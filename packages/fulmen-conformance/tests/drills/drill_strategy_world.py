@@ -248,6 +248,19 @@ class HangsOnOneRank(Ddp):
         return module
 
 
+class SlowToJoin(Ddp):
+    """Is right, and on one rank still busy with the store of rank 0 when the others have joined."""
+
+    def setup_environment(self, topology: Topology) -> None:
+        super().setup_environment(topology)
+        if topology.rank == 1:
+            time.sleep(0.5)
+            dist.distributed_c10d._get_default_store().set("here", "1")
+
+
+TestSlowToJoin = broken(SlowToJoin)
+
+
 class TestNoFactory(StrategyConformance):
     """A strategy of several processes without `factory` is not skipped over."""
 

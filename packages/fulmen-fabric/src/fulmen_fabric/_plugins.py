@@ -16,6 +16,7 @@ from fulmen_protocols import (
     CarriesParts,
     LayerSync,
     StrategyParts,
+    SupportsShardedSave,
     SupportsShardedState,
     WrapsCheckpointIO,
     missing_members,
@@ -132,16 +133,19 @@ def parts_of_strategy(
 def find_checkpoint_io(given: CheckpointIO | None, strategy: Strategy | None, notes: Notes) -> CheckpointIO | None:
     """The user's checkpoint IO, or the one for what the strategy saves: ``"sharded"`` for folders, else ``"torch"``.
 
-    The latter also goes into a wrapper that has none.
+    The latter also goes into a wrapper that has none; ``"sharded"`` only into one that lets every rank write.
     """
+    if given is not None and not (supports(given, WrapsCheckpointIO) and given.checkpoint_io is None):
+        return given
+    own = strategy.own_checkpoint_io() if strategy is not None and supports(strategy, BringsParts) else None
+    shards = strategy is not None and supports(strategy, SupportsShardedState) and strategy.state_kind == "sharded"
     if given is None:
-        own = strategy.own_checkpoint_io() if strategy is not None and supports(strategy, BringsParts) else None
         if own is not None:
             notes.sources[CHECKPOINT_IOS.noun] = f"{type(own).__name__} of {type(strategy).__name__}"
             return own
-        shards = strategy is not None and supports(strategy, SupportsShardedState) and strategy.state_kind == "sharded"
         return notes.load(CHECKPOINT_IOS, "sharded" if shards else "torch")
-    if supports(given, WrapsCheckpointIO) and given.checkpoint_io is None:
-        own = strategy.own_checkpoint_io() if strategy is not None and supports(strategy, BringsParts) else None
-        given.checkpoint_io = notes.load(CHECKPOINT_IOS, "torch") if own is None else own
+    assert supports(given, WrapsCheckpointIO)
+    given.checkpoint_io = notes.load(CHECKPOINT_IOS, "sharded" if shards else "torch") if own is None else own
+    if own is None and shards and not supports(given, SupportsShardedSave):
+        given.checkpoint_io = notes.load(CHECKPOINT_IOS, "torch")
     return given

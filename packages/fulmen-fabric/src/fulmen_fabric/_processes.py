@@ -125,8 +125,10 @@ class Processes:
 
     def close(self) -> None:
         """Leave the process group, release the device and finish pending writes."""
-        self._world.close()
-        self._assembly.checkpoint_io.teardown()
+        try:
+            self._assembly.checkpoint_io.teardown()  # first: ranks that still write talk to each other
+        finally:
+            self._world.close()
 
     def _started(self, what: str) -> None:
         """One process needs no launch: it starts at the first call that needs its device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -82,7 +83,9 @@ def command(argv: Sequence[str]) -> int:
         return 2
     except SystemExit as stop:  # argparse has printed help, or what is wrong
         return int(stop.code or 0)
-    return supervise(request, processes)
+    status = supervise(request, processes)
+    gc.freeze()  # nothing is left to do, and looking for garbage would take most of the second until the shell goes on
+    return status
 
 
 def _parser() -> ArgumentParser:

@@ -20,7 +20,7 @@ __all__ = ["Saving"]
 
 
 class Saving:
-    """Saves of a checkpoint IO, asynchronous or not. Only rank 0 has any that are pending."""
+    """Saves of a checkpoint IO, asynchronous or not. Pending are those of rank 0, or those that every rank writes."""
 
     def __init__(self, checkpoint_io: CheckpointIO, world: World) -> None:
         self._io = checkpoint_io
@@ -99,11 +99,12 @@ class Saving:
             self.wait()
         except Exception as raised:  # noqa: BLE001 - raised below, when the others know
             error = raised
-        told = self._world.collectives.broadcast_object(None if error is None else str(error), 0)
+        told = self._world.collectives.all_gather_object(None if error is None else str(error))
         if error is not None:
             raise error
-        if told is not None:
-            raise CheckpointError(f"on rank 0: {told}")
+        for rank, text in enumerate(told):
+            if text is not None:
+                raise CheckpointError(f"on rank {rank}: {text}")
 
     def close(self) -> None:
         """Let the checkpoint IO release what it holds. Raises the error of a save that was still pending."""

@@ -8,15 +8,26 @@ survives can tell of one that does not.
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fulmen_protocols import Position, read_positions
-from fulmen_strategies._marks import LAUNCHED, STARTER_IS_NO_RANK, Starter, process_exists
+from fulmen_strategies._marks import (
+    LAUNCHED,
+    STARTER_IS_NO_RANK,
+    Starter,
+    ended_unseen,
+    exit_code_of,
+    has_ended,
+    process_exists,
+)
 from fulmen_strategies.launchers._failure import Failure, exit_of_a_run, is_consequence, read_failure, tell
 from fulmen_strategies.launchers._own_end import OwnEnd
 from fulmen_strategies.launchers._pulse import Collective, Pulse, ask_all, read_standing
@@ -32,8 +43,10 @@ _POLL_S = 0.2
 _VERDICT_S = 1.5  # how long a lost connection may wait for the failure that explains it
 _NOTICE_S = 2.5  # how long a process may take to end by itself when another has failed
 _PRECEDENCE_S = 1.5  # how long the one that has failed may take to end before those that fail in consequence
+_REAPED_S = 4.0  # how long an agent on a busy machine may take to notice a process that has ended
 _PATIENCE_S = 0.7  # how long ranks may take to say where they are
 _REPORTED = "reported"
+_VANISHED = "was killed by a signal or ended by os._exit, and left no Python traceback; its starter knows which."
 
 
 def is_elastic() -> bool:
@@ -70,14 +83,18 @@ class ElasticRank:
         if self.end.is_of_this_process:
             first: Failure | None = None
             if is_consequence(error):
+                _outlive_the_agents_signal()
                 cause = self._wait_for_a_cause()
-                if cause is not None:
-                    _let_end(cause.pid)
-                else:
+                if cause is None:
                     self.end.record(error)  # so that others do not take it for the cause
                     cause = first = self._who_kept_us_waiting()
                     self.end.record(error, first)  # the agent must find it when the report has ended that one
                 self._report(cause)
+                if cause is not None and first is None:
+                    _let_end(cause.pid)
+                # Looking for garbage among some 300,000 objects three times is most of what a process of torch does at
+                # its end, and the agent waits for all ranks.
+                gc.freeze()
             if not self._agent_tells:
                 # Its message is what the agent shows last, so it begins with whose it is.
                 position = read_positions(self._folder).get(self._rank)
@@ -93,7 +110,7 @@ class ElasticRank:
             cause = self._failed()
             if cause is not None:
                 return cause
-            time.sleep(_POLL_S / 2)
+            time.sleep(_POLL_S / 4)
         return None
 
     def _who_kept_us_waiting(self) -> Failure | None:
@@ -132,26 +149,24 @@ class ElasticRank:
         os._exit(1)
 
     def _failed(self) -> Failure | None:
-        """A process of this node that has failed by itself, or has vanished from the middle of a run."""
+        """The process of this node that was the first to fail by itself, or to vanish from the middle of a run."""
+        found: list[tuple[bool, float, int, Failure]] = []
         for rank, position in read_positions(self._folder).items():
-            if rank == self._rank:
+            has_said = os.path.exists(self._file_of(rank))
+            if rank == self._rank or not (has_said or (position.phase != 0 and has_ended(position.pid))):
                 continue
-            if os.path.exists(self._file_of(rank)):
-                failure = self._read(rank, position)
-                if not failure.is_consequence:
-                    return failure
-            elif position.phase != 0 and not process_exists(position.pid):
-                return self._read(rank, position)
-        return None
+            failure = self._read(rank, position)
+            if not failure.is_consequence:
+                # With SIGTERM the agent ends the others.
+                by_agent = failure.exit_code == -signal.SIGTERM and not has_said
+                found.append((by_agent, failure.time_s if has_said else position.seen_s, rank, failure))
+        return min(found)[-1] if found else None
 
     def _read(self, rank: int, position: Position) -> Failure:
-        file = self._file_of(rank)
-        found = read_failure(file, rank=rank, world_size=self._world_size, pid=position.pid, exit_code=None)
-        trace = found.trace or "vanished, and left no Python traceback; the agent knows its exit code or signal."
-        return Failure(
-            rank, self._world_size, position.pid, None, trace, found.time_s, found.is_consequence, position,
-            found.collectives,
-        )  # fmt: skip
+        file, exit_code = self._file_of(rank), exit_code_of(position.pid)
+        found = read_failure(file, rank=rank, world_size=self._world_size, pid=position.pid, exit_code=exit_code)
+        trace = found.trace or ("" if exit_code is not None else _VANISHED)
+        return replace(found, trace=trace, position=position)
 
     def _file_of(self, rank: int) -> str:
         return os.path.join(self._folder, str(rank - self._first), Path(self._file).name)
@@ -166,7 +181,7 @@ class ElasticRank:
             except FileExistsError:
                 return
             positions = read_positions(self._folder)
-            alive = {rank for rank, each in positions.items() if rank != failure.rank and process_exists(each.pid)}
+            alive = {rank for rank, each in positions.items() if rank != failure.rank and not has_ended(each.pid)}
             ask_all(self._folder, alive, _PATIENCE_S)
             standing = {rank: read_standing(self._folder, rank) for rank in alive}
             stacks = {rank: said.stack for rank, said in standing.items() if said is not None}
@@ -183,8 +198,17 @@ class ElasticRank:
         return found
 
 
+def _outlive_the_agents_signal() -> None:
+    """Be not ended by SIGTERM from here on: this process ends in seconds by itself, and has something to tell first."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _let_end(pid: int) -> None:
-    """Wait a moment for that process to end: an agent takes for the cause what it sees first."""
-    until = time.monotonic() + _PRECEDENCE_S
-    while process_exists(pid) and time.monotonic() < until:
+    """Wait for that process to end, and for the agent to see it: it takes for the cause what it sees first."""
+    began = time.monotonic()
+    while process_exists(pid):
+        if time.monotonic() - began > (_REAPED_S if ended_unseen(pid) else _PRECEDENCE_S):
+            return
         time.sleep(0.02)

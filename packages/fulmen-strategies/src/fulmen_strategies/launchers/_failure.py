@@ -48,6 +48,9 @@ _SIGNS_OF_A_LOST_PEER = (
     "socket timeout",
 )
 
+# How long after a failure an agent that is kept busy may notice it, where the process could not write down when it was.
+_PUT_OFF_S = 5
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -129,14 +132,17 @@ def record_exception(file: str, error: BaseException, first: Failure | None = No
         first: the rank that kept this one waiting; an agent cannot know.
     """
     shown = "".join(traceback.format_exception(error))
+    now, consequence = time.time(), is_consequence(error)
+    # torch's agents show the failure with the smallest timestamp, in whole seconds, as the cause of all others.
+    timestamp = int(now + (_PUT_OFF_S if consequence else 0))
     reply = {
         "message": {
             "message": f"{type(error).__name__}: {error}",
-            "extraInfo": {"py_callstack": shown, "timestamp": str(int(time.time()))},
+            "extraInfo": {"py_callstack": shown, "timestamp": str(timestamp)},
         },
-        "time_s": time.time(),
+        "time_s": now,
         "exit_code": error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1,
-        "is_consequence": is_consequence(error),
+        "is_consequence": consequence,
         "collectives": last_collectives(),
         "first": None if first is None else {"rank": first.rank, "charge": first.charge, "trace": first.trace},
     }
