@@ -776,7 +776,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     env = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
     done = subprocess.run(
         [sys.executable, __file__, str(folder), request.param],
-        env=env, text=True, timeout=100, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+        env=env, text=True, timeout=280, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
     )  # fmt: skip
     (folder / "output").write_text(f"exit status {done.returncode}\n{done.stdout}")
     return folder

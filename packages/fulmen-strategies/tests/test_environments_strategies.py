@@ -198,7 +198,7 @@ def torchrun(
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options,
          __file__, str(folder), task],
-        env={**env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=90, check=False,
+        env={**env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     return done, [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 

@@ -212,7 +212,7 @@ def run(case: Case, folder: Path) -> Ended:
     flags = ["-Wignore", "-X", "dev"] if case.task == "work twice" else []
     arguments = [*flags, here.name, case.task, str(case.culprit), str(case.processes), str(folder)]
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=here.parent, env=env, text=True, timeout=60,
+        [sys.executable, *arguments], cwd=here.parent, env=env, text=True, timeout=280,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False,
     )  # fmt: skip
     failed_at = folder / "failed-at"
@@ -422,6 +422,6 @@ def test_a_module_can_be_launched(tmp_path: Path) -> None:
         "      main_address=e.main_address, main_port=e.main_port), flush=True)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "train"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "train"], cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
     )
     assert sorted(done.stdout.split("\n")) == ["", "rank 0", "rank 1"], done.stderr
