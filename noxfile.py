@@ -41,9 +41,7 @@ def tests(session: nox.Session) -> None:
     where = session.posargs or ["packages", "integration_tests", "tools"]
     # Two processes; one thread each, or torch's threads fight for the same cores.
     args = ["-n", "2", "--dist", "loadfile", "-m", "not slow", *where]
-    # Processes that only end sooner; in `full` they end as they do at a user's.
-    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.abspath("tools/quick_exit")}
-    session.run(python, "-m", "pytest", *args, env=env)
+    session.run(python, "-m", "pytest", *args, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
@@ -88,6 +86,12 @@ def deepspeed(session: nox.Session) -> None:
 def xla(session: nox.Session) -> None:
     """Install torch-xla with its own torch and test fulmen-xla on its CPU runtime: one device, and four as one."""
     session.run(sys.executable, "-m", "tools.xla", *session.posargs, external=True)
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """Test what calls torch's private functions on the oldest torch that the packages take. [-- TESTS ...]."""
+    session.run(sys.executable, "-m", "tools.oldest", *session.posargs, external=True)
 
 
 @nox.session

@@ -195,7 +195,8 @@ class Runs:
         fabric = fulmen.Fabric(accelerator=self.accelerator, devices=self.ranks, strategy=blocks(), precision=precision)
         fabric.launch()
         torch.manual_seed(0)
-        with torch.device(fabric.device):  # as configure_model does: a GPU draws other numbers from the same seed
+        # As a Trainer calls configure_model: a GPU, or another dtype in older torch, draws other numbers from the seed.
+        with fabric.init_module(empty_init=False):
             net = Net()
         model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9))
         loader = fabric.setup_dataloaders(self.loader())

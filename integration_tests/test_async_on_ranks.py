@@ -79,3 +79,53 @@ def test_a_failed_save_of_rank_zero_ends_both_ranks_with_its_error(tmp_path: Pat
     assert "saves/step=2.ckpt' cannot be written: NotADirectoryError" in reports[0]["error"]
     assert "check free space, permissions and the connection" in printed
     assert all("digest" not in report for report in reports)
+
+
+@pytest.mark.proves("5.13", "5.39")
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sharded_ranks_leave_the_folders_of_synchronous_saving_and_go_on_from_them_bit_for_bit(tmp_path: Path) -> None:
+    code, whole, printed = run(tmp_path / "whole", "shards")
+    assert code == 0, printed[-4000:]
+    code, saved, printed = run(tmp_path / "saved", "asynchronous shards")
+    assert code == 0, printed[-4000:]
+    assert saved[0]["digest"] == saved[1]["digest"] == whole[0]["digest"]
+    assert saved[0]["writer"] is saved[1]["writer"] is None, "a writing process outlives the fit"
+
+    io = TorchCheckpointIO()
+    names = sorted(path.name for path in (tmp_path / "whole" / "saves").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "saved" / "saves").iterdir())
+    assert names == ["last.ckpt", "step=5.ckpt", "step=6.ckpt"], "others should have been removed"
+    for name in names:
+        paths = [tmp_path / run / "saves" / name for run in ("saved", "whole")]
+        assert sum(file.suffix == ".distcp" for file in paths[0].iterdir()) == 2, "every rank writes its shard"
+        for path in paths:
+            io.verify_checkpoint(path)
+        ours, theirs = (io.load_checkpoint(path) for path in paths)
+        for content in (ours, theirs):
+            content["fulmen"]["progress"].pop("wall_time_s")  # type: ignore[index]  # known to be there
+            del content["callbacks"]  # they name the folder
+        assert same(ours, theirs), name
+
+    resumes = tmp_path / "saved" / "saves" / "step=5.ckpt"
+    code, resumed, printed = run(tmp_path / "resumed", "asynchronous shards", resumes)
+    assert code == 0, printed[-4000:]
+    assert resumed[0]["digest"] == resumed[1]["digest"] == whole[0]["digest"]
+
+
+@pytest.mark.proves("5.13")
+def test_a_failed_save_of_sharded_ranks_ends_the_run_with_its_error(tmp_path: Path) -> None:
+    code, reports, printed = run(tmp_path / "broken", "asynchronous shards", "blocked")
+    assert code != 0
+    assert all("saves/step=2.ckpt' cannot be written" in report["error"] for report in reports if report)
+    assert "check free space, permissions and the connection" in printed
+
+
+@pytest.mark.proves("5.13")
+def test_a_loop_of_ones_own_saves_shards_asynchronously_and_its_end_waits_for_them(tmp_path: Path) -> None:
+    code, reports, printed = run(tmp_path / "fabric", "asynchronous shards", "fabric")
+    assert code == 0, printed[-4000:]
+    assert len(reports) == 2
+    for report in reports:
+        # The checkpoint of number 2 holds two steps, which loading it has brought back.
+        assert report == {"number": 2, "last": 7, "changed": [True] * 4}

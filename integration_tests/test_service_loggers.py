@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import re
+import shutil
 import socket
 import struct
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -31,6 +34,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fault_service_runner import Server
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 needs_mlflow = pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
@@ -38,7 +44,28 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
     # Whether a save falls into an outage, and is said to wait, is chance; what is said at the end is not.
     pytest.mark.filterwarnings("ignore:.*does not take what is logged"),
+    pytest.mark.timeout(900),  # the libraries are patient, and slow to start
 ]
+
+PATIENT = LogDelivery(finalize_timeout_s=240)
+"""A service's library may take longer to start on a busy machine than a run waits by default."""
+
+
+@pytest.fixture(scope="session")
+def new_database(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], str]:
+    """Puts an empty database of MLflow's at a path: MLflow makes one in 68 migrations, which is done once."""
+    made = tmp_path_factory.mktemp("mlflow") / "empty.db"
+
+    def place(path: Path) -> str:
+        from mlflow.tracking import MlflowClient
+
+        if not made.exists():
+            MlflowClient(f"sqlite:///{made}").search_experiments()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(made, path)
+        return f"sqlite:///{path}"
+
+    return place
 
 
 class Module(BoringModel):
@@ -57,7 +84,7 @@ class Module(BoringModel):
         self.log("val_loss", self.step(batch))
 
 
-def run(logger: Any, folder: Path, module: Module, delivery: LogDelivery | None = None) -> fulmen.Trainer:
+def run(logger: Any, folder: Path, module: Module, delivery: LogDelivery = PATIENT) -> fulmen.Trainer:
     torch.manual_seed(0)
     trainer = fulmen.Trainer(
         max_epochs=2,
@@ -68,8 +95,7 @@ def run(logger: Any, folder: Path, module: Module, delivery: LogDelivery | None 
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    if delivery is not None:
-        trainer.log_delivery = delivery
+    trainer.log_delivery = delivery
     loader = DataLoader(RandomDataset(32, 12), batch_size=2)
     trainer.fit(module, loader, loader)
     return trainer
@@ -77,9 +103,12 @@ def run(logger: Any, folder: Path, module: Module, delivery: LogDelivery | None 
 
 @needs_mlflow
 @pytest.mark.proves("6.5", "6.7", "6.8")
-def test_a_run_is_in_mlflow_with_its_settings_steps_and_best_checkpoint(tmp_path: Path) -> None:
+def test_a_run_is_in_mlflow_with_its_settings_steps_and_best_checkpoint(
+    tmp_path: Path, new_database: Callable[[Path], str]
+) -> None:
     from fulmen.loggers import MLFlowLogger
 
+    new_database(tmp_path / "runs" / "mlflow.db")
     logger = MLFlowLogger(save_dir=tmp_path / "runs", log_model=True)
 
     trainer = run(logger, tmp_path, Module())
@@ -95,9 +124,10 @@ def test_a_run_is_in_mlflow_with_its_settings_steps_and_best_checkpoint(tmp_path
 
 @needs_mlflow
 @pytest.mark.proves("6.8")
-def test_a_run_that_fails_is_failed_in_mlflow(tmp_path: Path) -> None:
+def test_a_run_that_fails_is_failed_in_mlflow(tmp_path: Path, new_database: Callable[[Path], str]) -> None:
     from fulmen.loggers import MLFlowLogger
 
+    new_database(tmp_path / "runs" / "mlflow.db")
     logger = MLFlowLogger(save_dir=tmp_path / "runs")
 
     with pytest.raises(RuntimeError, match="own fault"):
@@ -120,6 +150,7 @@ def test_checkpoints_are_filed_under_the_project_and_id_of_a_wandb_run(
     trainer = fulmen.Trainer(
         max_epochs=1, logger=logger, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0
     )
+    trainer.log_delivery = PATIENT
 
     trainer.fit(Module(), DataLoader(RandomDataset(32, 12), batch_size=2))
 
@@ -147,12 +178,12 @@ def points_in_mlflow(address: str, run_id: str) -> list[tuple[int, float]]:
 
 @needs_mlflow
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # a server starts twice, or a library is patient
 @pytest.mark.parametrize("comes_back", ["yes", "no"])
 def test_an_mlflow_server_that_is_killed_stops_no_run_and_gets_every_point_once(
-    tmp_path: Path, comes_back: str
+    tmp_path: Path, new_database: Callable[[Path], str], comes_back: str
 ) -> None:
     port = free_port()
+    new_database(tmp_path / "server.db")
     runner = Path(__file__).with_name("fault_service_runner.py")
     ended = subprocess.run(
         [sys.executable, str(runner), "mlflow", str(tmp_path), str(port), comes_back],
@@ -199,9 +230,12 @@ def test_an_mlflow_server_that_is_down_beside_another_logger_or_with_a_known_run
     address = f"http://127.0.0.1:{free_port()}"
     csv = fulmen.loggers.CSVLogger(tmp_path, version="run")
 
-    for loggers in ([csv, fulmen.loggers.MLFlowLogger(tracking_uri=address)], [mlflow_of(address, "abc")]):
+    for case, loggers in (
+        ("beside", [csv, fulmen.loggers.MLFlowLogger(tracking_uri=address)]),
+        ("known", [mlflow_of(address, "abc")]),
+    ):
         with pytest.warns(UserWarning, match="MLFlowLogger did not get everything that was logged"):
-            trainer = run(loggers, tmp_path, Module(), LogDelivery(finalize_timeout_s=3))
+            trainer = run(loggers, tmp_path / case, Module(), LogDelivery(finalize_timeout_s=3))
         assert trainer.global_step == 12
 
 
@@ -209,7 +243,7 @@ def mlflow_of(address: str, run_id: str) -> Any:
     return fulmen.loggers.MLFlowLogger(tracking_uri=address, run_id=run_id)
 
 
-def sink(kind: str, folder: Path) -> Any:
+def sink(kind: str, folder: Path, new_database: Callable[[Path], str]) -> Any:
     if kind == "csv":
         return fulmen.loggers.CSVLogger(folder, version="run")
     if kind == "tensorboard":
@@ -221,7 +255,7 @@ def sink(kind: str, folder: Path) -> Any:
         pytest.importorskip("comet_ml")
         return fulmen.loggers.CometLogger(online=False, project="away", offline_directory=str(folder))
     pytest.importorskip("mlflow")
-    return fulmen.loggers.MLFlowLogger("away", tracking_uri=f"sqlite:///{folder / 'm.db'}")
+    return fulmen.loggers.MLFlowLogger("away", tracking_uri=new_database(folder / "m.db"))
 
 
 def points_of(kind: str, logger: Any, folder: Path) -> list[tuple[int, float]]:
@@ -260,9 +294,9 @@ def points_of(kind: str, logger: Any, folder: Path) -> list[tuple[int, float]]:
     ["csv", "tensorboard", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("wandb", "mlflow", "comet"))],
 )
 def test_a_sink_that_fails_costs_no_step_and_no_record_and_gets_each_point_once_when_it_returns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, fault: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_database: Callable[[Path], str], kind: str, fault: str
 ) -> None:
-    logger = sink(kind, tmp_path)
+    logger = sink(kind, tmp_path, new_database)
     release, calls = threading.Event(), [0]
     method = "log_metrics_at" if kind in ("mlflow", "tensorboard") else "log_metrics"
     inner = getattr(type(logger), method)
@@ -297,12 +331,18 @@ def test_a_sink_that_fails_costs_no_step_and_no_record_and_gets_each_point_once_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_service_of_wandb_that_is_killed_stops_no_run_and_replay_delivers_what_it_missed(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     runner = Path(__file__).with_name("fault_service_runner.py")
+    # With a service of its own: this process may have one, and tells its children.
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     ended = subprocess.run(
-        [sys.executable, str(runner), "wandb", str(tmp_path)], capture_output=True, text=True, timeout=800, check=False
+        [sys.executable, str(runner), "wandb", str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
     )
     assert ended.returncode == 0, ended.stderr
     told = json.loads(next(line for line in ended.stdout.splitlines() if line.startswith("{")))
@@ -318,8 +358,10 @@ def test_a_service_of_wandb_that_is_killed_stops_no_run_and_replay_delivers_what
     import wandb
 
     wandb.finish()
-    written = list(tmp_path.rglob(f"run-{told['run']}.wandb"))
-    found = {(row["trainer/global_step"], row["loss"]) for path in written for row in history_of(path) if "loss" in row}
+    written = sorted(tmp_path.rglob(f"run-{told['run']}.wandb"), key=lambda path: path.stat().st_mtime)
+    history_of(written[-1])  # that of the replay has an end
+    kept = [row for path in written for row in rows_of(records_of(path))]
+    found = {(row["trainer/global_step"], row["loss"]) for row in kept if "loss" in row}
     # What the service was handed, and had not written when it was killed, may be lost to wandb; nothing later is.
     assert found <= expected
     assert {x for x, _ in found} >= set(range(10, 30))
@@ -329,13 +371,14 @@ def test_a_service_of_wandb_that_is_killed_stops_no_run_and_replay_delivers_what
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # a server starts twice, or a library is patient
 @pytest.mark.parametrize("kind", ["wandb", "comet"])
 def test_a_service_that_is_down_at_the_start_stops_no_training_and_is_said(tmp_path: Path, kind: str) -> None:
     pytest.importorskip({"wandb": "wandb", "comet": "comet_ml"}[kind])
     runner = Path(__file__).with_name("fault_service_runner.py")
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     ended = subprocess.run(
         [sys.executable, str(runner), f"{kind}-down", str(tmp_path), str(free_port())],
+        env=environment,
         capture_output=True,
         text=True,
         timeout=800,
@@ -371,21 +414,37 @@ def test_a_runs_log_is_replayed_to_wandb_offline_and_read_back(tmp_path: Path) -
 
 
 def history_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run that Weights & Biases has written to a file.
+    """The rows of a run that Weights & Biases has written to a file, once it has ended it."""
+    deadline = time.monotonic() + 120
+    while True:
+        records = records_of(path)
+        if any(record.HasField("exit") for record in records):
+            return rows_of(records)
+        assert time.monotonic() < deadline, f"{path} has no end"
+        time.sleep(0.1)  # wandb.finish() returns before its service has written the last of it
+
+
+def rows_of(records: list[Any]) -> list[dict[str, Any]]:
+    rows = [record.history.item for record in records if record.HasField("history")]
+    return [{item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
+
+
+def records_of(path: Path) -> list[Any]:
+    """What is in a file of Weights & Biases'.
 
     The format: 7 bytes of header, then blocks of 32 KiB filled with chunks of ``checksum, length, kind, bytes``; a
     record is one chunk (kind 1) or several (2, 3, ..., 4).
     """
     from wandb.proto import wandb_internal_pb2
 
-    found: list[dict[str, Any]] = []
+    found: list[Any] = []
     data, at, parts = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:  # the rest of a block that holds no chunk
             at += 32768 - at % 32768
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
-        if kind == 0:
+        if kind == 0 or at + 7 + length > len(data):  # nothing more, or not yet
             break
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
@@ -394,17 +453,17 @@ def history_of(path: Path) -> list[dict[str, Any]]:
         record = wandb_internal_pb2.Record()
         record.ParseFromString(parts)
         parts = b""
-        if record.HasField("history"):
-            items = record.history.item
-            found.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
+        found.append(record)
     return found
 
 
 @needs_mlflow
 @pytest.mark.slow
 @pytest.mark.proves("6.7")
-def test_every_checkpoint_is_uploaded_although_retention_deletes_it_meanwhile(tmp_path: Path) -> None:
-    logger = fulmen.loggers.MLFlowLogger("kept", tracking_uri=f"sqlite:///{tmp_path / 'm.db'}", log_model="all",
+def test_every_checkpoint_is_uploaded_although_retention_deletes_it_meanwhile(
+    tmp_path: Path, new_database: Callable[[Path], str]
+) -> None:
+    logger = fulmen.loggers.MLFlowLogger("kept", tracking_uri=new_database(tmp_path / "m.db"), log_model="all",
                                          artifact_location=(tmp_path / "artifacts").as_uri())  # fmt: skip
     trainer = fulmen.Trainer(
         max_epochs=3,
@@ -414,6 +473,7 @@ def test_every_checkpoint_is_uploaded_although_retention_deletes_it_meanwhile(tm
         enable_model_summary=False,
         default_root_dir=tmp_path,
     )
+    trainer.log_delivery = PATIENT
     trainer.fit(BoringModel())
 
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["epoch=2.ckpt"]

@@ -88,3 +88,30 @@ def test_the_profiler_s_server_listens_and_steps_are_marked(tmp_path: Path) -> N
     found = run("profiler", tmp_path, 1)
 
     assert found == {"listens": True, "numbered": {"validation_step": 6}, "open": []}
+
+
+@pytest.mark.slow
+def test_a_run_on_the_cpu_leaves_torch_as_it_is_where_torch_xla_is_installed_and_no_tpu() -> None:
+    code = """
+import os, sys, torch
+before = torch.nn.utils.clip_grad_norm_, torch.nn.GRU
+import fulmen
+from fulmen.demos import BoringModel
+trainer = fulmen.Trainer(accelerator="cpu", fast_dev_run=True, enable_progress_bar=False, enable_model_summary=False)
+trainer.fit(BoringModel())
+assert "torch_xla" not in sys.modules
+assert "PJRT_DEVICE" not in os.environ
+assert (torch.nn.utils.clip_grad_norm_, torch.nn.GRU) == before
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PJRT_DEVICE"}
+
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -36,6 +36,10 @@ NEEDED = [
 ]
 """What the pair needs on a CPU; its own metadata would bring CUDA."""
 TESTED = ["fulmen", "fulmen-xla", "fulmen-conformance"]
+ON_THE_OLDEST_TORCH = ["fulmen-checkpoint", "fulmen-fabric", "fulmen-strategies"]
+"""Tested there too, by ``tools.oldest``."""
+WITHOUT_THEIR_NEEDS = ["torchmetrics", "lightning-utilities"]
+"""With them pip would bring torch's, which are CUDA's."""
 OF_ANOTHER_TORCH = {"torch", "torchmetrics", "torchao", "bitsandbytes", "lightning", "pytorch-lightning"}
 ONE_DEVICE = ["packages/fulmen-xla/tests", "integration_tests/test_xla_training.py"]
 FOUR_DEVICES = ["packages/fulmen-xla/tests/test_conformance_xla_spmd.py"]
@@ -49,7 +53,8 @@ def pip(python: Path, *arguments: str | Path) -> None:
 
 def requirements() -> list[str]:
     """Third-party libraries of the packages under test and of their tests."""
-    _, theirs = closure(TESTED, packages())
+    tests = [one for package in packages() if package.name in ON_THE_OLDEST_TORCH for one in package.test_dependencies]
+    _, theirs = closure([*TESTED, *ON_THE_OLDEST_TORCH, *tests], packages())
     wanted = {
         requirement_name(one): one for one in [*theirs, *NEEDED, "pytest", "pytest-timeout", "hypothesis", "psutil"]
     }
@@ -75,6 +80,7 @@ def ensure() -> Path:
         "".join(line for line in lines if line.startswith("#") or requirement_name(line) not in OF_ANOTHER_TORCH)
     )
     pip(python, "-c", pins, *listed, *build)
+    pip(python, "--no-deps", "-c", CONSTRAINTS, *WITHOUT_THEIR_NEEDS)
     editable = [part for package in packages() for part in ("-e", package.path)]
     pip(python, "--no-deps", "--no-build-isolation", *editable)
     cuda_stubs.make(site_packages(HOME) / "torch" / "lib", HOME / "stubs")

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fulmen_checkpoint import AsyncCheckpointIO, FsspecStorage, TorchCheckpointIO
+from fulmen_checkpoint import AsyncCheckpointIO, FsspecStorage, ShardedCheckpointIO, TorchCheckpointIO
 from fulmen_protocols import CheckpointError, CheckpointNotFound
 from tools.drills.checkpoints import FORMATS, checkpoint, same
 from tools.drills.drill import Attempts, Drill
@@ -26,6 +26,7 @@ from tools.drills.table import Row
 _PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 ASYNC = "torch file, asynchronously"
+ASYNC_SHARDS = "folder of shards, asynchronously"
 # Setting: format, ranks, whether on S3; and its share of the kills.
 SETTINGS = {
     "torch file, local": ("torch file", 1, False, 3),
@@ -33,6 +34,7 @@ SETTINGS = {
     "folder of shards, local": ("folder of shards", 1, False, 3),
     "folder of shards of 2 ranks, local": ("folder of shards", 2, False, 2),
     "asynchronous torch file, local": (ASYNC, 1, False, 3),
+    "asynchronous folder of shards of 2 ranks, local": (ASYNC_SHARDS, 2, False, 2),
     "torch file, S3": ("torch file", 1, True, 1),
     "folder of shards, S3": ("folder of shards", 1, True, 1),
     "asynchronous torch file, S3": (ASYNC, 1, True, 1),
@@ -175,13 +177,13 @@ def _serve(kind: str, ranks: int, path: str, options: dict[str, Any]) -> None:
 def _save_on(kind: str, rank: int, ranks: int, meeting: str, path: str, options: dict[str, Any], number: int) -> None:
     """Save one checkpoint after another, until killed."""
     try:
-        if kind == ASYNC:
-            _save_asynchronously(path, options, number)
-        io: Any = FORMATS[kind](FsspecStorage(options))
         if ranks > 1:
             import torch.distributed as dist
 
             dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+        if kind in (ASYNC, ASYNC_SHARDS):
+            _save_asynchronously(kind, rank, path, options, number)
+        io: Any = FORMATS[kind](FsspecStorage(options))
         while True:
             number += 1
             if rank == 0:
@@ -193,18 +195,22 @@ def _save_on(kind: str, rank: int, ranks: int, meeting: str, path: str, options:
         os._exit(1)
 
 
-def _save_asynchronously(path: str, options: dict[str, Any], number: int) -> NoReturn:
+def _save_asynchronously(kind: str, rank: int, path: str, options: dict[str, Any], number: int) -> NoReturn:
     """As ``_save_on``; a checkpoint is complete when the wait for it is over."""
-    io = AsyncCheckpointIO(TorchCheckpointIO(FsspecStorage(options)))
-    io.save_checkpoint(checkpoint(number), path)  # that the writing process is there before anyone is killed
+    inner = ShardedCheckpointIO if kind == ASYNC_SHARDS else TorchCheckpointIO
+    io: Any = AsyncCheckpointIO(inner(FsspecStorage(options)))
+    save = io.save_sharded if kind == ASYNC_SHARDS else io.save_checkpoint
+    save(checkpoint(number), path)  # that the writing process is there before anyone is killed
     io.wait()
     _say("writer", io._process.pid or 0)
     while True:
         number += 1
-        _say("begin", number)
-        io.save_checkpoint(checkpoint(number), path)
+        if rank == 0:
+            _say("begin", number)
+        save(checkpoint(number), path)
         io.wait()
-        _say("done", number)
+        if rank == 0:
+            _say("done", number)
 
 
 KILLS = Drill(_kills, _shares, piece=25, short=8, full=500)

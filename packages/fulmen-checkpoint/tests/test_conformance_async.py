@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import fsspec
 import pytest
 
-from fulmen_checkpoint import AsyncCheckpointIO, FsspecStorage, TorchCheckpointIO
+from fulmen_checkpoint import AsyncCheckpointIO, FsspecStorage, ShardedCheckpointIO, TorchCheckpointIO
 from fulmen_conformance import CheckpointIOConformance
 
 if TYPE_CHECKING:
@@ -40,6 +40,15 @@ class TestAsyncCheckpointIO(CheckpointIOConformance):
     @pytest.fixture
     def checkpoint_io(self) -> Iterator[CheckpointIO]:
         io = AsyncCheckpointIO()
+        yield io
+        io.teardown()
+
+
+@pytest.mark.proves("5.13")
+class TestAsyncShards(CheckpointIOConformance):
+    @pytest.fixture
+    def checkpoint_io(self) -> Iterator[CheckpointIO]:
+        io = AsyncCheckpointIO(ShardedCheckpointIO())
         yield io
         io.teardown()
 

@@ -60,8 +60,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "--artifacts-destination",
         str(folder / "a"),
     ]
+    # It would start some ten processes for jobs that nobody gives it.
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
         try:
             wait_for(f"http://127.0.0.1:{port}", process, limit_s=240)
             yield f"http://127.0.0.1:{port}"
@@ -171,6 +173,19 @@ def test_without_a_server_a_database_in_the_folder_is_used(tmp_path: Path, monke
     assert logger.save_dir == str(tmp_path / "runs")
     found = client(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}").get_run(logger.run_id)
     assert found.data.metrics == {"loss": 1.0}
+
+
+def test_a_logger_with_a_server_does_not_move_the_next_one_there_but_the_users_own_calls(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    MLFlowLogger(tracking_uri=server).log_metrics({"loss": 1.0}, step=0)
+
+    assert mlflow.get_tracking_uri() == server
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    assert MLFlowLogger(save_dir=tmp_path).save_dir == str(tmp_path)
 
 
 def test_the_address_is_read_from_the_environment_when_the_logger_is_made(

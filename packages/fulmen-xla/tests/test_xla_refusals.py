@@ -187,6 +187,34 @@ def test_any_other_number_is_refused(right_pair: None, devices: Any, why: str) -
     refused(why, XLAAccelerator().parse_devices, devices)
 
 
+TPUS = """
+import sys
+sys.modules[f"{__name__}._internal"] = sys.modules[f"{__name__}._internal.tpu"] = sys.modules[__name__]
+def num_available_devices():
+    return 4
+"""
+
+
+@pytest.mark.proves("3.3")
+@pytest.mark.parametrize("vendor", ["0x10de", "0x1ae0"])
+def test_torch_xla_is_imported_to_look_for_tpus_only_where_a_device_of_their_vendor_is_on_the_bus(
+    on_path: Path, monkeypatch: pytest.MonkeyPatch, vendor: str
+) -> None:
+    distribution(on_path, torch.__version__.partition("+")[0], TPUS)
+    bus = on_path / "devices"
+    (bus / "0000:00:04.0").mkdir(parents=True)
+    (bus / "0000:00:04.0" / "vendor").write_text(f"{vendor}\n")
+    monkeypatch.setattr("fulmen_xla._library.PCI_DEVICES", bus)
+    monkeypatch.delenv("PJRT_DEVICE", raising=False)
+
+    has_tpus = vendor == "0x1ae0"
+    assert [one.is_available() for one in (XLAAccelerator(), tpu())] == [has_tpus, has_tpus]
+    assert tpu().auto_device_count() == (4 if has_tpus else 0)
+    assert ("torch_xla" in sys.modules) == has_tpus
+    for name in ("torch_xla._internal", "torch_xla._internal.tpu"):
+        sys.modules.pop(name, None)
+
+
 def test_tpu_is_available_only_where_the_runtime_runs_on_one(right_pair: None) -> None:
     assert XLAAccelerator().is_available()
     assert not tpu().is_available()

@@ -1,4 +1,4 @@
-"""When gradients are zeroed: before the forward pass, where old ones would only take memory, unless somebody sees it."""
+"""When gradients are zeroed: before the forward pass, where old ones only take memory, unless somebody sees it."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -201,7 +202,7 @@ class BackgroundShards:
             self._last = _Last(front.size, share.names, share.plan, plan)
         snapshot = self._copy(plan, share, target.folder, front)
         save = Save(target.storage, target.folder, back, words.all[0].token)
-        run = partial(_run, save, target, snapshot, share.tree, plan, self._process)
+        run = partial(_run, save, back, target, snapshot, share.tree, plan, self._process)
         self._courier.submit(QueuedSave(target.name, run, snapshot.buffer))
 
     def _begin(self, checkpoint: Mapping[str, object], target: Target, front: Ranks, *, alone: bool) -> _Word:
@@ -240,9 +241,19 @@ class BackgroundShards:
         return made[0]
 
 
-def _run(save: Save, target: Target, snapshot: _Snapshot, tree: str, plan: Plan, process: WriterProcess) -> None:
+def _run(
+    save: Save,
+    back: Ranks,
+    target: Target,
+    snapshot: _Snapshot,
+    tree: str,
+    plan: Plan,
+    process: WriterProcess,
+) -> None:
     write = partial(_write_shard, target=target, snapshot=snapshot, process=process)
     save.run(Content(tree, snapshot.kept, plan, write, snapshot.wait))
+    with suppress(CheckpointError):  # of a rank that has gone meanwhile; this checkpoint is complete
+        back.together("end", lambda: None)  # nobody leaves before all have heard of the commit
 
 
 def _write_shard(path: str, *, target: Target, snapshot: _Snapshot, process: WriterProcess) -> Written:

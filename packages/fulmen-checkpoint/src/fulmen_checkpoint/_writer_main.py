@@ -152,26 +152,26 @@ def _answer(request: Request | ShardRequest, buffer: int) -> Outcome:
             finally:
                 os.close(buffer)
     except FulmenError as error:
-        return Outcome(error)
+        error.__cause__ = error.__context__ = None  # their frames would keep the buffer in use
+        return Outcome(error.with_traceback(None))
 
 
 def _write(request: Request | ShardRequest, buffer: int) -> Written | None:
     size = os.fstat(buffer).st_size
-    shard = isinstance(request, ShardRequest)
-    spans = [span for _, span in request.records] if shard else [request.pickle, *request.storages]
-    with mmap.mmap(buffer, size, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as memory:
-        views = [memory[offset : offset + count] for offset, count in spans]
-        try:
-            with _sink(request.place) as sink:
-                if shard:
-                    records = [Record(data, view) for (data, _), view in zip(request.records, views, strict=True)]
-                    return _shard_file.write(sink, records, request.frame)
-                head = [("data.pkl", bytes(views[0])), *request.frame.head]
-                _archive.write(sink, _archive.Parts(head, views[1:], request.frame.tail))
-                return None
-        finally:
-            for view in views:
-                view.release()
+    if isinstance(request, ShardRequest):
+        spans = [span for _, span in request.records]
+    else:
+        spans = [request.pickle, *request.storages]
+    # Nobody closes it: where writing fails, frames of the error still look into it, and what closed it would fail too.
+    memory = memoryview(mmap.mmap(buffer, size, prot=mmap.PROT_READ))
+    views = [memory[offset : offset + count] for offset, count in spans]
+    with _sink(request.place) as sink:
+        if isinstance(request, ShardRequest):
+            records = [Record(data, view) for (data, _), view in zip(request.records, views, strict=True)]
+            return _shard_file.write(sink, records, request.frame)
+        head = [("data.pkl", bytes(views[0])), *request.frame.head]
+        _archive.write(sink, _archive.Parts(head, views[1:], request.frame.tail))
+        return None
 
 
 def _sink(place: Place) -> AbstractContextManager[IO[bytes]]:

@@ -45,6 +45,10 @@ class AsyncCheckpointIO:
     interpreter lock with it. Only what a process cannot do is done by a thread, and logged: other storages than local
     folders and object stores (``memory://`` lives in one process), other wrapped IOs, Windows.
 
+    Around a ``ShardedCheckpointIO`` it is an IO that all ranks write: ``save_sharded`` copies this rank's pieces, and
+    the folder becomes a checkpoint when all ranks have written theirs. The ranks meet over gloo groups of their own,
+    made at the first save. An error, or the end, of one rank is told to all.
+
     An error of a save is raised by the next ``save_checkpoint``, ``poll``, ``wait`` or ``teardown``, whichever comes
     first, and printed at exit if none does. What is removed meanwhile goes only after the saves before it are visible,
     and stays if one of them failed. Killing the training process leaves either the old checkpoint or the new one, as

@@ -13,7 +13,13 @@ import torch
 
 from fulmen_conformance._kit import Kit, need
 from fulmen_conformance._reference import adam, batches, equal_bits, plain_training, tiny_net
-from fulmen_protocols import CheckpointIO, SupportsAsyncSave, SupportsVerification, missing_members
+from fulmen_protocols import (
+    CheckpointIO,
+    SupportsAsyncSave,
+    SupportsShardedSave,
+    SupportsVerification,
+    missing_members,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -351,6 +357,27 @@ class CheckpointIOConformance(Kit):
 
         assert all(read_bytes(f"{path}{i}") is not None for i in range(4))
         assert [checkpoint_io.load_checkpoint(f"{path}{i}")["i"] for i in range(4)] == [0, 1, 2, 3]
+
+    def test_an_asynchronous_save_of_every_rank_holds_the_values_of_the_moment(
+        self, checkpoint_io: CheckpointIO, path: str
+    ) -> None:
+        """On failure look at what ``save_sharded`` still reads when it has returned, and at ``wait``."""
+        need(checkpoint_io, SupportsAsyncSave)
+        need(checkpoint_io, SupportsShardedSave)
+        assert isinstance(checkpoint_io, SupportsAsyncSave)
+        assert isinstance(checkpoint_io, SupportsShardedSave)
+        weight, plain = torch.ones(200_000), [1, 2]
+        for i in range(2):
+            checkpoint_io.save_sharded({"state_dict": {"w": weight.add_(i)}, "plain": plain}, path)
+            plain.append(3)
+        weight.zero_()
+
+        checkpoint_io.wait()
+
+        loaded = checkpoint_io.load_checkpoint(path)
+        assert loaded["plain"] == [1, 2, 3]
+        state = cast("dict[str, torch.Tensor]", loaded["state_dict"])
+        assert equal_bits(state["w"], torch.full((200_000,), 2.0))
 
     def test_the_last_of_many_saves_to_one_path_wins(self, checkpoint_io: CheckpointIO, path: str) -> None:
         """``last.ckpt`` again, faster than the disk. On failure look at saves that overtake each other."""

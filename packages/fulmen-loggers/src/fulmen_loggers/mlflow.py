@@ -33,6 +33,7 @@ _FORBIDDEN = re.compile(r"[^a-zA-Z0-9_/. \-]+")
 _VALUE_LENGTH = 250
 _PARAMS_A_CALL = 100
 _METRICS_A_CALL = 1000
+_ADDRESS = "MLFLOW_TRACKING_URI"
 _CONNECT_S = 5.0
 _STAYS_UNREACHABLE_S = 30.0
 
@@ -127,7 +128,7 @@ class MLFlowLogger:
     ) -> None:
         require("MLFlowLogger", "mlflow", "mlflow")
         self._folder: str | None = None
-        address = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        address = tracking_uri or os.environ.get(_ADDRESS)
         if not address:
             if save_dir is None:
                 raise MisconfigurationException(
@@ -174,7 +175,7 @@ class MLFlowLogger:
                 make_folder("MLFlowLogger", "save_dir", self._folder)
             tracking = cast("_Tracking", need("MLFlowLogger", "mlflow.tracking", "mlflow"))
             mlflow = cast("_Mlflow", need("MLFlowLogger", "mlflow", "mlflow"))
-            mlflow.set_tracking_uri(self._address)  # so that the user's own mlflow calls go to the same place
+            _go_to_by_default(mlflow, self._address)
             self._client = self._open(tracking.MlflowClient(self._address))
         return self._client
 
@@ -354,6 +355,19 @@ class MLFlowLogger:
             Path(staging, "metadata.yaml").write_text(yaml.safe_dump(checkpoint.metadata), encoding="utf-8")
             Path(staging, "aliases.txt").write_text(str(checkpoint.aliases), encoding="utf-8")
             client.log_artifacts(run_id, staging, folder)
+
+
+def _go_to_by_default(mlflow: _Mlflow, address: str) -> None:
+    """Have the user's own calls of mlflow go to ``address``.
+
+    MLflow writes it into the environment as well, where the next logger would take it for what the user has set.
+    """
+    before = os.environ.get(_ADDRESS)
+    mlflow.set_tracking_uri(address)
+    if before is None:
+        os.environ.pop(_ADDRESS, None)
+    else:
+        os.environ[_ADDRESS] = before
 
 
 def _goes_through_a_proxy(host: str) -> bool:

@@ -67,7 +67,11 @@ class CheckpointIO(Protocol):
 
 @runtime_checkable
 class SupportsAsyncSave(Protocol):
-    """A checkpoint IO that returns from ``save_checkpoint`` before the file is complete."""
+    """A checkpoint IO that returns from ``save_checkpoint`` before the file is complete.
+
+    So it does from ``save_sharded``, if it has that too. Then each member is about what this rank knows: all ranks make
+    the same saves in the same order, and each hears of the end of each save.
+    """
 
     def wait(self) -> None:
         """Return when every save so far is visible; raises the first error of any of them."""
@@ -116,8 +120,9 @@ class SupportsShardedSave(Protocol):
         path: str | PathLike[str],
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
-        """As ``save_checkpoint``, called by every rank with the same names; returns when the checkpoint is visible.
+        """As ``save_checkpoint``, called by every rank with the same names.
 
+        It returns when the checkpoint is visible; one that ``SupportsAsyncSave`` when what was given may change.
         Tensors may be shards (``DTensor``). What is no tensor of a module or an optimizer counts on rank 0. An error of
         one rank is raised on all, and ``path`` then keeps what it held.
         """

@@ -8,13 +8,17 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fulmen_protocols.errors import BackendUnavailable, MissingPackage
 
-__all__ = ["check_pair", "library", "load", "platform", "require"]
+__all__ = ["PCI_DEVICES", "check_pair", "library", "load", "platform", "require"]
+
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+_GOOGLE = "0x1ae0"  # the vendor's number, which every TPU on the bus has
 
 
 def require(who: str) -> None:
@@ -97,7 +101,17 @@ def platform() -> str:
 
 
 def _tpus() -> int:
+    # Importing torch_xla replaces torch's clip_grad_norm_ and nn.GRU and sets PJRT_DEVICE: not without need.
+    if not any(_vendor(device) == _GOOGLE for device in PCI_DEVICES.glob("*/vendor")):
+        return 0
     try:
         return int(library("_internal.tpu").num_available_devices())
     except (ValueError, AssertionError, OSError, KeyError):  # what torch-xla raises where no TPU is set up
         return 0
+
+
+def _vendor(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:  # unplugged meanwhile, or not for us to read
+        return ""
