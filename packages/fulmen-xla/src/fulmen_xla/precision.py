@@ -68,12 +68,12 @@ class XLAPrecision:
         return _default_dtype(self._dtype)
 
     def convert_input(self, data: object) -> object:
-        """``data`` with its floating tensors cast; with ``"32-true"`` as it is."""
-        return data if self._dtype is torch.float32 else _cast_floating(data, self._dtype)
+        """``data`` with its floating tensors cast."""
+        return _cast_floating(data, self._dtype)
 
     def convert_output(self, data: object) -> object:
-        """``data`` with its floating tensors cast to torch's default dtype; with ``"32-true"`` as it is."""
-        return data if self._dtype is torch.float32 else _cast_floating(data, torch.get_default_dtype())
+        """``data`` with its floating tensors cast to torch's default dtype, with ``"32-true"`` to float32."""
+        return _cast_floating(data, self.plan()["output"])
 
 
 def _cast_floating(data: object, dtype: torch.dtype) -> object:
