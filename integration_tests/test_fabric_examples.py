@@ -34,6 +34,7 @@ def number(output: str, line: str) -> float:
     return float(re.findall(r"\d+\.\d+", found)[0])
 
 
+@pytest.mark.slow
 def test_the_classifier_reaches_its_score_after_a_stop_too(tmp_path: Path) -> None:
     stopped = run(tmp_path, "image_classifier", "--minutes", "0.02")
     output = run(tmp_path, "image_classifier")

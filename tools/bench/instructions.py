@@ -129,10 +129,11 @@ def per_step(name: str, config: str) -> dict[str, float]:
 def measure(configs: tuple[str, ...] = CONFIGS) -> dict[str, dict[str, float]]:
     """The Trainer's counts over the raw loop's for each configuration, each run in a fresh process."""
     found = {}
-    raw = {twin: spawn("tools.bench.instructions", "raw", twin) for twin in ("bare", "val", "predict")}
+    twins = {config: config if config in ("val", "predict") else "bare" for config in configs}
+    raw = {twin: spawn("tools.bench.instructions", "raw", twin) for twin in sorted(set(twins.values()))}
     for config in configs:
         counts = spawn("tools.bench.instructions", "fulmen", config)
-        twin = raw[config if config in raw else "bare"]
+        twin = raw[twins[config]]
         found[config] = {"calls": round(counts["calls"] - twin["calls"], 2), "lines": round(counts["lines"], 2)}
     return found
 

@@ -2,7 +2,7 @@ from collections import OrderedDict, namedtuple
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
@@ -69,6 +69,7 @@ def test_sequential_does_not_begin_a_loader_before_its_turn() -> None:
 MODES = ["min_size", "max_size_cycle", "max_size", "sequential"]
 
 
+@settings(max_examples=30)
 @given(
     sizes=st.lists(st.integers(0, 6), min_size=1, max_size=4),
     mode=st.sampled_from(MODES),
