@@ -91,11 +91,8 @@ def by_fabric(folder: Path) -> None:
     fabric.save(folder / "saves" / "b.ckpt", {"model": model, "number": 7})
     rank = fabric.global_rank
     fabric.close()
-    found = TorchCheckpointIO().load_checkpoint(folder / "saves" / "b.ckpt")
-    changed = [
-        not torch.equal(old, new)
-        for old, new in zip(before, dict(found["model"]).values(), strict=True)  # type: ignore[call-overload]
-    ]
+    found: dict[str, Any] = TorchCheckpointIO().load_checkpoint(folder / "saves" / "b.ckpt")
+    changed = [not torch.equal(old, new) for old, new in zip(before, found["model"].values(), strict=True)]
     report = {"number": rest["number"], "last": found["number"], "changed": changed}
     (folder / f"rank{rank}.json").write_text(json.dumps(report))
 

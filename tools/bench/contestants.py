@@ -87,11 +87,11 @@ class TrainerLike:
     )
 
     def __init__(self, name: str) -> None:
-        self.library: Any = importlib.import_module(name)
+        self.package: Any = importlib.import_module(name)
         logging.getLogger(name).setLevel(logging.ERROR)
-        library = self.library
+        package = self.package
 
-        class Module(library.LightningModule):  # type: ignore[misc, name-defined]
+        class Module(package.LightningModule):  # type: ignore[misc, name-defined]  # the base class is chosen at run time
             def __init__(self, tick: Tick, logged: int) -> None:
                 super().__init__()
                 self.net = TinyMLP(tick)
@@ -123,8 +123,8 @@ class TrainerLike:
         logged = {"log": 1, "default": 1, "metrics10": 10}.get(config, 0)
         module = self.module(tick, logged)
         with tempfile.TemporaryDirectory() as folder:
-            callbacks = [self.library.Callback() for _ in range(int(idle or 0))]
-            trainer = self.library.Trainer(callbacks=callbacks, **self._settings(config, folder))
+            callbacks = [self.package.Callback() for _ in range(int(idle or 0))]
+            trainer = self.package.Trainer(callbacks=callbacks, **self._settings(config, folder))
             if config == "val":
                 trainer.validate(module, data, verbose=False)
             elif config == "predict":
@@ -133,7 +133,7 @@ class TrainerLike:
                 trainer.fit(module, data)
 
     def _csv_logger(self, folder: str) -> Any:
-        return importlib.import_module(f"{self.library.__name__}.loggers").CSVLogger(folder)
+        return importlib.import_module(f"{self.package.__name__}.loggers").CSVLogger(folder)
 
     def _settings(self, config: str, folder: str) -> dict[str, Any]:
         if config == "default":  # as a user gets it: progress bar, checkpoint, logger

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Optional, cast
 
 import torch
 from torch import Tensor, nn
+from torch.library import custom_op
 
 from fulmen._dynamo import never_compiled_alone
 from fulmen.module import LightningModule
@@ -61,7 +62,7 @@ def _has_compiled_code(module: nn.Module) -> bool:
 def _define_operator() -> None:
     """``torch.ops.fulmen.record``, defined in the processes that compile something."""
     unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # a captured graph would not run Python again
-    torch.library.custom_op(
+    custom_op(
         "fulmen::record",
         _record,
         mutates_args=("token",),
