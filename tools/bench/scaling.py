@@ -211,20 +211,22 @@ def table(rows: list[dict[str, Any]], peak_flops: dict[str, float | None], *, ma
         mine = [
             row for row in rows if (row["workload"], row["devices"], row.get("contestant")) == key and "step_s" in row
         ]
-        names = ("step_s", "peak_bytes", "stall_s")
+        names = ("step_s", "host_s", "peak_bytes", "stall_s", "next_stall_s")
         figures[key] = {name: median([row[name] for row in mine if name in row]) for name in names if name in mine[0]}
     head = [
         "workload",
         "GPUs",
         "by",
         "ms a step",
+        "of the processor",
         "tokens/s a GPU",
         "of raw",
         "MFU",
         "of linear",
         "peak GiB",
         "plan",
-        "stall s",
+        "stall s, first save",
+        "next",
     ]
     lines: list[list[str]] = []
     for (name, devices, by), found in sorted(
@@ -245,6 +247,7 @@ def table(rows: list[dict[str, Any]], peak_flops: dict[str, float | None], *, ma
                 str(devices),
                 by,
                 f"{1e3 * found['step_s']:.1f}",
+                f"{1e3 * found['host_s']:.1f}" if "host_s" in found else "",
                 f"{speed:,.0f}",
                 f"{base['step_s'] / found['step_s']:.3f}" if base else "",
                 f"{100 * speed * models.operations_per_token(workload) / peak:.1f} %" if peak else "",
@@ -253,7 +256,7 @@ def table(rows: list[dict[str, Any]], peak_flops: dict[str, float | None], *, ma
                 ""
                 if plan is None
                 else f"{plan / 2**30:.2f}" + (f" ({plan / found['peak_bytes']:.2f}x)" if is_known else ""),
-                f"{found['stall_s']:.2f}" if "stall_s" in found else "",
+                *(f"{found[name]:.2f}" if name in found else "" for name in ("stall_s", "next_stall_s")),
             ]
         )
     print(f"\n{device}; speeds are medians over rounds; the plan is of eager execution")

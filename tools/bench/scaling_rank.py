@@ -29,29 +29,42 @@ from tools.bench import scaling_models as models
 from tools.bench.gpu_workloads import Repeated
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tools.bench.scaling_models import Workload
 
 
 class Clock:
-    """Times the measured steps and those around a save, between device synchronisations; reads the memory's peak."""
+    """Times the measured steps and those around two saves, between device synchronisations; reads the memory's peak."""
 
     def __init__(self, workload: Workload, device: torch.device, *, saves: bool) -> None:
         self.device = device
         self.first, self.last = workload.warm_up, workload.warm_up + workload.measured
         self.after = max(workload.measured // 2, 2) if saves else 0
+        """Steps timed from a save on: the one at whose end it is made first."""
+        self.settle: Callable[[], object] = lambda: None
+        """Returns when the save before it has been written."""
         self.marks: list[float] = []
+        self.host_s = 0.0
         self.peak = 0
+
+    @property
+    def second(self) -> int:
+        """The batch at whose end the second save is made; the first is made at that of ``last``."""
+        return self.last + self.after
 
     @property
     def steps(self) -> int:
         """Batches of the whole run."""
-        return self.last + self.after
+        return self.second + self.after
 
     def batch(self, index: int) -> None:
         """Call before batch ``index``, and with ``steps`` after the last one."""
-        if index not in (self.first, self.last, self.steps):
+        if index not in (self.first, self.last, self.second, self.steps):
             return
         is_cuda = self.device.type == "cuda"
+        if index == self.last:
+            self.host_s += time.thread_time()  # before waiting for the device, which is the processor's work too
         if is_cuda:
             torch.cuda.synchronize(self.device)
         if index == self.first and is_cuda:
@@ -59,13 +72,21 @@ class Clock:
         if index == self.last:
             self.peak = torch.cuda.max_memory_allocated(self.device) if is_cuda else 0
         self.marks.append(time.perf_counter())
+        if index == self.first:
+            self.host_s -= time.thread_time()
+        if self.after and index == self.second:
+            self.settle()
+            self.marks.append(time.perf_counter())
 
     def figures(self, measured: int) -> dict[str, float]:
-        """Seconds per step, bytes at the peak, and what a save cost beyond its steps."""
-        seconds = (self.marks[1] - self.marks[0]) / measured
-        found = {"step_s": seconds, "peak_bytes": float(self.peak)}
+        """Seconds per step, of this rank's own thread too; bytes at the peak; what saves cost beyond their steps."""
+        begin, end, *saves = self.marks
+        seconds = (end - begin) / measured
+        found = {"step_s": seconds, "host_s": self.host_s / measured, "peak_bytes": float(self.peak)}
         if self.after:
-            found["stall_s"] = self.marks[2] - self.marks[1] - self.after * seconds
+            one, settled, two = saves
+            found["stall_s"] = one - end - self.after * seconds
+            found["next_stall_s"] = two - settled - self.after * seconds
         return found
 
 
@@ -180,9 +201,13 @@ def trainer(name: str, asked: argparse.Namespace, workload: Workload, device: to
     plugins = None
     if clock.after and name == "fulmen":
         plugins = [importlib.import_module("fulmen.plugins").AsyncCheckpointIO()]
+        clock.settle = plugins[0].wait
     given = models.batch(workload, device, seed=int(os.environ["RANK"]))
     folder = asked.scratch
-    saving = callbacks.ModelCheckpoint(folder / name, every_n_train_steps=clock.last + 1, save_top_k=-1)
+    saving = [
+        callbacks.ModelCheckpoint(folder / name, every_n_train_steps=index + 1, save_top_k=-1)
+        for index in (clock.last, clock.second)
+    ]
     library.Trainer(
         accelerator=device.type,
         devices=asked.devices,
@@ -191,7 +216,7 @@ def trainer(name: str, asked: argparse.Namespace, workload: Workload, device: to
         max_epochs=1,
         logger=loggers.CSVLogger(folder / f"{name}-log"),
         log_every_n_steps=5,
-        callbacks=[saving] if clock.after else [],
+        callbacks=saving if clock.after else [],
         enable_checkpointing=bool(clock.after),
         enable_model_summary=False,
         default_root_dir=folder,
@@ -200,10 +225,10 @@ def trainer(name: str, asked: argparse.Namespace, workload: Workload, device: to
 
 
 def measure(asked: argparse.Namespace, workload: Workload, device: torch.device) -> list[dict[str, Any]]:
-    """Every contestant in turn, ``--rounds`` times."""
+    """Every contestant in turn, ``--rounds`` times, in the other order every second time; the first turn saves."""
     rows: list[dict[str, Any]] = []
     for turn in range(asked.rounds):
-        for contestant in asked.contestants:
+        for contestant in asked.contestants[:: -1 if turn % 2 else 1]:
             name = {"lightning": "lightning.pytorch"}.get(contestant, contestant)
             row: dict[str, Any] = {"contestant": contestant, "round": turn}
             rows.append(row)
@@ -211,7 +236,7 @@ def measure(asked: argparse.Namespace, workload: Workload, device: torch.device)
                 row["not_run"] = "not installed"
                 continue
             may_save = contestant == "fulmen" or (workload.strategy, contestant) == ("ddp", "lightning")
-            saves = workload.saves and may_save
+            saves = workload.saves and may_save and turn == 0
             clock = Clock(workload, device, saves=saves)
             try:
                 if contestant == "raw":
