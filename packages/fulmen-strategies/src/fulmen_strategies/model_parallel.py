@@ -201,6 +201,7 @@ class ModelParallelStrategy:
         if _has_stages(self._mesh):
             self._of_stage = TorchCollectives(topology.device, stage_group(self._mesh))
             self._stages = Stages(self._mesh, self.collectives, self._of_stage, topology.device)
+        self._rank.meet()
 
     def teardown(self) -> None:
         """Leave the process group if this strategy has made it. May be called twice."""
