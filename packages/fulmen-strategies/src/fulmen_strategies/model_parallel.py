@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fulmen_protocols.errors import MisconfigurationException, MisconfigurationTypeError
+from fulmen_strategies._kept_gradients import keep_gradients
 from fulmen_strategies._mesh import MeshSizes
 from fulmen_strategies._module_init import created_on
 from fulmen_strategies._pipeline import Stages, stage_group
@@ -113,6 +114,7 @@ class ModelParallelStrategy:
         self._stages: Stages | None = None
         # Modules that parallelize_fn has placed; a second fit must not place them again.
         self._placed = WeakIdKeyDictionary()
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._replaced = Replaced()
 
     # -- processes ----------------------------------------------------------------------------------------------------
@@ -303,6 +305,7 @@ class ModelParallelStrategy:
         """
         for optimizer in optimizers:
             self._replaced.hand_over(optimizer)
+            self._optimizers.add(optimizer)
         refuse_unreduced(module, optimizers, self.device_mesh)
         return optimizers
 
@@ -368,7 +371,7 @@ class ModelParallelStrategy:
     def open_gradients(self, module: nn.Module, *, full: bool) -> Mapping[str, object]:
         """The state of every rank's gradients; ``full`` as in ``module_state``."""
         states.reshard(module)
-        return open_gradients(module, module, self.collectives, full=full)
+        return open_gradients(module, module, self.collectives, full=full, stages=self._stages)
 
     def load_open_gradients(self, module: nn.Module, state: Mapping[str, object]) -> None:
         """Load what ``open_gradients`` gave.
@@ -378,6 +381,8 @@ class ModelParallelStrategy:
         """
         states.reshard(module)
         load_open_gradients(module, module, self.collectives, state)
+        if self._stages is not None:
+            keep_gradients(module, self._optimizers)
 
 
 def _has_stages(mesh: DeviceMesh) -> bool:
