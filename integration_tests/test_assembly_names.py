@@ -181,7 +181,8 @@ def test_a_trainer_takes_one_plugin_of_each_kind_and_a_fabric_no_layer_sync() ->
     quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 1}
     trainer = fulmen.Trainer(plugins=plugins, **quiet)  # type: ignore[arg-type]  # wrong on purpose
     assert trainer.assembly.layer_sync is sync
-    assert trainer.assembly.precision is plugins[0]
+    found = trainer.assembly
+    assert [found.precision, found.checkpoint_io, found.environment] == plugins[:3]
     for twice, noun in (
         ([DoublePrecision(), MixedPrecision("bf16-mixed", "cpu")], "precision"),
         ([TorchCheckpointIO(), TorchCheckpointIO()], "checkpoint IO"),
