@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 __all__ = ["meet"]
 
