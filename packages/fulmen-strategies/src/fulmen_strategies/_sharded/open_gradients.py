@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from fulmen_protocols.errors import CheckpointError
 from fulmen_strategies._sharded.entry import parameter_groups
 from fulmen_strategies._sharded.layout import laid_out_like, local, to_host
-from fulmen_strategies._sharded.states import canonical
+from fulmen_strategies._sharded.states import canonical, reshard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -70,6 +70,7 @@ def open_gradients(
     root: nn.Module, module: nn.Module, collectives: TorchCollectives, *, full: bool
 ) -> dict[str, object]:
     """The state of all gradients; with ``full`` whole, on the CPU and on rank 0 only, otherwise as DTensors."""
+    reshard(root)
     added: dict[str, Tensor] = {}
     own: dict[str, Tensor] = {}
     for name, parameter, shards in _each(root, module):
@@ -103,6 +104,7 @@ def load_open_gradients(
     Raises:
         CheckpointError: gradients that are each rank's own, and there are other ranks now.
     """
+    reshard(root)
     mine = _unpacked(state, collectives)
     for name, parameter, shards in _each(root, module):
         if name in state["added"]:
