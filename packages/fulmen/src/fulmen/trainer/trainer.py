@@ -194,7 +194,7 @@ class Trainer(TrainerActions):
         _verify.raise_all(wrong)
         _foreign_methods.check_backends(self.assembly)
         settings = self.settings
-        self.world = World(self.assembly)
+        self.world = self._world = World(self.assembly)
         self.callbacks: list[Any] = _callbacks.complete(given, settings)
         self.loggers = _loggers.complete(logger, settings)
         self.state = TrainerState()
