@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -140,6 +140,14 @@ class Session:
                 store.scope = outer
 
         return call
+
+    def call_everybodys(self, name: Literal["setup", "teardown"], binder: HookBinder) -> None:
+        """Call this hook of the datamodule, the callbacks and the module, in this order."""
+        if self.datamodule is not None:
+            self.measuring.hook(self.datamodule, name, getattr(self.datamodule, name))(self.fn.value)
+        for hook in binder.of_callbacks(name):
+            hook(stage=self.fn.value)
+        self.scoped(name, getattr(self.module, name))(self.fn.value)
 
     def logging_modules(self) -> list[LightningModule]:
         """The module and every LightningModule inside it: all may call ``self.log``."""
