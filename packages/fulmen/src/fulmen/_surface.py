@@ -163,10 +163,6 @@ class TrainerSurface(SettingsSurface, LoopSurface, StageSurface, RankSurface):
     def _manual(self) -> Any:
         return None if self._session is None else self._session.manual
 
-    @property
-    def _wrapped_optimizers(self) -> list[Any]:
-        return [] if self._session is None else list(self._session.wrapped)
-
     # ------------------------------------------------------------------ progress
 
     @property
