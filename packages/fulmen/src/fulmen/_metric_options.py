@@ -81,8 +81,8 @@ def read_call(call: LogCall, metric: object, module: nn.Module | None) -> tuple[
         metric_attribute=None if metric is None else _metric_name(call.name, metric, call.metric_attribute, module),
         rank_zero_only=bool(call.rank_zero_only),
     )
-    named = call.dataloader_idx is not None and call.add_dataloader_idx and scope.per_batch
-    return Row(scope.hook, call.name, call.dataloader_idx if named else -1, options), scope
+    loader = call.dataloader_idx if call.add_dataloader_idx and scope.per_batch else None
+    return Row(scope.hook, call.name, -1 if loader is None else loader, options), scope
 
 
 def warn_about_ranks(row: Row, world_size: int, *, training: bool) -> None:
