@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from fulmen.module import LightningModule
     from fulmen.optimizer import LRSchedulerConfig
     from fulmen.plan import Plan
+    from fulmen.runlog._settings import LogDelivery
     from fulmen.strategy_facade import StrategyFacade
     from fulmen_fabric import Assembly, World
-    from fulmen_protocols import Accelerator, Logger, Precision
+    from fulmen_protocols import Accelerator, Logger, Precision, Profiler
 
 __all__ = ["TrainerSurface"]
 
@@ -45,6 +46,8 @@ class TrainerSurface(SettingsSurface, LoopSurface, StageSurface, RankSurface):
     world: World
     strategy: StrategyFacade
     callbacks: list[Any]
+    profiler: Profiler
+    log_delivery: LogDelivery
     fast_dev_run: int
     _session: Session | None
     _plan: Plan
