@@ -487,7 +487,11 @@ class Trainer(TrainerActions):
         self._binder = HookBinder(self, session.module, self.callbacks, session.scoped)
         _engine.hand_over(session.module, self.assembly, self.settings, session.told_engine)
         parts, hooks = training.compose(self._binder)
-        first = (*_whereabouts.training(self._progress), *self.strategy.saving.step_hooks())
+        first = (
+            *_whereabouts.training(self._progress),
+            *self.strategy.saving.step_hooks(),
+            *self._reporter.step_hooks(self.world.device),
+        )
         if first:
             hooks = replace(hooks, on_train_batch_start=(*first, *hooks.on_train_batch_start))
         self.strategy.gradients = session.gradients
