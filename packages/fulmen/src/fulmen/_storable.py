@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fulmen.hparams import checkpoint_entries, drop_unpicklable
+from fulmen.states import TrainerFn
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import SupportsContentCheck, WrapsCheckpointIO
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fulmen._session import Session
     from fulmen.hparams import HyperparametersMixin
     from fulmen_protocols import CheckpointIO
 
@@ -36,14 +38,16 @@ def storable_entries(owner: HyperparametersMixin, checkpoint_io: CheckpointIO, p
     return entries
 
 
-def leave_out_unstorable(owner: HyperparametersMixin, checkpoint_io: CheckpointIO, *, says: bool) -> None:
-    """Drop the hyperparameters of ``owner`` that cannot be pickled; with ``says`` warn of what checkpoints leave out.
+def leave_out_unstorable(session: Session, checkpoint_io: CheckpointIO) -> None:
+    """When a call begins, drop the hyperparameters that cannot be pickled; of a fit say what checkpoints leave out.
 
-    Called when a run begins. Of modules nothing is said: that was done when they were recorded.
+    Of hyperparameters that are modules nothing is said: that was done when they were recorded.
     """
-    drop_unpicklable(owner)
-    if says:
-        _warn_of_left_out(owner, checkpoint_io)
+    for owner in (session.module, session.datamodule):
+        if owner is not None and owner.hparams:
+            drop_unpicklable(owner)
+            if session.fn is TrainerFn.FITTING:
+                _warn_of_left_out(owner, checkpoint_io)
 
 
 def _warn_of_left_out(owner: HyperparametersMixin, checkpoint_io: CheckpointIO) -> None:

@@ -205,9 +205,7 @@ class Trainer(TrainerActions):
         self._loaders_before: dict[str, EvalLoaders] = {}
         self.log_delivery = LogDelivery()
         self._reporter = Reporter(
-            loggers=self.loggers,
-            log_every_n_steps=settings.log_every_n_steps,
-            is_global_zero=self.world.is_global_zero,
+            loggers=self.loggers, log_every_n_steps=settings.log_every_n_steps, is_global_zero=self.world.is_global_zero
         )
         self.fast_dev_run = settings.fast_dev_run
 
@@ -336,9 +334,7 @@ class Trainer(TrainerActions):
         if isinstance(ckpt_path, Resume):
             session.resume = ckpt_path
         self._ckpt_path = _checkpointing.resolve_path(self, ckpt_path, model_given=model is not None)
-        for owner in (session.module, session.datamodule):
-            if owner is not None and owner.hparams:
-                leave_out_unstorable(owner, self.strategy.checkpoint_io, says=fn is TrainerFn.FITTING)
+        leave_out_unstorable(session, self.strategy.checkpoint_io)
         if self.world.runs_apart:
             options = {"ckpt_path": self._ckpt_path, "weights_only": weights_only, "verbose": verbose, "keep": keep}
             return run_apart(self, Call(fn, session.module, given, session.datamodule, options))
@@ -487,16 +483,14 @@ class Trainer(TrainerActions):
         self._binder = HookBinder(self, session.module, self.callbacks, session.scoped)
         _engine.hand_over(session.module, self.assembly, self.settings, session.told_engine)
         parts, hooks = training.compose(self._binder)
+        self.strategy.gradients = session.gradients
+        self.strategy.wrapped_optimizers = session.wrapped
         first = (
             *_whereabouts.training(self._progress),
             *self.strategy.saving.step_hooks(),
             *self._reporter.step_hooks(self.world.device),
         )
-        if first:
-            hooks = replace(hooks, on_train_batch_start=(*first, *hooks.on_train_batch_start))
-        self.strategy.gradients = session.gradients
-        self.strategy.wrapped_optimizers = session.wrapped
-        return parts, hooks
+        return parts, replace(hooks, on_train_batch_start=(*first, *hooks.on_train_batch_start))
 
 
 def _nothing() -> None:
