@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from fulmen_protocols.errors import CheckpointError
 from fulmen_strategies._sharded.entry import parameter_groups, spec_of_whole
 from fulmen_strategies._sharded.layout import laid_out_like, local, to_host
-from fulmen_strategies._sharded.states import canonical
+from fulmen_strategies._sharded.states import canonical, reshard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -74,6 +74,7 @@ def open_gradients(
 
     ``stages``: of a pipeline, whose ranks have different modules; it needs ``full``.
     """
+    reshard(root)
     keeps = collectives.rank == 0 if stages is None else stages.is_first
     added: dict[str, Tensor] = {}
     own: dict[str, Tensor] = {}
@@ -110,6 +111,7 @@ def load_open_gradients(
     Raises:
         CheckpointError: gradients that are each rank's own, and there are other ranks now.
     """
+    reshard(root)
     mine = _unpacked(state, collectives)
     for name, parameter, shards in _each(root, module):
         if name in state["added"]:
