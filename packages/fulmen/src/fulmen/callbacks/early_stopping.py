@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,6 +10,7 @@ import torch
 
 from fulmen.callbacks._monitor import Moment, MonitoredValue
 from fulmen.callbacks.callback import Callback
+from fulmen_fabric import rank_zero_warn
 from fulmen_protocols import MisconfigurationException, MisconfigurationRuntimeError, did_you_mean
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class EarlyStopping(Callback):
             raise MisconfigurationRuntimeError(found)
         if not self._warned_of_missing:
             self._warned_of_missing = True
-            warnings.warn(found, stacklevel=4)
+            rank_zero_warn(found)
 
     def _evaluate_stopping_criteria(self, current: Tensor) -> tuple[bool, str | None]:
         """Whether to stop at the value ``current``, and what to say."""
