@@ -913,6 +913,35 @@ def changes_during_a_run(library: Any) -> Any:
     return [seen, made.global_step]
 
 
+@scenario
+def calls_after_an_error(library: Any) -> Any:
+    class Failing(model_of(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
+        calls = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.calls += 1
+            if self.calls == fails_at:
+                raise RuntimeError("something went wrong")
+            seen.append([batch_idx, float(batch[0, 0]), self.trainer.global_step])
+            return super().training_step(batch, batch_idx)
+
+        def on_train_epoch_start(self) -> None:
+            seen.append("epoch")
+
+    found = []
+    for fails_at, accumulate in ((1, 1), (4, 1), (4, 2), (7, 3)):
+        seen: list[Any] = []
+        made, model, loader = trainer(library, max_epochs=2, accumulate_grad_batches=accumulate), Failing(), numbers(10)
+        try:
+            made.fit(model, loader, numbers(4))
+        except RuntimeError:
+            seen.append(["failed", made.global_step, made.current_epoch])
+        made.validate(model, numbers(4), verbose=False)
+        made.fit(model, loader, numbers(4))
+        found.append([seen, made.global_step, made.current_epoch, model.layer.weight])
+    return found
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     wanted = sys.argv[2:] or list(SCENARIOS)
