@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fulmen import LightningModule, Trainer
 from fulmen._reporting import Reporter
-from fulmen.callbacks import Callback, ProgressBar, RichProgressBar, TQDMProgressBar
+from fulmen.callbacks import Callback, ModelCheckpoint, ProgressBar, RichProgressBar, TQDMProgressBar
 from fulmen.callbacks.progress import RichProgressBarTheme, _bars
 from fulmen.callbacks.progress._bars import PlainBar
 from fulmen_protocols.errors import MisconfigurationException, MissingPackage
@@ -119,6 +120,21 @@ def test_without_a_terminal_each_epoch_is_one_plain_line(
     assert [line.split(":")[0] for line in lines] == ["Epoch 0/2", "Epoch 1/2", "Epoch 2/2"]
     assert all("6/6" in line and "half=0.5" in line and "score=0.25" in line for line in lines)
     assert not any(character in out for character in "\r\x1b\b")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rest_of_a_resumed_epoch_has_its_name_and_its_length(
+    kind: type[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_bars, "PLAIN_EPOCH_INTERVAL_S", 0.0)
+    middle = ModelCheckpoint(tmp_path, every_n_train_steps=8)
+    make_trainer(middle, enable_checkpointing=True, enable_progress_bar=False).fit(Model(), data(), data())
+    resumed = make_trainer(kind(), middle, enable_checkpointing=True, max_epochs=3)
+
+    resumed.fit(Model(), data(), data(), ckpt_path=middle.best_model_path)
+
+    heads = [line.partition(" [")[0] for line in capsys.readouterr().out.splitlines()]
+    assert heads == ["Epoch 1/2: 6/6", "Epoch 2/2: 6/6"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
