@@ -83,6 +83,40 @@ def test_a_logger_that_is_none_is_named_with_what_it_lacks() -> None:
             trainer(logger=wrong)
     with pytest.raises(TypeError, match=r"logger=7 cannot be used.*CSVLogger\('logs'\), a list of them, True or False"):
         trainer(logger=7)
+    with pytest.raises(TypeError, match=r"logger='wandb' cannot be used: str does not satisfy Logger"):
+        trainer(logger="wandb")
+
+
+def test_only_a_fit_without_an_end_is_warned_that_it_has_1000_epochs() -> None:
+    class Stops(Line):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.trainer.should_stop = True
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.layer(batch)
+
+    made = trainer(max_epochs=None)
+    made.predict(Stops(), loader())  # a warning would be an error
+    with pytest.warns(UserWarning, match="ends after 1000 epochs. Give one of them, or max_epochs=-1") as caught:
+        made.fit(Stops(), loader())
+    assert caught[0].filename == __file__
+    made.fit_loop.max_epochs = 2
+    made.fit(Stops(), loader())
+
+
+def test_warnings_of_callbacks_and_optimizers_name_the_line_of_the_user(tmp_path: Path) -> None:
+    class Untrained(Line):
+        def configure_optimizers(self) -> Any:
+            return None
+
+    (tmp_path / "of an earlier run").touch()
+    callbacks = [ModelCheckpoint(tmp_path), EarlyStopping("nothing", strict=False)]
+    with pytest.warns(UserWarning) as caught:
+        trainer(enable_checkpointing=True, callbacks=callbacks).fit(Untrained(), loader())
+
+    for said in ("is not empty", "returned None", "monitor='nothing'"):
+        [warning] = [one for one in caught if said in str(one.message)]
+        assert warning.filename == __file__, said
 
 
 @pytest.mark.proves("9.3", "A.5")

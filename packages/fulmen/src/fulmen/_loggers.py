@@ -49,7 +49,7 @@ def complete(logger: Logger | Iterable[Logger] | bool | None, settings: Settings
                 )
             return [load(LOGGERS, name, save_dir=settings.default_root_dir)]
         return [load(LOGGERS, name, save_dir=settings.default_root_dir, version=_slurm_job())]
-    if isinstance(logger, Iterable) and not hasattr(logger, "log_metrics"):
+    if isinstance(logger, Iterable) and not isinstance(logger, str) and not hasattr(logger, "log_metrics"):
         return [_checked(one) for one in logger]
     return [_checked(logger)]
 

@@ -214,8 +214,6 @@ class Trainer(TrainerActions):
         )
         self.fast_dev_run = settings.fast_dev_run
         rank_zero_info(first_line(self.assembly))
-        if settings.max_epochs_is_default:
-            rank_zero_warn("neither max_epochs nor max_steps was given: training ends after 1000 epochs.")
 
     def __getstate__(self) -> dict[str, Any]:
         # A call that has ended belongs to this process: its loaders and hooks stay.
@@ -251,6 +249,11 @@ class Trainer(TrainerActions):
         if isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
         given = {"train": train_dataloaders, "val": val_dataloaders}
+        if self.settings.max_epochs_is_default:
+            rank_zero_warn(
+                f"neither max_epochs nor max_steps was given: training ends after {self.max_epochs} epochs. Give one of "
+                "them, or max_epochs=-1 to train until something stops it."
+            )
         self._run(TrainerFn.FITTING, model, given, datamodule, ckpt_path, weights_only)
 
     def validate(
@@ -426,7 +429,7 @@ class Trainer(TrainerActions):
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
         self.state.stage = _FIRST_STAGE[fn]
         if fn is TrainerFn.FITTING:
-            self._progress.stop_reason, self._progress.stop_now = None, False
+            self._progress.begin_again()
         else:
             session.keep_training_of(previous)
         if datamodule is not None:
