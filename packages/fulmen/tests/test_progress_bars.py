@@ -178,6 +178,15 @@ def test_evaluations_of_their_own_say_a_line_for_each_loader(
     ]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table_of_results_follows_the_last_bar(kind: type[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    make_trainer(kind()).test(Model(), [data(2), data(3)])
+
+    heads = [line.partition(" [")[0] for line in capsys.readouterr().out.splitlines() if line.strip("-")]
+    assert heads[:2] == ["Testing DataLoader 0: 2/2", "Testing DataLoader 1: 3/3"]
+    assert heads[2].startswith("Test metric")
+
+
 class Counting(TQDMProgressBar):
     """Counts drawings, through the hook that people override."""
 

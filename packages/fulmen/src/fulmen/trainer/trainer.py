@@ -384,8 +384,10 @@ class Trainer(TrainerActions):
                 elif fn is TrainerFn.PREDICTING:
                     outputs = predict(*evaluation.prepare_predict(keep=keep))
                 else:
-                    evaluate(*evaluation.prepare(verbose=verbose))
+                    evaluate(*evaluation.prepare())
                     outputs = evaluation.results
+                    if verbose:
+                        evaluation.show_results()
             self._tear_down(session)
             _whereabouts.leave()
         except _TunerExitException:
