@@ -104,6 +104,21 @@ def test_only_a_fit_without_an_end_is_warned_that_it_has_1000_epochs() -> None:
     made.fit(Stops(), loader())
 
 
+def test_a_fit_that_has_nothing_left_to_train_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    made = trainer(max_epochs=2)
+    with caplog.at_level(logging.INFO, logger="fulmen"):
+        made.fit(Line(), loader())
+        assert "nothing is left" not in caplog.text
+        made.fit(Line(), loader())
+    assert "this run has 2 epochs and 8 steps behind it, and max_epochs=2. To go on" in caplog.text
+
+    caplog.clear()
+    made.fit_loop.max_epochs = 3
+    made.fit(Line(), loader())
+    assert made.global_step == 12
+    assert "nothing is left" not in caplog.text
+
+
 def test_warnings_of_callbacks_and_optimizers_name_the_line_of_the_user(tmp_path: Path) -> None:
     class Untrained(Line):
         def configure_optimizers(self) -> Any:
