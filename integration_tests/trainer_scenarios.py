@@ -801,12 +801,18 @@ def sanity_check(library: Any) -> Any:
                     self.trainer.save_checkpoint(save)
 
             def on_train_start(self) -> None:
-                self.seen.append(f"train, {len(self.trainer.callback_metrics)} metrics")
+                metrics = len(self.trainer.callback_metrics) if path is None else "resumed"
+                self.seen.append(f"train, {metrics} metrics")
 
         model = Model()
         made = trainer(library, **options)
         made.fit(model, numbers(6), options.pop("loaders", numbers(8)), ckpt_path=path)
         return model.seen
+
+    def run_with(**when: Any) -> str:
+        saves = library.callbacks.ModelCheckpoint(dirpath=f"{folder}/{len(when)}{list(when)}", **when)
+        run(num_sanity_val_steps=0, enable_checkpointing=True, callbacks=[saves])
+        return str(saves.best_model_path)
 
     with tempfile.TemporaryDirectory() as folder:
         inside = f"{folder}/inside.ckpt"
@@ -820,6 +826,10 @@ def sanity_check(library: Any) -> Any:
             "quick": run(num_sanity_val_steps=2, fast_dev_run=True),
             "saved": run(num_sanity_val_steps=2, save=inside),
             "resumed inside an epoch": run(path=inside, num_sanity_val_steps=2)[:3],
+            "resumed after an epoch": [
+                run(path=run_with(**when), num_sanity_val_steps=2, max_epochs=2)
+                for when in ({}, {"monitor": "val"}, {"save_on_train_epoch_end": True})
+            ],
         }
 
 

@@ -88,8 +88,9 @@ class Evaluation:
     def sanity_check(self) -> None:
         """Try a few validation batches before training; metrics and random states are as before afterwards."""
         limit = self._settings().num_sanity_val_steps
-        if limit == 0 or not self.validates or self._progress.batch > 0:
-            return  # a run resumed inside an epoch has validated before
+        inside_epoch = self._progress.batch > 0 and not self._progress.epoch_is_whole
+        if limit == 0 or not self.validates or inside_epoch:
+            return  # what goes on inside of an epoch is as before; after one, code may have changed
         self._state.stage = RunningStage.SANITY_CHECKING
         with isolate_rng():
             for hook in self.binder.of_callbacks("on_sanity_check_start"):
