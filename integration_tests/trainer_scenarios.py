@@ -926,11 +926,11 @@ def changes_during_a_run(library: Any) -> Any:
 @scenario
 def calls_after_an_error(library: Any) -> Any:
     class Failing(model_of(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
-        calls = 0
+        calls = fails_at = 0
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             self.calls += 1
-            if self.calls == fails_at:
+            if self.calls == self.fails_at:
                 raise RuntimeError("something went wrong")
             seen.append([batch_idx, float(batch[0, 0]), self.trainer.global_step])
             return super().training_step(batch, batch_idx)
@@ -942,6 +942,7 @@ def calls_after_an_error(library: Any) -> Any:
     for fails_at, accumulate in ((1, 1), (4, 1), (4, 2), (7, 3)):
         seen: list[Any] = []
         made, model, loader = trainer(library, max_epochs=2, accumulate_grad_batches=accumulate), Failing(), numbers(10)
+        model.fails_at = fails_at
         try:
             made.fit(model, loader, numbers(4))
         except RuntimeError:

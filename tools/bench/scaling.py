@@ -37,7 +37,7 @@ CONTESTANTS = ["raw", "fulmen", "lightning"]
 WORKLOADS = ["gpt2-ddp", "1b-fsdp", "7b-fsdp", "7b-2d"]
 LEAST = {"gpt2-ddp": 1, "1b-fsdp": 1, "7b-fsdp": 2, "7b-2d": 4}
 """Fewest devices for each, as in ``scaling_models``, which imports torch."""
-FIRST_GUESS_S = 75.0
+FIRST_GUESS_S = 60.0
 """How long a launch may take before one has been seen."""
 
 
@@ -173,12 +173,20 @@ def waves(asked: argparse.Namespace) -> list[list[Launch]]:
     most, *fewer = sorted(set(asked.devices), reverse=True)
     found: list[list[Launch]] = []
     later: list[list[Launch]] = []
-    for workload in asked.workloads:
+    for workload in asked.workloads if asked.measure else []:
         if most >= LEAST[workload]:
             found.append([Launch("measure", workload, most)])
         others = [Launch("measure", workload, devices) for devices in fewer if devices >= LEAST[workload]]
         together = _beside(others, most, apart=asked.apart or asked.accelerator == "cpu")
         (found if workload in ("gpt2-ddp", "1b-fsdp") else later).extend(together)
+    if asked.eager:
+        eager = [
+            Launch("eager", workload, devices)
+            for workload in asked.workloads
+            for devices in sorted(asked.devices, reverse=True)
+            if devices >= LEAST[workload]
+        ]
+        found.extend(_beside(eager, most, apart=asked.apart or asked.accelerator == "cpu"))
     if asked.resume and fewer and "1b-fsdp" in asked.workloads:
         found.append([Launch("save", "1b-fsdp", most)])
         again = [Launch("resume", "1b-fsdp", devices) for devices in (most // 2, most // 4) if devices]
@@ -206,25 +214,26 @@ def table(rows: list[dict[str, Any]], peak_flops: dict[str, float | None], *, ma
 
     figures: dict[tuple[str, int, str], dict[str, float]] = {}
     plans = {(row["workload"], row["devices"]): row["peak_bytes"] for row in rows if "at_peak" in row}
+    eager = {(row["workload"], row["devices"]): row["eager_peak_bytes"] for row in rows if "eager_peak_bytes" in row}
     device = next((row["device"] for row in rows if "device" in row), "cpu")
     for key in {(row["workload"], row["devices"], row["contestant"]) for row in rows if "step_s" in row}:
         mine = [
             row for row in rows if (row["workload"], row["devices"], row.get("contestant")) == key and "step_s" in row
         ]
-        names = ("step_s", "host_s", "peak_bytes", "stall_s", "next_stall_s")
+        names = ("step_s", "peak_bytes", "stall_s", "next_stall_s")
         figures[key] = {name: median([row[name] for row in mine if name in row]) for name in names if name in mine[0]}
     head = [
         "workload",
         "GPUs",
         "by",
         "ms a step",
-        "of the processor",
         "tokens/s a GPU",
         "of raw",
         "MFU",
         "of linear",
         "peak GiB",
-        "plan",
+        "peak, eager",
+        "plan, eager",
         "stall s, first save",
         "next",
     ]
@@ -247,20 +256,21 @@ def table(rows: list[dict[str, Any]], peak_flops: dict[str, float | None], *, ma
                 str(devices),
                 by,
                 f"{1e3 * found['step_s']:.1f}",
-                f"{1e3 * found['host_s']:.1f}" if "host_s" in found else "",
                 f"{speed:,.0f}",
                 f"{base['step_s'] / found['step_s']:.3f}" if base else "",
                 f"{100 * speed * models.operations_per_token(workload) / peak:.1f} %" if peak else "",
                 f"{one / found['step_s']:.3f} (from {fewest})" if devices > fewest else "",
                 f"{found['peak_bytes'] / 2**30:.2f}" if is_known else "",
-                ""
-                if plan is None
-                else f"{plan / 2**30:.2f}" + (f" ({plan / found['peak_bytes']:.2f}x)" if is_known else ""),
+                *_eager_columns(plan, eager.get((name, devices)), by),
                 *(f"{found[name]:.2f}" if name in found else "" for name in ("stall_s", "next_stall_s")),
             ]
         )
     print(f"\n{device}; speeds are medians over rounds; the plan is of eager execution")
     print_table(head, lines, markdown=markdown)
+    for (name, devices), peak_bytes in eager.items():
+        if (name, devices, "fulmen") not in figures:
+            measured, planned = _eager_columns(plans.get((name, devices)), peak_bytes, "fulmen")
+            print(f"{name} on {devices}, eager: peak {measured} GiB, plan {planned}")
     for row in rows:
         if row["action"] in ("save", "resume") and "losses" in row:
             print(f"{row['action']} on {row['devices']}: losses {', '.join(f'{loss:.4f}' for loss in row['losses'])}")
@@ -268,6 +278,14 @@ def table(rows: list[dict[str, Any]], peak_flops: dict[str, float | None], *, ma
         if "not_run" in row:
             by = f" by {row['contestant']}" if "contestant" in row else ""
             print(f"not run: {row['action']} {row['workload']} on {row['devices']}{by}: {row['not_run']}")
+
+
+def _eager_columns(plan: float | None, measured: float | None, by: str) -> tuple[str, str]:
+    """The peak without compiling, and the plan of it with its share of that."""
+    if by != "fulmen" or plan is None:
+        return "", ""
+    planned = f"{plan / 2**30:.2f}"
+    return (f"{measured / 2**30:.2f}", f"{planned} ({plan / measured:.2f}x)") if measured else ("", planned)
 
 
 def resumed_losses_agree(rows: list[dict[str, Any]], tolerance: float = 0.01) -> bool | None:
@@ -297,6 +315,8 @@ def main() -> int:
     add("--fp8", action="store_true", help="float8 products by torchao")
     add("--recompute", action="store_true", help="activation checkpointing of each block")
     add("--no-compile", dest="compile", action="store_false")
+    add("--no-measure", dest="measure", action="store_false", help="leave out the timed runs")
+    add("--eager", action="store_true", help="measure the peak without compiling too, which the plan is of")
     add("--no-resume", dest="resume", action="store_false", help="leave out the checkpoint over numbers of GPUs")
     add("--apart", action="store_true", help="never two launches at a time")
     add("--report", action="store_true", help="only print the table of what --out holds")
@@ -316,7 +336,7 @@ def main() -> int:
         print(
             f"losses after resuming on fewer devices {'equal' if agree else 'DIFFER FROM'} those of the run that saved"
         )
-    return int(agree is False or not any("step_s" in row for row in rows))
+    return int(agree is False or not any("step_s" in row or "eager_peak_bytes" in row for row in rows))
 
 
 def _peak_flops(rows: list[dict[str, Any]]) -> dict[str, float | None]:

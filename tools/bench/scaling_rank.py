@@ -1,7 +1,8 @@
 """One rank of the scaling measurement: started by torchrun, it trains by every contestant in turn and reports.
 
 Contestants share the processes, and so the model's compiled code, the devices and the moment; what one leaves is freed
-before the next. ``plan`` instead predicts the memory on a CPU, ``save`` and ``resume`` compare losses over rank counts.
+before the next. ``plan`` instead predicts the memory on a CPU, ``eager`` measures what was predicted, and ``save`` and
+``resume`` compare losses over rank counts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +47,6 @@ class Clock:
         self.settle: Callable[[], object] = lambda: None
         """Returns when the save before it has been written."""
         self.marks: list[float] = []
-        self.host_s = 0.0
         self.peak = 0
 
     @property
@@ -63,8 +64,6 @@ class Clock:
         if index not in (self.first, self.last, self.second, self.steps):
             return
         is_cuda = self.device.type == "cuda"
-        if index == self.last:
-            self.host_s += time.thread_time()  # before waiting for the device, which is the processor's work too
         if is_cuda:
             torch.cuda.synchronize(self.device)
         if index == self.first and is_cuda:
@@ -72,17 +71,15 @@ class Clock:
         if index == self.last:
             self.peak = torch.cuda.max_memory_allocated(self.device) if is_cuda else 0
         self.marks.append(time.perf_counter())
-        if index == self.first:
-            self.host_s -= time.thread_time()
         if self.after and index == self.second:
             self.settle()
             self.marks.append(time.perf_counter())
 
     def figures(self, measured: int) -> dict[str, float]:
-        """Seconds per step, of this rank's own thread too; bytes at the peak; what saves cost beyond their steps."""
+        """Seconds per step, bytes at the peak, and what saves cost beyond their steps."""
         begin, end, *saves = self.marks
         seconds = (end - begin) / measured
-        found = {"step_s": seconds, "host_s": self.host_s / measured, "peak_bytes": float(self.peak)}
+        found = {"step_s": seconds, "peak_bytes": float(self.peak)}
         if self.after:
             one, settled, two = saves
             found["stall_s"] = one - end - self.after * seconds
@@ -157,7 +154,7 @@ def make_module(library: Any, asked: argparse.Namespace, workload: Workload, clo
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             clock.batch(batch_idx)
             loss = self.net(*batch)
-            if asked.action != "measure":
+            if asked.action in ("save", "resume"):
                 losses.append(loss.detach())
             self.log("loss", loss, prog_bar=True)
             return loss
@@ -254,6 +251,19 @@ def measure(asked: argparse.Namespace, workload: Workload, device: torch.device)
     return rows
 
 
+def eager(asked: argparse.Namespace, workload: Workload, device: torch.device) -> list[dict[str, Any]]:
+    """The peak of a few steps by fulmen without compiling, which is what a plan is of."""
+    asked.compile = False
+    clock = Clock(replace(workload, warm_up=2, measured=2), device, saves=False)
+    row: dict[str, Any] = {"contestant": "fulmen"}
+    try:
+        trainer("fulmen", asked, workload, device, clock)
+        row["eager_peak_bytes"] = clock.figures(2)["peak_bytes"]
+    except torch.OutOfMemoryError as error:
+        row["not_run"] = f"{type(error).__name__}: {error}"[:600]
+    return [row]
+
+
 def losses_around_a_save(asked: argparse.Namespace, workload: Workload, device: torch.device) -> list[dict[str, Any]]:
     """Two epochs of three batches, the same on every rank; ``save`` runs both, ``resume`` only the second."""
     import fulmen
@@ -329,7 +339,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     """The arguments that the parent gives."""
     parser = argparse.ArgumentParser()
     add = parser.add_argument
-    add("action", choices=["measure", "save", "resume", "plan"])
+    add("action", choices=["measure", "eager", "save", "resume", "plan"])
     add("workload", choices=sorted(models.WORKLOADS))
     add("--devices", type=int, required=True)
     add("--accelerator", choices=["cuda", "cpu"], required=True)
@@ -367,8 +377,7 @@ def main(words: list[str]) -> int:
             named: list[Any] = [made]
             torch.distributed.broadcast_object_list(named)
             asked.scratch = Path(named[0])
-            action = measure if asked.action == "measure" else losses_around_a_save
-            rows = action(asked, workload, device)
+            rows = {"measure": measure, "eager": eager}.get(asked.action, losses_around_a_save)(asked, workload, device)
             if device.type == "cuda":
                 for row in rows:
                     row["device"] = torch.cuda.get_device_name(device)

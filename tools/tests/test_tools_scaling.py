@@ -24,6 +24,8 @@ def asked(**changed: Any) -> argparse.Namespace:
         "contestants": scaling.CONTESTANTS,
         "rounds": 1,
         "budget": 480.0,
+        "measure": True,
+        "eager": False,
         "resume": True,
         "apart": False,
     }
@@ -51,6 +53,8 @@ def test_smaller_numbers_of_gpus_share_the_host_after_the_largest() -> None:
     ]
     one_gpu = scaling.waves(asked(devices=[1]))
     assert shown(one_gpu) == ["measure gpt2-ddp 1@0", "measure 1b-fsdp 1@0"]  # 7B needs more, resuming too
+    eager = scaling.waves(asked(devices=[4], workloads=["gpt2-ddp", "7b-2d"], measure=False, eager=True))
+    assert shown(eager) == ["eager gpt2-ddp 4@0", "eager 7b-2d 4@0"]
     apart = scaling.waves(asked(apart=True, workloads=["gpt2-ddp"]))
     assert [len(wave) for wave in apart] == [1, 1, 1, 1]
 
@@ -73,13 +77,15 @@ def test_the_table_has_speed_efficiency_and_memory_by_their_formulas(capsys: pyt
         base = {"action": "measure", "workload": "1b-fsdp", "devices": devices, "contestant": by, "step_s": step_s}
         return {**base, "peak_bytes": 2.0**31, "device": "NVIDIA H100", **more}
 
-    rows = [row(1, "fulmen", 0.8), row(8, "fulmen", 1.0, stall_s=0.25), row(8, "raw", 0.9)]
-    rows.append({"action": "plan", "workload": "1b-fsdp", "devices": 8, "peak_bytes": 2.2 * 2**30, "at_peak": {}})
+    stalls = {"stall_s": 0.25, "next_stall_s": 0.125}
+    rows = [row(1, "fulmen", 0.8), row(8, "fulmen", 1.0, **stalls), row(8, "raw", 0.9)]
+    rows.append({"action": "eager", "workload": "1b-fsdp", "devices": 8, "eager_peak_bytes": 2.0**32})
+    rows.append({"action": "plan", "workload": "1b-fsdp", "devices": 8, "peak_bytes": 4.4 * 2**30, "at_peak": {}})
     scaling.table(rows, {"NVIDIA H100": 1e15}, markdown=True, tiny=False)
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 1b-fsdp | 8 | fulmen")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[3:6] == ["1000.0", "8,192", "0.900"]  # 4 sequences of 2048 tokens a second
-    assert cells[7:] == ["0.800 (from 1)", "2.00", "2.20 (1.10x)", "0.25"]
+    assert cells[7:] == ["0.800 (from 1)", "2.00", "4.00", "4.40 (1.10x)", "0.25", "0.12"]
 
 
 def test_losses_after_resuming_are_compared_with_those_of_the_run_that_saved() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from fulmen_deepspeed import DeepSpeedCheckpointIO
+from fulmen_deepspeed import DeepSpeedCheckpointIO, DeepSpeedStrategy
 from fulmen_deepspeed import _folder as folders
 from fulmen_deepspeed._checkpoint import EngineCheckpoints
 from fulmen_deepspeed._process_group import ProcessGroup
@@ -18,6 +20,7 @@ from fulmen_protocols import (
     CheckpointNotFound,
     CheckpointUnsafe,
     MisconfigurationException,
+    Topology,
     load,
 )
 
@@ -122,3 +125,24 @@ def test_only_the_engine_writes_such_folders(tmp_path: Path) -> None:
     DeepSpeedCheckpointIO().remove_checkpoint(tmp_path / "b")
     DeepSpeedCheckpointIO().remove_checkpoint(tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_what_deepspeed_is_told_by_the_environment_is_gone_with_the_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    strategy = DeepSpeedStrategy()
+    strategy.setup_environment(Topology((torch.device("cpu"),)))
+    told = os.environ.get("LOCAL_RANK")
+    strategy.teardown()
+    assert (told, os.environ.get("LOCAL_RANK")) == ("0", None)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_what_a_launcher_has_told_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    strategy = DeepSpeedStrategy()
+    strategy.setup_environment(Topology((torch.device("cpu"),)))
+    strategy.teardown()
+    assert os.environ["LOCAL_RANK"] == "0"

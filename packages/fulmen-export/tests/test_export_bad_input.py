@@ -261,11 +261,13 @@ def test_contradicting_onnx_options_are_refused(monkeypatch: pytest.MonkeyPatch)
     assert "Did you mean 'input'?" in axis
 
 
-def test_without_a_compiler_aoti_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_aoti_says_so(tmp_path: Path) -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    text = told(BackendUnavailable, lambda: AOTInductorExporter().export(nn.Linear(4, 2), (X,), tmp_path / "net.pt2"))
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        text = told(
+            BackendUnavailable, lambda: AOTInductorExporter().export(nn.Linear(4, 2), (X,), tmp_path / "net.pt2")
+        )
 
     assert "tried 'no-such-compiler'" in text
     assert "Install g++ or clang++" in text

@@ -256,6 +256,18 @@ def test_logging_goes_on_after_finalize_and_a_prefix_is_put_before_names(tmp_pat
     assert _rows(logger)[1]["step"] == "1"
 
 
+def test_a_subclass_says_what_stands_between_the_prefix_and_a_name(tmp_path: Path) -> None:
+    class Slashed(CSVLogger):
+        LOGGER_JOIN_CHAR = "/"
+
+    logger = Slashed(tmp_path, prefix="fold1")
+    logger.log_metrics({"a": 1.0}, step=0)
+    logger.save()
+
+    assert _rows(logger)[0]["fold1/a"] == "1.0"
+    assert logger.reopen_options()["prefix"] == "fold1"
+
+
 @pytest.mark.parametrize("clone", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy])
 def test_a_copy_goes_on_in_the_same_file(tmp_path: Path, clone) -> None:  # type: ignore[no-untyped-def]
     logger = CSVLogger(tmp_path)
@@ -418,7 +430,11 @@ def test_rows_that_nobody_asked_to_write_are_there_once_the_process_has_ended(tm
 
 def test_rows_that_cannot_be_written_at_the_end_are_a_line_and_no_traceback(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", AT_THE_END, str(tmp_path), "fail"], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", AT_THE_END, str(tmp_path), "fail"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
 
     assert "the last rows of a CSVLogger could not be written" in done.stderr

@@ -296,7 +296,8 @@ class TestWhenAllGoesWell:
             assert first == second, "the second launch found the same processes"
 
     def test_nothing_is_printed(self, ended: dict[Case, Ended]) -> None:
-        assert ended[self.case].output == ""
+        own = [line for line in ended[self.case].output.splitlines() if not line.startswith("[Gloo]")]  # torch 2.9's
+        assert own == []
 
     def test_arguments_and_interpreter_flags_are_those_of_the_first(self, ended: dict[Case, Ended]) -> None:
         first, second = ended[self.case].result(0), ended[self.case].result(1)

@@ -174,6 +174,22 @@ def test_cuda_keeps_a_byte_for_each_element_of_a_dropout_mask_and_a_cpu_four() -
     assert cpu - cuda == pytest.approx((FLOAT - 1) * mask, abs=1024)
 
 
+def test_cuda_saves_of_a_root_mean_square_norm_its_input_and_a_number_a_row() -> None:
+    class Normed(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.rms_norm(self.net(x), (16,), self.weight, 1e-5)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(16))
+
+    batch, rows = "float32[1024,32],float32[1024,16]", 1024
+    plain = trainer().plan(MLP, batch=batch, device="cuda").activations
+    normed = trainer().plan(Normed, batch=batch, device="cuda").activations
+    # The norm's input, and its result where the loss had saved that input.
+    assert normed - plain == pytest.approx(FLOAT * (rows * 16 + rows), abs=1024)
+
+
 def test_autocast_on_cuda_takes_the_softmax_of_the_loss_in_float32() -> None:
     class Head(fulmen.LightningModule):
         def __init__(self) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
+from fulmen import LightningModule, Trainer
 from fulmen._metric_read import HostSnapshot
 from fulmen._reporting import Reporter
+from fulmen.callbacks import LearningRateMonitor
+from fulmen.loggers import CSVLogger
 from fulmen.metrics import MetricStore, scope_for
 
 if TYPE_CHECKING:
@@ -119,20 +124,112 @@ def test_values_of_the_host_and_of_the_device_make_one_mean() -> None:
     assert float(store.callback_metrics["x_epoch"]) == pytest.approx(2.0)
 
 
-def test_a_row_reads_all_values_at_once() -> None:
-    rows: list[dict[str, float]] = []
+class Rows:
+    """A logger that keeps what it is given."""
 
-    class Rows:
-        name, version = "rows", 0
+    name, version = "rows", 0
 
-        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-            rows.append(dict(metrics))
+    def __init__(self) -> None:
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
 
-        def save(self) -> None: ...
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
 
-    store = make_store()
+    def save(self) -> None: ...
+
+
+def busy() -> None:
+    """Keep the device from coming to what is queued next, for some tenths of a second."""
+    torch.cuda._sleep(10**9)
+
+
+@pytest.mark.usefixtures("waiting_is_an_error")
+def test_a_row_comes_by_itself_and_holds_what_was_logged_then() -> None:
+    logger = Rows()
+    store, reporter = make_store(), Reporter(loggers=[logger])  # type: ignore[list-item]  # all that is asked of it
+    (take_arrived,) = reporter.step_hooks(store.device)
+    value = torch.zeros(10, device="cuda")
+    torch.empty(10, pin_memory=True)  # the first of a size waits for the device
     store.start_batch(torch.zeros(1, device="cuda"), 0, None)
+    busy()
+    value += torch.arange(10, device="cuda")
     for index in range(10):
-        log(store, f"x{index}", torch.full((), float(index), device="cuda"))
-    Reporter(loggers=[Rows()]).report_step(store, batches_that_stepped=0, epoch=0)  # type: ignore[list-item]  # wrong on purpose
-    assert rows == [{**{f"x{index}_step": float(index) for index in range(10)}, "epoch": 0}]
+        log(store, f"x{index}", value[index])
+    reporter.report_step(store, batches_that_stepped=0, epoch=0)
+    reporter.log_metrics({"lr": 0.5}, x=1, epoch=0)
+    value.fill_(-1.0)
+    take_arrived()
+    assert logger.rows == []
+
+    torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    take_arrived()
+    first = {f"x{index}_step": float(index) for index in range(10)}
+    assert logger.rows == [(0, {**first, "epoch": 0}), (1, {"lr": 0.5, "epoch": 0})]
+
+
+def test_what_is_on_its_way_is_there_when_the_epoch_is_reported_or_a_checkpoint_asks() -> None:
+    logger = Rows()
+    store, reporter = make_store(), Reporter(loggers=[logger])  # type: ignore[list-item]  # all that is asked of it
+    for step in range(2):
+        store.start_batch(torch.zeros(1, device="cuda"), step, None)
+        busy()
+        log(store, "x", torch.full((), float(step), device="cuda"))
+        reporter.report_step(store, batches_that_stepped=step, epoch=0)
+        if step == 0:
+            reporter.settle()
+            assert logger.rows == [(0, {"x_step": 0.0, "epoch": 0})]
+    store.reduce_epoch()
+    reporter.report_train_epoch(store, batches_that_stepped=2, epoch=0)
+    assert logger.rows[1:] == [(1, {"x_step": 1.0, "epoch": 0}), (1, {"x_epoch": 0.5, "epoch": 0})]
+
+
+def test_a_fit_with_loggers_and_a_row_each_step_waits_for_nothing_and_logs_what_a_raw_loop_computes(
+    tmp_path: Path,
+) -> None:
+    data = [torch.full((2, 1), float(index), device="cuda") for index in range(12)]
+
+    class Line(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            torch.cuda.set_sync_debug_mode("error" if batch_idx > 2 else "default")
+            loss = (batch * self.weight - 1).pow(2).mean()
+            self.log("loss", loss, prog_bar=True)
+            return loss
+
+        def on_train_epoch_end(self) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    trainer = Trainer(
+        accelerator="cuda",
+        devices=1,
+        max_epochs=1,
+        log_every_n_steps=1,
+        logger=CSVLogger(tmp_path),
+        callbacks=[LearningRateMonitor("step")],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    try:
+        trainer.fit(Line(), data)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    weight = torch.ones(1, device="cuda", requires_grad=True)
+    losses = []
+    for batch in data:
+        loss = (batch * weight - 1).pow(2).mean()
+        losses.append(float(loss))
+        (grad,) = torch.autograd.grad(loss, weight)
+        weight = (weight - 1e-3 * grad).detach().requires_grad_()
+    with (Path(trainer.log_dir or "") / "metrics.csv").open(encoding="utf-8") as stream:
+        logged = {int(row["step"]): float(row["loss"]) for row in csv.DictReader(stream) if row["loss"]}
+    assert list(logged) == list(range(12))
+    assert list(logged.values()) == pytest.approx(losses, rel=1e-6)

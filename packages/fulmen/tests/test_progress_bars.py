@@ -11,9 +11,8 @@ import subprocess
 import sys
 import termios
 import time
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -25,6 +24,9 @@ from fulmen.callbacks import Callback, ModelCheckpoint, ProgressBar, RichProgres
 from fulmen.callbacks.progress import RichProgressBarTheme, _bars
 from fulmen.callbacks.progress._bars import PlainBar
 from fulmen_protocols.errors import MisconfigurationException, MissingPackage
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 KINDS = [TQDMProgressBar, RichProgressBar]
 

@@ -126,7 +126,7 @@ def test_warnings_of_callbacks_and_optimizers_name_the_line_of_the_user(tmp_path
 
     (tmp_path / "of an earlier run").touch()
     callbacks = [ModelCheckpoint(tmp_path), EarlyStopping("nothing", strict=False)]
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="is not empty") as caught:
         trainer(enable_checkpointing=True, callbacks=callbacks).fit(Untrained(), loader())
 
     for said in ("is not empty", "returned None", "monitor='nothing'"):

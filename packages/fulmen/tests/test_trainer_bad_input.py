@@ -210,7 +210,8 @@ def test_a_misspelt_hook_of_a_callback_is_named_with_the_nearest_hook() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("on_epoch_end", "on_train_epoch_end, on_validation_epoch_end"), ("on_batch_start", "on_train_batch")]
+    ("old", "new"),
+    [("on_epoch_end", "on_train_epoch_end, on_validation_epoch_end"), ("on_batch_start", "on_train_batch")],
 )
 def test_a_hook_of_lightning_before_2_is_named_with_what_took_its_place(old: str, new: str) -> None:
     callback = type("Old", (fulmen.Callback,), {old: lambda *_: None})()
@@ -229,7 +230,7 @@ def test_a_hook_of_lightning_before_2_is_named_with_what_took_its_place(old: str
     ],
 )
 def test_what_is_no_callback_is_refused_when_the_trainer_is_made(given: Any, says: str) -> None:
-    with pytest.raises(ValueError, match="Give an object whose class derives from fulmen.Callback") as raised:
+    with pytest.raises(ValueError, match=r"Give an object whose class derives from fulmen\.Callback") as raised:
         trainer(callbacks=given)
 
     assert says in str(raised.value)

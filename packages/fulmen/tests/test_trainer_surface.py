@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import fulmen
-from fulmen_data import CombinedLoader
 from fulmen.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
+from fulmen_data import CombinedLoader
 from fulmen_loggers import CSVLogger
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*validation is left out", "ignore:log_every_n_steps")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -124,6 +124,7 @@ def trainer(**options: Any) -> fulmen.Trainer:
     limit=st.integers(1, 3000),
     bisect=st.booleans(),
 )
+@example(fits=2, start=3, limit=3, bisect=False)
 def test_the_search_ends_with_a_size_that_fits_and_is_as_large_as_its_mode_can_tell(
     fits: int, start: int, limit: int, bisect: bool
 ) -> None:
@@ -142,7 +143,7 @@ def test_the_search_ends_with_a_size_that_fits_and_is_as_large_as_its_mode_can_t
     if bisect:
         assert found == best
     else:
-        assert found == best or 2 * found > best
+        assert 2 * found >= best  # equal where an odd size was halved: of 3, 1 is tried and 2 is not
     assert len(trials) <= 2 * 12 + 1
 
 

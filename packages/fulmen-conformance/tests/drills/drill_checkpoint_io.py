@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Good:
-    """A torch file after a line with its SHA-256."""
+    """A torch file after its SHA-256. The drills replace one of its pieces each."""
 
     def save_checkpoint(
         self,
@@ -34,9 +34,10 @@ class Good:
         path: str | os.PathLike[str],
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        self.commit(Path(path), self.seal(buffer.getvalue()))
+        self.write(Path(path), checkpoint)
+
+    def write(self, target: Path, checkpoint: Mapping[str, object]) -> None:
+        self.commit(target, self.seal(checkpoint))
 
     def commit(self, target: Path, content: bytes) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +45,10 @@ class Good:
         staging.write_bytes(content)
         staging.replace(target)
 
-    def seal(self, content: bytes) -> bytes:
+    def seal(self, checkpoint: Mapping[str, object]) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        content = buffer.getvalue()
         return hashlib.sha256(content).digest() + content
 
     def unseal(self, path: str | os.PathLike[str]) -> bytes:
@@ -59,11 +63,14 @@ class Good:
         map_location: torch.device | str | None = None,
         weights_only: bool | None = None,
     ) -> dict[str, object]:
-        content = io.BytesIO(self.unseal(path))
+        return self.read(Path(path), map_location or "cpu", weights_only)
+
+    def read(self, source: Path, location: torch.device | str, weights_only: bool | None) -> dict[str, object]:
+        content = io.BytesIO(self.unseal(source))
         try:
-            return torch.load(content, map_location or "cpu", weights_only=weights_only is not False)
+            return torch.load(content, location, weights_only=weights_only is not False)
         except pickle.UnpicklingError as error:
-            raise ValueError(f"{os.fspath(path)} holds objects that only code could rebuild") from error
+            raise ValueError(f"{source} holds objects that only code could rebuild") from error
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         if Path(path).is_dir():
@@ -93,15 +100,17 @@ class Asynchronous(Good):
         self.pool = ThreadPoolExecutor(1)
         self.pending: list[Future[None]] = []
 
-    def save_checkpoint(
-        self,
-        checkpoint: Mapping[str, object],
-        path: str | os.PathLike[str],
-        storage_options: Mapping[str, object] | None = None,
-    ) -> None:
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        self.pending.append(self.pool.submit(self.commit, Path(path), self.seal(buffer.getvalue())))
+    def write(self, target: Path, checkpoint: Mapping[str, object]) -> None:
+        self.pending.append(self.pool.submit(self.commit, target, self.seal(checkpoint)))
+
+    def write_without_copy(self, target: Path, checkpoint: Mapping[str, object]) -> None:
+        """Let the thread write what the tensors have become: for drills."""
+
+        def later() -> None:
+            time.sleep(0.1)
+            Good.write(self, target, checkpoint)
+
+        self.pending.append(self.pool.submit(later))
 
     def wait(self) -> None:
         pending, self.pending = self.pending, []
@@ -153,13 +162,8 @@ def broken(backend: type[Good], *tests: str) -> type[CheckpointIOConformance]:
 
 
 class HalfPrecision(Good):
-    def load_checkpoint(
-        self,
-        path: str | os.PathLike[str],
-        map_location: torch.device | str | None = None,
-        weights_only: bool | None = None,
-    ) -> dict[str, object]:
-        loaded = super().load_checkpoint(path, map_location, weights_only)
+    def read(self, source: Path, location: torch.device | str, weights_only: bool | None) -> dict[str, object]:
+        loaded = super().read(source, location, weights_only)
         for value in loaded.values():
             if isinstance(value, dict):
                 for name, tensor in value.items():
@@ -169,13 +173,8 @@ class HalfPrecision(Good):
 
 
 class SortsKeys(Good):
-    def load_checkpoint(
-        self,
-        path: str | os.PathLike[str],
-        map_location: torch.device | str | None = None,
-        weights_only: bool | None = None,
-    ) -> dict[str, object]:
-        return dict(sorted(super().load_checkpoint(path, map_location, weights_only).items()))
+    def read(self, source: Path, location: torch.device | str, weights_only: bool | None) -> dict[str, object]:
+        return dict(sorted(super().read(source, location, weights_only).items()))
 
 
 class NoDigest(Good):
@@ -184,52 +183,32 @@ class NoDigest(Good):
 
 
 class WritesInPlace(Good):
-    def save_checkpoint(
-        self,
-        checkpoint: Mapping[str, object],
-        path: str | os.PathLike[str],
-        storage_options: Mapping[str, object] | None = None,
-    ) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_bytes(b"")
-        super().save_checkpoint(checkpoint, path)
+    def write(self, target: Path, checkpoint: Mapping[str, object]) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(b"")
+        super().write(target, checkpoint)
 
 
 class RunsCode(Good):
-    def load_checkpoint(
-        self,
-        path: str | os.PathLike[str],
-        map_location: torch.device | str | None = None,
-        weights_only: bool | None = None,
-    ) -> dict[str, object]:
-        content = Path(path).read_bytes()
+    def read(self, source: Path, location: torch.device | str, weights_only: bool | None) -> dict[str, object]:
+        content = source.read_bytes()
         if content[:2] != b"PK":
-            content = self.unseal(path)
+            content = self.unseal(source)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)
-            loaded = torch.load(io.BytesIO(content), map_location or "cpu", weights_only=False)
+            loaded = torch.load(io.BytesIO(content), location, weights_only=False)
             loaded.pop("x", None)
             return loaded
 
 
 class NoneMeansCode(Good):
-    def load_checkpoint(
-        self,
-        path: str | os.PathLike[str],
-        map_location: torch.device | str | None = None,
-        weights_only: bool | None = None,
-    ) -> dict[str, object]:
-        return super().load_checkpoint(path, map_location, bool(weights_only))
+    def read(self, source: Path, location: torch.device | str, weights_only: bool | None) -> dict[str, object]:
+        return super().read(source, location, bool(weights_only))
 
 
 class IgnoresLocation(Good):
-    def load_checkpoint(
-        self,
-        path: str | os.PathLike[str],
-        map_location: torch.device | str | None = None,
-        weights_only: bool | None = None,
-    ) -> dict[str, object]:
-        return super().load_checkpoint(path, "cpu", weights_only)
+    def read(self, source: Path, location: torch.device | str, weights_only: bool | None) -> dict[str, object]:
+        return super().read(source, "cpu", weights_only)
 
 
 class NamelessErrors(Good):
@@ -264,17 +243,7 @@ class VerifiesByExistence(Good):
 class SavesLater(Asynchronous):
     """No copy is made: the thread writes what the tensors have become."""
 
-    def save_checkpoint(
-        self,
-        checkpoint: Mapping[str, object],
-        path: str | os.PathLike[str],
-        storage_options: Mapping[str, object] | None = None,
-    ) -> None:
-        def later() -> None:
-            time.sleep(0.1)
-            Good.save_checkpoint(self, checkpoint, path)
-
-        self.pending.append(self.pool.submit(later))
+    write = Asynchronous.write_without_copy
 
 
 class SavesShardsLater(Asynchronous):
@@ -286,11 +255,7 @@ class SavesShardsLater(Asynchronous):
         path: str | os.PathLike[str],
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
-        def later() -> None:
-            time.sleep(0.1)
-            Good.save_checkpoint(self, checkpoint, path)
-
-        self.pending.append(self.pool.submit(later))
+        self.write_without_copy(Path(path), checkpoint)
 
     def load_sharded(self, path: str | os.PathLike[str], into: Mapping[str, object]) -> dict[str, object]:
         return self.load_checkpoint(path)

@@ -52,6 +52,7 @@ class ProcessGroup:
         self._timeout = timeout
         self._topology: Topology | None = None
         self._collectives: EngineCollectives | None = None
+        self._has_told_local_rank = False
         self._made: object = None
         self._hook: Any = None
 
@@ -107,8 +108,10 @@ class ProcessGroup:
                 f"this run is rank {topology.rank} of {topology.world_size}, but the process group that is there "
                 f"already has rank {found[0]} of {found[1]}. Give devices and num_nodes that match it, or destroy it."
             )
-        # DeepSpeed reads some of its whereabouts from the environment.
-        os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))
+        # DeepSpeed reads some of its whereabouts from the environment, also while it trains.
+        if "LOCAL_RANK" not in os.environ:
+            os.environ["LOCAL_RANK"] = str(topology.local_rank)
+            self._has_told_local_rank = True
         # On a CPU it builds an operator the first time, and prints so every time.
         with contextlib.redirect_stdout(io.StringIO()):
             submodule("deepspeed.comm").init_distributed(
@@ -142,6 +145,9 @@ class ProcessGroup:
     def leave(self) -> None:
         """Destroy the group if this object has made it, and let DeepSpeed forget it. May be called twice."""
         self._topology = self._collectives = None
+        if self._has_told_local_rank:  # alone in the environment it would tell the next run of a launcher
+            self._has_told_local_rank = False
+            os.environ.pop("LOCAL_RANK", None)
         made, self._made = self._made, None
         if made is None:
             return

@@ -12,7 +12,7 @@ moment when memory is shortest. The same callables serve the Trainer and Fabric.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from fulmen_fabric._step_outputs import loss_of, missing_loss, visible
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
     MisconfigurationException,
@@ -181,6 +182,10 @@ class Gradients:
         return None
 
 
+_ForwardBackward = Callable[[object, int], tuple[object, Tensor | None]]
+"""Runs a batch forward and backward; returns what ``training_step`` did, and its loss."""
+
+
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -224,23 +229,20 @@ def automatic_step(
     Raises:
         MisconfigurationException: the loss has a wrong type, or an overridden optimizer step did not run its closure.
     """
-    placed = gradients.module
-    scaler = gradients.scaler
-    forward_context = gradients.forward_context
-    before_zero_grad, before_backward = hooks.on_before_zero_grad, hooks.on_before_backward
-    after_backward, before_step = hooks.on_after_backward, hooks.on_before_optimizer_step
-    clip = hooks.clip
-    unscale = None if scaler is None or not (before_step or clip) else scaler.unscale
-    backward: Callable[[Tensor], object] = hooks.backward or (
-        cast("Callable[[Tensor], object]", Tensor.backward)
-        if gradients.is_plain and not gradients.weighs
-        else gradients.backward
-    )
+    placed, scaler, forward_context = gradients.module, gradients.scaler, gradients.forward_context
+    before_zero_grad = hooks.on_before_zero_grad
+    before_backward, after_backward = hooks.on_before_backward, hooks.on_after_backward
+    backward = _backward(gradients, hooks)
+    before_the_step = _before_step(optimizer, scaler, hooks)
+    optimizer_step, step_with = _optimizer_steps(optimizer, gradients, hooks)
     zero_grad: Callable[[], object] = hooks.zero_grad or optimizer.zero_grad
-    engine_accumulates = supports(strategy, OwnsAccumulation)
-    divisor = 1 if engine_accumulates else accumulate
     clears_first = not before_zero_grad and hooks.zero_grad is None
+    engine_accumulates = supports(strategy, OwnsAccumulation)
+    needs_loss = engine_accumulates or world_size > 1
+    divisor = 1 if engine_accumulates else accumulate
     window_is_empty = not window_is_open  # no backward pass since the last optimizer step
+
+    # What follows shares window_is_empty: as a variable of this function it costs a batch neither call nor attribute.
 
     def forward_backward(batch: object, batch_idx: int) -> tuple[object, Tensor | None]:
         nonlocal window_is_empty
@@ -251,13 +253,10 @@ def automatic_step(
         else:
             with forward_context():
                 output = training_step(batch, batch_idx)
-        loss = output if isinstance(output, Tensor) else _loss_of(output)
+        loss = output if isinstance(output, Tensor) else loss_of(output)
         if loss is None:
-            if world_size > 1:
-                raise MisconfigurationException(
-                    f"training_step returned None for batch {batch_idx} on one of {world_size} ranks. The others would "
-                    "wait for its gradients: return a loss of zero weight instead, such as `0.0 * output.sum()`."
-                )
+            if needs_loss:
+                raise missing_loss(batch_idx, world_size)
             return output, None
         if divisor != 1:
             loss = loss / divisor
@@ -274,22 +273,15 @@ def automatic_step(
             hook()
         return output, loss
 
-    def before_the_step() -> None:
-        if unscale is not None:
-            unscale(optimizer)
-        for hook in before_step:
-            hook(optimizer)
-        if clip is not None:
-            clip()
-
     def step(batch: object, batch_idx: int, /) -> object:
         nonlocal window_is_empty
         output, loss = forward_backward(batch, batch_idx)
         if not window_is_empty:  # else every batch of this window was left out: there is nothing to step on
-            before_the_step()
+            if before_the_step is not None:
+                before_the_step()
             optimizer_step()
             window_is_empty = True
-        return _visible(output, loss) if keep_outputs else None
+        return visible(output, loss) if keep_outputs else None
 
     def step_with_closure(batch: object, batch_idx: int, /) -> object:
         nonlocal window_is_empty
@@ -301,75 +293,127 @@ def automatic_step(
             window_is_empty = starts_window  # an optimizer may evaluate several times, each from zeroed gradients
             output, loss = forward_backward(batch, batch_idx)
             evaluations.append((output, loss))
-            if not window_is_empty:
+            if before_the_step is not None and not window_is_empty:
                 before_the_step()
             return loss
 
-        step_through(closure)
+        step_with(closure)
         if not evaluations:
             raise MisconfigurationException(
                 "optimizer_step was overridden and did not run its closure, so nothing was trained. "
                 "Call `optimizer.step(closure=optimizer_closure)`, or `optimizer_closure()` before stepping."
             )
         window_is_empty = True
-        return _visible(*evaluations[-1]) if keep_outputs else None
+        return visible(*evaluations[-1]) if keep_outputs else None
 
-    hold_sync: Callable[[nn.Module], AbstractContextManager[object]] | None = (
-        strategy.no_sync if supports(strategy, SupportsNoSync) else None
-    )
+    ends_window: BatchStep = step
+    if hooks.optimizer_step is not None:
+        ends_window = step_with_closure
+    elif needs_closure(optimizer):
+        _refuse_repeated_evaluation(optimizer, scaler, divisor)
+        ends_window = step_with_closure
+    if engine_accumulates:
+        mark_end = partial(strategy.set_window_end, placed) if supports(strategy, SupportsWindowEnds) else None
+        counted = _counted_by_engine(forward_backward, optimizer_step, mark_end, keep_outputs=keep_outputs)
+        return _marked(ends_window, mark_end), counted
+    return ends_window, _accumulating(forward_backward, strategy, placed, keep_outputs=keep_outputs)
 
-    def accumulate_only(batch: object, batch_idx: int, /) -> object:
-        if hold_sync is None or placed is None:
+
+def _backward(gradients: Gradients, hooks: StepHooks) -> Callable[[Tensor], object]:
+    """The backward pass of a scaled loss: the user's, ``loss.backward()`` itself where that is all, or the run's."""
+    if hooks.backward is not None:
+        return hooks.backward
+    if gradients.is_plain and not gradients.weighs:
+        return cast("Callable[[Tensor], object]", Tensor.backward)
+    return gradients.backward
+
+
+def _before_step(
+    optimizer: Optimizer, scaler: SupportsGradScaling | None, hooks: StepHooks
+) -> Callable[[], None] | None:
+    """What happens between the backward pass and the optimizer step; None where nothing does."""
+    listeners, clip = hooks.on_before_optimizer_step, hooks.clip
+    if not listeners and clip is None:
+        return None
+    unscale = None if scaler is None else scaler.unscale
+
+    def before_the_step() -> None:
+        if unscale is not None:
+            unscale(optimizer)
+        for hook in listeners:
+            hook(optimizer)
+        if clip is not None:
+            clip()
+
+    return before_the_step
+
+
+def _optimizer_steps(
+    optimizer: Optimizer, gradients: Gradients, hooks: StepHooks
+) -> tuple[Callable[[], object], Callable[[Callable[[], object]], object]]:
+    """The optimizer step after a backward pass, and the one that is given a closure to run it."""
+    alone: Callable[..., object] = optimizer.step if gradients.is_plain else partial(gradients.step, optimizer)
+    with_closure: Callable[..., object] = partial(gradients.step, optimizer)
+    if hooks.around_step is not None:
+        alone, with_closure = hooks.around_step(alone), hooks.around_step(with_closure)
+    return alone, hooks.optimizer_step or with_closure
+
+
+def _refuse_repeated_evaluation(optimizer: Optimizer, scaler: SupportsGradScaling | None, divisor: int) -> None:
+    """Refuse what an optimizer that runs its closure several times a step would spoil."""
+    name = type(optimizer).__name__
+    if scaler is not None:
+        raise MisconfigurationException(
+            f"{name} evaluates its closure several times a step, which a gradient scaler cannot follow. "
+            "Use precision='bf16-mixed' or '32-true'."
+        )
+    if divisor != 1:
+        raise MisconfigurationException(
+            f"{name} evaluates its closure several times a step, and the gradients of earlier batches of a window "
+            f"would be lost: accumulate_grad_batches={divisor} cannot work with it. "
+            "Use accumulate_grad_batches=1."
+        )
+
+
+def _accumulating(
+    forward_backward: _ForwardBackward, strategy: Strategy, placed: nn.Module | None, *, keep_outputs: bool
+) -> BatchStep:
+    """Leave a batch's gradients for a later one, on this rank alone where the strategy can."""
+    if placed is None or not supports(strategy, SupportsNoSync):
+
+        def accumulate(batch: object, batch_idx: int, /) -> object:
             output, loss = forward_backward(batch, batch_idx)
-        else:
-            with hold_sync(placed):
-                output, loss = forward_backward(batch, batch_idx)
-        return _visible(output, loss) if keep_outputs else None
+            return visible(output, loss) if keep_outputs else None
 
-    mark_end = partial(strategy.set_window_end, placed) if supports(strategy, SupportsWindowEnds) else None
+        return accumulate
 
-    def step_of_engine(batch: object, batch_idx: int, /) -> object:
-        nonlocal window_is_empty
-        if mark_end is not None:
-            mark_end(True)
-        output, loss = forward_backward(batch, batch_idx)
-        _require_loss(loss, batch_idx)
-        before_the_step()
-        optimizer_step()
-        window_is_empty = True
-        return _visible(output, loss) if keep_outputs else None
+    hold_sync = strategy.no_sync
 
-    def count_by_engine(batch: object, batch_idx: int, /) -> object:
+    def accumulate_locally(batch: object, batch_idx: int, /) -> object:
+        with hold_sync(placed):
+            output, loss = forward_backward(batch, batch_idx)
+        return visible(output, loss) if keep_outputs else None
+
+    return accumulate_locally
+
+
+def _counted_by_engine(
+    forward_backward: _ForwardBackward,
+    optimizer_step: Callable[[], object],
+    mark_end: Callable[[bool], object] | None,
+    *,
+    keep_outputs: bool,
+) -> BatchStep:
+    """Call the step of an engine inside a window, too: it counts, and steps where it knows the window to end."""
+
+    def count(batch: object, batch_idx: int, /) -> object:
         if mark_end is not None:
             mark_end(False)
         output, loss = forward_backward(batch, batch_idx)
-        _require_loss(loss, batch_idx)
-        optimizer_step()  # the engine counts, and steps where it knows a window to end
-        return _visible(output, loss) if keep_outputs else None
+        optimizer_step()
+        return visible(output, loss) if keep_outputs else None
 
-    optimizer_step: Callable[..., object] = optimizer.step if gradients.is_plain else partial(gradients.step, optimizer)
-    step_with: Callable[..., object] = partial(gradients.step, optimizer)
-    if hooks.around_step is not None:
-        optimizer_step, step_with = hooks.around_step(optimizer_step), hooks.around_step(step_with)
-    chosen: BatchStep = step_of_engine if engine_accumulates else step
-    step_through: Callable[[Callable[[], object]], object] = hooks.optimizer_step or step_with
-    if hooks.optimizer_step is not None:
-        chosen = _marked(step_with_closure, mark_end) if engine_accumulates else step_with_closure
-    elif needs_closure(optimizer):
-        name = type(optimizer).__name__
-        if scaler is not None:
-            raise MisconfigurationException(
-                f"{name} evaluates its closure several times a step, which a gradient scaler cannot follow. "
-                "Use precision='bf16-mixed' or '32-true'."
-            )
-        if divisor != 1:
-            raise MisconfigurationException(
-                f"{name} evaluates its closure several times a step, and the gradients of earlier batches of a window "
-                f"would be lost: accumulate_grad_batches={accumulate} cannot work with it. "
-                "Use accumulate_grad_batches=1."
-            )
-        chosen = step_with_closure
-    return chosen, (count_by_engine if engine_accumulates else accumulate_only)
+    return count
 
 
 def _marked(step: BatchStep, mark_end: Callable[[bool], object] | None) -> BatchStep:
@@ -382,15 +426,6 @@ def _marked(step: BatchStep, mark_end: Callable[[bool], object] | None) -> Batch
         return step(batch, batch_idx)
 
     return marked
-
-
-def _require_loss(loss: Tensor | None, batch_idx: int) -> None:
-    """An engine counts on a backward pass for every batch."""
-    if loss is None:
-        raise MisconfigurationException(
-            f"training_step returned None for batch {batch_idx}, and the strategy's engine needs a backward pass for "
-            "every batch. Return a loss of zero weight instead, such as `0.0 * output.sum()`."
-        )
 
 
 def forward_only_step(
@@ -411,39 +446,7 @@ def forward_only_step(
     def step(batch: object, batch_idx: int, /) -> object:
         with context():
             output = training_step(batch, batch_idx)
-        loss = output if isinstance(output, Tensor) else _loss_of(output)
-        return _visible(output, loss) if keep_outputs else None
+        loss = output if isinstance(output, Tensor) else loss_of(output)
+        return visible(output, loss) if keep_outputs else None
 
     return step
-
-
-def _visible(output: object, loss: Tensor | None) -> object:
-    """What ``on_train_batch_end`` is given for the ``output`` of a training step."""
-    if loss is None:
-        return {}
-    loss = loss.detach()
-    if not isinstance(output, Mapping):
-        return {"loss": loss}
-    return {**cast("Mapping[object, object]", output), "loss": loss}
-
-
-def _loss_of(output: object) -> Tensor | None:
-    if output is None:
-        return None
-    if isinstance(output, Mapping):
-        outputs = cast("Mapping[object, object]", output)
-        loss = outputs.get("loss")
-        if isinstance(loss, Tensor):
-            return loss
-        if "loss" not in outputs:
-            raise MisconfigurationException(
-                f"training_step returned a mapping with the keys {sorted(map(str, outputs))}, none of which is 'loss'. "
-                "Add the loss under 'loss', or return it alone."
-            )
-        raise MisconfigurationException(
-            f"training_step returned 'loss' of type {type(loss).__name__}; it must be a tensor of shape ()."
-        )
-    raise MisconfigurationException(
-        f"training_step returned {type(output).__name__}; return a loss tensor, a mapping with 'loss', or None to skip "
-        "the batch."
-    )

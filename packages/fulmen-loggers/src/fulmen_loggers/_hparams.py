@@ -9,6 +9,8 @@ import yaml
 from fulmen_loggers._values import as_mapping, simplify
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fulmen_loggers._folder import RunFolder
 
 __all__ = ["FILE", "Hyperparameters"]
@@ -23,9 +25,12 @@ class Hyperparameters:
         self.values: dict[str, object] = {}
         self._saved = True
 
-    def add(self, params: object) -> None:
-        """Add or replace values."""
-        self.values.update(as_mapping(params))
+    def add(self, params: object, more: Mapping[str, object]) -> None:
+        """Add or replace values: those of ``params`` (a dict, a dataclass, a namespace or None), then ``more``."""
+        if params is None and not more:
+            return
+        self.values.update({} if params is None else as_mapping(params))
+        self.values.update(more)
         self._saved = False
 
     def simple(self) -> dict[str, object]:

@@ -9,19 +9,19 @@ from typing import Protocol, cast
 
 from fulmen_protocols.errors import MisconfigurationException
 
-__all__ = ["as_mapping", "as_number", "flatten", "prefixed", "simplify"]
+__all__ = ["JOIN_CHAR", "as_mapping", "as_number", "flatten", "prefixed", "simplify"]
 
 JOIN_CHAR = "-"
-"""Stands between a logger's prefix and the name of a metric."""
+"""What stands between a logger's prefix and the name of a metric, unless its class says otherwise."""
 
 
 class _HasItem(Protocol):
     def item(self) -> object: ...
 
 
-def prefixed(prefix: str) -> str:
-    """What to put before names."""
-    return f"{prefix}{JOIN_CHAR}" if prefix else ""
+def prefixed(prefix: str, join: str) -> str:
+    """What to put before names: the user's ``prefix`` and a logger's ``LOGGER_JOIN_CHAR``, or nothing."""
+    return f"{prefix}{join}" if prefix else ""
 
 
 def as_number(name: str, value: object) -> float:

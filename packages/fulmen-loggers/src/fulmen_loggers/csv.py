@@ -7,23 +7,20 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from fulmen_loggers._folder import RunFolder
-from fulmen_loggers._guard import Guard
-from fulmen_loggers._hparams import FILE as HPARAMS_FILE
-from fulmen_loggers._hparams import Hyperparameters
+from fulmen_loggers._folder_logger import FolderLogger
 from fulmen_loggers._table import Table, read_rows
-from fulmen_loggers._values import as_number, prefixed
+from fulmen_loggers._values import as_number
 from fulmen_protocols.errors import MisconfigurationException
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from fulmen_protocols.logger import LoggerStatus
 
 __all__ = ["CSVLogger"]
 
 
-class CSVLogger:
+class CSVLogger(FolderLogger):
     """Writes ``SAVE_DIR/NAME/version_N/metrics.csv`` and ``hparams.yaml``. Satisfies ``fulmen_protocols.Logger``.
 
     Nothing is touched on disk before the first use. Given the ``version`` of an earlier run, it continues that run's
@@ -41,9 +38,7 @@ class CSVLogger:
         MisconfigurationException: ``flush_logs_every_n_steps`` is less than 1.
     """
 
-    LOGGER_JOIN_CHAR = "-"
     NAME_METRICS_FILE = "metrics.csv"
-    NAME_HPARAMS_FILE = HPARAMS_FILE
 
     def __init__(
         self,
@@ -57,41 +52,13 @@ class CSVLogger:
             raise MisconfigurationException(
                 f"CSVLogger(flush_logs_every_n_steps={flush_logs_every_n_steps!r}): give 1 or more."
             )
-        self._folder = RunFolder("CSVLogger", save_dir, name, version)
-        self._prefix = prefixed(prefix)
+        super().__init__("CSVLogger", save_dir, name, version, prefix)
         self._flush_every = flush_logs_every_n_steps
         self._pending: list[dict[str, float]] = []
         self._flush_at = flush_logs_every_n_steps
         self._next_step = 0
-        self._hparams = Hyperparameters()
         self._table: Table | None = None
-        self._guard = Guard()
-        self._deliver: Callable[[], object] | None = None
         self._earlier: frozenset[tuple[str, frozenset[tuple[str, str]]]] | None = None
-
-    @property
-    def name(self) -> str | None:
-        """Name of the experiment."""
-        return self._folder.name
-
-    @property
-    def version(self) -> int | str:
-        """Which run of the experiment this is. Setting it, before the first use, joins the run of another process."""
-        return self._folder.version
-
-    @version.setter
-    def version(self, version: int | str) -> None:
-        self._folder.version = version
-
-    @property
-    def save_dir(self) -> str:
-        """The root folder that the user chose."""
-        return self._folder.save_dir
-
-    @property
-    def root_dir(self) -> str:
-        """The folder of all runs of the experiment."""
-        return self._folder.root
 
     @property
     def log_dir(self) -> str:
@@ -102,11 +69,6 @@ class CSVLogger:
     def experiment(self) -> CSVLogger:
         """What writes: this object."""
         return self
-
-    @property
-    def hparams(self) -> dict[str, object]:
-        """All hyperparameters logged so far."""
-        return self._hparams.values
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add one row. ``step`` None: one more than in the row before.
@@ -135,20 +97,12 @@ class CSVLogger:
     def log_hyperparams(self, params: object = None, **more: object) -> None:
         """Record settings: a dict, a dataclass or a namespace. Later calls add to earlier ones."""
         with self._guard:
-            if params is not None:
-                self._hparams.add(params)
-            if more:
-                self._hparams.add(more)
+            self._hparams.add(params, more)
 
     def save(self) -> None:
         """Write all rows and hyperparameters so far."""
-        if self._deliver is not None:
-            self._deliver()
+        self._take_waiting_rows()
         self._flush()
-
-    def waiting_rows(self, deliver: Callable[[], object] | None) -> None:
-        """Call ``deliver`` before ``save`` writes: a run hands over its rows a little later than it logs them."""
-        self._deliver = deliver
 
     def has_row(self, metrics: Mapping[str, float], step: int) -> bool:
         """Whether the table that an earlier process wrote holds exactly this row."""
@@ -159,15 +113,6 @@ class CSVLogger:
             )
         row = frozenset((self._prefix + name, repr(as_number(name, value))) for name, value in metrics.items())
         return (repr(int(step)), row) in self._earlier
-
-    def reopen_options(self) -> dict[str, object]:
-        """Arguments with which another process goes on with this run."""
-        return {
-            "save_dir": self.save_dir if self._folder.is_remote else os.path.abspath(self.save_dir),
-            "name": self.name,
-            "version": self.version,
-            "prefix": self._prefix.removesuffix(self.LOGGER_JOIN_CHAR),
-        }
 
     def finalize(self, status: LoggerStatus) -> None:
         """Write everything. Logging afterwards goes on in the same table."""

@@ -19,7 +19,7 @@ from fulmen_loggers._folder import make_folder
 from fulmen_loggers._guard import Guard
 from fulmen_loggers._optional import need, require
 from fulmen_loggers._uploads import Checkpoint, Uploads
-from fulmen_loggers._values import as_mapping, as_number, flatten, prefixed, simplify
+from fulmen_loggers._values import JOIN_CHAR, as_mapping, as_number, flatten, prefixed, simplify
 from fulmen_protocols.errors import BackendUnavailable, MisconfigurationException
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class MLFlowLogger:
         MisconfigurationException: neither an address nor a folder is known.
     """
 
-    LOGGER_JOIN_CHAR = "-"
+    LOGGER_JOIN_CHAR = JOIN_CHAR
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class MLFlowLogger:
         self._experiment_id: str | None = None
         self._artifact_location = artifact_location
         self.tags = dict(tags or {})
-        self._prefix = prefixed(prefix)
+        self._prefix = prefixed(prefix, self.LOGGER_JOIN_CHAR)
         self._synchronous = synchronous
         self._client: Client | None = None
         self._is_running = False

@@ -9,16 +9,11 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
-from fulmen_loggers._folder import RunFolder
-from fulmen_loggers._guard import Guard
-from fulmen_loggers._hparams import FILE as HPARAMS_FILE
-from fulmen_loggers._hparams import Hyperparameters
-from fulmen_loggers._values import as_number, flatten, prefixed
+from fulmen_loggers._folder_logger import FolderLogger
+from fulmen_loggers._values import as_number, flatten
 from fulmen_protocols.errors import MissingPackage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import nn
 
     from fulmen_loggers._event_files import EventFiles
@@ -28,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["TensorBoardLogger"]
 
 
-class TensorBoardLogger:
+class TensorBoardLogger(FolderLogger):
     """Writes event files and ``hparams.yaml`` to ``SAVE_DIR/NAME/version_N``. Satisfies ``fulmen_protocols.Logger``.
 
     Nothing is touched on disk before the first use. ``experiment`` is a ``tensorboardX.SummaryWriter`` for images,
@@ -49,9 +44,6 @@ class TensorBoardLogger:
         MissingPackage: tensorboardX is not installed.
     """
 
-    LOGGER_JOIN_CHAR = "-"
-    NAME_HPARAMS_FILE = HPARAMS_FILE
-
     def __init__(
         self,
         save_dir: str | os.PathLike[str],
@@ -65,47 +57,19 @@ class TensorBoardLogger:
     ) -> None:
         if find_spec("tensorboardX") is None:
             raise MissingPackage("TensorBoardLogger needs tensorboardX. Run: pip install tensorboardX")
-        self._folder = RunFolder("TensorBoardLogger", save_dir, name, version)
+        super().__init__("TensorBoardLogger", save_dir, name, version, prefix)
         self._log_graph = log_graph
         self._default_hp_metric = default_hp_metric
-        self._prefix = prefixed(prefix)
         self._sub_dir: str | None = (
             None if sub_dir is None else os.path.expanduser(os.path.expandvars(os.fspath(sub_dir)))
         )
         self._kwargs = kwargs
         self._writer: EventFiles | None = None
         self._next_step = 0
-        self._hparams = Hyperparameters()
         self._hp_metrics: dict[str, float] = {}
         # The HPARAMS page keeps the first settings it reads of a run: they are written by save, when all are known.
         self._hp_pending = False
-        self._guard = Guard()
-        self._deliver: Callable[[], object] | None = None
         self._earlier: frozenset[Scalar] | None = None
-
-    @property
-    def name(self) -> str | None:
-        """Name of the experiment."""
-        return self._folder.name
-
-    @property
-    def version(self) -> int | str:
-        """Which run of the experiment this is. Setting it, before the first use, joins the run of another process."""
-        return self._folder.version
-
-    @version.setter
-    def version(self, version: int | str) -> None:
-        self._folder.version = version
-
-    @property
-    def save_dir(self) -> str:
-        """The root folder that the user chose."""
-        return self._folder.save_dir
-
-    @property
-    def root_dir(self) -> str:
-        """The folder of all runs of the experiment."""
-        return self._folder.root
 
     @property
     def sub_dir(self) -> str | None:
@@ -116,11 +80,6 @@ class TensorBoardLogger:
     def log_dir(self) -> str:
         """The folder of this run, with ``sub_dir``."""
         return self._folder.path if self._sub_dir is None else self._folder.join(self._folder.path, self._sub_dir)
-
-    @property
-    def hparams(self) -> dict[str, object]:
-        """All hyperparameters logged so far."""
-        return self._hparams.values
 
     @property
     def experiment(self) -> EventFiles:
@@ -195,10 +154,7 @@ class TensorBoardLogger:
             step: x of ``metrics``; None: 0.
             **more: further settings.
         """
-        if params is not None:
-            self._hparams.add(params)
-        if more:
-            self._hparams.add(more)
+        self._hparams.add(params, more)
         if metrics is None:
             compared = {"hp_metric": -1.0} if self._default_hp_metric and not self._hp_metrics else {}
         elif isinstance(metrics, Mapping):
@@ -238,14 +194,9 @@ class TensorBoardLogger:
 
     def save(self) -> None:
         """Write everything so far to disk."""
-        if self._deliver is not None:
-            self._deliver()
+        self._take_waiting_rows()
         with self._guard:
             self._flush()
-
-    def waiting_rows(self, deliver: Callable[[], object] | None) -> None:
-        """Call ``deliver`` before ``save`` writes: a run hands over its rows a little later than it logs them."""
-        self._deliver = deliver
 
     def has_row(self, metrics: Mapping[str, float], step: int) -> bool:
         """Whether the event files that an earlier process wrote hold exactly these values at this step."""
@@ -261,13 +212,7 @@ class TensorBoardLogger:
 
     def reopen_options(self) -> dict[str, object]:
         """Arguments with which another process goes on with this run."""
-        return {
-            "save_dir": self.save_dir if self._folder.is_remote else os.path.abspath(self.save_dir),
-            "name": self.name,
-            "version": self.version,
-            "prefix": self._prefix.removesuffix(self.LOGGER_JOIN_CHAR),
-            "sub_dir": self._sub_dir,
-        }
+        return {**super().reopen_options(), "sub_dir": self._sub_dir}
 
     def _flush(self) -> None:
         folder = self._folder

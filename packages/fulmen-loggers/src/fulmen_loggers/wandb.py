@@ -11,7 +11,7 @@ from fulmen_loggers._folder import make_folder
 from fulmen_loggers._guard import Guard
 from fulmen_loggers._optional import need, require
 from fulmen_loggers._uploads import Checkpoint, Uploads
-from fulmen_loggers._values import as_mapping, as_number, prefixed, simplify
+from fulmen_loggers._values import JOIN_CHAR, as_mapping, as_number, prefixed, simplify
 from fulmen_protocols.errors import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class WandbLogger:
         MisconfigurationException: checkpoints cannot be uploaded offline.
     """
 
-    LOGGER_JOIN_CHAR = "-"
+    LOGGER_JOIN_CHAR = JOIN_CHAR
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class WandbLogger:
             **({"mode": "offline"} if offline else {}),
             **kwargs,
         }
-        self._prefix = prefixed(prefix)
+        self._prefix = prefixed(prefix, self.LOGGER_JOIN_CHAR)
         self._run = experiment
         self._is_given = experiment is not None
         self._checkpoint_name = checkpoint_name

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from fulmen_protocols.topology import Topology
 
-__all__ = ["DEFAULT_TIMEOUT", "RankPlace"]
+__all__ = ["DEFAULT_TIMEOUT", "OnRanks", "RankPlace"]
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 """After which a rank that waits for others in a collective gives up, unless the user says otherwise."""
@@ -79,8 +79,36 @@ class RankPlace:
         self._device = topology.device
         self._collectives = TorchCollectives(topology.device)
 
+    def meet(self) -> None:
+        """Wait for all ranks when groups of some of them have been made; see ``ProcessGroupMembership.meet``."""
+        self._membership.meet()
+
     def leave(self) -> None:
         """Leave the process group if this place has made it. May be called twice."""
         self._membership.leave()
         self._collectives = None
         self._device = None
+
+
+class OnRanks:
+    """What a strategy that has ranks shows of its place among them."""
+
+    _rank: RankPlace
+
+    @property
+    def root_device(self) -> torch.device:
+        """The device of this process.
+
+        Raises:
+            RuntimeError: ``setup_environment`` has not run yet.
+        """
+        return self._rank.device
+
+    @property
+    def collectives(self) -> TorchCollectives:
+        """Communication among all ranks of the run, whatever their place on a mesh.
+
+        Raises:
+            RuntimeError: ``setup_environment`` has not run yet.
+        """
+        return self._rank.collectives

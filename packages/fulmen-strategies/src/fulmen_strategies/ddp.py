@@ -15,7 +15,7 @@ from fulmen_protocols.strategy import StrategyParts
 from fulmen_strategies._averaging import average_after_steps, check_averaging
 from fulmen_strategies._entry import Entry, enter
 from fulmen_strategies._module_init import created_on
-from fulmen_strategies._rank_place import DEFAULT_TIMEOUT, RankPlace
+from fulmen_strategies._rank_place import DEFAULT_TIMEOUT, OnRanks, RankPlace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from fulmen_protocols.cluster_environment import ClusterEnvironment
     from fulmen_protocols.precision import Precision
     from fulmen_protocols.topology import Topology
-    from fulmen_strategies.collectives import TorchCollectives
 
     CommHook = Callable[[Any, GradBucket], Future[Tensor]]
 
@@ -42,7 +41,7 @@ __all__ = ["DDPStrategy", "find_unused_parameters"]
 _LAUNCHERS = {"popen": "local", "spawn": "spawn", "fork": "fork", "forkserver": "forkserver"}
 
 
-class DDPStrategy:
+class DDPStrategy(OnRanks):
     """Distributed data parallel training by ``torch.nn.parallel.DistributedDataParallel``.
 
     Args:
@@ -114,24 +113,6 @@ class DDPStrategy:
     def parts(self) -> StrategyParts:
         """The parts of the run that were given to this strategy."""
         return self._parts
-
-    @property
-    def root_device(self) -> torch.device:
-        """The device of this process.
-
-        Raises:
-            RuntimeError: ``setup_environment`` has not run yet.
-        """
-        return self._rank.device
-
-    @property
-    def collectives(self) -> TorchCollectives:
-        """Communication among this run's ranks.
-
-        Raises:
-            RuntimeError: ``setup_environment`` has not run yet.
-        """
-        return self._rank.collectives
 
     def setup_environment(self, topology: Topology) -> None:
         """Join the process group, or take over the one that exists. Calling it again changes nothing.

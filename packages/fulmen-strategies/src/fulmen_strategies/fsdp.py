@@ -21,7 +21,7 @@ from torch.distributed.fsdp.wrap import enable_wrap
 
 from fulmen_protocols.errors import MisconfigurationException, MisconfigurationTypeError
 from fulmen_strategies._module_init import created_on
-from fulmen_strategies._rank_place import DEFAULT_TIMEOUT, RankPlace
+from fulmen_strategies._rank_place import DEFAULT_TIMEOUT, OnRanks, RankPlace
 from fulmen_strategies._sharded import arguments, gradients, states, units
 from fulmen_strategies._sharded.casting import Casting
 from fulmen_strategies._sharded.checks import wrapped_by_first_fsdp
@@ -43,12 +43,11 @@ if TYPE_CHECKING:
     from fulmen_protocols.topology import Topology
     from fulmen_strategies._sharded.arguments import StrategyName
     from fulmen_strategies._sharded.units import Policy
-    from fulmen_strategies.collectives import TorchCollectives
 
 __all__ = ["FSDPStrategy", "cpu_offload"]
 
 
-class FSDPStrategy:
+class FSDPStrategy(OnRanks):
     """Fully sharded data parallel training by ``torch.distributed.fsdp.fully_shard`` (FSDP2).
 
     Parameters, gradients and optimizer state are spread over the ranks. A unit (what ``auto_wrap_policy`` chooses, and
@@ -159,24 +158,6 @@ class FSDPStrategy:
     # -- processes ----------------------------------------------------------------------------------------------------
 
     @property
-    def root_device(self) -> torch.device:
-        """The device of this process.
-
-        Raises:
-            RuntimeError: ``setup_environment`` has not run yet.
-        """
-        return self._rank.device
-
-    @property
-    def collectives(self) -> TorchCollectives:
-        """Communication among this run's ranks.
-
-        Raises:
-            RuntimeError: ``setup_environment`` has not run yet.
-        """
-        return self._rank.collectives
-
-    @property
     def device_mesh(self) -> DeviceMesh:
         """The mesh over which parameters are spread.
 
@@ -198,6 +179,7 @@ class FSDPStrategy:
         self._rank.take(topology)
         if self._mesh is None:
             self._mesh = self._sharding.make_mesh(topology.device.type, topology.world_size, topology.num_nodes)
+            self._rank.meet()
 
     def teardown(self) -> None:
         """Leave the process group if this strategy has made it. May be called twice."""
@@ -415,7 +397,6 @@ class FSDPStrategy:
     def open_gradients(self, module: nn.Module, *, full: bool) -> Mapping[str, object]:
         """The state of every rank's gradients; ``full`` as in ``module_state``."""
         entry = _entry(module)
-        states.reshard(entry)
         return open_gradients(entry, entry.module, self.collectives, full=full)
 
     def load_open_gradients(self, module: nn.Module, state: Mapping[str, object]) -> None:
@@ -425,7 +406,6 @@ class FSDPStrategy:
             CheckpointError: ranks have gradients of their own in it, and there are other ranks now.
         """
         entry = _entry(module)
-        states.reshard(entry)
         load_open_gradients(entry, entry.module, self.collectives, state)
 
 

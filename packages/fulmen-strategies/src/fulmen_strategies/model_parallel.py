@@ -13,10 +13,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fulmen_protocols.errors import MisconfigurationException, MisconfigurationTypeError
+from fulmen_strategies._kept_gradients import keep_gradients
 from fulmen_strategies._mesh import MeshSizes
 from fulmen_strategies._module_init import created_on
 from fulmen_strategies._pipeline import Stages, stage_group
-from fulmen_strategies._rank_place import DEFAULT_TIMEOUT, RankPlace
+from fulmen_strategies._rank_place import DEFAULT_TIMEOUT, OnRanks, RankPlace
 from fulmen_strategies._sharded import states
 from fulmen_strategies._sharded.checks import overrides_configure_model, refuse_unreduced, wrapped_by_first_fsdp
 from fulmen_strategies._sharded.gradients import clip_by_norm, clip_by_value, parameters_of
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["ModelParallelStrategy"]
 
 
-class ModelParallelStrategy:
+class ModelParallelStrategy(OnRanks):
     """Tensor parallel, FSDP2, both on one mesh, and torch's context and pipeline parallelism.
 
     The processes form a mesh with the dimensions ``"data_parallel"`` and ``"tensor_parallel"``. Where a module's layers
@@ -113,6 +114,7 @@ class ModelParallelStrategy:
         self._stages: Stages | None = None
         # Modules that parallelize_fn has placed; a second fit must not place them again.
         self._placed = WeakIdKeyDictionary()
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._replaced = Replaced()
 
     # -- processes ----------------------------------------------------------------------------------------------------
@@ -121,24 +123,6 @@ class ModelParallelStrategy:
     def launcher(self) -> str:
         """``"local"``."""
         return "local"
-
-    @property
-    def root_device(self) -> torch.device:
-        """The device of this process.
-
-        Raises:
-            RuntimeError: ``setup_environment`` has not run yet.
-        """
-        return self._rank.device
-
-    @property
-    def collectives(self) -> TorchCollectives:
-        """Communication among all ranks, whatever their place on the mesh.
-
-        Raises:
-            RuntimeError: ``setup_environment`` has not run yet.
-        """
-        return self._rank.collectives
 
     @property
     def _own_stage(self) -> TorchCollectives:
@@ -201,6 +185,7 @@ class ModelParallelStrategy:
         if _has_stages(self._mesh):
             self._of_stage = TorchCollectives(topology.device, stage_group(self._mesh))
             self._stages = Stages(self._mesh, self.collectives, self._of_stage, topology.device)
+        self._rank.meet()
 
     def teardown(self) -> None:
         """Leave the process group if this strategy has made it. May be called twice."""
@@ -302,6 +287,7 @@ class ModelParallelStrategy:
         """
         for optimizer in optimizers:
             self._replaced.hand_over(optimizer)
+            self._optimizers.add(optimizer)
         refuse_unreduced(module, optimizers, self.device_mesh)
         return optimizers
 
@@ -366,8 +352,7 @@ class ModelParallelStrategy:
 
     def open_gradients(self, module: nn.Module, *, full: bool) -> Mapping[str, object]:
         """The state of every rank's gradients; ``full`` as in ``module_state``."""
-        states.reshard(module)
-        return open_gradients(module, module, self.collectives, full=full)
+        return open_gradients(module, module, self.collectives, full=full, stages=self._stages)
 
     def load_open_gradients(self, module: nn.Module, state: Mapping[str, object]) -> None:
         """Load what ``open_gradients`` gave.
@@ -375,8 +360,9 @@ class ModelParallelStrategy:
         Raises:
             CheckpointError: ranks have gradients of their own in it, and there are other ranks now.
         """
-        states.reshard(module)
         load_open_gradients(module, module, self.collectives, state)
+        if self._stages is not None:
+            keep_gradients(module, self._optimizers)
 
 
 def _has_stages(mesh: DeviceMesh) -> bool:

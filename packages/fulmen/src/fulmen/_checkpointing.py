@@ -14,6 +14,7 @@ from fulmen._exact_state import (
     require_known_version,
 )
 from fulmen._partial_resume import EVERYTHING, change, options, tell
+from fulmen._reporting import reporter_of
 from fulmen._storable import storable_entries
 from fulmen._window_gradients import restore_gradients
 from fulmen.states import TrainerStatus
@@ -60,6 +61,7 @@ def save(
     storage_options: Mapping[str, object] | None,
 ) -> None:
     """Every rank builds the checkpoint, rank 0 writes it, and all wait until it is there or, asynchronously, taken."""
+    reporter_of(trainer).settle()  # what a resumed run will not log again is in the log
     checkpoint = dump(trainer, session, weights_only=weights_only)
     trainer.strategy.save_checkpoint(checkpoint, path, storage_options)
     trainer.strategy.barrier("save_checkpoint")

@@ -124,11 +124,6 @@ def refuse_foreign_code(class_type: type, config: Mapping[str, Any], source: str
             )
 
 
-def holds_class_paths(config: Mapping[str, Any]) -> bool:
-    """Whether some argument stands for an object to build."""
-    return any(is_class for _, _, is_class in _references(config, ""))
-
-
 def _references(value: object, key: str) -> Iterator[tuple[str, str, bool]]:
     """Every text in a configuration that can name code: its key, the text, and whether it is a ``class_path``."""
     if isinstance(value, Mapping):

@@ -51,6 +51,11 @@ class MetricOptions(NamedTuple):
     metric_attribute: str | None
     rank_zero_only: bool
 
+    def difference(self, asked: MetricOptions) -> str:
+        """In which options ``asked`` is not the same, in words."""
+        pairs = zip(self._fields, self, asked, strict=True)
+        return ", ".join(f"{field} was {old!r}, now {new!r}" for field, old, new in pairs if old != new)
+
 
 class Row(NamedTuple):
     """A metric's identity and options, as ranks tell each other. ``dataloader_idx`` is -1 without a suffix."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
+from fulmen._metric_entry import MetricOptions, Row
+from fulmen_fabric.rank_zero import PossibleUserWarning, rank_zero_warn
 from fulmen_protocols.errors import MisconfigurationException, did_you_mean
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from fulmen._metric_scope import LogScope
     from fulmen_protocols.collectives import ReduceOp
 
-__all__ = ["group_ranks_of", "is_metric", "metric_name", "reduction", "resolve_when"]
+__all__ = ["LogCall", "group_ranks_of", "is_metric", "read_call", "warn_about_ranks"]
 
 _REDUCTIONS: dict[object, ReduceOp] = {
     "mean": "mean",
@@ -36,7 +38,73 @@ _REDUCTIONS: dict[object, ReduceOp] = {
 }
 
 
-def reduction(name: str, reduce_fx: str | Callable[..., Any]) -> ReduceOp:
+class LogCall(NamedTuple):
+    """Where ``self.log`` was called, and with what arguments, but for the value and its weight."""
+
+    scope: LogScope | None
+    dataloader_idx: int | None
+    name: str
+    prog_bar: bool
+    logger: bool | None
+    on_step: bool | None
+    on_epoch: bool | None
+    reduce_fx: str | Callable[..., Any]
+    sync_dist: bool
+    sync_dist_group: object
+    add_dataloader_idx: bool
+    metric_attribute: str | None
+    rank_zero_only: bool
+
+
+def read_call(call: LogCall, metric: object, module: nn.Module | None) -> tuple[Row, LogScope]:
+    """The metric that ``call`` names, with every default resolved, and the hook that it comes from.
+
+    Args:
+        call: as the user wrote it.
+        metric: the metric object that was logged; None for a number.
+        module: where the metric object is looked for.
+
+    Raises:
+        MisconfigurationException: the hook may not log, or the arguments contradict each other.
+    """
+    scope, on_step, on_epoch = _resolve_when(
+        call.name, call.scope, call.on_step, call.on_epoch, call.add_dataloader_idx
+    )
+    options = MetricOptions(
+        prog_bar=bool(call.prog_bar),
+        logger=call.logger is None or bool(call.logger),
+        on_step=on_step,
+        on_epoch=on_epoch,
+        op=_reduction(call.name, call.reduce_fx),
+        sync=bool(call.sync_dist) and not call.rank_zero_only,
+        add_dataloader_idx=bool(call.add_dataloader_idx),
+        metric_attribute=None if metric is None else _metric_name(call.name, metric, call.metric_attribute, module),
+        rank_zero_only=bool(call.rank_zero_only),
+    )
+    loader = call.dataloader_idx if call.add_dataloader_idx and scope.per_batch else None
+    return Row(scope.hook, call.name, -1 if loader is None else loader, options), scope
+
+
+def warn_about_ranks(row: Row, world_size: int, *, training: bool) -> None:
+    """Say what users of several ranks may not expect of a number that is logged as ``row`` says."""
+    name, options = row.name, row.options
+    if options.rank_zero_only:
+        return
+    if options.sync and options.on_step and not training:
+        rank_zero_warn(
+            f"self.log({name!r}, on_step=True, sync_dist=True) in {row.hook}: ranks may evaluate different numbers of "
+            "batches, so step values of evaluation are each rank's own; the epoch's value is synced.",
+            PossibleUserWarning,
+        )
+    if options.on_epoch and not options.sync:
+        rank_zero_warn(
+            f"self.log({name!r}, ...) in {row.hook} records an epoch value on {world_size} ranks without "
+            "sync_dist=True: each rank keeps its own, and loggers get rank 0's.",
+            PossibleUserWarning,
+        )
+
+
+def _reduction(name: str, reduce_fx: str | Callable[..., Any]) -> ReduceOp:
     """The reduction that ``reduce_fx`` names.
 
     Raises:
@@ -52,7 +120,7 @@ def reduction(name: str, reduce_fx: str | Callable[..., Any]) -> ReduceOp:
     return op
 
 
-def resolve_when(
+def _resolve_when(
     name: object, scope: LogScope | None, on_step: bool | None, on_epoch: bool | None, add_dataloader_idx: bool
 ) -> tuple[LogScope, bool, bool]:
     """The scope, ``on_step`` and ``on_epoch`` after the hook's defaults.
@@ -96,7 +164,7 @@ def is_metric(value: object) -> bool:
     return metric is not None and isinstance(value, metric)
 
 
-def metric_name(name: str, metric: object, attribute: str | None, module: nn.Module | None) -> str:
+def _metric_name(name: str, metric: object, attribute: str | None, module: nn.Module | None) -> str:
     """The attribute of ``module`` that holds ``metric``, by which a checkpoint and other ranks know it.
 
     Raises:

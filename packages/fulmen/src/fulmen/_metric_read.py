@@ -10,7 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["HostSnapshot", "read_scalars"]
+__all__ = ["Arrival", "HostSnapshot", "read_scalars"]
 
 
 def read_scalars(values: Sequence[Tensor | float]) -> list[float]:
@@ -37,6 +37,46 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 
 def _floats(vector: Tensor) -> list[float]:
     return cast("list[float]", vector.tolist())
+
+
+class Arrival:
+    """Floats of ``values`` that come to the host while it goes on: all are taken as they are at this moment.
+
+    What lies on CUDA devices is copied into pinned memory after the work queued there so far; what is elsewhere is read
+    at once.
+    """
+
+    __slots__ = ("_copies", "_read")
+
+    def __init__(self, values: Sequence[Tensor | float]) -> None:
+        coming: dict[torch.device, list[int]] = {}
+        for index, value in enumerate(values):
+            if isinstance(value, Tensor) and value.device.type == "cuda":
+                coming.setdefault(value.device, []).append(index)
+        absent = {index for indices in coming.values() for index in indices}
+        self._read = read_scalars([0.0 if index in absent else value for index, value in enumerate(values)])
+        self._copies: list[tuple[list[int], Tensor, torch.Event]] = []
+        for device, indices in coming.items():
+            stacked = _stacked([value for value in map(values.__getitem__, indices) if isinstance(value, Tensor)])
+            pinned = torch.empty(len(indices), dtype=stacked.dtype, pin_memory=True)
+            pinned.copy_(stacked, non_blocking=True)
+            event = torch.Event("cuda")
+            event.record(torch.cuda.current_stream(device))
+            self._copies.append((indices, pinned, event))
+
+    @property
+    def is_there(self) -> bool:
+        """Whether ``read`` would answer at once."""
+        return all(event.query() for _, _, event in self._copies)
+
+    def read(self) -> list[float]:
+        """The floats, in order; waits until they are there."""
+        for indices, pinned, event in self._copies:
+            event.synchronize()
+            for index, number in zip(indices, _floats(pinned), strict=True):
+                self._read[index] = number
+        self._copies = []
+        return self._read
 
 
 class HostSnapshot:

@@ -30,7 +30,16 @@ if TYPE_CHECKING:
 
     from fulmen._session import Session
 
-__all__ = ["bring_state", "configure_model", "convert", "give_back", "make_optimizers", "place", "prepare_data"]
+__all__ = [
+    "bring_state",
+    "configure_model",
+    "convert",
+    "give_back",
+    "make_optimizers",
+    "place",
+    "prepare_data",
+    "tell_place",
+]
 
 
 def prepare_data(session: Session) -> None:
@@ -47,6 +56,13 @@ def prepare_data(session: Session) -> None:
         collectives.patient_barrier("prepare_data")
     else:
         collectives.barrier("prepare_data")
+
+
+def tell_place(session: Session) -> None:
+    """Let every LightningModule know its device and mesh: they are right in ``setup`` already."""
+    for each in session.logging_modules():
+        each.__dict__["_target_device"] = session.world.device
+        each.__dict__["_device_mesh"] = session.world.device_mesh
 
 
 def configure_model(session: Session) -> None:

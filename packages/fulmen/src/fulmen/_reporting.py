@@ -1,7 +1,12 @@
-"""Reporter: carries metrics from the store to loggers, progress bar and callbacks, with one device read per row."""
+"""Reporter: carries metrics from the store to loggers, progress bar and callbacks, with one device read per row.
+
+A training row of values on a CUDA device is written when they have come to the host by themselves: nothing waits for
+the device, and the device never runs out of work for the sake of a row.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import nullcontext
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -9,12 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fulmen._metric_read import HostSnapshot, read_scalars
+from fulmen._metric_read import Arrival, HostSnapshot, read_scalars
 from fulmen._metric_view import as_tensors
 from fulmen._result_table import print_results
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from contextlib import AbstractContextManager
 
     from fulmen._metric_view import MetricView
@@ -36,6 +41,21 @@ class _Row(NamedTuple):
     numbers: dict[str, float]
     names: tuple[str, ...]
     values: Tensor | None
+
+
+class _Coming(NamedTuple):
+    """A row that waits for its values to come to the host, or for the rows before it."""
+
+    x: int
+    epoch: int | None
+    of: str
+    at: int | None
+    log: tuple[str, ...]
+    bar: tuple[str, ...]
+    names: tuple[str, ...]
+    arrival: Arrival
+    logger: Logger | None = None
+    """The only one that gets it; None: all do."""
 
 
 class Reporter:
@@ -74,6 +94,7 @@ class Reporter:
         self._bar: dict[str, float] = {}
         self._snapshot = HostSnapshot()
         self._queue: list[_Row] = []
+        self._coming: deque[_Coming] = deque()
 
     # What users read ---------------------------------------------------------------------------------------------
 
@@ -112,6 +133,7 @@ class Reporter:
         self._bar.clear()
         self._snapshot = HostSnapshot()
         self._queue.clear()
+        self._coming.clear()
 
     def restore(self, callback_metrics: Mapping[str, Tensor], device: torch.device) -> None:
         """Let callbacks and schedulers know what they knew when a checkpoint was written."""
@@ -129,6 +151,7 @@ class Reporter:
 
         To be called once, at teardown.
         """
+        self.settle()
         self._callback, self._logged = _on_cpu(self.callback_metrics), _on_cpu(self.logged_metrics)
         if self.store is not None:
             bar = self.store.progress_bar_metrics
@@ -147,15 +170,24 @@ class Reporter:
         every = self.log_every_n_steps
         return every > 0 and (stopping or (batches_that_stepped + 1) % every == 0)
 
+    def step_hooks(self, device: torch.device) -> tuple[Callable[..., None], ...]:
+        """What runs before every training batch on ``device``; nothing where reading a value waits for nothing."""
+        return (self._take_arrived,) if device.type == "cuda" and self.loggers and self.is_global_zero else ()
+
     def report_step(self, store: MetricStore, *, batches_that_stepped: int, epoch: int) -> None:
-        """A row of training step values at x = ``batches_that_stepped``. One device read, on rank 0."""
-        self._report(store.step_metrics(), x=batches_that_stepped, epoch=epoch, of="step")
+        """A row of training step values at x = ``batches_that_stepped``: now, or as soon as the device has them."""
+        view = store.step_metrics()
+        if store.device.type == "cuda" and self.loggers and self.is_global_zero:
+            self._expect(view, x=batches_that_stepped, epoch=epoch)
+        else:
+            self._report(view, x=batches_that_stepped, epoch=epoch, of="step")
         if monotonic() - self._saved_at >= self._save_interval_s:
             self.save()
 
     def report_train_epoch(self, store: MetricStore, *, batches_that_stepped: int, epoch: int) -> None:
         """A row of the training epoch's values, at the x of its last batch. After the last ``reduce_epoch``."""
         self._take_callback(store)
+        self.settle()
         self._report(store.epoch_metrics(), x=batches_that_stepped - 1, epoch=epoch, of="epoch")
         self.save()
 
@@ -213,10 +245,19 @@ class Reporter:
         """A callback's row for one logger, as it is."""
         if not self.is_global_zero:
             return
-        if self.delivery is None:
-            logger.log_metrics(metrics, step=x)
+        if self._coming:
+            self._queue_up(metrics, metrics, (), x=x, epoch=None, of="callback", logger=logger)
         else:
-            self.delivery.row(metrics, x, (logger,), "callback", is_first=logger is self.loggers[0])
+            self._give_one(logger, metrics, x, None)
+
+    def settle(self) -> None:
+        """Write the rows whose values are on their way. Waits for the device to get to the last of them.
+
+        Called at the ends of epochs and of the run, and before a checkpoint, which must not know more than the run's
+        log.
+        """
+        while self._coming:
+            self._write_coming(self._coming.popleft())
 
     def remember_steps(self, store: MetricStore) -> None:
         """Keep the last step's values for callbacks when the epoch's take over."""
@@ -267,6 +308,49 @@ class Reporter:
         self._snapshot.set(bar)
         if view.log:
             self._write({name: numbers[name] for name in view.log}, x, epoch, of)
+            if of == "step" and self.delivery is not None:
+                self.delivery.note_state()
+
+    def _expect(self, view: MetricView, *, x: int, epoch: int) -> None:
+        """Let a training row's values come to the host."""
+        _require_scalars(view)
+        self._take_logged(view.log)
+        together = {**view.log, **view.bar}
+        if together:
+            self._queue_up(together, view.log, view.bar, x=x, epoch=epoch, of="step")
+        if self.delivery is not None:
+            self.delivery.note_state()
+
+    def _queue_up(
+        self,
+        values: Mapping[str, Scalar],
+        log: Iterable[str],
+        bar: Iterable[str],
+        *,
+        x: int,
+        epoch: int | None,
+        of: str,
+        logger: Logger | None = None,
+    ) -> None:
+        at = None if self.delivery is None else self.delivery.at
+        arrival = Arrival(list(values.values()))
+        self._coming.append(_Coming(x, epoch, of, at, tuple(log), tuple(bar), tuple(values), arrival, logger))
+        self._take_arrived()
+
+    def _take_arrived(self, *_: object) -> None:
+        while self._coming and self._coming[0].arrival.is_there:
+            self._write_coming(self._coming.popleft())
+
+    def _write_coming(self, row: _Coming) -> None:
+        numbers = dict(zip(row.names, row.arrival.read(), strict=True))
+        bar = {name: numbers[name] for name in row.bar}
+        self._bar.update(bar)
+        self._snapshot.set(bar)
+        log = {name: numbers[name] for name in row.log}
+        if row.logger is not None:
+            self._give_one(row.logger, log, row.x, row.at)
+        elif log:
+            self._give(log, row.x, row.epoch, row.of, row.at)
 
     def _take_logged(self, log: Mapping[str, Scalar]) -> None:
         for name, value in log.items():
@@ -276,17 +360,30 @@ class Reporter:
         self._bar.update(self._snapshot.update(bar))
 
     def _write(self, metrics: dict[str, float], x: int, epoch: int | None, of: str) -> None:
-        """Give a row to every logger. A metric named ``step`` sets the x axis instead of being drawn."""
+        """Give a row to every logger, after those that are on their way."""
         if not self.is_global_zero:
             return
+        if self._coming:
+            self._queue_up(metrics, metrics, (), x=x, epoch=epoch, of=of)
+        else:
+            self._give(metrics, x, epoch, of, None)
+
+    def _give(self, metrics: dict[str, float], x: int, epoch: int | None, of: str, at: int | None) -> None:
+        """A metric named ``step`` sets the x axis instead of being drawn."""
         x = int(metrics.pop("step", x))
         if epoch is not None:
             metrics.setdefault("epoch", epoch)
         if self.delivery is not None:
-            self.delivery.row(metrics, x, self.loggers, of)
+            self.delivery.row(metrics, x, self.loggers, of, at=at)
             return
         for logger in self.loggers:
             logger.log_metrics(dict(metrics), step=x)
+
+    def _give_one(self, logger: Logger, metrics: Mapping[str, float], x: int, at: int | None) -> None:
+        if self.delivery is None:
+            logger.log_metrics(metrics, step=x)
+        else:
+            self.delivery.row(metrics, x, (logger,), "callback", is_first=logger is self.loggers[0], at=at)
 
     def _flush_queue(self) -> None:
         """Read and write the rows of evaluation steps."""

@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -99,7 +99,10 @@ def end(trainer: Trainer, status: LoggerStatus, error: BaseException | None = No
     """Finalize the loggers on rank 0; write the run's page."""
     if not trainer.is_global_zero:
         return
-    delivery = reporter_of(trainer).delivery
+    reporter = reporter_of(trainer)
+    with nullcontext() if error is None else suppress(RuntimeError):  # of a device that failed no value comes any more
+        reporter.settle()
+    delivery = reporter.delivery
     if delivery is None or not delivery.is_open:
         for logger in trainer.loggers:
             try:

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from fulmen._compiled_log import let_log_in_graphs, recording
-from fulmen._engine import ignored_hooks
 from fulmen._measuring import Measuring
 from fulmen._partial_resume import EVERYTHING
 from fulmen._raw_batches import fetches_itself, step_of_raw
-from fulmen.manual import ManualOptimization
 from fulmen.metrics import scope_for
 from fulmen.module import LightningModule
 from fulmen.optimizer import LightningOptimizer
 from fulmen_fabric import move_data_to_device, rank_zero_warn
 from fulmen_fabric.abilities import supports
-from fulmen_fabric.steps import Gradients, StepHooks, automatic_step, forward_only_step
 from fulmen_protocols import (
-    OwnsGradClipping,
     SupportsBoundMethods,
     SupportsForwardContext,
     SupportsInputConversion,
     SupportsLoaderProcessing,
     SupportsManualBackward,
-    SupportsNoSync,
     SupportsOpenGradients,
     SupportsPrecisionPlan,
     SupportsShardedState,
@@ -38,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from contextlib import AbstractContextManager
 
-    from torch import Tensor, nn
+    from torch import nn
     from torch.optim import Optimizer
 
     from fulmen._engine import EngineSettings
@@ -47,13 +41,14 @@ if TYPE_CHECKING:
     from fulmen._train_loader import TrainLoader
     from fulmen.datamodule import LightningDataModule
     from fulmen.hooks import HookBinder
+    from fulmen.manual import ManualOptimization
     from fulmen.metrics import MetricStore
     from fulmen.optimizer import LRSchedulerConfig
-    from fulmen.progress import Progress
     from fulmen.resume import Resume
     from fulmen.states import TrainerFn
     from fulmen_fabric import Assembly, World
     from fulmen_fabric.seed import RNGState
+    from fulmen_fabric.steps import Gradients
 
 __all__ = ["ModelModes", "Session", "unchanged"]
 
@@ -140,6 +135,14 @@ class Session:
                 store.scope = outer
 
         return call
+
+    def call_everybodys(self, name: Literal["setup", "teardown"], binder: HookBinder) -> None:
+        """Call this hook of the datamodule, the callbacks and the module, in this order."""
+        if self.datamodule is not None:
+            self.measuring.hook(self.datamodule, name, getattr(self.datamodule, name))(self.fn.value)
+        for hook in binder.of_callbacks(name):
+            hook(stage=self.fn.value)
+        self.scoped(name, getattr(self.module, name))(self.fn.value)
 
     def logging_modules(self) -> list[LightningModule]:
         """The module and every LightningModule inside it: all may call ``self.log``."""
@@ -233,116 +236,6 @@ class Session:
         strategy = self.assembly.strategy
         return strategy.process_loader if supports(strategy, SupportsLoaderProcessing) else None
 
-    def training_callables(
-        self,
-        binder: HookBinder,
-        progress: Progress,
-        *,
-        accumulate: int,
-        clip_val: float | None,
-        clip_algorithm: Any,
-        keep_outputs: bool,
-    ) -> dict[str, Any]:
-        """``step``, ``accumulate`` and ``updates`` of ``FitParts`` for automatic or manual optimization."""
-        module, placed, strategy = self.module, self.placed, self.assembly.strategy
-        weigh = (
-            None if self.train_loader is None or self.train_loader.rounds is None else self.train_loader.rounds.weigh
-        )
-        self.gradients = gradients = Gradients(strategy, self.assembly.precision, placed, weigh=weigh)
-        backward_context: Callable[[Tensor], AbstractContextManager[object]] | None = None
-        wrapper = None if placed is module else placed
-        if not module.automatic_optimization and wrapper is not None and supports(strategy, SupportsManualBackward):
-            backward_context = partial(strategy.manual_backward, wrapper)
-        training_step = self.step_method("training_step", manually=backward_context is not None)
-        if self.forward_only:
-            forward = self.measuring.action(
-                "run_training_batch", forward_only_step(training_step, gradients, keep_outputs=keep_outputs)
-            )
-            return {"step": forward, "accumulate": forward}
-        ignored = ignored_hooks(binder, strategy)
-        overridden_backward = None if "backward" in ignored else binder.overridden("backward")
-        hooks: dict[str, Any] = {
-            "on_before_backward": binder.both("on_before_backward"),
-            "on_after_backward": binder.both("on_after_backward"),
-            "on_before_optimizer_step": binder.both("on_before_optimizer_step"),
-            "backward": None
-            if overridden_backward is None
-            else _weighed(self.within("backward", overridden_backward), weigh),
-        }
-        measuring = self.measuring
-        if not module.automatic_optimization:
-            before = self.manual
-            self.manual = manual = ManualOptimization(
-                training_step,
-                gradients,
-                StepHooks(**hooks),
-                progress,
-                keep_outputs=keep_outputs,
-                backward_context=backward_context,
-            )
-            hold_sync: Callable[[], AbstractContextManager[object]] | None = None
-            if supports(strategy, SupportsNoSync) and placed is not None:
-                hold_sync = partial(strategy.no_sync, placed)
-            self.wrapped = manual.optimizers = [
-                LightningOptimizer(
-                    optimizer,
-                    measuring.action("optimizer_step", partial(manual.step, optimizer)),
-                    toggle=module.toggled_optimizer,
-                    no_sync=hold_sync,
-                )
-                for optimizer in self.optimizers
-            ]
-            if self.has_open_gradients or (before is not None and before.gradients_are_open):
-                manual.reopen()
-                self.has_open_gradients = False
-            run = measuring.action("run_training_batch", manual.batch_step)
-            return {"step": run, "accumulate": run, "updates": manual.updates}
-
-        self.manual = None
-        optimizer = self.optimizers[0]
-        wrapped = LightningOptimizer(optimizer, partial(gradients.step, optimizer))
-        self.wrapped = [wrapped]
-        hooks["on_before_zero_grad"] = binder.both("on_before_zero_grad")
-        zero_grad = binder.overridden("optimizer_zero_grad")
-        if zero_grad is not None:
-            scoped_zero = self.scoped("optimizer_zero_grad", zero_grad)
-            hooks["zero_grad"] = lambda: scoped_zero(progress.epoch, progress.batch, optimizer)
-        clips = binder.overridden("configure_gradient_clipping")
-        if clips is not None:
-            hooks["clip"] = partial(
-                self.scoped("configure_gradient_clipping", clips), optimizer, clip_val, clip_algorithm
-            )
-        elif clip_val is not None and clip_val > 0 and not supports(strategy, OwnsGradClipping):
-            hooks["clip"] = partial(gradients.clip, optimizer, clip_val, clip_algorithm)
-        own_step = binder.overridden("optimizer_step")
-        if own_step is not None:
-            scoped_step = self.scoped("optimizer_step", own_step)
-
-            def user_step(closure: Callable[[], object]) -> object:
-                return scoped_step(progress.epoch, progress.batch, wrapped, closure)
-
-            hooks["optimizer_step"] = user_step
-        if measuring.is_on:
-            hooks["backward"] = measuring.strategy("backward", hooks["backward"] or gradients.backward)
-            if zero_grad is None:
-                hooks["zero_grad"] = measuring.hook(module, "optimizer_zero_grad", optimizer.zero_grad)
-            if clips is None and "clip" in hooks:
-                hooks["clip"] = measuring.hook(module, "configure_gradient_clipping", hooks["clip"])
-            hooks["around_step"] = partial(measuring.hook, module, "optimizer_step")
-        step, accumulate_only = automatic_step(
-            training_step=training_step,
-            optimizer=optimizer,
-            gradients=gradients,
-            strategy=strategy,
-            hooks=StepHooks(**hooks),
-            accumulate=accumulate,
-            keep_outputs=keep_outputs,
-            world_size=self.world.world_size,
-            window_is_open=progress.window_is_open and self.has_gradients(),
-        )
-        run_step, run_accumulate = (measuring.action("run_training_batch", each) for each in (step, accumulate_only))
-        return {"step": run_step, "accumulate": run_accumulate}
-
     def has_gradients(self) -> bool:
         """Whether any parameter holds one, or the strategy one for it."""
         strategy = self.assembly.strategy
@@ -385,17 +278,6 @@ class Session:
 def unchanged(batch: object, dataloader_idx: int) -> object:
     """What transfer is where batches are already on their device and nobody overrides its hooks."""
     return batch
-
-
-def _weighed(backward: Callable[..., object], weigh: Callable[[Tensor], Tensor] | None) -> Callable[..., object]:
-    """The user's ``backward``, for a loss with its weight among those of other ranks."""
-    if weigh is None:
-        return backward
-
-    def weighed(loss: Tensor, **kwargs: object) -> object:
-        return backward(weigh(loss), **kwargs)
-
-    return weighed
 
 
 def _positional(function: Callable[..., Any]) -> int:

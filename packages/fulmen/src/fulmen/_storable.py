@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fulmen.hparams import checkpoint_entries
+from fulmen.hparams import checkpoint_entries, drop_unpicklable
+from fulmen.states import TrainerFn
 from fulmen_fabric import rank_zero_warn
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import SupportsContentCheck, WrapsCheckpointIO
@@ -17,10 +18,11 @@ from fulmen_protocols import SupportsContentCheck, WrapsCheckpointIO
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fulmen._session import Session
     from fulmen.hparams import HyperparametersMixin
     from fulmen_protocols import CheckpointIO
 
-__all__ = ["names_left_out", "storable_entries", "warn_of_left_out"]
+__all__ = ["leave_out_unstorable", "names_left_out", "storable_entries"]
 
 _KEY = "hyper_parameters"
 
@@ -36,8 +38,19 @@ def storable_entries(owner: HyperparametersMixin, checkpoint_io: CheckpointIO, p
     return entries
 
 
-def warn_of_left_out(owner: HyperparametersMixin, checkpoint_io: CheckpointIO) -> None:
-    """Say when a fit begins what its checkpoints will leave out; modules were said when they were recorded."""
+def leave_out_unstorable(session: Session, checkpoint_io: CheckpointIO) -> None:
+    """When a call begins, drop the hyperparameters that cannot be pickled; of a fit say what checkpoints leave out.
+
+    Of hyperparameters that are modules nothing is said: that was done when they were recorded.
+    """
+    for owner in (session.module, session.datamodule):
+        if owner is not None and owner.hparams:
+            drop_unpicklable(owner)
+            if session.fn is TrainerFn.FITTING:
+                _warn_of_left_out(owner, checkpoint_io)
+
+
+def _warn_of_left_out(owner: HyperparametersMixin, checkpoint_io: CheckpointIO) -> None:
     hparams: dict[str, Any] = checkpoint_entries(owner).get(_KEY, {})
     names = [name for name in _refused(hparams, checkpoint_io) if not isinstance(hparams[name], nn.Module)]
     if names:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fulmen._run_loaders import train_loader
 from fulmen._surface_loops import LoopSurface
+from fulmen._surface_ranks import RankSurface
 from fulmen._surface_settings import SettingsSurface
+from fulmen._surface_stages import StageSurface
 from fulmen._verify import overrides
 from fulmen.callbacks.checkpoint import Checkpoint
 from fulmen.callbacks.early_stopping import EarlyStopping
 from fulmen.callbacks.progress import ProgressBar
-from fulmen.states import RunningStage, TrainerFn, TrainerStatus
 from fulmen_data import CombinedLoader
 
 if TYPE_CHECKING:
@@ -31,22 +32,23 @@ if TYPE_CHECKING:
     from fulmen.module import LightningModule
     from fulmen.optimizer import LRSchedulerConfig
     from fulmen.plan import Plan
-    from fulmen.states import TrainerState
+    from fulmen.runlog._settings import LogDelivery
     from fulmen.strategy_facade import StrategyFacade
     from fulmen_fabric import Assembly, World
-    from fulmen_protocols import Accelerator, Logger, Precision
+    from fulmen_protocols import Accelerator, Logger, Precision, Profiler
 
 __all__ = ["TrainerSurface"]
 
 
-class TrainerSurface(SettingsSurface, LoopSurface):
+class TrainerSurface(SettingsSurface, LoopSurface, StageSurface, RankSurface):
     """Properties over what a Trainer holds; no behaviour."""
 
     assembly: Assembly
     world: World
     strategy: StrategyFacade
     callbacks: list[Any]
-    state: TrainerState
+    profiler: Profiler
+    log_delivery: LogDelivery
     fast_dev_run: int
     _session: Session | None
     _plan: Plan
@@ -93,31 +95,6 @@ class TrainerSurface(SettingsSurface, LoopSurface):
     def num_nodes(self) -> int:
         """Nodes of the run."""
         return self.assembly.num_nodes
-
-    @property
-    def world_size(self) -> int:
-        """Processes of the run."""
-        return self.world.world_size
-
-    @property
-    def global_rank(self) -> int:
-        """Index of this process among all."""
-        return self.world.rank
-
-    @property
-    def local_rank(self) -> int:
-        """Index of this process among those of its node."""
-        return self.world.local_rank
-
-    @property
-    def node_rank(self) -> int:
-        """Index of this node."""
-        return self.world.node_rank
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this process writes files and logs."""
-        return self.world.is_global_zero
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
@@ -189,10 +166,6 @@ class TrainerSurface(SettingsSurface, LoopSurface):
     @property
     def _manual(self) -> Any:
         return None if self._session is None else self._session.manual
-
-    @property
-    def _wrapped_optimizers(self) -> list[Any]:
-        return [] if self._session is None else list(self._session.wrapped)
 
     # ------------------------------------------------------------------ progress
 
@@ -341,70 +314,6 @@ class TrainerSurface(SettingsSurface, LoopSurface):
             and overrides(session.module, "validation_step")
             and self.limit_val_batches > 0
         )
-
-    # ------------------------------------------------------------------ stage
-
-    def _is(self, *stages: RunningStage) -> bool:
-        return self.state.stage in stages
-
-    @property
-    def training(self) -> bool:
-        """Whether a training batch is being run. Settable, as are its siblings."""
-        return self._is(RunningStage.TRAINING)
-
-    @training.setter
-    def training(self, value: bool) -> None:
-        self.state.stage = RunningStage.TRAINING if value else None
-
-    @property
-    def validating(self) -> bool:
-        """Whether validation is running."""
-        return self._is(RunningStage.VALIDATING)
-
-    @validating.setter
-    def validating(self, value: bool) -> None:
-        self.state.stage = RunningStage.VALIDATING if value else None
-
-    @property
-    def testing(self) -> bool:
-        """Whether a test is running."""
-        return self._is(RunningStage.TESTING)
-
-    @testing.setter
-    def testing(self, value: bool) -> None:
-        self.state.stage = RunningStage.TESTING if value else None
-
-    @property
-    def predicting(self) -> bool:
-        """Whether prediction is running."""
-        return self._is(RunningStage.PREDICTING)
-
-    @predicting.setter
-    def predicting(self, value: bool) -> None:
-        self.state.stage = RunningStage.PREDICTING if value else None
-
-    @property
-    def sanity_checking(self) -> bool:
-        """Whether validation batches are being tried before training."""
-        return self._is(RunningStage.SANITY_CHECKING)
-
-    @sanity_checking.setter
-    def sanity_checking(self, value: bool) -> None:
-        self.state.stage = RunningStage.SANITY_CHECKING if value else None
-
-    @property
-    def evaluating(self) -> bool:
-        """Whether an evaluation loop is running."""
-        return self.state.stage is not None and self.state.stage.evaluating
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether the last call ended with an error."""
-        return self.state.status == TrainerStatus.INTERRUPTED
-
-    @property
-    def _fitting(self) -> bool:
-        return self.state.fn == TrainerFn.FITTING
 
     # ------------------------------------------------------------------ callbacks, loggers, metrics
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fulmen import _exact_state, _verify
+from fulmen._batch_steps import compose_batch_steps
 from fulmen._loader_advice import log_interval
 from fulmen._planning import make_plan
 from fulmen._raw_batches import hook_of_raw
@@ -89,15 +90,19 @@ class Training:
                 session.schedulers, progress, own_schedule, lambda: metering.reporter.callback_metrics, measured
             )
         validates_by_time = isinstance(settings.val_check_interval, timedelta)
+        steps = compose_batch_steps(
+            session,
+            binder,
+            progress,
+            accumulate=settings.accumulate_grad_batches,
+            clip_val=settings.gradient_clip_val,
+            clip_algorithm=settings.gradient_clip_algorithm,
+            keep_outputs=bool(hooks.on_train_batch_end),
+        )
         parts = FitParts(
-            **session.training_callables(
-                binder,
-                progress,
-                accumulate=settings.accumulate_grad_batches,
-                clip_val=settings.gradient_clip_val,
-                clip_algorithm=settings.gradient_clip_algorithm,
-                keep_outputs=bool(hooks.on_train_batch_end),
-            ),
+            step=steps.step,
+            accumulate=steps.accumulate,
+            updates=steps.updates,
             transfer=unchanged_batch if raw else _starting(metering.train, session.transfer(), self._borrowing),
             schedule=schedule,
             schedule_on_metric=schedule_on_metric,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fulmen._loaders import LoaderSource
     from fulmen.settings import Settings
     from fulmen_fabric import Assembly
+    from fulmen_protocols import Strategy
 
 __all__ = [
     "collected",
@@ -328,8 +329,8 @@ def raise_all(errors: list[MisconfigurationException]) -> None:
         raise MisconfigurationException("\n".join(map(str, errors)))
 
 
-def strategy(asked: object) -> None:
-    """Refuse a strategy that is for loops of one's own.
+def strategy(asked: str | Strategy) -> str | Strategy:
+    """``asked``, unless it is for loops of one's own.
 
     Raises:
         MisconfigurationException: it drives several devices from one process, through a wrapper that splits arguments.
@@ -344,3 +345,4 @@ def strategy(asked: object) -> None:
             f"strategy={name} is for Fabric only: it splits what forward is given, and a Trainer's steps return one "
             "loss. Use strategy='ddp'."
         )
+    return asked

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fulmen._metric_batch import batch_sizes, first_batch_size
-from fulmen._metric_entry import FOLD_EVERY, MetricEntry, MetricObject, MetricOptions, Row, Scalar
-from fulmen._metric_options import group_ranks_of, is_metric, metric_name, reduction, resolve_when
+from fulmen._metric_entry import FOLD_EVERY, MetricEntry, MetricObject, Row, Scalar
+from fulmen._metric_options import LogCall, group_ranks_of, is_metric, read_call, warn_about_ranks
 from fulmen._metric_reduce import computed, only_tensor, reduce_epoch_values, reduce_step_values
 from fulmen._metric_scope import LogScope, scope_for
 from fulmen._metric_state import load_entries, save_entries
 from fulmen._metric_sync import Schema
 from fulmen._metric_view import MetricView, as_tensors, epoch_view, step_view
-from fulmen_fabric.rank_zero import PossibleUserWarning, rank_zero_warn
+from fulmen_fabric.rank_zero import rank_zero_warn
 from fulmen_protocols.errors import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -25,22 +25,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from fulmen_protocols.collectives import Collectives
-
-_Key = tuple[
-    "LogScope | None",
-    "int | None",
-    str,
-    bool,
-    "bool | None",
-    "bool | None",
-    "bool | None",
-    "str | Callable[..., Any]",
-    bool,
-    object,
-    bool,
-    "str | None",
-    bool,
-]
 
 __all__ = ["LogScope", "MetricStore", "MetricView", "Scalar", "scope_for"]
 
@@ -188,7 +172,7 @@ class MetricStore:
                 logged before in this hook with other options.
             ValueError: the value is none of the above.
         """
-        key = (
+        key = (  # LogCall's fields in their order, as a plain tuple: nothing is called for it
             self.scope,
             self._dataloader_idx,
             name,
@@ -205,7 +189,7 @@ class MetricStore:
         )
         entry = self._cache.get(key)
         if entry is None:
-            entry = self._cache[key] = self._resolve(key, value, module)
+            entry = self._cache[key] = self._resolve(LogCall(*key), value, module)
         if type(value) is Tensor:
             if (
                 entry.is_fast
@@ -287,80 +271,33 @@ class MetricStore:
         self._size = size
         return size
 
-    def _resolve(self, key: _Key, value: object, module: nn.Module | None) -> MetricEntry:
+    def _resolve(self, call: LogCall, value: object, module: nn.Module | None) -> MetricEntry:
         """Check a combination of hook, name and options once, and find or make its entry."""
-        (
-            scope,
-            loader,
-            name,
-            prog_bar,
-            logger,
-            on_step,
-            on_epoch,
-            reduce_fx,
-            sync_dist,
-            group,
-            add_idx,
-            attribute,
-            zero,
-        ) = key
-        scope, on_step, on_epoch = resolve_when(name, scope, on_step, on_epoch, add_idx)
         metric = cast("MetricObject", value) if is_metric(value) else None
-        if metric is not None:
-            attribute = metric_name(name, metric, attribute, module)
-        options = MetricOptions(
-            prog_bar=bool(prog_bar),
-            logger=logger is None or bool(logger),
-            on_step=on_step,
-            on_epoch=on_epoch,
-            op=reduction(name, reduce_fx),
-            sync=bool(sync_dist) and not zero,
-            add_dataloader_idx=bool(add_idx),
-            metric_attribute=attribute if metric is not None else None,
-            rank_zero_only=bool(zero),
-        )
-        row = Row(scope.hook, name, -1 if loader is None or not (add_idx and scope.per_batch) else loader, options)
+        row, scope = read_call(call, metric, module)
         entry = self._entries.get(row.identity)
-        if entry is None or (entry.provisional and entry.options != options):
-            entry = MetricEntry(
+        if entry is None or (entry.provisional and entry.options != row.options):
+            entry = self._entries[row.identity] = MetricEntry(
                 row,
                 per_batch=scope.per_batch,
-                group_ranks=group_ranks_of(group, self._collectives.rank),
+                group_ranks=group_ranks_of(call.sync_dist_group, self._collectives.rank),
                 clone_always=self.clone_values,
             )
             entry.metric = metric
-            self._entries[row.identity] = entry
-            self._warn_about_ranks(entry)
-        elif entry.options != options:
+            if self._world_size > 1 and metric is None:
+                warn_about_ranks(row, self._world_size, training=self._training)
+        elif entry.options != row.options:
             raise MisconfigurationException(
-                f"self.log({name!r}, ...) is called twice in {scope.hook} with different options: "
-                f"{_difference(entry.options, options)}. Use two names, or the same options."
+                f"self.log({row.name!r}, ...) is called twice in {row.hook} with different options: "
+                f"{entry.options.difference(row.options)}. Use two names, or the same options."
             )
         elif entry.provisional:
             entry.provisional = False
             entry.metric = metric
-            entry.group_ranks = group_ranks_of(group, self._collectives.rank)
-        if loader is not None and scope.per_batch and row.dataloader_idx < 0:
-            entry.loaders.add(loader)
+            entry.group_ranks = group_ranks_of(call.sync_dist_group, self._collectives.rank)
+        if call.dataloader_idx is not None and scope.per_batch and row.dataloader_idx < 0:
+            entry.loaders.add(call.dataloader_idx)
         return entry
-
-    def _warn_about_ranks(self, entry: MetricEntry) -> None:
-        options = entry.options
-        if self._world_size == 1 or entry.metric is not None or options.rank_zero_only:
-            return
-        name = entry.row.name
-        if options.sync and options.on_step and not self._training:
-            rank_zero_warn(
-                f"self.log({name!r}, on_step=True, sync_dist=True) in {entry.row.hook}: ranks may evaluate different "
-                "numbers of batches, so step values of evaluation are each rank's own; the epoch's value is synced.",
-                PossibleUserWarning,
-            )
-        if options.on_epoch and not options.sync:
-            rank_zero_warn(
-                f"self.log({name!r}, ...) in {entry.row.hook} records an epoch value on {self._world_size} ranks "
-                "without sync_dist=True: each rank keeps its own, and loggers get rank 0's.",
-                PossibleUserWarning,
-            )
 
     # Declared points ---------------------------------------------------------------------------------------------
 
@@ -501,8 +438,3 @@ class MetricStore:
         """
         for entry in load_entries(self.stage, state_dict, module, self._device):
             self._entries[entry.row.identity] = entry
-
-
-def _difference(known: MetricOptions, asked: MetricOptions) -> str:
-    pairs = zip(MetricOptions._fields, known, asked, strict=True)
-    return ", ".join(f"{field} was {old!r}, now {new!r}" for field, old, new in pairs if old != new)

@@ -94,9 +94,7 @@ def parse_optimizers(
             optimizer is not returned, or there are several optimizers with automatic optimization.
     """
     if returned is None:
-        rank_zero_warn(
-            "configure_optimizers returned None: this run has no optimizer and changes no weight."
-        )
+        rank_zero_warn("configure_optimizers returned None: this run has no optimizer and changes no weight.")
         return [NoOptimizer()], []
     optimizers, schedulers, monitor = _split(returned)
     if automatic_optimization and len(optimizers) > 1:
@@ -269,9 +267,7 @@ def _warn_about_keys(place: str, config: Mapping[str, object], known: frozenset[
     for key in config:
         if key not in known:
             hint = did_you_mean(str(key), known)
-            rank_zero_warn(
-                f"{place} holds the key {key!r}, which is ignored.{hint} Known: {sorted(known)!r}."
-            )
+            rank_zero_warn(f"{place} holds the key {key!r}, which is ignored.{hint} Known: {sorted(known)!r}.")
 
 
 def _wrong(returned: object, found: str) -> MisconfigurationTypeError:

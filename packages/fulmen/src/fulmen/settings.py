@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, cast
+from types import NoneType
+from typing import Literal, TypeVar, cast
 
 from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError
 
 __all__ = ["BatchLimit", "Interval", "Settings"]
 
+N = TypeVar("N", int, float)
 BatchLimit = int | float
 Interval = int | float | str | timedelta | Mapping[str, int]
 
@@ -102,74 +104,60 @@ class Settings:
         """
         wrong = _Problems()
         if barebones:
-            wrong.extend(
-                f"barebones=True turns {name} off, but it was given as {value!r}; drop one of the two."
-                for name, value in {
-                    "enable_checkpointing": enable_checkpointing,
-                    "enable_progress_bar": enable_progress_bar,
-                    "enable_model_summary": enable_model_summary,
-                    "logger": logger_is_on,
-                    "num_sanity_val_steps": num_sanity_val_steps,
-                    "log_every_n_steps": log_every_n_steps,
-                    "fast_dev_run": fast_dev_run,
-                    "detect_anomaly": detect_anomaly,
-                }.items()
-                if value
+            wrong.turned_off(
+                "barebones=True",
+                enable_checkpointing=enable_checkpointing,
+                enable_progress_bar=enable_progress_bar,
+                enable_model_summary=enable_model_summary,
+                logger=logger_is_on,
+                num_sanity_val_steps=num_sanity_val_steps,
+                log_every_n_steps=log_every_n_steps,
+                fast_dev_run=fast_dev_run,
+                detect_anomaly=detect_anomaly,
             )
             enable_checkpointing = enable_progress_bar = enable_model_summary = False
             num_sanity_val_steps = log_every_n_steps = 0
 
         fast = _fast_dev_run(fast_dev_run, wrong)
-        for name, value, low in (
-            ("max_epochs", max_epochs, -1),
-            ("min_epochs", min_epochs, 0),
-            ("max_steps", max_steps, -1),
-            ("min_steps", min_steps, 0),
-            ("accumulate_grad_batches", accumulate_grad_batches, 1),
-            ("reload_dataloaders_every_n_epochs", reload_dataloaders_every_n_epochs, 0),
-            ("log_every_n_steps", log_every_n_steps, 0),
-            ("num_sanity_val_steps", num_sanity_val_steps, -1),
-            ("check_val_every_n_epoch", check_val_every_n_epoch, 1),
-        ):
-            wrong.whole_number(name, value, low)
-        for name, limit in (
-            ("limit_train_batches", limit_train_batches),
-            ("limit_val_batches", limit_val_batches),
-            ("limit_test_batches", limit_test_batches),
-            ("limit_predict_batches", limit_predict_batches),
-            ("overfit_batches", overfit_batches),
-        ):
-            wrong.limit(name, limit)
-        wrong.clip_value("gradient_clip_val", gradient_clip_val)
-        if gradient_clip_algorithm not in (None, "norm", "value"):
-            wrong.add(f"gradient_clip_algorithm={gradient_clip_algorithm!r} must be 'norm' or 'value'.")
+        wrong.whole_numbers(-1, max_epochs=max_epochs, max_steps=max_steps, num_sanity_val_steps=num_sanity_val_steps)
+        wrong.whole_numbers(
+            0,
+            min_epochs=min_epochs,
+            min_steps=min_steps,
+            log_every_n_steps=log_every_n_steps,
+            reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs,
+        )
+        wrong.whole_numbers(
+            1, accumulate_grad_batches=accumulate_grad_batches, check_val_every_n_epoch=check_val_every_n_epoch
+        )
+        wrong.limits(
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            overfit_batches=overfit_batches,
+        )
+        wrong.clipping(gradient_clip_val, gradient_clip_algorithm)
         if deterministic not in (None, True, False, "warn"):
             wrong.add(f"deterministic={deterministic!r} must be True, False or 'warn'.")
-        for name, switch in (
-            ("enable_checkpointing", enable_checkpointing),
-            ("enable_progress_bar", enable_progress_bar),
-            ("enable_model_summary", enable_model_summary),
-            ("benchmark", benchmark),
-            ("inference_mode", inference_mode),
-            ("use_distributed_sampler", use_distributed_sampler),
-            ("detect_anomaly", detect_anomaly),
-            ("barebones", barebones),
-            ("sync_batchnorm", sync_batchnorm),
-            ("enable_autolog_hparams", enable_autolog_hparams),
-        ):
-            wrong.switch(name, switch)
-        if default_root_dir is not None and not _is_path(default_root_dir):
-            wrong.type(f"default_root_dir={default_root_dir!r} must be a path or a URL.")
+        wrong.switches(
+            enable_checkpointing=enable_checkpointing,
+            enable_progress_bar=enable_progress_bar,
+            enable_model_summary=enable_model_summary,
+            benchmark=benchmark,
+            inference_mode=inference_mode,
+            use_distributed_sampler=use_distributed_sampler,
+            detect_anomaly=detect_anomaly,
+            barebones=barebones,
+            sync_batchnorm=sync_batchnorm,
+            enable_autolog_hparams=enable_autolog_hparams,
+        )
+        root_dir = _root_dir(default_root_dir, wrong)
         interval = _val_check_interval(val_check_interval, check_val_every_n_epoch, wrong)
-        duration: timedelta | None = None
-        if max_time is not None:
-            try:
-                duration = parse_duration("max_time", max_time)
-            except MisconfigurationException as error:
-                wrong.add(str(error))
+        duration = None if max_time is None else wrong.duration("max_time", max_time)
         wrong.raise_all()
 
-        epochs_given = max_epochs is not None
+        is_default = not fast and max_epochs is None and max_steps == -1 and duration is None and not has_timer
         if fast:
             max_epochs, max_steps = 1, fast
             num_sanity_val_steps, interval = 0, 1.0
@@ -177,7 +165,6 @@ class Settings:
             limit_train_batches = limit_val_batches = limit_test_batches = limit_predict_batches = fast
         if overfit_batches:
             limit_train_batches = limit_val_batches = overfit_batches
-        is_default = not fast and not epochs_given and max_steps == -1 and duration is None and not has_timer
         if max_epochs is None:
             max_epochs = 1000 if is_default else -1
         if min_epochs is None:
@@ -189,10 +176,10 @@ class Settings:
             max_steps=max_steps,
             min_steps=min_steps or 0,
             max_time=duration,
-            limit_train_batches=1.0 if limit_train_batches is None else limit_train_batches,
-            limit_val_batches=1.0 if limit_val_batches is None else limit_val_batches,
-            limit_test_batches=1.0 if limit_test_batches is None else limit_test_batches,
-            limit_predict_batches=1.0 if limit_predict_batches is None else limit_predict_batches,
+            limit_train_batches=_or(limit_train_batches, 1.0),
+            limit_val_batches=_or(limit_val_batches, 1.0),
+            limit_test_batches=_or(limit_test_batches, 1.0),
+            limit_predict_batches=_or(limit_predict_batches, 1.0),
             overfit_batches=overfit_batches,
             val_check_interval=interval,
             check_val_every_n_epoch=check_val_every_n_epoch,
@@ -212,24 +199,23 @@ class Settings:
             barebones=barebones,
             sync_batchnorm=sync_batchnorm,
             reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs,
-            default_root_dir=_root_dir(default_root_dir),
+            default_root_dir=root_dir,
             enable_autolog_hparams=enable_autolog_hparams,
             max_epochs_is_default=is_default,
         )
 
 
-def _or(value: int | None, default: int) -> int:
+def _or(value: N | None, default: N) -> N:
     return default if value is None else value
 
 
-def _is_path(value: object) -> bool:
-    return isinstance(value, (str, os.PathLike))
-
-
-def _root_dir(path: str | os.PathLike[str] | None) -> str:
+def _root_dir(path: object, wrong: _Problems) -> str:
     if path is None:
         return os.getcwd()
-    text = os.fspath(path)
+    if not isinstance(path, (str, os.PathLike)):
+        wrong.type(f"default_root_dir={path!r} must be a path or a URL.")
+        return ""
+    text = os.fspath(cast("str | os.PathLike[str]", path))
     return text if "://" in text else os.path.normpath(os.path.expanduser(text))
 
 
@@ -265,10 +251,7 @@ def _val_check_interval(
             )
         return value
     else:
-        try:
-            return parse_duration("val_check_interval", value)
-        except MisconfigurationException as error:
-            wrong.add(str(error))
+        return wrong.duration("val_check_interval", value) or 1.0
     return 1.0
 
 
@@ -310,43 +293,57 @@ class _Problems:
         self._messages.append(message)
         self._values = True
 
-    def extend(self, messages: Iterable[str]) -> None:
-        for message in messages:
-            self.add(message)
-
     def type(self, message: str) -> None:
         self._messages.append(message)
 
-    def whole_number(self, name: str, value: object, low: int) -> None:
-        if value is None:
-            return
-        if isinstance(value, bool) or not isinstance(value, int):
-            self.type(f"{name}={value!r} must be a whole number.")
-        elif value < low:
-            unlimited = "; -1 means no limit" if low == -1 and name.startswith("max") else ""
-            self.add(f"{name}={value!r} must be at least {low}{unlimited}.")
+    def turned_off(self, by: str, **given: object) -> None:
+        """Refuse what was asked for and cannot be had together with ``by``."""
+        for name, value in given.items():
+            if value:
+                self.add(f"{by} turns {name} off, but it was given as {value!r}; drop one of the two.")
 
-    def switch(self, name: str, value: object) -> None:
-        if value is not None and not isinstance(value, int):  # 0 and 1 are fine
-            self.type(f"{name}={value!r} must be True or False.")
+    def whole_numbers(self, low: int, **given: object) -> None:
+        for name, value in given.items():
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                self.type(f"{name}={value!r} must be a whole number.")
+            elif value < low:
+                unlimited = "; -1 means no limit" if low == -1 and name.startswith("max") else ""
+                self.add(f"{name}={value!r} must be at least {low}{unlimited}.")
 
-    def limit(self, name: str, value: object) -> None:
-        if value is None:
-            return
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            self.type(f"{name}={value!r} must be a number of batches (int) or a fraction (float).")
-        elif isinstance(value, float) and not 0.0 <= value <= 1.0:
-            self.add(f"{name}={value!r}: a float is a fraction and must lie in [0, 1]; write {int(value)} for batches.")
-        elif value < 0:
-            self.add(f"{name}={value!r} must not be negative; 0 turns the loop off.")
+    def switches(self, **given: object) -> None:
+        for name, value in given.items():
+            if value is not None and not isinstance(value, int):  # 0 and 1 are fine
+                self.type(f"{name}={value!r} must be True or False.")
 
-    def clip_value(self, name: str, value: object) -> None:
-        if value is None:
-            return
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            self.type(f"{name}={value!r} must be a number.")
-        elif not math.isfinite(value):
-            self.add(f"{name}={value!r} must be finite; None turns clipping off.")
+    def limits(self, **given: object) -> None:
+        for name, value in given.items():
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                self.type(f"{name}={value!r} must be a number of batches (int) or a fraction (float).")
+            elif isinstance(value, float) and not 0.0 <= value <= 1.0:
+                self.add(
+                    f"{name}={value!r}: a float is a fraction and must lie in [0, 1]; write {int(value)} for batches."
+                )
+            elif value < 0:
+                self.add(f"{name}={value!r} must not be negative; 0 turns the loop off.")
+
+    def clipping(self, value: object, algorithm: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float, NoneType)):
+            self.type(f"gradient_clip_val={value!r} must be a number.")
+        elif value is not None and not math.isfinite(value):
+            self.add(f"gradient_clip_val={value!r} must be finite; None turns clipping off.")
+        if algorithm not in (None, "norm", "value"):
+            self.add(f"gradient_clip_algorithm={algorithm!r} must be 'norm' or 'value'.")
+
+    def duration(self, name: str, value: object) -> timedelta | None:
+        try:
+            return parse_duration(name, value)
+        except MisconfigurationException as error:
+            self.add(str(error))
+            return None
 
     def raise_all(self) -> None:
         if self._messages:

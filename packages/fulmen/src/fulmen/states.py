@@ -30,6 +30,16 @@ class TrainerFn(StrEnum):
     TESTING = "test"
     PREDICTING = "predict"
 
+    @property
+    def first_stage(self) -> RunningStage:
+        """The stage in which a call of this method begins, and the only one unless it is ``fit``."""
+        return {
+            self.FITTING: RunningStage.TRAINING,
+            self.VALIDATING: RunningStage.VALIDATING,
+            self.TESTING: RunningStage.TESTING,
+            self.PREDICTING: RunningStage.PREDICTING,
+        }[self]
+
 
 class RunningStage(StrEnum):
     """Which loop is running."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fulmen import _checkpointing
 from fulmen._saving import Saving
+from fulmen._surface_ranks import RankSurface
 from fulmen_fabric import move_data_to_device
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
@@ -41,7 +42,7 @@ _OF_THE_ENGINE = ("state_dict", "optimizer_states")
 _OPS: dict[str, ReduceOp] = {"mean": "mean", "avg": "mean", "sum": "sum", "min": "min", "max": "max"}
 
 
-class StrategyFacade:
+class StrategyFacade(RankSurface):
     """What callbacks and integrations read from ``trainer.strategy``. Anything else is asked of the backend itself.
 
     ``isinstance(trainer.strategy, DDPStrategy)`` holds where the backend is one; ``backend`` is the object itself.
@@ -152,31 +153,6 @@ class StrategyFacade:
     def root_device(self) -> torch.device:
         """The device of this process."""
         return self._world.device
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this is rank 0."""
-        return self._world.is_global_zero
-
-    @property
-    def global_rank(self) -> int:
-        """Index among all processes."""
-        return self._world.rank
-
-    @property
-    def local_rank(self) -> int:
-        """Index among this node's processes."""
-        return self._world.local_rank
-
-    @property
-    def node_rank(self) -> int:
-        """Index of this node."""
-        return self._world.node_rank
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return self._world.world_size
 
     def barrier(self, name: str | None = None) -> None:
         """Wait for every rank."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
-__all__ = ["all_finite", "clip_by_norm", "clip_by_value", "parameters_of", "total_norm"]
+__all__ = ["clip_by_norm", "clip_by_value", "parameters_of", "total_norm"]
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -126,24 +126,6 @@ def clip_by_value(parameters: Sequence[Tensor], clip_value: float) -> None:
     for parts in _by_device(_gradients(parameters)).values():
         torch._foreach_clamp_min_(parts, -bound)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
         torch._foreach_clamp_max_(parts, bound)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
-
-
-@torch.no_grad()
-def all_finite(gradients: Iterable[Tensor]) -> Tensor:
-    """Whether every element on every rank of the meshes is finite: bool, shape ``()``, agreed among those ranks."""
-    verdicts: dict[DeviceMesh | None, Tensor] = {}
-    for (mesh, _), parts in _by_layout(gradients).items():
-        finite = _norms(parts, math.inf, torch.float32).isfinite().all()
-        verdicts[mesh] = finite & verdicts[mesh].to(finite.device) if mesh in verdicts else finite
-    agreed = torch.tensor(True)
-    for mesh, finite in verdicts.items():
-        flag = finite.to(torch.int32)
-        if mesh is not None:
-            flag = flag.to(mesh.device_type)
-            for axis in range(mesh.ndim):
-                dist.all_reduce(flag, dist.ReduceOp.MIN, mesh.get_group(axis))
-        agreed = agreed.to(flag.device) & flag.bool()
-    return agreed
 
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -32,13 +32,28 @@ class MonitoredValue:
         self.validated_at: int | None = None
         """Step at which a validation last ended in this run."""
         self._absent_before_validation = True
+        self._has_warned = False
 
-    def not_found(self, owner: str, metrics: Mapping[str, Tensor]) -> str:
-        """What to tell where nobody has logged the value."""
-        return (
+    def miss(
+        self, owner: str, metrics: Mapping[str, Tensor], error: type[Exception] | None, *, meanwhile: str = ""
+    ) -> None:
+        """Tell that nobody has logged the value: raise ``error``, or without one warn, once.
+
+        Args:
+            owner: class name of the callback that monitors the value.
+            metrics: what was logged.
+            error: for a moment after which nothing is left that could produce the value.
+            meanwhile: what the warning says of the time until it is there.
+        """
+        found = (
             f"{owner}(monitor={self.name!r}) found no such value.{did_you_mean(str(self.name), metrics)} "
             f"Logged are {sorted(metrics)!r}. Log it with self.log({self.name!r}, ...)."
         )
+        if error is not None:
+            raise error(found)
+        if not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(f"{found}{meanwhile}")
 
     def warn_if_misspelt(self, owner: str, metrics: Mapping[str, Tensor]) -> None:
         """Called after the sanity check, whose validation has logged all its names: long before the value is missed."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
+from fulmen.callbacks._finder import refuse_second, searching
 from fulmen.callbacks.callback import Callback
-from fulmen.exceptions import _TunerExitException  # pyright: ignore[reportPrivateUsage]  # Lightning's name
 from fulmen.states import TrainerFn
 from fulmen.tuner.batch_size_scaling import MODES, check_arguments, check_run, scale_batch_size
-from fulmen_fabric import isolate_rng
-from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
     from fulmen.callbacks.callback import Stage
@@ -67,39 +66,29 @@ class BatchSizeFinder(Callback):
             max_val=max_val,
         )
         self.optimal_batch_size: int | None = init_val
-        self._mode = mode
-        self._steps_per_trial = steps_per_trial
-        self._init_val = init_val
-        self._max_trials = max_trials
         self._batch_arg_name = batch_arg_name
-        self._margin = margin
-        self._max_val = max_val
+        self._search = partial(
+            scale_batch_size,
+            mode=mode,
+            steps_per_trial=steps_per_trial,
+            init_val=init_val,
+            max_trials=max_trials,
+            batch_arg_name=batch_arg_name,
+            margin=margin,
+            max_val=max_val,
+        )
         self._early_exit = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
         """Refuse a run of which no batch size can be found, and a second finder."""
-        count = sum(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks)
-        if count > 1:
-            raise MisconfigurationException(f"callbacks holds {count} BatchSizeFinders; keep one.")
+        refuse_second(BatchSizeFinder, trainer)
         if not trainer.fast_dev_run:
             check_run(trainer, pl_module, self._batch_arg_name)
 
     def scale_batch_size(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search now, between two epochs of a fit or at the start of an evaluation; sets ``optimal_batch_size``."""
-        with isolate_rng():
-            self.optimal_batch_size = scale_batch_size(
-                trainer,
-                pl_module,
-                mode=self._mode,
-                steps_per_trial=self._steps_per_trial,
-                init_val=self._init_val,
-                max_trials=self._max_trials,
-                batch_arg_name=self._batch_arg_name,
-                margin=self._margin,
-                max_val=self._max_val,
-            )
-        if self._early_exit:
-            raise _TunerExitException
+        with searching(ends_the_call=self._early_exit):
+            self.optimal_batch_size = self._search(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search before anything is trained."""

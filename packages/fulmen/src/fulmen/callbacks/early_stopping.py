@@ -10,7 +10,6 @@ import torch
 
 from fulmen.callbacks._monitor import Moment, MonitoredValue
 from fulmen.callbacks.callback import Callback
-from fulmen_fabric import rank_zero_warn
 from fulmen_protocols import MisconfigurationException, MisconfigurationRuntimeError, did_you_mean
 
 if TYPE_CHECKING:
@@ -108,7 +107,6 @@ class EarlyStopping(Callback):
         self._value = MonitoredValue(monitor)
         self._moment: Moment = "epoch"
         self._check_is_pending = False
-        self._warned_of_missing = False
 
     @property
     def state_key(self) -> str:
@@ -193,12 +191,8 @@ class EarlyStopping(Callback):
     def _missing(self, trainer: Trainer, metrics: Mapping[str, Tensor], moment: Moment) -> None:
         if self._value.validated_at is None and trainer.enable_validation:
             return  # the validation that may log it is yet to come
-        found = self._value.not_found("EarlyStopping", metrics)
-        if self.strict and moment == "epoch":  # nothing is left that could produce it
-            raise MisconfigurationRuntimeError(found)
-        if not self._warned_of_missing:
-            self._warned_of_missing = True
-            rank_zero_warn(found)
+        is_over = self.strict and moment == "epoch"
+        self._value.miss("EarlyStopping", metrics, MisconfigurationRuntimeError if is_over else None)
 
     def _evaluate_stopping_criteria(self, current: Tensor) -> tuple[bool, str | None]:
         """Whether to stop at the value ``current``, and what to say."""

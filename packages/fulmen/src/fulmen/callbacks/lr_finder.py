@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
+from fulmen.callbacks._finder import refuse_second, searching
 from fulmen.callbacks.callback import Callback
-from fulmen.exceptions import _TunerExitException  # pyright: ignore[reportPrivateUsage]  # Lightning's name
 from fulmen.tuner.lr_finder import MODES, check_arguments, lr_find
-from fulmen_fabric import isolate_rng
-from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
     from fulmen.callbacks.callback import Stage
@@ -63,38 +62,27 @@ class LearningRateFinder(Callback):
             mode=mode,
             early_stop_threshold=early_stop_threshold,
         )
-        self._min_lr = min_lr
-        self._max_lr = max_lr
-        self._num_training_steps = num_training_steps
-        self._mode = mode
-        self._early_stop_threshold = early_stop_threshold
-        self._update_attr = update_attr
-        self._attr_name = attr_name
+        self._search = partial(
+            lr_find,
+            min_lr=min_lr,
+            max_lr=max_lr,
+            num_training=num_training_steps,
+            mode=mode,
+            early_stop_threshold=early_stop_threshold,
+            update_attr=update_attr,
+            attr_name=attr_name,
+        )
         self._early_exit = False
         self.optimal_lr: _LRFinder | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
         """Refuse a second finder."""
-        count = sum(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks)
-        if count > 1:
-            raise MisconfigurationException(f"callbacks holds {count} LearningRateFinders; keep one.")
+        refuse_second(LearningRateFinder, trainer)
 
     def lr_find(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Test now, between two epochs of the running fit; ``optimal_lr`` holds what was found."""
-        with isolate_rng():
-            self.optimal_lr = lr_find(
-                trainer,
-                pl_module,
-                min_lr=self._min_lr,
-                max_lr=self._max_lr,
-                num_training=self._num_training_steps,
-                mode=self._mode,
-                early_stop_threshold=self._early_stop_threshold,
-                update_attr=self._update_attr,
-                attr_name=self._attr_name,
-            )
-        if self._early_exit:
-            raise _TunerExitException
+        with searching(ends_the_call=self._early_exit):
+            self.optimal_lr = self._search(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Test before anything is trained."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fulmen import _files
+from fulmen.callbacks import _checkpoint_retention as retention
 from fulmen.callbacks._checkpoint_arguments import check_arguments
 from fulmen.callbacks._checkpoint_name import default_dirpath, fill_in, name_fields, pattern_of
 from fulmen.callbacks._checkpoint_plan import describe_plan, epochs_end_with_validation
@@ -117,7 +118,7 @@ class ModelCheckpoint(Checkpoint):
         self.best_model_score: Tensor | None = None
         self.best_k_models: dict[str, Tensor] = {}
         self.kth_best_model_path = ""
-        self.kth_value = torch.tensor(torch.inf if mode == "min" else -torch.inf)
+        self.kth_value = retention.worst_value(mode)
         self.last_model_path = ""
         self.current_score: Tensor | None = None
 
@@ -131,7 +132,6 @@ class ModelCheckpoint(Checkpoint):
         self._failures = 0
         self._next_step_due = 0
         self._first_batch = True
-        self._warned_of_missing = False
 
     # -- moments ------------------------------------------------------------------------------------------------------
 
@@ -266,19 +266,15 @@ class ModelCheckpoint(Checkpoint):
                 fresh, known = trainer.strategy.broadcast((fresh, known))
             if not fresh:
                 if not known and (moment == "epoch" or (not self._save_is_pending and moment != "step")):
-                    self._missing(metrics, moment)
+                    is_over = self._value.validated_at is not None and moment == "epoch"
+                    error = MisconfigurationException if is_over else None
+                    self._value.miss(
+                        "ModelCheckpoint", metrics, error, meanwhile=" Until then nothing is ranked or kept."
+                    )
                 self._save_is_pending = True
                 return
         self._save_is_pending = False
         self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-
-    def _missing(self, metrics: Mapping[str, Tensor], moment: Moment) -> None:
-        found = self._value.not_found("ModelCheckpoint", metrics)
-        if self._value.validated_at is not None and moment == "epoch":  # nothing is left that could produce it
-            raise MisconfigurationException(found)
-        if not self._warned_of_missing:
-            self._warned_of_missing = True
-            rank_zero_warn(f"{found} Until then nothing is ranked or kept.")
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if self.save_top_k == 0:
@@ -310,7 +306,7 @@ class ModelCheckpoint(Checkpoint):
 
     def _update_best_and_save(self, current: Tensor, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if torch.isnan(current):
-            current = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
+            current = retention.worst_value(self.mode)
         with self._taken_back_on_failure(trainer):
             room = self.save_top_k == -1 or len(self.best_k_models) < self.save_top_k
             evicted = "" if room else self.kth_best_model_path
@@ -325,7 +321,7 @@ class ModelCheckpoint(Checkpoint):
             self._remove_checkpoint(trainer, evicted)
 
     def _rank_no_more_than_asked(self) -> None:
-        """A resumed run may have ranked more models than are kept now: the worst are forgotten, and their files stay."""
+        """A resumed run may have ranked more models than are kept now: the worst are forgotten, their files stay."""
         ranked, surplus = self.best_k_models, len(self.best_k_models) - self.save_top_k
         if self.save_top_k < 1 or surplus < 1:
             return
@@ -335,13 +331,12 @@ class ModelCheckpoint(Checkpoint):
         self._rank_models()
 
     def _rank_models(self) -> None:
-        best, worst = (min, max) if self.mode == "min" else (max, min)
         ranked = self.best_k_models
-        self.best_model_path = best(ranked, key=lambda path: ranked[path])
+        self.best_model_path = retention.best_of(ranked, self.mode)
         self.best_model_score = ranked[self.best_model_path]
         self.kth_best_model_path = ""
         if self.save_top_k in (-1, len(ranked)):
-            self.kth_best_model_path = worst(ranked, key=lambda path: ranked[path])
+            self.kth_best_model_path = retention.worst_of(ranked, self.mode)
             self.kth_value = ranked[self.kth_best_model_path]
 
     def _taken_back_on_failure(self, trainer: Trainer) -> AbstractContextManager[None]:
@@ -385,9 +380,7 @@ class ModelCheckpoint(Checkpoint):
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         if previous == current or previous not in self._written or self.dirpath is None:
             return False
-        if trainer.ckpt_path is not None and _files.real(_files.absolute(trainer.ckpt_path)) == _files.real(previous):
-            return False
-        return _files.is_inside(previous, self.dirpath)
+        return retention.may_delete(previous, self.dirpath, trainer.ckpt_path)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         trainer.strategy.remove_checkpoint(filepath)
@@ -399,9 +392,8 @@ class ModelCheckpoint(Checkpoint):
             return False
         if self.save_top_k == -1 or len(self.best_k_models) < self.save_top_k:
             return True
-        worst = self.best_k_models[self.kth_best_model_path]
-        better = current < worst.to(current.device) if self.mode == "min" else current > worst.to(current.device)
-        return bool(trainer.strategy.reduce_boolean_decision(bool(better), all=True))
+        better = retention.is_better(current, self.best_k_models[self.kth_best_model_path], self.mode)
+        return bool(trainer.strategy.reduce_boolean_decision(better, all=True))
 
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
         return name_fields(trainer)
@@ -504,9 +496,7 @@ class ModelCheckpoint(Checkpoint):
         self.best_k_models = dict(state_dict.get("best_k_models", {}))
         self._rank_no_more_than_asked()
         self.last_model_path = state_dict.get("last_model_path", "")
-        # A run of Lightning kept no journal, but what it ranks it has written.
-        ranked = [*self.best_k_models, self.last_model_path, *([] if self.monitor else [self.best_model_path])]
-        self._written = dict.fromkeys(state_dict.get("written", [path for path in ranked if path]))
+        self._written = dict.fromkeys(retention.written_before(state_dict, ranks=bool(self.monitor)))
 
     def to_yaml(self, filepath: str | PathLike[str] | None = None) -> None:
         """Write the kept paths with their scores; by default to ``best_k_models.yaml`` in ``dirpath``."""

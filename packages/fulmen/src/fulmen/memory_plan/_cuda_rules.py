@@ -97,6 +97,20 @@ def _attention(
     )[0]
 
 
+class _FusedRMSNorm(torch.autograd.Function):
+    """What CUDA's kernel allocates and saves. The CPU has none: there the operator is a composition of others."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor | None, statistics: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(input, weight, torch.empty(statistics, dtype=torch.float32))
+        return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        input, weight, _ = ctx.saved_tensors
+        return torch.empty_like(input), None if weight is None else torch.empty_like(weight), None
+
+
 def _rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Any:
@@ -105,7 +119,9 @@ def _rms_norm(
         return NotImplemented
     if weight is not None and weight.dtype != input.dtype:
         return NotImplemented
-    return torch.ops.aten._fused_rms_norm(input, list(normalized_shape), weight, eps)[0]
+    statistics = (*input.shape[: -len(normalized_shape)], *(1 for _ in normalized_shape))
+    fused: Any = _FusedRMSNorm  # torch has no types for `apply`
+    return fused.apply(input, weight, statistics)
 
 
 _RULES: dict[str, Callable[..., Any]] = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fulmen import _preparation
+from fulmen._batch_steps import compose_batch_steps
 from fulmen._loaders import LoaderSource
 from fulmen._session import Session
 from fulmen.datamodule import LightningDataModule
@@ -303,7 +304,8 @@ class _Planned:
         if scaler != "none":
             session.assembly = replace(session.assembly, precision=_Unscaled(session.assembly.precision))
         binder = HookBinder(self.trainer, session.module, [_Phases(recorder, parameters)], session.scoped)
-        parts = session.training_callables(
+        steps = compose_batch_steps(
+            session,
             binder,
             Progress(),
             accumulate=1,
@@ -311,7 +313,7 @@ class _Planned:
             clip_algorithm=settings.gradient_clip_algorithm,
             keep_outputs=False,
         )
-        return cast("Callable[[Any, int], object]", parts["step"])
+        return steps.step
 
     def _report(
         self,

@@ -132,14 +132,27 @@ class Delivery:
         self.enter("training")
         self._save_cursors()  # a process that is killed has noted whom it feeds
 
+    @property
+    def at(self) -> int:
+        """Batches that have stepped an optimizer so far: where in the run a row of this moment belongs."""
+        return self._position()
+
     def row(
-        self, metrics: Mapping[str, float], x: int, loggers: Sequence[Logger], of: str, *, is_first: bool = True
+        self,
+        metrics: Mapping[str, float],
+        x: int,
+        loggers: Sequence[Logger],
+        of: str,
+        *,
+        is_first: bool = True,
+        at: int | None = None,
     ) -> None:
         """Log metrics at ``x``; ``of`` tells what they are of: ``step``, ``epoch``, ``eval_step``, ``callback``.
 
-        A row that is given to one logger after the other is in the log once: when it ``is_first``.
+        A row that is given to one logger after the other is in the log once: when it ``is_first``. One that is of an
+        earlier moment says ``at`` which.
         """
-        now, at = time.time(), self._position()
+        now, at = time.time(), self._position() if at is None else at
         if is_first:
             log = self.log
             self._last = (-1, -1)
@@ -150,8 +163,6 @@ class Delivery:
             box = self._box(logger)
             if box is not None:
                 box.put(item)
-        if of == "step":
-            self._note_state(at)
 
     def hyperparameters(self, values: Mapping[str, object], loggers: Sequence[Logger]) -> None:
         """Log settings of the run."""
@@ -287,15 +298,16 @@ class Delivery:
         self._count()
         self._append({"kind": "stages", "seconds": {name: round(s, 4) for name, s in self._seconds.items()}})
 
-    def _note_state(self, at: int) -> None:
-        """Learning rates and memory, at most every ``_STATE_S`` seconds when there are many."""
+    def note_state(self) -> None:
+        """Log learning rates and memory of this moment, at most every ``_STATE_S`` seconds when there are many."""
         now = time.monotonic()
         if self._states >= _DENSE_STATES and now - self._state_at < _STATE_S:
             return
         self._states, self._state_at = self._states + 1, now
         self._count()
         training = self._seconds.get("training", 0.0)
-        self._append({"kind": "state", "t": time.time(), "at": at, "training_s": training, **self._sample()})
+        place = {"t": time.time(), "at": self._position(), "training_s": training}
+        self._append({"kind": "state", **place, **self._sample()})
 
     # ------------------------------------------------------------------ sinks
 

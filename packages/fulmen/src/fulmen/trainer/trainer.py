@@ -8,13 +8,13 @@ what belongs to one call, ``Training`` and ``Evaluation`` compose its loops. The
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fulmen import (
     _callbacks,
     _checkpointing,
+    _ending,
     _engine,
     _foreign_methods,
     _layer_sync,
@@ -37,17 +37,13 @@ from fulmen._reporting import Reporter
 from fulmen._run_loaders import tell_batch_size
 from fulmen._session import Session
 from fulmen._stopping import Stopping
-from fulmen._storable import warn_of_left_out
+from fulmen._storable import leave_out_unstorable
 from fulmen._training import Training
 from fulmen.datamodule import LightningDataModule
 from fulmen.evaluate import evaluate
-from fulmen.exceptions import (
-    PreemptedException,
-    _TunerExitException,  # pyright: ignore[reportPrivateUsage]  # Lightning's name
-)
+from fulmen.exceptions import _TunerExitException  # pyright: ignore[reportPrivateUsage]  # Lightning's name
 from fulmen.fit import FitParts, fit
 from fulmen.hooks import FitHooks, HookBinder
-from fulmen.hparams import drop_unpicklable
 from fulmen.plan import Plan
 from fulmen.predict import predict
 from fulmen.profilers._choice import choose as choose_profiler
@@ -55,7 +51,7 @@ from fulmen.progress import Progress
 from fulmen.resume import Resume
 from fulmen.runlog._settings import LogDelivery
 from fulmen.settings import BatchLimit, Interval, Settings
-from fulmen.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
+from fulmen.states import TrainerFn, TrainerState, TrainerStatus
 from fulmen.strategy_facade import StrategyFacade
 from fulmen_fabric import Assembly, World, assemble, rank_zero_info, rank_zero_warn
 
@@ -70,12 +66,6 @@ if TYPE_CHECKING:
 __all__ = ["Trainer"]
 
 _STAGES = ("train", "val", "test", "predict")
-_FIRST_STAGE = {
-    TrainerFn.FITTING: RunningStage.TRAINING,
-    TrainerFn.VALIDATING: RunningStage.VALIDATING,
-    TrainerFn.TESTING: RunningStage.TESTING,
-    TrainerFn.PREDICTING: RunningStage.PREDICTING,
-}
 
 
 class Trainer(TrainerActions):
@@ -176,13 +166,13 @@ class Trainer(TrainerActions):
             )
         with _verify.collected(wrong):
             self.profiler: Profiler = choose_profiler(profiler, barebones=barebones)
-        before = len(wrong)
+        usable: str | Strategy = "auto"  # so that the other backends are checked where the strategy is wrong
         with _verify.collected(wrong):
-            _verify.strategy(strategy)
+            usable = _verify.strategy(strategy)
         with _verify.collected(wrong):
             self.assembly: Assembly = assemble(
                 accelerator=accelerator,
-                strategy=strategy if len(wrong) == before else "auto",
+                strategy=usable,
                 devices=devices,
                 num_nodes=num_nodes,
                 precision=precision,
@@ -193,9 +183,14 @@ class Trainer(TrainerActions):
             _verify.vendors_flags(model_registry, suggest_integrations)
         _verify.raise_all(wrong)
         _foreign_methods.check_backends(self.assembly)
+        self._begin_life(given, logger)
+        rank_zero_info(first_line(self.assembly))
+
+    def _begin_life(self, callbacks: list[Any], logger: Logger | Iterable[Logger] | bool | None) -> None:
+        """Make what lives from call to call: settings and backends are known to fit together."""
         settings = self.settings
-        self.world = World(self.assembly)
-        self.callbacks: list[Any] = _callbacks.complete(given, settings)
+        self.world = self._world = World(self.assembly)
+        self.callbacks: list[Any] = _callbacks.complete(callbacks, settings)
         self.loggers = _loggers.complete(logger, settings)
         self.state = TrainerState()
         self.strategy = StrategyFacade(self)
@@ -208,12 +203,9 @@ class Trainer(TrainerActions):
         self._loaders_before: dict[str, EvalLoaders] = {}
         self.log_delivery = LogDelivery()
         self._reporter = Reporter(
-            loggers=self.loggers,
-            log_every_n_steps=settings.log_every_n_steps,
-            is_global_zero=self.world.is_global_zero,
+            loggers=self.loggers, log_every_n_steps=settings.log_every_n_steps, is_global_zero=self.world.is_global_zero
         )
         self.fast_dev_run = settings.fast_dev_run
-        rank_zero_info(first_line(self.assembly))
 
     def __getstate__(self) -> dict[str, Any]:
         # A call that has ended belongs to this process: its loaders and hooks stay.
@@ -251,8 +243,8 @@ class Trainer(TrainerActions):
         given = {"train": train_dataloaders, "val": val_dataloaders}
         if self.settings.max_epochs_is_default:
             rank_zero_warn(
-                f"neither max_epochs nor max_steps was given: training ends after {self.max_epochs} epochs. Give one of "
-                "them, or max_epochs=-1 to train until something stops it."
+                f"neither max_epochs nor max_steps was given: training ends after {self.max_epochs} epochs. "
+                "Give one of them, or max_epochs=-1 to train until something stops it."
             )
         self._run(TrainerFn.FITTING, model, given, datamodule, ckpt_path, weights_only)
 
@@ -345,11 +337,7 @@ class Trainer(TrainerActions):
         if isinstance(ckpt_path, Resume):
             session.resume = ckpt_path
         self._ckpt_path = _checkpointing.resolve_path(self, ckpt_path, model_given=model is not None)
-        for owner in (session.module, session.datamodule):
-            if owner is not None and owner.hparams:
-                drop_unpicklable(owner)
-                if fn is TrainerFn.FITTING:
-                    warn_of_left_out(owner, self.strategy.checkpoint_io)
+        leave_out_unstorable(session, self.strategy.checkpoint_io)
         if self.world.runs_apart:
             options = {"ckpt_path": self._ckpt_path, "weights_only": weights_only, "verbose": verbose, "keep": keep}
             return run_apart(self, Call(fn, session.module, given, session.datamodule, options))
@@ -388,12 +376,11 @@ class Trainer(TrainerActions):
                     outputs = evaluation.results
                     if verbose:
                         evaluation.show_results()
-            self._tear_down(session)
-            _whereabouts.leave()
+            _ending.tear_down(self, session, self._metering, self._binder, has_run=True)
         except _TunerExitException:
-            self._tear_down(session, has_run=False)
+            _ending.tear_down(self, session, self._metering, self._binder, has_run=False)
         except BaseException as error:
-            self._fail(session, error)
+            _ending.fail(self, session, self._progress, error)
             raise
         self.state.status = TrainerStatus.FINISHED
         self.state.stage = None
@@ -429,7 +416,7 @@ class Trainer(TrainerActions):
         if fn is TrainerFn.FITTING:
             session.told_engine = _engine.hand_over(module, self.assembly, self.settings, None)
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
-        self.state.stage = _FIRST_STAGE[fn]
+        self.state.stage = fn.first_stage
         if fn is TrainerFn.FITTING:
             self._progress.begin_again()
         else:
@@ -441,7 +428,7 @@ class Trainer(TrainerActions):
 
     def _set_up(self, session: Session, weights_only: bool | None) -> None:
         """From prepared data to a placed module with its optimizers, restored if asked."""
-        module, datamodule, fn = session.module, session.datamodule, session.fn
+        module, fn = session.module, session.fn
         self._share_loggers()
         if session.measuring.is_on:
             _measuring.prepare(self.profiler, self)
@@ -454,17 +441,11 @@ class Trainer(TrainerActions):
             self._progress,
             self.world,
             enabled=not self.settings.barebones,
-            stage=_FIRST_STAGE[fn].value,
+            stage=fn.first_stage.value,
         )
         self._binder = binder = HookBinder(self, module, self.callbacks, session.scoped)
-        for each in session.logging_modules():
-            each.__dict__["_target_device"] = self.world.device  # self.device is right in setup already
-            each.__dict__["_device_mesh"] = self.world.device_mesh
-        if datamodule is not None:
-            session.measuring.hook(datamodule, "setup", datamodule.setup)(fn.value)
-        for hook in binder.of_callbacks("setup"):
-            hook(stage=fn.value)
-        session.scoped("setup", module.setup)(fn.value)
+        _preparation.tell_place(session)
+        session.call_everybodys("setup", binder)
         self.strategy.barrier("setup")
 
         _preparation.configure_model(session)
@@ -507,58 +488,14 @@ class Trainer(TrainerActions):
         self._binder = HookBinder(self, session.module, self.callbacks, session.scoped)
         _engine.hand_over(session.module, self.assembly, self.settings, session.told_engine)
         parts, hooks = training.compose(self._binder)
-        first = (*_whereabouts.training(self._progress), *self.strategy.saving.step_hooks())
-        if first:
-            hooks = replace(hooks, on_train_batch_start=(*first, *hooks.on_train_batch_start))
         self.strategy.gradients = session.gradients
         self.strategy.wrapped_optimizers = session.wrapped
-        return parts, hooks
-
-    # ------------------------------------------------------------------ the end
-
-    def _tear_down(self, session: Session, *, has_run: bool = True) -> None:
-        module, fn, binder = session.module, session.fn, self._binder
-        session.close_loaders()
-        self._metering.finish()
-        self.strategy.saving.finish()
-        _layer_sync.revert(session)
-        _preparation.give_back(session)
-        if fn is TrainerFn.FITTING and has_run:
-            for hook in binder.both("on_fit_end"):
-                hook()
-        if session.datamodule is not None:
-            session.measuring.hook(session.datamodule, "teardown", session.datamodule.teardown)(fn.value)
-        for hook in binder.of_callbacks("teardown"):
-            hook(stage=fn.value)
-        session.scoped("teardown", module.teardown)(fn.value)
-        _run_log.end(self, "success")
-        if session.measuring.is_on:
-            self.profiler.describe()
-            self.profiler.teardown(fn.value)
-        self.strategy.saving.close()
-
-    def _fail(self, session: Session, error: BaseException) -> None:
-        """Tell everybody that the run failed; the error itself goes on to the caller, with where it happened."""
-        self.state.status = TrainerStatus.INTERRUPTED
-        where = f"rank {self.world.rank}, epoch {self._progress.epoch}, batch {self._progress.batch}"
-        error.add_note(f"fulmen: in {session.fn.value}, {where}, optimizer step {self._progress.updates}")
-        _whereabouts.fail(error)
-        if session.measuring.is_on:
-            session.measuring.close()
-            self.profiler.teardown(session.fn.value)
-        for module in session.logging_modules():
-            module.__dict__["_metric_store"] = None
-        with suppress(RuntimeError):  # a device that failed cannot be read; the run's own error is what matters
-            _layer_sync.revert(session)
-            _preparation.give_back(session)
-        _callbacks.tell_exception(self.callbacks, self, session.module, error)
-        session.close_loaders()  # not before: callbacks save the position in the data
-        if session.datamodule is not None:
-            session.datamodule.on_exception(error)
-        if not isinstance(error, PreemptedException):  # that run is finalized already
-            _run_log.end(self, "failed", error)
-        self.strategy.saving.close_after(error)
-        self.state.stage = None
+        first = (
+            *_whereabouts.training(self._progress),
+            *self.strategy.saving.step_hooks(),
+            *self._reporter.step_hooks(self.world.device),
+        )
+        return parts, replace(hooks, on_train_batch_start=(*first, *hooks.on_train_batch_start))
 
 
 def _nothing() -> None:

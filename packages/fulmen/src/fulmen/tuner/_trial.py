@@ -42,15 +42,7 @@ if TYPE_CHECKING:
     from fulmen.progress import Progress
     from fulmen.trainer import Trainer
 
-__all__ = ["STAGES", "Trial", "progress_of", "refuse_within_epoch", "renew_optimizers", "session_of", "was_composed"]
-
-STAGES = {
-    TrainerFn.FITTING: "train",
-    TrainerFn.VALIDATING: "val",
-    TrainerFn.TESTING: "test",
-    TrainerFn.PREDICTING: "predict",
-}
-"""The loaders' stage of each entry point."""
+__all__ = ["Trial", "progress_of", "refuse_within_epoch", "renew_optimizers", "session_of", "was_composed"]
 
 # What a Trainer keeps of the run in hand. It has no other door to them, and needs none but for this.
 _OF_A_RUN = (
@@ -229,7 +221,7 @@ class Trial:
             self.session, lambda: trainer.settings, binder, metering, progress_of(trainer), trainer.state
         )
         with determinism(trainer.settings):
-            self._loaders.guard(evaluation.loaders(STAGES[fn]).user_loaders)
+            self._loaders.guard(evaluation.loaders(fn.first_stage.dataloader_prefix).user_loaders)
             if fn is TrainerFn.PREDICTING:
                 predict(*evaluation.prepare_predict(keep=False))
             else:
@@ -240,7 +232,7 @@ class Trial:
     def samples(self) -> float:
         """Of the largest data set that this trial reads; ``inf`` where one does not know its length."""
         loader = self.session.train_loader
-        loaders = self.session.eval_loaders.get(STAGES[self.session.fn])
+        loaders = self.session.eval_loaders.get(self.session.fn.first_stage.dataloader_prefix)
         given = loader.user_loader if loader is not None else None if loaders is None else loaders.user_loaders
         return math.inf if given is None else max((_samples(leaf) for leaf in leaves(given)), default=math.inf)
 

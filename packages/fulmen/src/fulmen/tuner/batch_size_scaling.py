@@ -9,7 +9,6 @@ from fulmen.states import TrainerFn
 from fulmen.tuner._attributes import find
 from fulmen.tuner._snapshot import Snapshot
 from fulmen.tuner._trial import (
-    STAGES,
     Trial,
     progress_of,
     refuse_within_epoch,
@@ -65,7 +64,7 @@ def check_run(trainer: Trainer, module: LightningModule, batch_arg_name: str) ->
             "memory while the others wait for it. Find the size with devices=1, then use it for all."
         )
     session = session_of(trainer)
-    source = session.sources[STAGES[session.fn]]
+    source = session.sources[session.fn.first_stage.dataloader_prefix]
     if not source.from_hook:
         method = session.fn.value
         argument = "train_dataloaders" if session.fn is TrainerFn.FITTING else "dataloaders"
@@ -132,7 +131,7 @@ def scale_batch_size(
     refuse_within_epoch(trainer, "scale_batch_size")
     session = session_of(trainer)
     if session.fn is not TrainerFn.FITTING:
-        loaders = session.eval_loaders[STAGES[session.fn]]
+        loaders = session.eval_loaders[session.fn.first_stage.dataloader_prefix]
         if loaders.several:
             raise MisconfigurationException(
                 f"the batch-size finder was used with {len(loaders.loaders)} loaders in {session.fn.value}; it finds "
@@ -227,7 +226,7 @@ class _Trials:
     def _run(self, trial: Trial) -> None:
         steps = self._steps
         if not self._fitting:
-            limits: dict[str, Any] = {f"limit_{STAGES[trial.session.fn]}_batches": steps}
+            limits: dict[str, Any] = {f"limit_{trial.session.fn.first_stage.dataloader_prefix}_batches": steps}
             with trial.aside(**limits):
                 trial.evaluate()
             return

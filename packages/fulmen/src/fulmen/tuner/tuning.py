@@ -91,7 +91,6 @@ class Tuner:
         if self._trainer.fast_dev_run:
             rank_zero_warn("fast_dev_run is on: no batch size is searched.")
             return None
-        finder._early_exit = True  # pyright: ignore[reportPrivateUsage]
         with self._with_finder(finder, model):
             if method == "fit":
                 self._trainer.fit(model, train_dataloaders, val_dataloaders, datamodule)
@@ -157,7 +156,6 @@ class Tuner:
         if self._trainer.fast_dev_run:
             rank_zero_warn("fast_dev_run is on: no learning rate is searched.")
             return None
-        finder._early_exit = True  # pyright: ignore[reportPrivateUsage]
         with self._with_finder(finder, model):
             self._trainer.fit(model, train_dataloaders, val_dataloaders, datamodule)
         return finder.optimal_lr
@@ -174,8 +172,12 @@ class Tuner:
             )
 
     @contextmanager
-    def _with_finder(self, finder: object, model: Any) -> Generator[None, None, None]:
-        """Within the block ``finder`` is the first callback; what is drawn at random in it is not missed later."""
+    def _with_finder(self, finder: BatchSizeFinder | LearningRateFinder, model: Any) -> Generator[None]:
+        """Within the block ``finder`` is the first callback, and a call ends when it has found something.
+
+        What is drawn at random in it is not missed later.
+        """
+        finder._early_exit = True  # pyright: ignore[reportPrivateUsage]  # Lightning's name
         callbacks = self._trainer.callbacks
         callbacks.insert(0, finder)
         modes = [(each, each.training) for each in model.modules()] if hasattr(model, "modules") else []
