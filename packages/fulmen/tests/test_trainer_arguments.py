@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,8 @@ def test_warnings_of_callbacks_and_optimizers_name_the_line_of_the_user(tmp_path
 
     (tmp_path / "of an earlier run").touch()
     callbacks = [ModelCheckpoint(tmp_path), EarlyStopping("nothing", strict=False)]
-    with pytest.warns(UserWarning, match="is not empty") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         trainer(enable_checkpointing=True, callbacks=callbacks).fit(Untrained(), loader())
 
     for said in ("is not empty", "returned None", "monitor='nothing'"):
