@@ -157,6 +157,6 @@ def _write_at_exit(logger: CSVLogger) -> None:
 def _write_all(process: int) -> None:
     for logger in tuple(_unwritten) if process == os.getpid() else ():  # a forked one has only copies
         try:
-            logger._flush()
+            logger._flush()  # pyright: ignore[reportPrivateUsage] -- a function of this module
         except Exception as error:  # noqa: BLE001 -- any storage's; there is nobody left to hear it
             print(f"the last rows of a CSVLogger could not be written: {error}", file=sys.stderr)
