@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import runpy
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,3 +53,39 @@ def test_a_public_name_of_lightning_is_at_the_same_place_here(place: str) -> Non
     assert theirs, "nothing was compared"
     missing = {name for name in theirs if not name.startswith("_") and name not in dir(ours)}
     assert missing <= GONE.get(place, set()), f"not in fulmen.{place}: {sorted(missing)}"
+
+
+BEFORE = """
+import lightning
+import lightning as L
+import lightning.pytorch as pl
+import pytorch_lightning
+from lightning import Fabric
+from lightning.fabric import seed_everything
+from lightning.fabric.plugins import MixedPrecision
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_fabric.loggers import CSVLogger
+
+assert lightning.Trainer is L.Trainer is pl.Trainer is pytorch_lightning.Trainer
+assert lightning.pytorch.callbacks.ModelCheckpoint is ModelCheckpoint
+SEEN_AT = "https://lightning.ai/docs"
+"""
+
+
+def test_the_command_of_the_guide_moves_a_project(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "guides" / "from-lightning.md").read_text()
+    [command] = [block for block in guide.split("```sh\n")[1:] if block.startswith("grep")]
+    moved, settings = tmp_path / "project" / "train.py", tmp_path / "config.yaml"
+    moved.parent.mkdir()
+    moved.write_text(BEFORE)
+    settings.write_text("class_path: lightning.pytorch.callbacks.Timer\n")
+
+    subprocess.run(["bash", "-c", command.partition("```")[0]], cwd=tmp_path, check=True)
+
+    assert settings.read_text() == "class_path: fulmen.callbacks.Timer\n"
+    names = runpy.run_path(str(moved))
+    assert names["L"].__name__ == names["fulmen"].__name__ == "fulmen"
+    assert names["rank_zero_only"].__module__.startswith("fulmen")
+    assert names["SEEN_AT"] == "https://lightning.ai/docs"
+    assert "lightning" not in moved.read_text().replace("https://lightning.ai/docs", "")

@@ -801,12 +801,18 @@ def sanity_check(library: Any) -> Any:
                     self.trainer.save_checkpoint(save)
 
             def on_train_start(self) -> None:
-                self.seen.append(f"train, {len(self.trainer.callback_metrics)} metrics")
+                metrics = len(self.trainer.callback_metrics) if path is None else "resumed"
+                self.seen.append(f"train, {metrics} metrics")
 
         model = Model()
         made = trainer(library, **options)
         made.fit(model, numbers(6), options.pop("loaders", numbers(8)), ckpt_path=path)
         return model.seen
+
+    def run_with(**when: Any) -> str:
+        saves = library.callbacks.ModelCheckpoint(dirpath=f"{folder}/{len(when)}{list(when)}", **when)
+        run(num_sanity_val_steps=0, enable_checkpointing=True, callbacks=[saves])
+        return str(saves.best_model_path)
 
     with tempfile.TemporaryDirectory() as folder:
         inside = f"{folder}/inside.ckpt"
@@ -820,6 +826,10 @@ def sanity_check(library: Any) -> Any:
             "quick": run(num_sanity_val_steps=2, fast_dev_run=True),
             "saved": run(num_sanity_val_steps=2, save=inside),
             "resumed inside an epoch": run(path=inside, num_sanity_val_steps=2)[:3],
+            "resumed after an epoch": [
+                run(path=run_with(**when), num_sanity_val_steps=2, max_epochs=2)
+                for when in ({}, {"monitor": "val"}, {"save_on_train_epoch_end": True})
+            ],
         }
 
 
@@ -911,6 +921,36 @@ def changes_during_a_run(library: Any) -> Any:
     made = trainer(library, max_epochs=9, callbacks=[Change()])
     made.fit(model_of(library)(), numbers(8))
     return [seen, made.global_step]
+
+
+@scenario
+def calls_after_an_error(library: Any) -> Any:
+    class Failing(model_of(library)):  # type: ignore[misc]  # the base class is chosen at run time: Lightning's or ours
+        calls = fails_at = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.calls += 1
+            if self.calls == self.fails_at:
+                raise RuntimeError("something went wrong")
+            seen.append([batch_idx, float(batch[0, 0]), self.trainer.global_step])
+            return super().training_step(batch, batch_idx)
+
+        def on_train_epoch_start(self) -> None:
+            seen.append("epoch")
+
+    found = []
+    for fails_at, accumulate in ((1, 1), (4, 1), (4, 2), (7, 3)):
+        seen: list[Any] = []
+        made, model, loader = trainer(library, max_epochs=2, accumulate_grad_batches=accumulate), Failing(), numbers(10)
+        model.fails_at = fails_at
+        try:
+            made.fit(model, loader, numbers(4))
+        except RuntimeError:
+            seen.append(["failed", made.global_step, made.current_epoch])
+        made.validate(model, numbers(4), verbose=False)
+        made.fit(model, loader, numbers(4))
+        found.append([seen, made.global_step, made.current_epoch, model.layer.weight])
+    return found
 
 
 if __name__ == "__main__":

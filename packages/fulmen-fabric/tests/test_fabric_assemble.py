@@ -263,6 +263,8 @@ def test_one_device_in_a_cluster_of_several_processes_is_taken_as_asked_with_a_w
         ({"accelerator": "cdua"}, "Did you mean 'cuda'?"),
         ({"accelerator": "cpu", "strategy": "ddpp"}, "Did you mean 'ddp'?"),
         ({"accelerator": "cpu", "precision": "bf16-mix"}, "Did you mean 'bf16-mixed'?"),
+        ({"accelerator": "cpu", "precision": "fp16"}, "named 'fp16'. Write '16-mixed' or '16-true'."),
+        ({"accelerator": "cpu", "precision": "Float32"}, "named 'Float32'. Write '32-true'."),
         ({"accelerator": "cpu", "devices": 0}, "devices=0"),
         ({"accelerator": "cpu", "devices": "0"}, "devices='0'"),
         ({"accelerator": Acme(), "devices": []}, "names no device"),

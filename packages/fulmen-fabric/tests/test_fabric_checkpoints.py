@@ -37,6 +37,12 @@ def trained(fabric, seed=0):
     return model, opt
 
 
+def test_a_state_without_names_is_refused_with_what_to_give(fabric, tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"save got a Linear as state. Pass a dict .*'model': model"):
+        fabric.save(tmp_path / "a.ckpt", nn.Linear(1, 1))
+    assert not (tmp_path / "a.ckpt").exists()
+
+
 @pytest.mark.proves("5.40", "8.14")
 def test_what_was_saved_comes_back_and_plain_entries_are_replaced_in_place(fabric, tmp_path):
     path = tmp_path / "deep" / "a.ckpt"

@@ -401,3 +401,41 @@ def test_importing_it_imports_neither_torch_nor_tensorboardx() -> None:
     script = "import sys, fulmen_loggers; print([m for m in ('torch', 'tensorboardX', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=240)
     assert done.stdout.strip() == "[]"
+
+
+AT_THE_END = """
+import os, sys
+from fulmen_loggers import CSVLogger
+
+def loop():
+    logger = CSVLogger(sys.argv[1], version=0)
+    for step in range(3):
+        logger.log_metrics({"loss": step / 2}, step=step)
+
+loop()
+if os.fork() == 0:
+    sys.exit()  # it has a copy of the rows
+os.wait()
+if "fail" in sys.argv:
+    open(sys.argv[1] + "/lightning_logs", "w").close()  # where the folder would be
+"""
+
+
+def test_rows_that_nobody_asked_to_write_are_there_once_the_process_has_ended(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", AT_THE_END, str(tmp_path)], check=True, timeout=60)
+
+    written = Path(tmp_path, "lightning_logs", "version_0", "metrics.csv").read_text()
+    assert written.splitlines() == ["step,loss", "0,0.0", "1,0.5", "2,1.0"]
+
+
+def test_rows_that_cannot_be_written_at_the_end_are_a_line_and_no_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AT_THE_END, str(tmp_path), "fail"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+
+    assert "the last rows of a CSVLogger could not be written" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -85,11 +85,17 @@ def test_few_workers_are_mentioned_once_for_each_loader_and_trainer() -> None:
     again = said(run, "fit", loader(), loader())
 
     assert first == [
-        f"{name}_dataloader has num_workers=0, so the model may have to wait for batches. Set num_workers=4 in the "
+        f"{name}_dataloader has num_workers=0, so the model may have to wait for batches. Set num_workers=3 in the "
         "DataLoader if making them takes long."
         for name in ("val", "train")
     ]
     assert again == []
+
+
+def test_no_worker_is_advised_where_there_is_no_core_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+
+    assert said(trainer(), "fit", loader(), loader()) == [], "one core trains, and one worker is no faster"
 
 
 @pytest.mark.proves("9.35")

@@ -324,6 +324,25 @@ def test_a_resumed_run_goes_on_pruning_what_it_wrote_before(tmp_path: Path) -> N
     assert files(tmp_path / "c") == ["step=2.ckpt", "step=3.ckpt"]
 
 
+@pytest.mark.parametrize(("mode", "left"), [("min", 3), ("max", 2)])
+def test_a_resumed_run_that_keeps_fewer_ranks_the_best_and_deletes_nothing(
+    tmp_path: Path, mode: str, left: int
+) -> None:
+    first = ModelCheckpoint(tmp_path / "c", "{step}", monitor="val_loss", save_top_k=3, mode=mode)
+    StandIn(str(tmp_path), first).epochs_of([0.5, 0.6, 0.4])
+    second = ModelCheckpoint(tmp_path / "c", "{step}", monitor="val_loss", save_top_k=1, mode=mode)
+    trainer = StandIn(str(tmp_path), second, ckpt_path="elsewhere.ckpt", global_step=3)
+    second.setup(trainer, None, "fit")  # type: ignore[arg-type]  # a stand-in
+    second.load_state_dict(first.state_dict())
+
+    assert [step_in(path) for path in second.best_k_models] == [left]
+    assert second.best_model_path == second.kth_best_model_path == first.best_model_path
+    trainer.epochs_of([0.45, 0.3 if mode == "min" else 0.7])
+
+    assert step_in(second.best_model_path) == 5
+    assert files(tmp_path / "c") == [f"step={step}.ckpt" for step in (1, 2, 3, 5) if step != left]
+
+
 @pytest.mark.proves("5.28")
 def test_in_another_folder_only_the_best_path_is_taken_over(tmp_path: Path) -> None:
     first = ModelCheckpoint(tmp_path / "old", "{step}", monitor="val_loss")

@@ -12,7 +12,7 @@ import sys
 import termios
 import time
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,10 +20,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fulmen import LightningModule, Trainer
 from fulmen._reporting import Reporter
-from fulmen.callbacks import Callback, ProgressBar, RichProgressBar, TQDMProgressBar
+from fulmen.callbacks import Callback, ModelCheckpoint, ProgressBar, RichProgressBar, TQDMProgressBar
 from fulmen.callbacks.progress import RichProgressBarTheme, _bars
 from fulmen.callbacks.progress._bars import PlainBar
 from fulmen_protocols.errors import MisconfigurationException, MissingPackage
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 KINDS = [TQDMProgressBar, RichProgressBar]
 
@@ -122,6 +125,21 @@ def test_without_a_terminal_each_epoch_is_one_plain_line(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_rest_of_a_resumed_epoch_has_its_name_and_its_length(
+    kind: type[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_bars, "PLAIN_EPOCH_INTERVAL_S", 0.0)
+    middle = ModelCheckpoint(tmp_path, every_n_train_steps=8)
+    make_trainer(middle, enable_checkpointing=True, enable_progress_bar=False).fit(Model(), data(), data())
+    resumed = make_trainer(kind(), middle, enable_checkpointing=True, max_epochs=3)
+
+    resumed.fit(Model(), data(), data(), ckpt_path=middle.best_model_path)
+
+    heads = [line.partition(" [")[0] for line in capsys.readouterr().out.splitlines()]
+    assert heads == ["Epoch 1/2: 6/6", "Epoch 2/2: 6/6"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_thousands_of_short_epochs_do_not_flood_a_log_file(kind: type[Any], capsys: pytest.CaptureFixture[str]) -> None:
     began = time.monotonic()
     make_trainer(kind(), max_epochs=100, limit_val_batches=0).fit(Model(), data(1), data(1))
@@ -160,6 +178,15 @@ def test_evaluations_of_their_own_say_a_line_for_each_loader(
         "Testing DataLoader 0: 4/4",
         "Predicting DataLoader 0: 5/5",
     ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table_of_results_follows_the_last_bar(kind: type[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    make_trainer(kind()).test(Model(), [data(2), data(3)])
+
+    heads = [line.partition(" [")[0] for line in capsys.readouterr().out.splitlines() if line.strip("-")]
+    assert heads[:2] == ["Testing DataLoader 0: 2/2", "Testing DataLoader 1: 3/3"]
+    assert heads[2].startswith("Test metric")
 
 
 class Counting(TQDMProgressBar):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,56 @@ def test_a_logger_that_is_none_is_named_with_what_it_lacks() -> None:
             trainer(logger=wrong)
     with pytest.raises(TypeError, match=r"logger=7 cannot be used.*CSVLogger\('logs'\), a list of them, True or False"):
         trainer(logger=7)
+    with pytest.raises(TypeError, match=r"logger='wandb' cannot be used: str does not satisfy Logger"):
+        trainer(logger="wandb")
+
+
+def test_only_a_fit_without_an_end_is_warned_that_it_has_1000_epochs() -> None:
+    class Stops(Line):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.trainer.should_stop = True
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.layer(batch)
+
+    made = trainer(max_epochs=None)
+    made.predict(Stops(), loader())  # a warning would be an error
+    with pytest.warns(UserWarning, match="ends after 1000 epochs. Give one of them, or max_epochs=-1") as caught:
+        made.fit(Stops(), loader())
+    assert caught[0].filename == __file__
+    made.fit_loop.max_epochs = 2
+    made.fit(Stops(), loader())
+
+
+def test_a_fit_that_has_nothing_left_to_train_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    made = trainer(max_epochs=2)
+    with caplog.at_level(logging.INFO, logger="fulmen"):
+        made.fit(Line(), loader())
+        assert "nothing is left" not in caplog.text
+        made.fit(Line(), loader())
+    assert "this run has 2 epochs and 8 steps behind it, and max_epochs=2. To go on" in caplog.text
+
+    caplog.clear()
+    made.fit_loop.max_epochs = 3
+    made.fit(Line(), loader())
+    assert made.global_step == 12
+    assert "nothing is left" not in caplog.text
+
+
+def test_warnings_of_callbacks_and_optimizers_name_the_line_of_the_user(tmp_path: Path) -> None:
+    class Untrained(Line):
+        def configure_optimizers(self) -> Any:
+            return None
+
+    (tmp_path / "of an earlier run").touch()
+    callbacks = [ModelCheckpoint(tmp_path), EarlyStopping("nothing", strict=False)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(enable_checkpointing=True, callbacks=callbacks).fit(Untrained(), loader())
+
+    for said in ("is not empty", "returned None", "monitor='nothing'"):
+        [warning] = [one for one in caught if said in str(one.message)]
+        assert warning.filename == __file__, said
 
 
 @pytest.mark.proves("9.3", "A.5")

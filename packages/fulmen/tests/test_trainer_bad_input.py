@@ -209,6 +209,33 @@ def test_a_misspelt_hook_of_a_callback_is_named_with_the_nearest_hook() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("on_epoch_end", "on_train_epoch_end, on_validation_epoch_end"), ("on_batch_start", "on_train_batch")],
+)
+def test_a_hook_of_lightning_before_2_is_named_with_what_took_its_place(old: str, new: str) -> None:
+    callback = type("Old", (fulmen.Callback,), {old: lambda *_: None})()
+
+    message = fails(Good(), loader(), options={"callbacks": [callback]})
+
+    assert f"Old defines {old!r}, which is no hook of a callback. Use {new}" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("EarlyStopping", "callbacks holds 'EarlyStopping', which has no hook."),
+        ([3, fulmen.Callback()], "callbacks holds 3, which has no hook."),
+        ([fulmen.Callback], "callbacks holds the class Callback, not an instance."),
+    ],
+)
+def test_what_is_no_callback_is_refused_when_the_trainer_is_made(given: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=r"Give an object whose class derives from fulmen\.Callback") as raised:
+        trainer(callbacks=given)
+
+    assert says in str(raised.value)
+
+
 def test_a_hook_with_too_few_arguments_is_named_with_those_it_gets() -> None:
     class Short:
         def on_train_batch_end(self, trainer: Any, pl_module: Any) -> None:

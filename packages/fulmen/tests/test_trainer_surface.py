@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import fulmen
 from fulmen.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
+from fulmen_data import CombinedLoader
 from fulmen_loggers import CSVLogger
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*validation is left out", "ignore:log_every_n_steps")
@@ -145,6 +146,10 @@ def test_objects_of_the_last_call_can_be_read() -> None:
     assert run.datamodule is data
     assert run.train_dataloader is train
     assert run.val_dataloaders == [val, val]
+    named = {"a": val, "b": test}
+    for given in (named, CombinedLoader(named, "sequential")):
+        run.validate(dataloaders=given, verbose=False)
+        assert run.val_dataloaders == named
     run.test(dataloaders=test, verbose=False)
     run.predict(dataloaders=test)
     assert run.test_dataloaders is test

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 from fulmen_fabric._notes import shown
 from fulmen_fabric.abilities import supports
 from fulmen_fabric.rank_zero import rank_zero_warn
-from fulmen_protocols import PRECISIONS, BringsParts, SupportsPrecisionCheck, SupportsPrecisionPlan, load_factory
+from fulmen_protocols import (
+    PRECISIONS,
+    BringsParts,
+    SupportsPrecisionCheck,
+    SupportsPrecisionPlan,
+    available,
+    load_factory,
+)
 
 if TYPE_CHECKING:
     from fulmen_fabric._notes import Notes
@@ -18,6 +25,13 @@ __all__ = ["find_precision", "hand_over_precision"]
 
 _PRECISION_ALIASES = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 _AMBIGUOUS_ALIASES = ("16", "bf16")
+_ELSEWHERE = {
+    ("fp16", "float16", "half", "16-amp", "amp"): "16-mixed' or '16-true",
+    ("bfloat16", "bf16-amp"): "bf16-mixed' or 'bf16-true",
+    ("fp32", "float32", "float", "full", "no"): "32-true",
+    ("fp64", "float64", "double"): "64-true",
+}
+"""What torch and other frameworks call them: too far from ours in spelling, or nearest to another one."""
 
 
 def find_precision(
@@ -62,6 +76,10 @@ def _canonical_precision(asked: object, notes: Notes) -> str | None:
         )
         return None
     name = str(asked)
+    for spellings, ours in _ELSEWHERE.items():
+        if name.lower() in spellings and name not in available(PRECISIONS):
+            notes.conflicts.add(f"no precision is named {name!r}. Write '{ours}'.")
+            return None
     canonical = _PRECISION_ALIASES.get(name, name)
     if name in _AMBIGUOUS_ALIASES:
         true = canonical.replace("mixed", "true")

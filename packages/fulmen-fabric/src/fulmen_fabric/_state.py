@@ -22,9 +22,14 @@ def to_saved(state: Mapping[str, object], filters: Mapping[str, Callable[[str, A
     """``state`` with every module, optimizer and stateful object replaced by its state.
 
     Raises:
-        MisconfigurationException: a filter has no entry; a ``TypeError`` too where it is not callable, or its entry has
-            no named parts.
+        MisconfigurationException: a filter has no entry; a ``TypeError`` too where it is not callable, its entry has no
+            named parts, or ``state`` is no mapping.
     """
+    if not isinstance(cast("object", state), Mapping):
+        raise MisconfigurationTypeError(
+            f"save got a {type(state).__name__} as state. Pass a dict of names and what they hold, such as "
+            "{'model': model, 'optimizer': optimizer, 'step': step}."
+        )
     unknown = sorted(filters.keys() - state.keys())
     if unknown:
         raise MisconfigurationException(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 from typing import TYPE_CHECKING
 
 from fulmen_loggers._folder_logger import FolderLogger
@@ -10,7 +13,6 @@ from fulmen_loggers._values import as_number
 from fulmen_protocols.errors import MisconfigurationException
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping
 
     from fulmen_protocols.logger import LoggerStatus
@@ -22,7 +24,8 @@ class CSVLogger(FolderLogger):
     """Writes ``SAVE_DIR/NAME/version_N/metrics.csv`` and ``hparams.yaml``. Satisfies ``fulmen_protocols.Logger``.
 
     Nothing is touched on disk before the first use. Given the ``version`` of an earlier run, it continues that run's
-    table. Rows are kept in memory and written every ``flush_logs_every_n_steps`` of them, by ``save`` and ``finalize``.
+    table. Rows are kept in memory and written every ``flush_logs_every_n_steps`` of them, by ``save`` and ``finalize``,
+    and when the process ends.
 
     Args:
         save_dir: root folder, local or an fsspec URL.
@@ -81,6 +84,8 @@ class CSVLogger(FolderLogger):
                 row[key] = value if type(value) is float else as_number(name, value)
         with self._guard:
             self._pending.append(row)
+            if len(self._pending) == 1:
+                _write_at_exit(self)
             if len(self._pending) >= self._flush_at:
                 try:
                     self._flush()
@@ -128,6 +133,7 @@ class CSVLogger(FolderLogger):
         if self._pending:
             self._table.append(self._pending)
             self._pending = []
+        _unwritten.discard(self)
         # A URL's file is put whole each time: rarer and rarer, so that the time stays linear.
         self._flush_at = max(self._flush_every, self._table.rows // 8) if folder.is_remote else self._flush_every
 
@@ -136,3 +142,21 @@ class CSVLogger(FolderLogger):
         if self._pending:
             self._flush()
         return {**self.__dict__, "_table": None, "_deliver": None}
+
+
+_unwritten: set[CSVLogger] = set()
+"""Those with rows in memory. A loop of one's own may end without ``finalize``; its last rows are not lost by that."""
+
+
+def _write_at_exit(logger: CSVLogger) -> None:
+    _unwritten.add(logger)
+    atexit.unregister(_write_all)  # it may be known already
+    atexit.register(_write_all, os.getpid())
+
+
+def _write_all(process: int) -> None:
+    for logger in tuple(_unwritten) if process == os.getpid() else ():  # a forked one has only copies
+        try:
+            logger._flush()  # pyright: ignore[reportPrivateUsage] -- a function of this module
+        except Exception as error:  # noqa: BLE001 -- any storage's; there is nobody left to hear it
+            print(f"the last rows of a CSVLogger could not be written: {error}", file=sys.stderr)

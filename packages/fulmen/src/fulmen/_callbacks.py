@@ -37,7 +37,7 @@ def as_list(callbacks: object) -> list[Any]:
     """One callback, several or None as a new list."""
     if callbacks is None:
         return []
-    if isinstance(callbacks, Sequence):
+    if isinstance(callbacks, Sequence) and not isinstance(callbacks, str):
         return list(cast("Sequence[object]", callbacks))
     return [callbacks]
 
@@ -53,7 +53,11 @@ def complete(given: list[Any], settings: Settings) -> list[Any]:
     Raises:
         MisconfigurationException: a callback contradicts a flag, or two stateful ones share a state key.
     """
-    problems: list[str] = []
+    problems = [
+        f"callbacks holds {what}. Give an object whose class derives from fulmen.Callback, such as Timer()."
+        for callback in given
+        if (what := _is_no_callback(callback))
+    ]
     callbacks = list(given)
     checkpoints = [c for c in callbacks if isinstance(c, Checkpoint)]
     bars = [c for c in callbacks if isinstance(c, ProgressBar)]
@@ -89,7 +93,8 @@ def _installed(name: str, others: list[Any]) -> list[Any]:
     try:
         factory: Any = load_factory(CALLBACKS, name)
         supplied = as_list(factory())
-        problems = [problem for callback in supplied for problem in _problems(callback)] or check_hook_names(supplied)
+        wrong = [what for callback in supplied if (what := _is_no_callback(callback))]
+        problems = [f"its factory gave {what}." for what in wrong] or check_hook_names(supplied)
         if not problems:
             _require_own_keys([*others, *supplied])
             if sum(isinstance(callback, ProgressBar) for callback in (*others, *supplied)) > 1:
@@ -106,12 +111,13 @@ def _installed(name: str, others: list[Any]) -> list[Any]:
     return []
 
 
-def _problems(callback: object) -> list[str]:
+def _is_no_callback(callback: object) -> str | None:
+    """What ``callback`` is that it can be none; None if it may be one."""
     if isinstance(callback, type):
-        return [f"its factory gave the class {callback.__name__}, not an instance."]
+        return f"the class {callback.__name__}, not an instance"
     if not any(callable(getattr(callback, hook, None)) for hook in HOOKS):
-        return [f"its factory gave {callback!r}, which has no hook."]
-    return []
+        return f"{callback!r}, which has no hook"
+    return None
 
 
 def let_log(callbacks: Sequence[object], module: LightningModule) -> None:

@@ -88,8 +88,9 @@ class Evaluation:
     def sanity_check(self) -> None:
         """Try a few validation batches before training; metrics and random states are as before afterwards."""
         limit = self._settings().num_sanity_val_steps
-        if limit == 0 or not self.validates or self._progress.batch > 0:
-            return  # a run resumed inside an epoch has validated before
+        inside_epoch = self._progress.batch > 0 and not self._progress.epoch_is_whole
+        if limit == 0 or not self.validates or inside_epoch:
+            return  # what goes on inside of an epoch is as before; after one, code may have changed
         self._state.stage = RunningStage.SANITY_CHECKING
         with isolate_rng():
             for hook in self.binder.of_callbacks("on_sanity_check_start"):
@@ -132,17 +133,20 @@ class Evaluation:
 
     # ------------------------------------------------------------------ a call of its own
 
-    def prepare(self, *, verbose: bool) -> EvalArguments:
+    def prepare(self) -> EvalArguments:
         """What ``evaluate`` needs for ``trainer.validate`` or ``trainer.test``; it leaves ``results`` behind."""
         stage = "val" if self._session.fn is TrainerFn.VALIDATING else "test"
         parts, hooks, loaders, limits = self._arguments(stage, self._metering.train, in_fit=False)
-        return replace(parts, log=partial(self._conclude, parts, len(loaders), verbose)), hooks, loaders, limits
+        return replace(parts, log=partial(self._conclude, parts, len(loaders))), hooks, loaders, limits
 
-    def _conclude(self, parts: EvalParts, num_dataloaders: int, verbose: bool) -> None:
-        """After the last batch of ``validate`` or ``test``: rows, the returned metrics, and their table."""
+    def _conclude(self, parts: EvalParts, num_dataloaders: int) -> None:
+        """After the last batch of ``validate`` or ``test``: rows, and the returned metrics."""
         parts.log()
         self.results = self._metering.reporter.results(self._metering.train, num_dataloaders=num_dataloaders)
-        if verbose and self._session.world.is_global_zero:
+
+    def show_results(self) -> None:
+        """Print the returned metrics as a table; for the end, when no progress bar is drawn any more."""
+        if self._session.world.is_global_zero:
             assert self._state.stage is not None
             print_results(self.results, str(self._state.stage))
 

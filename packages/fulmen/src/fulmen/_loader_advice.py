@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
-from fulmen_data import has_iterable_dataset, sized_len
+from fulmen_data import has_iterable_dataset, sized_len, suggested_max_num_workers
 from fulmen_fabric import PossibleUserWarning, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -102,17 +101,17 @@ class LoaderAdvice:
     def _workers(self, loader: DataLoader[Any]) -> None:
         context = cast("BaseContext | None", loader.multiprocessing_context)
         method = multiprocessing.get_start_method() if context is None else context.get_start_method()
-        cores = _cores_per_process(self._world)
+        workers = suggested_max_num_workers(len(self._world.topology.devices))
         if loader.num_workers > 0 and method == "spawn" and not loader.persistent_workers:
             self._say(
                 f"{self._hook} starts its num_workers={loader.num_workers} workers anew each epoch, which is slow with "
                 "the start method 'spawn'. Set persistent_workers=True in the DataLoader.",
                 UserWarning,
             )
-        elif loader.num_workers < 2 <= cores:
+        elif loader.num_workers < 2 <= workers:
             self._say(
                 f"{self._hook} has num_workers={loader.num_workers}, so the model may have to wait for batches. Set "
-                f"num_workers={cores} in the DataLoader if making them takes long."
+                f"num_workers={workers} in the DataLoader if making them takes long."
             )
         if loader.persistent_workers and loader.pin_memory and self._reloads:
             self._say(
@@ -134,8 +133,3 @@ def log_interval(batches: float, log_every_n_steps: int, said: set[str]) -> None
 
 def _is_data_loader(loader: object) -> TypeGuard[DataLoader[Any]]:
     return isinstance(loader, DataLoader)
-
-
-def _cores_per_process(world: World) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // len(world.topology.devices))

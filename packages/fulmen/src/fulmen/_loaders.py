@@ -267,6 +267,8 @@ class EvalLoaders:
         self._track_indices = track_indices
         self._loaded_in: int | None = None
         self.user_loaders: object = None
+        self.collection: object = None
+        """What runs, in the shape that the user gave it."""
         self.loaders: list[Iterable[object]] = []
         self.trackers: list[IndexBatchSamplerWrapper | None] = []
         """For each loader, who knows which samples its batches hold; empty unless that was asked for."""
@@ -281,7 +283,7 @@ class EvalLoaders:
         given = leaves(loaders)
         if self._overfit:
             loaders = map_loaders(loaders, partial(without_shuffling, self._source.hook))
-        loaders = map_loaders(loaders, self._split)
+        self.collection = loaders = map_loaders(loaders, self._split)
         split = leaves(loaders)
         lengths = [length_of(loader) for loader in split]
         if self._advise is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fulmen._reporting import reporter_of
 from fulmen._silent import DummyLogger, MutedLogger
@@ -49,7 +49,8 @@ def complete(logger: Logger | Iterable[Logger] | bool | None, settings: Settings
                 )
             return [load(LOGGERS, name, save_dir=settings.default_root_dir)]
         return [load(LOGGERS, name, save_dir=settings.default_root_dir, version=_slurm_job())]
-    if isinstance(logger, Iterable) and not hasattr(logger, "log_metrics"):
+    is_text = isinstance(cast("object", logger), str)  # which is no list of one-letter loggers
+    if isinstance(logger, Iterable) and not is_text and not hasattr(logger, "log_metrics"):
         return [_checked(one) for one in logger]
     return [_checked(logger)]
 

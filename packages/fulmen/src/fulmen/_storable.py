@@ -5,13 +5,13 @@ The model's weights, and so a resume, do not need them; ``load_from_checkpoint``
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from fulmen.hparams import checkpoint_entries, drop_unpicklable
 from fulmen.states import TrainerFn
+from fulmen_fabric import rank_zero_warn
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import SupportsContentCheck, WrapsCheckpointIO
 
@@ -56,11 +56,10 @@ def _warn_of_left_out(owner: HyperparametersMixin, checkpoint_io: CheckpointIO) 
     if names:
         found = ", ".join(f"{name!r} ({type(hparams[name]).__name__})" for name in names)
         cls = type(owner).__name__
-        warnings.warn(
+        rank_zero_warn(
             f"checkpoints leave out the hyperparameters {found} of {cls}: only code from the file could bring them "
             f"back. Give them to {cls}.load_from_checkpoint(path, {names[0]}=...), store plain data (str(path), "
             "asdict(config)), or use plugins=TorchCheckpointIO(allow_unsafe=True).",
-            stacklevel=5,
         )
 
 

@@ -16,6 +16,7 @@ from fulmen._verify import overrides
 from fulmen.callbacks.checkpoint import Checkpoint
 from fulmen.callbacks.early_stopping import EarlyStopping
 from fulmen.callbacks.progress import ProgressBar
+from fulmen_data import CombinedLoader
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -278,29 +279,29 @@ class TrainerSurface(SettingsSurface, LoopSurface, StageSurface, RankSurface):
 
     @property
     def train_dataloader(self) -> Any:
-        """The training loader, as the user gave it but split over ranks."""
+        """The training loader, or a collection of them shaped like the user's; split over ranks."""
         session = self._session
-        return None if session is None or session.train_loader is None else session.train_loader.loader
+        return None if session is None or session.train_loader is None else _as_given(session.train_loader.loader)
 
     def _loaders(self, stage: str) -> Any:
         loaders = self._eval_loaders(stage)
         if loaders is None:
             return None
-        return loaders.loaders if loaders.several else loaders.loaders[0]
+        return _as_given(loaders.collection)
 
     @property
     def val_dataloaders(self) -> Any:
-        """The validation loader, or a list of them."""
+        """The validation loader, or a collection of them."""
         return self._loaders("val")
 
     @property
     def test_dataloaders(self) -> Any:
-        """The test loader, or a list of them."""
+        """The test loader, or a collection of them."""
         return self._loaders("test")
 
     @property
     def predict_dataloaders(self) -> Any:
-        """The prediction loader, or a list of them."""
+        """The prediction loader, or a collection of them."""
         return self._loaders("predict")
 
     @property
@@ -407,3 +408,7 @@ class TrainerSurface(SettingsSurface, LoopSurface, StageSurface, RankSurface):
     def root_device(self) -> torch.device:
         """The device of this process."""
         return self.world.device
+
+
+def _as_given(loaders: object) -> object:
+    return loaders.iterables if isinstance(loaders, CombinedLoader) else loaders

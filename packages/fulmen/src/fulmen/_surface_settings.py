@@ -35,7 +35,7 @@ class SettingsSurface:
 
     @max_epochs.setter
     def max_epochs(self, value: int) -> None:
-        self._set(max_epochs=value)
+        self._set(max_epochs=value, max_epochs_is_default=False)
 
     @property
     def min_epochs(self) -> int:

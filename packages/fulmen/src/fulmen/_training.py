@@ -147,6 +147,7 @@ class Training:
             _exact_state.restore_position(session, self._metering, self._progress)
         self._evaluation.start_clock()
         if self._plan.finished(self._progress) and not self._progress.epoch_started:
+            self._say_that_all_is_done()
             return
         _verify.modules_in_eval_mode(session.module)
         for hook in binder.both("on_train_start"):
@@ -156,6 +157,23 @@ class Training:
             if self._progress.epoch_started and not self._progress.epoch_ended:
                 self.batches()  # making the iterator draws random numbers that the saved run had drawn before
             _exact_state.restore_rng(session)
+
+    def _say_that_all_is_done(self) -> None:
+        done, plan = self._progress, self._plan
+        reached = [
+            f"{name}={limit}"
+            for name, limit, count in (
+                ("max_epochs", plan.max_epochs, done.epoch),
+                ("max_steps", plan.max_steps, done.updates),
+            )
+            if 0 < limit <= count
+        ]
+        if reached:
+            rank_zero_info(
+                f"nothing is left to train: this run has {done.epoch} epochs and {done.updates} steps behind it, and "
+                f"{' and '.join(reached)}. To go on, give a Trainer a higher limit and ckpt_path=, or set "
+                "trainer.fit_loop.max_epochs."
+            )
 
     def batches(self) -> Batches:
         """The rest of the running epoch."""

@@ -165,6 +165,21 @@ def _takes(function: Callable[..., Any] | None, name: str) -> bool:
     return any(p.name == name or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
+_GONE = {
+    "on_epoch_start": "on_train_epoch_start, on_validation_epoch_start or on_test_epoch_start",
+    "on_epoch_end": "on_train_epoch_end, on_validation_epoch_end or on_test_epoch_end",
+    "on_batch_start": "on_train_batch_start",
+    "on_batch_end": "on_train_batch_end",
+    "on_init_start": "setup",
+    "on_init_end": "setup",
+    "on_configure_sharded_model": "setup",
+    "on_before_accelerator_backend_setup": "setup",
+    "on_pretrain_routine_start": "on_fit_start",
+    "on_pretrain_routine_end": "on_fit_start",
+}
+"""Hooks of Lightning before 2.0, and what took their place."""
+
+
 def check_hook_names(callbacks: Iterable[object]) -> list[str]:
     """What is wrong with the callbacks' hooks, one sentence each: misspelt names and hooks with too few arguments."""
     problems: list[str] = []
@@ -178,7 +193,7 @@ def check_hook_names(callbacks: Iterable[object]) -> list[str]:
                 or not callable(getattr(kind, name))
             ):
                 continue
-            hint = did_you_mean(name, HOOKS)
+            hint = f" Use {_GONE[name]}." if name in _GONE else did_you_mean(name, HOOKS)
             if hint:
                 problems.append(f"{kind.__name__} defines {name!r}, which is no hook of a callback.{hint}")
         for name, arguments in HOOKS.items():

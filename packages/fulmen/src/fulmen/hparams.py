@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 from fulmen._files import open_text
+from fulmen_fabric import rank_zero_warn
 from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError, MissingPackage, did_you_mean
 
 if TYPE_CHECKING:
@@ -292,9 +293,8 @@ def drop_unpicklable(owner: HyperparametersMixin) -> None:
         try:
             pickle.dumps(hparams[name])
         except (pickle.PicklingError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
-            warnings.warn(
-                f"hyperparameter {name!r} cannot be pickled ({error}); it is left out of checkpoints and loggers.",
-                stacklevel=2,
+            rank_zero_warn(
+                f"hyperparameter {name!r} cannot be pickled ({error}); it is left out of checkpoints and loggers."
             )
             del hparams[name]
             initial = owner._hparams_initial  # pyright: ignore[reportPrivateUsage]

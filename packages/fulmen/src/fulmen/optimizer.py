@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
+from fulmen_fabric import rank_zero_warn
 from fulmen_protocols import (
     MisconfigurationException,
     MisconfigurationTypeError,
@@ -94,9 +94,7 @@ def parse_optimizers(
             optimizer is not returned, or there are several optimizers with automatic optimization.
     """
     if returned is None:
-        warnings.warn(
-            "configure_optimizers returned None: this run has no optimizer and changes no weight.", stacklevel=2
-        )
+        rank_zero_warn("configure_optimizers returned None: this run has no optimizer and changes no weight.")
         return [NoOptimizer()], []
     optimizers, schedulers, monitor = _split(returned)
     if automatic_optimization and len(optimizers) > 1:
@@ -220,9 +218,8 @@ def _scheduler_config(entry: object, monitor: str | None, *, automatic: bool, an
 def _manual_config(given: Mapping[str, Any]) -> LRSchedulerConfig:
     ignored = [key for key in ("reduce_on_plateau", "monitor", "strict") if given.get(key) is not None]
     if ignored:
-        warnings.warn(
-            f"the lr_scheduler keys {ignored!r} do nothing with manual optimization: step it in training_step.",
-            stacklevel=2,
+        rank_zero_warn(
+            f"the lr_scheduler keys {ignored!r} do nothing with manual optimization: step it in training_step."
         )
     kept = {key: value for key, value in given.items() if key not in ("reduce_on_plateau", "monitor", "strict")}
     return LRSchedulerConfig(**kept)
@@ -256,10 +253,9 @@ def _check_config(config: LRSchedulerConfig) -> None:
             "value it watches: {'optimizer': ..., 'lr_scheduler': {'scheduler': ..., 'monitor': 'val_loss'}}."
         )
     if isinstance(config.scheduler, OneCycleLR) and config.interval == "epoch":
-        warnings.warn(
+        rank_zero_warn(
             "OneCycleLR counts steps, and its interval is 'epoch': "
-            "set 'interval': 'step' unless its total_steps counts epochs.",
-            stacklevel=2,
+            "set 'interval': 'step' unless its total_steps counts epochs."
         )
 
 
@@ -271,10 +267,7 @@ def _warn_about_keys(place: str, config: Mapping[str, object], known: frozenset[
     for key in config:
         if key not in known:
             hint = did_you_mean(str(key), known)
-            warnings.warn(
-                f"{place} holds the key {key!r}, which is ignored.{hint} Known: {sorted(known)!r}.",
-                stacklevel=2,
-            )
+            rank_zero_warn(f"{place} holds the key {key!r}, which is ignored.{hint} Known: {sorted(known)!r}.")
 
 
 def _wrong(returned: object, found: str) -> MisconfigurationTypeError:

@@ -65,6 +65,16 @@ class Progress:
         if self.stop_reason is None:
             self.stop_reason = reason
 
+    def begin_again(self) -> None:
+        """A new call of ``fit``: nobody has asked it to stop, and an epoch that failed midway starts anew.
+
+        Its loader starts anew, too; going on at the old batch would leave out the epoch's last ones.
+        """
+        self.stop_reason, self.stop_now = None, False
+        if self.epoch_started and not self.epoch_ended:
+            self.batch = 0
+            self.epoch_started = self.epoch_is_whole = self.batch_is_open = self.window_is_open = False
+
     def state_dict(self) -> dict[str, object]:
         """The counters as plain data, with the version of their schema."""
         saved = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TRANSIENT}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
 
@@ -54,7 +53,7 @@ class MonitoredValue:
             raise error(found)
         if not self._has_warned:
             self._has_warned = True
-            warnings.warn(f"{found}{meanwhile}", stacklevel=4)
+            rank_zero_warn(f"{found}{meanwhile}")
 
     def warn_if_misspelt(self, owner: str, metrics: Mapping[str, Tensor]) -> None:
         """Called after the sanity check, whose validation has logged all its names: long before the value is missed."""

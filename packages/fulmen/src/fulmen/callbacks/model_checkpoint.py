@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +18,7 @@ from fulmen.callbacks._failing_together import all_ranks_fail, saves_when
 from fulmen.callbacks._monitor import Moment, MonitoredValue
 from fulmen.callbacks._shared_clock import SharedClock
 from fulmen.callbacks.checkpoint import Checkpoint
-from fulmen_fabric import rank_zero_info
+from fulmen_fabric import rank_zero_info, rank_zero_warn
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -145,7 +144,7 @@ class ModelCheckpoint(Checkpoint):
             )
         new = stage == "fit" and trainer.ckpt_path is None and self.save_top_k != 0
         if new and trainer.is_global_zero and _files.list_folder(self.dirpath):
-            warnings.warn(f"the checkpoint folder {self.dirpath!r} is not empty; what is there is kept.", stacklevel=2)
+            rank_zero_warn(f"the checkpoint folder {self.dirpath!r} is not empty; what is there is kept.")
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of a monitored name that looks like a slip."""
@@ -211,10 +210,9 @@ class ModelCheckpoint(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave a last checkpoint if none was ever saved."""
         if self._save_is_pending:
-            warnings.warn(
+            rank_zero_warn(
                 f"ModelCheckpoint(monitor={self.monitor!r}): a save was due, and training ended before the value was "
-                "produced again. Validate more often, or save without monitor.",
-                stacklevel=2,
+                "produced again. Validate more often, or save without monitor."
             )
         if self.save_last and not self._last_checkpoint_saved and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -321,6 +319,16 @@ class ModelCheckpoint(Checkpoint):
             trainer.print(f"Step {trainer.global_step}: {self.monitor}={current.item():.5f}, saved to {filepath!r}.")
         if evicted and self._should_remove_checkpoint(trainer, evicted, filepath):
             self._remove_checkpoint(trainer, evicted)
+
+    def _rank_no_more_than_asked(self) -> None:
+        """A resumed run may have ranked more models than are kept now: the worst are forgotten, their files stay."""
+        ranked, surplus = self.best_k_models, len(self.best_k_models) - self.save_top_k
+        if self.save_top_k < 1 or surplus < 1:
+            return
+        worst_first = sorted(ranked, key=lambda path: ranked[path], reverse=self.mode == "min")
+        for path in worst_first[:surplus]:
+            del ranked[path]
+        self._rank_models()
 
     def _rank_models(self) -> None:
         ranked = self.best_k_models
@@ -477,16 +485,16 @@ class ModelCheckpoint(Checkpoint):
         """Go on with the ranking of the resumed run; in another folder, only its best path is kept."""
         self.best_model_path = state_dict["best_model_path"]
         if self.dirpath != state_dict.get("dirpath", self.dirpath):
-            warnings.warn(
+            rank_zero_warn(
                 f"checkpoints are saved in {self.dirpath!r}, and the resumed run saved in {state_dict['dirpath']!r}: "
-                "only best_model_path is taken from it.",
-                stacklevel=2,
+                "only best_model_path is taken from it."
             )
             return
         self.best_model_score = state_dict["best_model_score"]
         self.kth_best_model_path = state_dict.get("kth_best_model_path", self.kth_best_model_path)
         self.kth_value = state_dict.get("kth_value", self.kth_value)
         self.best_k_models = dict(state_dict.get("best_k_models", {}))
+        self._rank_no_more_than_asked()
         self.last_model_path = state_dict.get("last_model_path", "")
         self._written = dict.fromkeys(retention.written_before(state_dict, ranks=bool(self.monitor)))
 

@@ -185,8 +185,6 @@ class Trainer(TrainerActions):
         _foreign_methods.check_backends(self.assembly)
         self._begin_life(given, logger)
         rank_zero_info(first_line(self.assembly))
-        if self.settings.max_epochs_is_default:
-            rank_zero_warn("neither max_epochs nor max_steps was given: training ends after 1000 epochs.")
 
     def _begin_life(self, callbacks: list[Any], logger: Logger | Iterable[Logger] | bool | None) -> None:
         """Make what lives from call to call: settings and backends are known to fit together."""
@@ -243,6 +241,11 @@ class Trainer(TrainerActions):
         if isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
         given = {"train": train_dataloaders, "val": val_dataloaders}
+        if self.settings.max_epochs_is_default:
+            rank_zero_warn(
+                f"neither max_epochs nor max_steps was given: training ends after {self.max_epochs} epochs. "
+                "Give one of them, or max_epochs=-1 to train until something stops it."
+            )
         self._run(TrainerFn.FITTING, model, given, datamodule, ckpt_path, weights_only)
 
     def validate(
@@ -369,8 +372,10 @@ class Trainer(TrainerActions):
                 elif fn is TrainerFn.PREDICTING:
                     outputs = predict(*evaluation.prepare_predict(keep=keep))
                 else:
-                    evaluate(*evaluation.prepare(verbose=verbose))
+                    evaluate(*evaluation.prepare())
                     outputs = evaluation.results
+                    if verbose:
+                        evaluation.show_results()
             _ending.tear_down(self, session, self._metering, self._binder, has_run=True)
         except _TunerExitException:
             _ending.tear_down(self, session, self._metering, self._binder, has_run=False)
@@ -413,7 +418,7 @@ class Trainer(TrainerActions):
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
         self.state.stage = fn.first_stage
         if fn is TrainerFn.FITTING:
-            self._progress.stop_reason, self._progress.stop_now = None, False
+            self._progress.begin_again()
         else:
             session.keep_training_of(previous)
         if datamodule is not None:

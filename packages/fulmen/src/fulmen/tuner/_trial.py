@@ -225,7 +225,7 @@ class Trial:
             if fn is TrainerFn.PREDICTING:
                 predict(*evaluation.prepare_predict(keep=False))
             else:
-                evaluate(*evaluation.prepare(verbose=False))
+                evaluate(*evaluation.prepare())
         metering.finish()
 
     @property

@@ -122,11 +122,15 @@ class DrawnProgressBar(ProgressBar):
         """Open the bar of training."""
         if self.is_enabled:
             self._train_bar = self._open("train")
+            if trainer.fit_loop.epoch_progress.current.started > trainer.current_epoch:
+                self._begin_epoch(trainer)  # resumed inside of it, so that nobody says that it starts
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the bar anew."""
-        if not self.is_enabled:
-            return
+        if self.is_enabled:
+            self._begin_epoch(trainer)
+
+    def _begin_epoch(self, trainer: Trainer) -> None:
         if self._train_bar is None or (self._leave and self._train_bar.n):
             if self._train_bar is not None:
                 self._train_bar.close()
