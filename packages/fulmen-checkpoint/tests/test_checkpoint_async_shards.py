@@ -46,7 +46,9 @@ def _run(case: str, world: int, folder: Path | str, *, killed: int | None = None
             rank.kill()
     for number, (rank, (_, errors)) in enumerate(zip(ranks, said, strict=True)):
         assert rank.returncode == (-signal.SIGKILL if number == killed else 0), errors[-3000:]
-    own = ["".join(line for line in out.splitlines() if not line.startswith("[Gloo]")) for out, _ in said]  # torch 2.9's
+    own = [
+        "".join(line for line in out.splitlines() if not line.startswith("[Gloo]")) for out, _ in said
+    ]  # torch 2.9's
     return [json.loads(out) if out else {} for out in own]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import pickle
+import socket
 import sys
 
 import pytest
@@ -419,3 +422,43 @@ def test_without_ranks_a_fabric_leaves_samplers_and_values_alone() -> None:
     for done in (fabric.all_reduce(value, reduce_op="sum"), fabric.broadcast(value), fabric.all_gather(value)):
         assert torch.equal(done, value)
     assert (fabric.world_size, fabric.global_rank) == (1, 0)
+
+
+@pytest.mark.proves("4.38")
+def test_starters_are_looked_for_in_their_order_and_kubeflow_not_at_all(monkeypatch, tmp_path):
+    ranks = tmp_path / "ranks"
+    ranks.write_text("launcher\n" + "node-0\n" * 2 + f"{socket.gethostname()}\n" * 2)
+    variables = {
+        "TorchElasticEnvironment": {
+            "TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "n0", "MASTER_PORT": "29501", "WORLD_SIZE": "4", "RANK": "3",
+            "LOCAL_RANK": "1", "GROUP_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2",
+        },
+        "SLURMEnvironment": {
+            "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+            "SLURM_NODELIST": "n[07-08]", "SLURM_JOB_ID": "4711", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "2",
+        },
+        "LSFEnvironment": {
+            "LSB_JOBID": "1234567", "LSB_DJOB_RANKFILE": str(ranks), "JSM_NAMESPACE_SIZE": "4",
+            "JSM_NAMESPACE_RANK": "3", "JSM_NAMESPACE_LOCAL_RANK": "1",
+        },
+        "MPI": {"OMPI_COMM_WORLD_SIZE": "4"},
+    }  # fmt: skip
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "PMI", "LSB_", "JSM_", "MASTER_"))]:
+        monkeypatch.delenv(name)
+    for of_one in variables.values():
+        for name, value in of_one.items():
+            monkeypatch.setenv(name, value)
+
+    for kind in ("TorchElasticEnvironment", "SLURMEnvironment", "LSFEnvironment"):
+        found = assemble(accelerator="cpu", devices=2, num_nodes=2)  # a word about MPI would be an error
+        assert type(found.environment).__name__ == kind
+        for name in variables[kind]:
+            monkeypatch.delenv(name)
+    if importlib.util.find_spec("mpi4py") is None:  # with it, MPI itself is asked how many processes it has started
+        with pytest.warns(UserWarning, match="MPI has started 4 processes, but mpi4py is not installed"):
+            found = assemble(accelerator="cpu", devices=1)
+        assert type(found.environment).__name__ == "LightningEnvironment"
+    monkeypatch.delenv("OMPI_COMM_WORLD_SIZE")
+    for name, value in {"MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456", "WORLD_SIZE": "1", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert type(assemble(accelerator="cpu", devices=1).environment).__name__ == "LightningEnvironment"

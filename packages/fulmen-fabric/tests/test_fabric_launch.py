@@ -260,3 +260,23 @@ def test_under_a_command_line_launch_joins_the_processes_and_may_be_left_out(tmp
     assert [one["draw"] for one in found] == [expected, expected]
     assert [one["total"] for one in found] == [3, 3]
     assert [one["function"] for one in found] == [7, 8]
+
+
+@pytest.mark.processes
+@pytest.mark.proves("8.4")
+@pytest.mark.parametrize("order", [[0, 1], pytest.param([0, 3, 1, 2], marks=pytest.mark.slow)])
+def test_ranks_that_never_communicate_may_end_in_any_order(tmp_path, order):
+    ranks = len(order)
+    script = f"""
+        import json, sys, time
+        from fulmen_fabric import Fabric
+
+        fabric = Fabric(accelerator="cpu", devices={ranks}, strategy="ddp")
+        fabric.launch()
+        time.sleep(0.3 * {order}.index(fabric.global_rank))
+        with open(f"{{sys.argv[1]}}/{{fabric.global_rank}}.json", "w") as file:
+            json.dump(time.time(), file)
+    """
+    ended = run(tmp_path, script)
+
+    assert sorted(range(ranks), key=ended.__getitem__) == order

@@ -139,6 +139,23 @@ def test_settings_are_cut_to_250_characters_and_sent_in_any_number(server: str) 
     assert run.data.tags["team"] == "a"
 
 
+def test_an_experiment_is_made_where_its_artifacts_shall_be_and_found_again_by_its_name(
+    server: str, tmp_path: Path
+) -> None:
+    place = (tmp_path / "artifacts").as_uri()
+    first = MLFlowLogger("pictures", tracking_uri=server, artifact_location=place)
+    second = MLFlowLogger("pictures", tracking_uri=server, artifact_location="file:///elsewhere")
+
+    made = client(server).get_experiment(first.experiment_id)
+    assert (made.name, made.artifact_location) == ("pictures", place)
+    assert second.experiment_id == first.experiment_id
+    assert second.run_id != first.run_id
+    assert {each.info.run_id for each in client(server).search_runs([made.experiment_id])} == {
+        first.run_id, second.run_id
+    }  # fmt: skip
+    assert client(server).get_run(first.run_id).info.artifact_uri.startswith(place)
+
+
 def test_names_lose_what_mlflow_forbids_with_one_warning(server: str) -> None:
     logger = MLFlowLogger(tracking_uri=server, prefix="a")
 
@@ -241,6 +258,21 @@ def test_checkpoints_are_uploaded_as_log_model_says(
         local = reader.download_artifacts(logger.run_id, "epoch=1", str(tmp_path))
         assert Path(local, "epoch=1.ckpt").read_bytes() == b"weights"
         assert "best" in Path(local, "aliases.txt").read_text()
+
+
+@pytest.mark.proves("6.7")
+def test_a_run_that_failed_uploads_nothing_at_its_end(server: str, tmp_path: Path) -> None:
+    path = tmp_path / "epoch=1.ckpt"
+    path.write_bytes(b"weights")
+    callback = SimpleNamespace(
+        save_top_k=1, best_model_path=str(path), best_model_score=None, best_k_models={str(path): None}
+    )
+    logger = MLFlowLogger(tracking_uri=server, log_model=True)
+
+    logger.after_save_checkpoint(callback)
+    logger.finalize("failed")
+
+    assert client(server).list_artifacts(logger.run_id) == []
 
 
 def test_nowhere_to_log_to_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fulmen_protocols import MisconfigurationException, Topology
 from fulmen_strategies import DDPStrategy, LightningEnvironment, LocalLauncher, TorchElasticEnvironment
@@ -137,6 +138,14 @@ class TestLightningEnvironment:
         environment.validate_settings(num_devices=1, num_nodes=1)
         with pytest.raises(MisconfigurationException, match=r"LOCAL_RANK='3' without WORLD_SIZE"):
             environment.validate_settings(num_devices=2, num_nodes=1)
+
+    def test_a_library_may_set_the_local_rank_of_a_process_that_is_in_a_group(self, setenv) -> None:  # type: ignore[no-untyped-def]
+        setenv(LOCAL_RANK="0")
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            LightningEnvironment().validate_settings(num_devices=2, num_nodes=1)
+        finally:
+            dist.destroy_process_group()
 
     @pytest.mark.parametrize(
         ("variables", "devices", "nodes", "message"),

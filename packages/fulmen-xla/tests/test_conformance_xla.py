@@ -326,9 +326,13 @@ def test_the_device_draws_what_torch_s_seed_says() -> None:
 
 
 @pytest.mark.proves("4.32")
-@pytest.mark.parametrize("kind", ["full", "sharded"])
-def test_fsdp_wraps_layers_recomputes_them_and_brings_their_state_back(kind: Any, tmp_path: Path) -> None:
-    strategy = XLAFSDPStrategy(activation_checkpointing_policy={nn.Linear}, state_dict_type=kind)
+@pytest.mark.parametrize(("kind", "sequential"), [("full", False), ("sharded", False), ("sharded", True)])
+def test_fsdp_wraps_layers_recomputes_them_and_brings_their_state_back(
+    kind: Any, sequential: bool, tmp_path: Path
+) -> None:
+    strategy = XLAFSDPStrategy(
+        activation_checkpointing_policy={nn.Linear}, state_dict_type=kind, sequential_save=sequential
+    )
     strategy.setup_environment(Topology((DEVICE,)))
     torch.manual_seed(1)
     module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))

@@ -221,7 +221,7 @@ def test_tpu_is_available_only_where_the_runtime_runs_on_one(right_pair: None) -
     assert tpu().auto_device_count() == 0
 
 
-@pytest.mark.proves("4.1")
+@pytest.mark.proves("4.1", "4.3")
 @pytest.mark.parametrize(
     ("asked", "processes", "name"),
     [("auto", 1, "single_xla"), ("auto", 4, "xla"), ("fsdp", 4, "xla_fsdp"), ("xla_spmd", 4, "xla_spmd")],

@@ -12,6 +12,7 @@ from torch import nn
 from fulmen.datamodule import LightningDataModule
 from fulmen.hparams import checkpoint_entries
 from fulmen.module import LightningModule
+from fulmen.trainer import Trainer
 from fulmen_protocols import CHECKPOINT_IOS, MisconfigurationException, load
 
 if TYPE_CHECKING:
@@ -232,6 +233,45 @@ class Data(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.position = state_dict["position"]
+
+
+class Augmented(Data):
+    """A subclass with hyperparameters of its own besides those of its base."""
+
+    def __init__(self, noise: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.save_hyperparameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": 7}
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.ones(2, 2), batch_size=self.hparams.batch_size)  # type: ignore[arg-type]  # a tensor is a data set
+
+
+@pytest.mark.proves("5.32")
+def test_a_subclass_of_a_data_module_gets_its_own_and_its_base_s_back_from_a_run(tmp_path: Path) -> None:
+    class Fitted(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), self.hparams.lr)
+
+    data = Augmented(noise=0.5, batch_size=1)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Fitted(), datamodule=data)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+
+    loaded = Augmented.load_from_checkpoint(tmp_path / "run.ckpt")
+
+    assert type(loaded) is Augmented
+    assert dict(loaded.hparams) == {"noise": 0.5, "batch_size": 1}
+    assert loaded.position == 7
+    assert Data.load_from_checkpoint(tmp_path / "run.ckpt").position == 0, "the state is that of another class"
 
 
 @pytest.mark.proves("5.32", "10.21")

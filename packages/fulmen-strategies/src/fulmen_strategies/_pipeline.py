@@ -65,7 +65,7 @@ class Stages:
     def own_part(self, state: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
         """Of a joined state on rank 0, on the first rank of each stage what that stage has a place for."""
         everything = dict(self._everyone.broadcast_object(dict(state)))
-        return {name: value for name, value in everything.items() if name in names} if self._is_first else {}
+        return {name: value for name, value in everything.items() if name in names} if self.is_first else {}
 
     def join_optimizers(self, state: dict[str, Any]) -> dict[str, Any]:
         """On rank 0 the optimizer states of all stages as one; elsewhere nothing.
@@ -104,7 +104,7 @@ class Stages:
             MisconfigurationException: all stages together have another number of parameters.
         """
         everything: dict[str, Any] = self._everyone.broadcast_object(dict(state))
-        rows = self._everyone.all_gather_object((self.index, self._is_first, list(own_groups)))
+        rows = self._everyone.all_gather_object((self.index, self.is_first, list(own_groups)))
         sizes = [groups for _, _, groups in sorted(row for row in rows if row[1])]
         groups = cast("list[dict[str, Any]]", everything["param_groups"])
         expected = [sum(size) for size in zip(*sizes, strict=True)]
@@ -123,7 +123,7 @@ class Stages:
                 if old in everything["state"]:
                     own["state"][number] = everything["state"][old]
                 number += 1
-        return own if self._is_first else {}
+        return own if self.is_first else {}
 
     @torch.no_grad()
     def clip_by_norm(
@@ -153,14 +153,15 @@ class Stages:
         return norm
 
     @property
-    def _is_first(self) -> bool:
+    def is_first(self) -> bool:
+        """Whether this is the first rank of its stage, which holds the stage's whole state."""
         return self._of_stage.rank == 0
 
     def _on_rank_zero(self, value: dict[str, Any]) -> list[dict[str, Any]]:
         """The values of the first ranks of all stages, in order, on rank 0; elsewhere an empty list."""
         rank = self._everyone.rank
         places: list[Any] | None = [None] * self._everyone.world_size if rank == 0 else None
-        dist.gather_object(value if self._is_first else None, places, dst=0)
+        dist.gather_object(value if self.is_first else None, places, dst=0)
         return [places[first] for first in self._firsts] if places is not None else []
 
 

@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
 
 from fulmen_protocols.errors import BackendUnavailable, MisconfigurationException
+from fulmen_strategies._meeting import meet
 from fulmen_strategies.launchers._rank import report_exit_first
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class ProcessGroupMembership:
 
     def __init__(self) -> None:
         self._made: dist.ProcessGroup | None = None
+        self._meet_others: Callable[[str], None] | None = None
+        self._meetings = itertools.count()
         self._hook_before: Callable[[type[BaseException], BaseException, TracebackType | None], object] | None = None
         self._hook_of_torch: object = None
 
@@ -58,35 +61,49 @@ class ProcessGroupMembership:
         backend = backend or dist.get_default_backend_for_device(device)
         _require(backend)
         generation = next(_generations)
+        patience = max(timeout, _MEETING)
         try:
-            store = _store(topology, max(timeout, _MEETING))
+            store = PrefixStore(f"fulmen/{_attempt()}/{generation}", _store(topology, patience))
             hook_before = sys.excepthook
             dist.init_process_group(
                 backend,
-                store=PrefixStore(f"fulmen/{_attempt()}/{generation}", store),
+                store=store,
                 rank=topology.rank,
                 world_size=topology.world_size,
                 timeout=timeout,
                 # NCCL then connects at once and to the right device; gloo and other CPU backends refuse the argument.
                 device_id=None if device.type == "cpu" else device,
             )
+            self._made = dist.group.WORLD
+            self._meet_others = lambda name: meet(store, name, topology.rank, topology.world_size, patience)
+            self._hook_before, self._hook_of_torch = hook_before, sys.excepthook
+            _let_threads_finish_at_exit()
+            # A process that ends with a living group may abort in a destructor ("terminate called without an active
+            # exception", exit status 134).
+            atexit.register(self.leave)
+            report_exit_first()
+            self.meet()
         except RuntimeError as error:
             error.add_note(
                 f"raised while rank {topology.rank} of {topology.world_size} joined the others at "
                 f"{topology.main_address}:{topology.main_port} with backend {backend!r}"
             )
             raise
-        self._made = dist.group.WORLD
-        self._hook_before, self._hook_of_torch = hook_before, sys.excepthook
-        _let_threads_finish_at_exit()
-        # A process that ends with a living group may abort in a destructor ("terminate called without an active
-        # exception", exit status 134).
-        atexit.register(self.leave)
-        report_exit_first()
+
+    def meet(self) -> None:
+        """Wait until every rank has come here, if this object has made the group.
+
+        Done by ``join``, and to be called when further groups have been made. A rank is through with making one as soon
+        as its own connections stand; if it left then, a rank that is late could find a connection closed ("Connection
+        closed by peer", "Connection reset by peer") before it has seen it open.
+        """
+        if self._meet_others is not None:
+            self._meet_others(f"fulmen/met/{next(self._meetings)}")
 
     def leave(self) -> None:
         """Destroy the group if this object has made it. May be called twice."""
         made, self._made = self._made, None
+        self._meet_others = None
         if made is None:
             return
         atexit.unregister(self.leave)

@@ -79,6 +79,10 @@ class RankPlace:
         self._device = topology.device
         self._collectives = TorchCollectives(topology.device)
 
+    def meet(self) -> None:
+        """Wait for all ranks when groups of some of them have been made; see ``ProcessGroupMembership.meet``."""
+        self._membership.meet()
+
     def leave(self) -> None:
         """Leave the process group if this place has made it. May be called twice."""
         self._membership.leave()

@@ -79,20 +79,23 @@ class DataParallelStrategy:
 
     def place(self, module: nn.Module) -> nn.Module:
         """Move ``module`` to the first device in place and wrap it."""
-        return nn.DataParallel(_Entry(module.to(self.root_device)), device_ids=list(self._devices))
+        entry = _Entry(module.to(self.root_device))
+        placed = nn.DataParallel(entry, device_ids=list(self._devices))
+        placed.register_forward_pre_hook(entry.call.take_over_autocast)
+        return placed
 
     def bind_method(self, placed: nn.Module, name: str) -> Callable[..., object]:
         """The original module's method ``name``, run on every device with its part of the arguments."""
         if not isinstance(placed, nn.DataParallel):
             return placed if name == "forward" else getattr(placed, name)
+        call = cast("_Entry", placed.module).call
 
         def run_on_parts(*args: object, **kwargs: object) -> object:
-            entry = cast("_Entry", placed.module)
-            entry.method[0] = name
+            call.method = name
             try:
                 return placed(*args, **kwargs)
             finally:
-                entry.method[0] = "forward"
+                call.method = "forward"
 
         return run_on_parts
 
@@ -105,14 +108,28 @@ class DataParallelStrategy:
         self._device = None
 
 
+class _Call:
+    """What all copies of an entry have to do in one call of DataParallel."""
+
+    def __init__(self) -> None:
+        self.method = "forward"
+        self.autocast_dtype = torch.float16
+
+    def take_over_autocast(self, *_: object) -> None:
+        """Note the caller's dtype. DataParallel's threads have their own, float16, whatever the caller's is."""
+        self.autocast_dtype = torch.get_autocast_dtype("cuda")
+
+
 class _Entry(nn.Module):
     """Runs a method of ``module`` by name: what DataParallel calls is a copy of this, with a copy of ``module``."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self.method = ["forward"]
+        self.call = _Call()  # one for all copies
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        name = self.method[0]
-        return self.module(*args, **kwargs) if name == "forward" else getattr(self.module, name)(*args, **kwargs)
+        name = self.call.method
+        # Whether to cast at all DataParallel does tell its threads.
+        with torch.autocast("cuda", self.call.autocast_dtype, torch.is_autocast_enabled("cuda")):
+            return self.module(*args, **kwargs) if name == "forward" else getattr(self.module, name)(*args, **kwargs)

@@ -179,6 +179,7 @@ class FSDPStrategy(OnRanks):
         self._rank.take(topology)
         if self._mesh is None:
             self._mesh = self._sharding.make_mesh(topology.device.type, topology.world_size, topology.num_nodes)
+            self._rank.meet()
 
     def teardown(self) -> None:
         """Leave the process group if this strategy has made it. May be called twice."""

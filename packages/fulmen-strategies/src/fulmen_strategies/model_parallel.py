@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fulmen_protocols.errors import MisconfigurationException, MisconfigurationTypeError
+from fulmen_strategies._kept_gradients import keep_gradients
 from fulmen_strategies._mesh import MeshSizes
 from fulmen_strategies._module_init import created_on
 from fulmen_strategies._pipeline import Stages, stage_group
@@ -113,6 +114,7 @@ class ModelParallelStrategy(OnRanks):
         self._stages: Stages | None = None
         # Modules that parallelize_fn has placed; a second fit must not place them again.
         self._placed = WeakIdKeyDictionary()
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._replaced = Replaced()
 
     # -- processes ----------------------------------------------------------------------------------------------------
@@ -183,6 +185,7 @@ class ModelParallelStrategy(OnRanks):
         if _has_stages(self._mesh):
             self._of_stage = TorchCollectives(topology.device, stage_group(self._mesh))
             self._stages = Stages(self._mesh, self.collectives, self._of_stage, topology.device)
+        self._rank.meet()
 
     def teardown(self) -> None:
         """Leave the process group if this strategy has made it. May be called twice."""
@@ -284,6 +287,7 @@ class ModelParallelStrategy(OnRanks):
         """
         for optimizer in optimizers:
             self._replaced.hand_over(optimizer)
+            self._optimizers.add(optimizer)
         refuse_unreduced(module, optimizers, self.device_mesh)
         return optimizers
 
@@ -348,7 +352,7 @@ class ModelParallelStrategy(OnRanks):
 
     def open_gradients(self, module: nn.Module, *, full: bool) -> Mapping[str, object]:
         """The state of every rank's gradients; ``full`` as in ``module_state``."""
-        return open_gradients(module, module, self.collectives, full=full)
+        return open_gradients(module, module, self.collectives, full=full, stages=self._stages)
 
     def load_open_gradients(self, module: nn.Module, state: Mapping[str, object]) -> None:
         """Load what ``open_gradients`` gave.
@@ -357,6 +361,8 @@ class ModelParallelStrategy(OnRanks):
             CheckpointError: ranks have gradients of their own in it, and there are other ranks now.
         """
         load_open_gradients(module, module, self.collectives, state)
+        if self._stages is not None:
+            keep_gradients(module, self._optimizers)
 
 
 def _has_stages(mesh: DeviceMesh) -> bool:

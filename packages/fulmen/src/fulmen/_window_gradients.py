@@ -57,7 +57,7 @@ def restore_gradients(session: Session) -> None:
     assert session.resumed is not None
     ranks: list[Any] = session.resumed.get("ranks", [])
     together: Mapping[str, Any] | None = session.resumed.get("gradients")
-    if together is not None:
+    if together is not None and (together["added"] or together["own"] is not None):
         _restore_sharded(session, together, session.resumed["data_parallel_size"])
     elif any(rank["gradients"] for rank in ranks):
         _restore_own(session, ranks)

@@ -43,9 +43,11 @@ class ManualOptimization:
         self._hooks = hooks
         self._keep_outputs = keep_outputs
         self._backward_context = backward_context
+        self._progress = progress
         self._optimizer_steps = progress.updates
         self._backwards = 0
-        self._stepped_behind: dict[int, int] = {}
+        self._reopened = 0  # of those, backward passes of before a resume
+        self._stepped: dict[int, tuple[int, int]] = {}  # by optimizer, after which backward pass and in which batch
         self.optimizers: list[LightningOptimizer] = []
         """What ``self.optimizers()`` gives."""
 
@@ -55,13 +57,18 @@ class ManualOptimization:
 
     @property
     def gradients_are_open(self) -> bool:
-        """Whether an optimizer has not stepped since the last backward pass: gradients may wait for a later batch."""
-        behind = self._stepped_behind
-        return any(behind.get(id(wrapped.optimizer), 0) < self._backwards for wrapped in self.optimizers)
+        """Whether an optimizer has not stepped since the last backward pass: gradients may wait for a later batch.
+
+        Where none goes through ``backward`` (a pipeline's schedule runs them itself) each batch counts as one.
+        """
+        last_batch = self._progress.total_batches - 1 if self._backwards == self._reopened else -1
+        stepped = [self._stepped.get(id(wrapped.optimizer), (0, -1)) for wrapped in self.optimizers]
+        return any(backwards < self._backwards or batch < last_batch for backwards, batch in stepped)
 
     def reopen(self) -> None:
         """Gradients of before a resume wait for a step."""
         self._backwards += 1
+        self._reopened += 1
 
     def batch_step(self, batch: object, batch_idx: int, /) -> object:
         """Run the user's step on one batch."""
@@ -120,5 +127,5 @@ class ManualOptimization:
             before_step()
             result = self._gradients.step(optimizer)
         self._optimizer_steps += 1
-        self._stepped_behind[id(optimizer)] = self._backwards
+        self._stepped[id(optimizer)] = (self._backwards, self._progress.total_batches)
         return result

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from fulmen_strategies._sharded.casting import Casting
 
-__all__ = ["ShardedEntry", "parameter_groups", "sharded_entry"]
+__all__ = ["ShardedEntry", "parameter_groups", "sharded_entry", "spec_of_whole"]
 
 _ENTRY = "_fulmen_sharded_entry"
 
@@ -166,6 +166,16 @@ def parameter_groups(state: Any) -> Sequence[Any]:
     if hasattr(state, "_fsdp_param_groups"):
         return cast("Sequence[Any]", state._fsdp_param_groups)
     return () if state._fsdp_param_group is None else (state._fsdp_param_group,)
+
+
+def spec_of_whole(record: Any) -> Any:
+    """How a parameter that FSDP2 shards lies on a mesh besides (tensor parallel); None where it does not.
+
+    ``record`` is FSDP2's own of the parameter, in which earlier torch (2.11) has another name for it.
+    """
+    if not record.is_dtensor:
+        return None
+    return record._unsharded_dtensor_spec if hasattr(record, "_unsharded_dtensor_spec") else record._tp_spec
 
 
 def sharded_entry(module: nn.Module) -> ShardedEntry | None:

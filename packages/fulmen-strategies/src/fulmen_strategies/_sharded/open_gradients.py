@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from fulmen_protocols.errors import CheckpointError
-from fulmen_strategies._sharded.entry import parameter_groups
+from fulmen_strategies._sharded.entry import parameter_groups, spec_of_whole
 from fulmen_strategies._sharded.layout import laid_out_like, local, to_host
 from fulmen_strategies._sharded.states import canonical, reshard
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor.placement_types import Placement
 
+    from fulmen_strategies._pipeline import Stages
     from fulmen_strategies.collectives import TorchCollectives
 
 __all__ = ["has_open_gradients", "load_open_gradients", "open_gradients"]
@@ -67,10 +68,14 @@ def has_open_gradients(root: nn.Module, module: nn.Module) -> bool:
 
 
 def open_gradients(
-    root: nn.Module, module: nn.Module, collectives: TorchCollectives, *, full: bool
+    root: nn.Module, module: nn.Module, collectives: TorchCollectives, *, full: bool, stages: Stages | None = None
 ) -> dict[str, object]:
-    """The state of all gradients; with ``full`` whole, on the CPU and on rank 0 only, otherwise as DTensors."""
+    """The state of all gradients; with ``full`` whole, on the CPU and on rank 0 only, otherwise as DTensors.
+
+    ``stages``: of a pipeline, whose ranks have different modules; it needs ``full``.
+    """
     reshard(root)
+    keeps = collectives.rank == 0 if stages is None else stages.is_first
     added: dict[str, Tensor] = {}
     own: dict[str, Tensor] = {}
     for name, parameter, shards in _each(root, module):
@@ -81,12 +86,14 @@ def open_gradients(
             continue
         if _is_laid_out_like(gradient, parameter):
             value = to_host(gradient) if full else gradient.detach()
-            if not full or collectives.rank == 0:
+            if not full or keeps:
                 added[name] = value
         elif waiting is None:
             own[name] = gradient.detach()
     rows = [(name, str(one.dtype).removeprefix("torch."), tuple(local(one).shape), _placements(one))
             for name, one in own.items()]  # fmt: skip
+    if stages is not None:
+        added = stages.join_states(added)
     layouts = collectives.all_gather_object(rows)
     state: dict[str, object] = {"added": added, "own": None, "layouts": layouts}
     longest = max(_bytes_of(each) for each in layouts)
@@ -113,7 +120,7 @@ def load_open_gradients(
             continue
         value, placements = mine[name]
         if shards is not None:
-            spec = shards._tp_spec if shards.is_dtensor else None
+            spec = spec_of_whole(shards)
             like = None if spec is None else (spec.mesh, spec.shape, spec.stride)
             expected = tuple(shards._orig_size) if spec is None else None
         else:

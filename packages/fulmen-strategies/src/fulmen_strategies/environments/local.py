@@ -6,6 +6,8 @@ import os
 import socket
 from functools import cache
 
+import torch.distributed as dist
+
 from fulmen_protocols.errors import MisconfigurationException
 from fulmen_strategies._marks import LAUNCHED, process_exists
 from fulmen_strategies.environments._table import TABLE, Row, attempt, contradictions, is_launched, number, port, refuse
@@ -91,7 +93,8 @@ class LightningEnvironment:
                     f"the environment has LOCAL_RANK={self.local_rank()} and NODE_RANK={self.node_rank()}, which make "
                     f"RANK={rank}; it must be below WORLD_SIZE={processes}: make them agree."
                 )
-        left_over = "LOCAL_RANK" in os.environ and LAUNCHED not in os.environ
+        # Of a process that has met the others already, whoever they are, the group tells the rank.
+        left_over = "LOCAL_RANK" in os.environ and LAUNCHED not in os.environ and not _is_in_a_group()
         if left_over and not self.creates_processes_externally and processes > 1:
             wrong.append(
                 f"devices={num_devices} and num_nodes={num_nodes} make {processes} processes, and the environment "
@@ -101,6 +104,10 @@ class LightningEnvironment:
         if num_nodes > 1:
             wrong += _missing_meeting_point(num_nodes)
         refuse(wrong)
+
+
+def _is_in_a_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 _ONE_NODE = Row("the environment", (), (), (), TABLE["local"].node_rank)

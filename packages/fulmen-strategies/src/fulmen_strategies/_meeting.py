@@ -1,0 +1,37 @@
+"""A meeting of all ranks through their store, beside every process group."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from torch._C._distributed_c10d import Store
+
+__all__ = ["meet"]
+
+
+def meet(store: Store, name: str, rank: int, world_size: int, timeout: timedelta) -> None:
+    """Return when all ranks have come; on rank 0, whose process may serve the store, when all have heard so, too.
+
+    After this the store is not needed any more for the ranks to know that the others were there, so that any of them
+    may end at once.
+
+    Args:
+        store: of all ranks.
+        name: of this meeting; each name can be used once.
+        rank: of this process.
+        world_size: how many come.
+        timeout: after which a rank gives up.
+
+    Raises:
+        RuntimeError: somebody did not come in time, or the store is gone.
+    """
+    if store.add(f"{name}/come", 1) == world_size:
+        store.set(f"{name}/all", "")
+    store.wait([f"{name}/all"], timeout)
+    if store.add(f"{name}/heard", 1) == world_size:
+        store.set(f"{name}/known", "")
+    if rank == 0:
+        store.wait([f"{name}/known"], timeout)
