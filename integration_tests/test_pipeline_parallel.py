@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from integration_tests.pipeline_script import BATCH, EPOCHS, LAYERS, Part
+from integration_tests.pipeline_script import BATCH, EPOCHS, LAYERS, Part, samples
 from torch.nn import functional as F
 
 SCRIPT = Path(__file__).with_name("pipeline_script.py")
@@ -42,8 +42,6 @@ def read(name: str) -> dict[str, Any]:
 
 def one_process() -> tuple[Part, torch.optim.Optimizer, float]:
     """The whole model in a plain loop, on the batches that the first stage has read."""
-    from pipeline_script import samples
-
     x, y = samples().tensors
     place = {value: index for index, value in enumerate(x[:, 0].tolist())}
     model = Part(range(LAYERS))
