@@ -58,7 +58,8 @@ class Model(fulmen.LightningModule):
         return F.cross_entropy(self(batch[0]), batch[1])
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.validated.append(float(F.cross_entropy(self(batch[0]), batch[1])))
+        if not self.trainer.sanity_checking:
+            self.validated.append(float(F.cross_entropy(self(batch[0]), batch[1])))
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.01)

@@ -220,7 +220,8 @@ AlwaysPlaced: Any = type(
     {
         **{
             name: member
-            for name, member in vars(DDPStrategy).items()
+            for kind in reversed(DDPStrategy.__mro__[:-1])
+            for name, member in vars(kind).items()
             if name not in ("place_for_inference", "__dict__", "__weakref__")
         },
         "place": _place,

@@ -97,14 +97,6 @@ def test_a_duration_may_be_text_a_timedelta_or_its_arguments(given: object, seco
 
 
 @pytest.mark.proves("9.5")
-def test_without_a_limit_training_is_bounded_and_says_so() -> None:
-    with pytest.warns(UserWarning, match="training ends after 1000 epochs"):
-        trainer = fulmen.Trainer(accelerator="cpu", logger=False)
-
-    assert trainer.max_epochs == 1000
-
-
-@pytest.mark.proves("9.5")
 def test_max_steps_alone_leaves_epochs_unlimited() -> None:
     trainer = fulmen.Trainer(accelerator="cpu", max_steps=5, min_steps=2, logger=False)
 
