@@ -88,6 +88,7 @@ def test_a_logger_that_is_none_is_named_with_what_it_lacks() -> None:
         trainer(logger="wandb")
 
 
+@pytest.mark.proves("9.5")
 def test_only_a_fit_without_an_end_is_warned_that_it_has_1000_epochs() -> None:
     class Stops(Line):
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
