@@ -55,6 +55,7 @@ def test_tensor_parallel_ranks_read_the_same_batches_and_data_parallel_ranks_sha
     assert Counter(i for one in (fabric[0], fabric[2]) for batch in one for i in batch[0]) == Counter(range(SIZE))
 
 
+@pytest.mark.slow
 @pytest.mark.proves("4.26")
 def test_one_part_is_shuffled_alike_on_every_rank_without_a_seed() -> None:
     first, *others = of("one part")

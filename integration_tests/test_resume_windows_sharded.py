@@ -59,6 +59,7 @@ def test_a_save_inside_a_window_of_sharded_parameters_resumes_bit_for_bit(kind: 
         assert leaves(resumed) == leaves(case["expected"]), f"resumed after batch {batch}"
 
 
+@pytest.mark.slow
 def test_gradients_that_ranks_added_up_are_saved_once_and_others_of_each_rank() -> None:
     found(2)
     io = TorchCheckpointIO()

@@ -75,7 +75,7 @@ def marks(drill: str) -> list[pytest.MarkDecorator]:
     """Of the drills that start processes, for each broken backend anew or once."""
     if drill in ("drill_strategy_world", "drill_launcher"):
         return [pytest.mark.slow]
-    return [pytest.mark.processes] if drill == "drill_collectives" else []
+    return [pytest.mark.processes, pytest.mark.slow] if drill == "drill_collectives" else []
 
 
 @pytest.mark.parametrize(("drill", "cls"), [pytest.param(*case, marks=marks(case[0])) for case in drilled()])

@@ -84,7 +84,7 @@ def test_seeking_gives_the_rest_of_the_whole_order(size, ranks, shuffle, drop_la
 
 
 @given(size=st.integers(1, 80), before=st.integers(1, 8), after=st.integers(1, 8), steps=st.integers(0, 10))
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 def test_going_on_with_other_ranks_leaves_no_sample_out_and_repeats_only_the_padding(
     size, before, after, steps
 ) -> None:

@@ -41,7 +41,7 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_no_rank_finds_a_connection_closed_because_another_one_has_left_already(ranks: int) -> None:
     port, busy = free_port(), "import os\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nwhile True: pass"
     load = [subprocess.Popen([sys.executable, "-c", busy]) for _ in range(2)]
