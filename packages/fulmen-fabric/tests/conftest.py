@@ -1,4 +1,4 @@
-"""No test leaves anything behind: variables, which ``seed_everything`` sets for ranks and workers, or a process group."""
+"""No test leaves anything behind: variables, which ``seed_everything`` sets for ranks, or a process group."""
 
 from __future__ import annotations
 
