@@ -37,7 +37,7 @@ class Needs:
     """What torch's libraries want of others."""
 
     libraries: set[str] = field(default_factory=set)
-    library_of_version: dict[str, str] = field(default_factory=dict)
+    file_of_version: dict[str, str] = field(default_factory=dict)
     undefined: dict[tuple[str, str], bool] = field(default_factory=dict)
     """Symbol and version (or an empty text), and whether it is data, not a function."""
     defined: set[str] = field(default_factory=set)
@@ -57,7 +57,7 @@ def read_dynamic(text: str, needs: Needs) -> None:
         elif match := re.match(r"\s+required from (\S+):", line):
             library = match[1]
         elif (match := re.match(r"\s+0x\w+ 0x\w+ \d+ (\S+)", line)) and THEIRS.match(library):
-            needs.library_of_version[match[1]] = library
+            needs.file_of_version[match[1]] = library
 
 
 def read_symbols(text: str, needs: Needs) -> None:
@@ -78,8 +78,8 @@ def by_library(needs: Needs) -> dict[str, dict[str, dict[str, bool]]]:
     """For each library to make: version, then symbol, then whether it is data."""
     found: dict[str, dict[str, dict[str, bool]]] = {library: defaultdict(dict) for library in needs.libraries}
     for (name, version), is_data in needs.undefined.items():
-        if version in needs.library_of_version:
-            found.setdefault(needs.library_of_version[version], defaultdict(dict))[version][name] = is_data
+        if version in needs.file_of_version:
+            found.setdefault(needs.file_of_version[version], defaultdict(dict))[version][name] = is_data
         elif not version and name not in needs.defined and PREFIXES.match(name):
             found.setdefault(UNVERSIONED_GO_TO, defaultdict(dict))[""][name] = is_data
     return found

@@ -28,7 +28,8 @@ class Net(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.first(x)
         self.calls.append((str(x.device), len(x), y.dtype, threading.current_thread() is threading.main_thread()))
-        return self.last(torch.tanh(self.norm(y)))  # type: ignore[no-any-return]
+        out: torch.Tensor = self.last(torch.tanh(self.norm(y)))
+        return out
 
     def each_loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return (self(x) - y).square().mean(dim=1)
@@ -68,7 +69,7 @@ def by_hand(device: str, parts: int) -> Net:
             for part, target in zip(x.to(device).chunk(parts), y.to(device).chunk(parts), strict=True):
                 losses.append(net.each_loss(part, target))
                 buffers = buffers or copy.deepcopy(dict(net.named_buffers()))
-            torch.cat(losses).mean().backward()  # type: ignore[no-untyped-call]
+            torch.cat(losses).mean().backward()  # type: ignore[no-untyped-call]  # torch has no types for it
             with torch.no_grad():
                 for name, buffer in net.named_buffers():
                     buffer.copy_((buffers or {})[name])

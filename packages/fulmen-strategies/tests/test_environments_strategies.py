@@ -20,7 +20,7 @@ from fulmen_strategies import DDPStrategy, LightningEnvironment, LocalLauncher, 
 from fulmen_strategies.environments._table import is_launched
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 VARIABLES = (
     "FULMEN_LAUNCHED", "GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK",
@@ -139,7 +139,9 @@ class TestLightningEnvironment:
         with pytest.raises(MisconfigurationException, match=r"LOCAL_RANK='3' without WORLD_SIZE"):
             environment.validate_settings(num_devices=2, num_nodes=1)
 
-    def test_a_library_may_set_the_local_rank_of_a_process_that_is_in_a_group(self, setenv) -> None:  # type: ignore[no-untyped-def]
+    def test_a_library_may_set_the_local_rank_of_a_process_that_is_in_a_group(
+        self, setenv: Callable[..., None]
+    ) -> None:
         setenv(LOCAL_RANK="0")
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
