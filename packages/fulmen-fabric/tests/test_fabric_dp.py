@@ -32,7 +32,8 @@ class Net(nn.Module):
         return out
 
     def each_loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return (self(x) - y).square().mean(dim=1)
+        losses: torch.Tensor = (self(x) - y).square().mean(dim=1)
+        return losses
 
 
 def data() -> TensorDataset:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from fulmen_protocols import MisconfigurationException, Topology
 from fulmen_strategies import DDPStrategy, LightningEnvironment, LocalLauncher, TorchElasticEnvironment
@@ -143,7 +144,7 @@ class TestLightningEnvironment:
         self, setenv: Callable[..., None]
     ) -> None:
         setenv(LOCAL_RANK="0")
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         try:
             LightningEnvironment().validate_settings(num_devices=2, num_nodes=1)
         finally:
