@@ -74,7 +74,7 @@ def main() -> None:
             strategy="ddp",
             max_epochs=1,
             logger=CSVLogger(FOLDER),
-            log_every_n_steps=1000,
+            log_every_n_steps=3,
             accumulate_grad_batches=accumulate,
             gradient_clip_val=1.0,
             callbacks=[ModelCheckpoint(FOLDER / name)],

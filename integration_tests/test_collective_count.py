@@ -28,6 +28,6 @@ def test_a_step_of_ddp_under_the_trainer_begins_as_many_collectives_as_raw_ddp(t
         for name in ("plain", "accumulated"):
             # The first steps of a wrapper also agree on its buckets; then come whole windows of four.
             ours, raw = found[name][7:23], found[f"raw {name}"][7:23]
-            assert sum(begun for begun, _ in ours) == sum(raw), "logging, bar, clipping and a checkpoint add none"
+            assert sum(begun for begun, _ in ours) == sum(raw), "rows, bar, clipping and a checkpoint add none"
             assert not any(called for _, called in ours), "and no function of torch.distributed is called"
         assert sum(found["raw accumulated"]) < sum(found["raw plain"]), "the count would see one"

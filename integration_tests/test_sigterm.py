@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -60,3 +62,61 @@ def test_all_ranks_stop_on_the_same_step_and_exit_with_143(ranks: int, asked: in
     assert exception.startswith("SIGTERMException")
     # One process stops after the batch in hand; several at the next row of the loggers that all can still reach.
     assert int(step) == 5 if ranks == 1 else 5 < int(step) <= 12
+
+
+GOES_ON = (
+    SCRIPT.partition("if __name__")[0]
+    + """
+import torch.distributed as dist
+
+def run(callbacks, **options):
+    trainer = fulmen.Trainer(accelerator="cpu", devices=2, strategy="ddp", log_every_n_steps=1, callbacks=callbacks,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **options)
+    trainer.fit(Model(), DataLoader(torch.randn(40, 2), batch_size=2))
+    return trainer
+
+dist.init_process_group("gloo")  # ours, so it outlives both trainers
+try:
+    run([Asked()], max_epochs=50)
+except fulmen.exceptions.SIGTERMException:
+    trainer = run([], max_steps=20)
+    open(f"{sys.argv[3]}/second{trainer.global_rank}", "w").write(str(trainer.global_step))
+dist.destroy_process_group()
+"""
+)
+
+
+def test_a_later_trainer_of_the_same_processes_is_not_stopped_by_what_stopped_the_first(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(GOES_ON)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), "2", "0", str(tmp_path)],
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "TORCHELASTIC_RUN_ID": "test",
+                "GROUP_RANK": "0",
+                "OMP_NUM_THREADS": "1",
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [rank.communicate(timeout=90)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    assert [(tmp_path / f"second{rank}").read_text() for rank in range(2)] == ["20", "20"]

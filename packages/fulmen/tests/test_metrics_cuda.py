@@ -149,24 +149,32 @@ def test_a_row_comes_by_itself_and_holds_what_was_logged_then() -> None:
     store, reporter = make_store(), Reporter(loggers=[logger])  # type: ignore[list-item]  # Reporter calls these two methods alone
     (take_arrived,) = reporter.step_hooks(store.device)
     value = torch.zeros(10, device="cuda")
-    torch.empty(10, pin_memory=True)  # the first of a size waits for the device
-    store.start_batch(torch.zeros(1, device="cuda"), 0, None)
-    busy()
-    value += torch.arange(10, device="cuda")
-    for index in range(10):
-        log(store, f"x{index}", value[index])
-    reporter.report_step(store, batches_that_stepped=0, epoch=0)
-    reporter.log_metrics({"lr": 0.5}, x=1, epoch=0)
-    value.fill_(-1.0)
-    take_arrived()
-    assert logger.rows == []
 
-    torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    take_arrived()
-    first = {f"x{index}_step": float(index) for index in range(10)}
-    assert logger.rows == [(0, {**first, "epoch": 0}), (1, {"lr": 0.5, "epoch": 0})]
+    def arrives() -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        take_arrived()
+
+    def row(at: int) -> None:
+        store.start_batch(torch.zeros(1, device="cuda"), at, None)
+        value.copy_(torch.arange(10, device="cuda") + at)
+        for index in range(10):
+            log(store, f"x{index}", value[index])
+        reporter.report_step(store, batches_that_stepped=at, epoch=0)
+        reporter.log_metrics({"lr": 0.5}, x=at, epoch=0)
+        value.fill_(-1.0)
+        take_arrived()
+
+    row(0)  # loads the kernels and pins memory, for which the driver waits until the device is idle
+    arrives()
+    logger.rows.clear()
+    busy()
+    row(1)
+    assert logger.rows == []
+    arrives()
+    values = {f"x{index}_step": index + 1.0 for index in range(10)}
+    assert logger.rows == [(1, {**values, "epoch": 0}), (1, {"lr": 0.5, "epoch": 0})]
 
 
 def test_what_is_on_its_way_is_there_when_the_epoch_is_reported_or_a_checkpoint_asks() -> None:

@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
 
 from fulmen_protocols import RankFailure
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     Handler = Callable[[int, FrameType | None], object] | int | None
 
-__all__ = ["StopAgreement", "StopSignal", "group_store"]
+__all__ = ["StopAgreement", "StopSignal"]
 
 
 class StopSignal:
@@ -178,10 +177,3 @@ class StopAgreement:
             ) from error
         point, _, self.reason = store.get("proposal").decode().partition(" ")
         self._stop_at = int(point)
-
-
-def group_store() -> Store | None:
-    """The key-value store at which this process's default group met; None without a group."""
-    if not dist.is_available() or not dist.is_initialized():
-        return None
-    return distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] -- torch has no public way to it

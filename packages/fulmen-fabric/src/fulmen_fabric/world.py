@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from fulmen_fabric.abilities import supports
 from fulmen_fabric.rank_zero import rank_zero_only
 from fulmen_fabric.seed import collect_rng_state, reset_seed, restore_rng_state
-from fulmen_fabric.stopping import StopAgreement, group_store
+from fulmen_fabric.stopping import StopAgreement
+from fulmen_fabric.voting import HostVote, group_store, new_name
 from fulmen_protocols import (
     LaunchesApart,
     SupportsCollectives,
@@ -75,7 +76,6 @@ class World:
         self._topology: Topology | None = None
         self._collectives: Collectives | None = None
         self._started_in: int | None = None
-        self._agreements = 0
         self._data_parts: tuple[int, ...] | None = None
 
     def launch(self, function: Callable[[], T]) -> T:
@@ -249,14 +249,21 @@ class World:
         Without a torch process group (an engine with one of its own) ranks have no store to agree through: then each
         rank must be told to stop, by a signal to all of them.
         """
-        self._agreements += 1
         store = group_store()
         return StopAgreement(
             store,
             self.rank,
             self.world_size if store is not None else 1,
-            name=f"fulmen/stop/{self._agreements}",
+            name=new_name("stop"),
         )
+
+    def host_vote(self) -> HostVote | None:
+        """A new vote among all ranks' hosts; every rank makes its own at the same place of the program.
+
+        None for one rank, which has nobody to ask, and without a torch process group.
+        """
+        store = group_store() if self.world_size > 1 else None
+        return None if store is None else HostVote(store, self.world_size, name=new_name("vote"))
 
     @contextmanager
     def rank_zero_first(self, local: bool = False) -> Generator[None, None, None]:

@@ -57,6 +57,7 @@ class Metering:
                 stage="test" if stage == "predict" else stage,
                 data_parts=self._world.data_parts,
                 data_group=self._world.data_parallel_group,
+                vote=self._world.host_vote() if stage == "train" else None,
             )
             self._stores[stage] = store
         store.scope = scope_for(_STEP[stage])

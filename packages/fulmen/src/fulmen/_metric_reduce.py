@@ -134,14 +134,17 @@ def _compute(entry: MetricEntry, group: ProcessGroup | None, *, alone: bool) -> 
         metric._computed = None  # a value over all ranks must not be answered from this cache
 
 
-def reduce_step_values(schema: Schema, entries: Entries, adopt: Adopt, *, agree: bool, device: torch.device) -> None:
+def reduce_step_values(
+    schema: Schema, entries: Entries, adopt: Adopt, *, any_rank: Callable[[bool], bool] | None, device: torch.device
+) -> None:
     """Replace the latest step values by their reduction over the ranks that logged one since the last call.
 
     Args:
         schema: the step metrics that ranks have agreed on.
         entries: this rank's metrics.
         adopt: makes an entry for a metric that so far only other ranks log.
-        agree: a declared point: look whether a rank knows new metrics (a host read), and if so exchange them.
+        any_rank: at a declared point: tells whether any rank says yes. It is asked whether one knows new metrics, which
+            are exchanged then.
         device: where values are wanted.
     """
     mine = {
@@ -149,15 +152,14 @@ def reduce_step_values(schema: Schema, entries: Entries, adopt: Adopt, *, agree:
         for identity, entry in entries.items()
         if entry.options.sync and entry.options.on_step and entry.metric is None
     }
-    changed = any(identity not in schema for identity in mine)
-    gathered = schema.gather(changed=changed, mine=_fresh(schema, mine))
-    if agree and bool(gathered[:, 0].any()):
+    is_new = any_rank is not None and any_rank(any(identity not in schema for identity in mine))
+    if is_new:
         schema.exchange([entry.row for entry in mine.values()])
-        # Older values count too this once, so that a rank which only listens has something to show.
-        gathered = schema.gather(changed=False, mine=_fresh(schema, mine, also_old=True))
     count = len(schema.rows)
     if not count:
         return
+    # Older values count too the first time, so that a rank which only listens has something to show.
+    gathered = schema.gather(changed=False, mine=_fresh(schema, mine, also_old=is_new))
     weights, values = gathered[:, 1 : 1 + count], gathered[:, 1 + count :]
     spoken = schema.only_once(weights)
     reduced: dict[tuple[str, tuple[int, ...] | None], Tensor] = {}

@@ -67,6 +67,10 @@ class Schema:
         self.rows = tuple(rows[identity] for identity in sorted(rows))
         self._index = {row.identity: index for index, row in enumerate(self.rows)}
 
+    def ask_devices(self, mine: bool) -> bool:
+        """Whether any rank says yes, by a collective that the host reads: it waits for the device."""
+        return bool(self._collectives.all_gather(torch.tensor([mine], dtype=self._dtype, device=self._device)).any())
+
     def only_once(self, weights: Tensor) -> Tensor:
         """``weights``, shape ``(world_size, n)``, with 0 where a lower rank tells of the same data. No host read.
 

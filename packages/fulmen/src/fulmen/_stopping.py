@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from fulmen import _requeue
 from fulmen.exceptions import SIGTERMException
-from fulmen_fabric import StopAgreement, StopSignal, rank_zero_info
+from fulmen_fabric import StopSignal, rank_zero_info
 from fulmen_fabric.abilities import supports
 from fulmen_fabric.preemption import say_that_the_program_handles, watched_signals
-from fulmen_fabric.stopping import group_store
+from fulmen_fabric.voting import new_name
 from fulmen_protocols import SupportsRequeue
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from fulmen.progress import Progress
     from fulmen.trainer import Trainer
-    from fulmen_fabric import World
+    from fulmen_fabric import StopAgreement, World
     from fulmen_protocols import ClusterEnvironment
 
 __all__ = ["Stopping"]
@@ -38,11 +38,12 @@ class Stopping:
         self._progress, self._world = progress, world
         self._environment = environment if supports(environment, SupportsRequeue) else None
         self._agreement: StopAgreement | None = None
-        self._calls = 0
         self._has_said = False
         self._suffix = ""
         self.signals = StopSignal(())
         """A context that watches for them; a new one after each ``begin``."""
+        self.run_name = ""
+        """With several ranks: the same on all of them, and new for each call of the trainer."""
 
     def begin(self, *, fitting: bool) -> None:
         """Forget the call before this one. The processes have met; every rank must come here."""
@@ -52,10 +53,8 @@ class Stopping:
         # A handler may come anywhere: it only sets flags.
         self.signals = StopSignal(watched, bypassed=bypassed, on_stop=self._stop if alone else None)
         if not alone:
-            self._calls += 1
-            self._agreement = StopAgreement(
-                group_store(), self._world.rank, self._world.world_size, name=f"fulmen/stop/{self._calls}"
-            )
+            self._agreement = self._world.stop_agreement()
+            self.run_name = new_name("run")
 
     def _choose(self) -> tuple[Sequence[signal.Signals], Sequence[signal.Signals]]:
         """Signals that stop a fit, and those that it outlives."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
+    from fulmen_fabric.voting import HostVote
     from fulmen_protocols.collectives import Collectives
 
 __all__ = ["LogScope", "MetricStore", "MetricView", "Scalar", "scope_for"]
@@ -45,6 +46,7 @@ class MetricStore:
         data_parts: by rank, which part of the data it reads; None where every rank reads its own. Ranks that read the
             same count once.
         data_group: the ranks among which the data are split, for metric objects; None: all.
+        vote: asks the ranks' hosts whether any has new step values to reduce; None: the devices are asked.
 
     Attributes:
         scope: the hook that is running, set by the loop around each hook; None outside of hooks.
@@ -54,6 +56,7 @@ class MetricStore:
     """
 
     __slots__ = (
+        "_any_rank",
         "_at_epoch",
         "_batch",
         "_batches",
@@ -84,6 +87,7 @@ class MetricStore:
         stage: str,
         data_parts: tuple[int, ...] | None = None,
         data_group: ProcessGroup | None = None,
+        vote: HostVote | None = None,
     ) -> None:
         if stage not in ("train", "validate", "test", "sanity_check"):
             raise MisconfigurationException(
@@ -102,6 +106,7 @@ class MetricStore:
         self._data_group = data_group
         self._epoch_schema = Schema(collectives, device, data_parts)
         self._step_schema = Schema(collectives, device, data_parts)
+        self._any_rank = self._step_schema.ask_devices if vote is None else vote.any
         self._batch: object = None
         self._size: int | None = None
         self._dataloader_idx: int | None = None
@@ -305,7 +310,7 @@ class MetricStore:
         """Reduce over ranks the step values logged with ``sync_dist=True``. Call after each batch, on every rank.
 
         Ranks agree which metrics that concerns after the first batch of an epoch, at every 64th batch while there are
-        some, and at flushes, ever more rarely while there are none: those calls read one small message on the host. A
+        some, and at flushes, ever more rarely while there are none: those calls wait for the other ranks' hosts. A
         batch in between costs one asynchronous collective while metrics are agreed on, and nothing while there are
         none. A metric that first appears between two agreements is this rank's own until the next one.
 
@@ -322,7 +327,8 @@ class MetricStore:
             often_enough = self._flushes & (self._flushes - 1) == 0 or self._flushes % 32 == 0
             agree = agree or bool(schema.rows) or often_enough
         if agree or schema.rows:
-            reduce_step_values(schema, self._entries, self._adopt, agree=agree, device=self._device)
+            any_rank = self._any_rank if agree else None
+            reduce_step_values(schema, self._entries, self._adopt, any_rank=any_rank, device=self._device)
 
     def reduce_epoch(self) -> None:
         """Compute the epoch's values; over all ranks where asked for.

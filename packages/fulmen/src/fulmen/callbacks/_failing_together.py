@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from fulmen.exceptions import PreemptedException, SIGTERMException
-from fulmen_fabric.stopping import group_store
+from fulmen_fabric.voting import group_store
 
 if TYPE_CHECKING:
+    from fulmen._stopping import Stopping
     from fulmen.callbacks.model_checkpoint import ModelCheckpoint
     from fulmen.trainer import Trainer
 
@@ -53,7 +54,9 @@ def all_ranks_fail(trainer: Trainer, name: str, exception: BaseException) -> boo
     store = group_store()
     if store is None:
         return False
-    keys = [f"fulmen/failing/{name}/{rank}" for rank in range(ranks)]
+    stopping: Stopping = vars(trainer)["_stopping"]
+    run = f"{stopping.run_name}/failing/{name}"  # a group may outlive many trainers
+    keys = [f"{run}/{rank}" for rank in range(ranks)]
     store.set(keys[trainer.global_rank], str(trainer.global_step))
     found = _ALONE
     if not any(_ALONE in note for note in getattr(exception, "__notes__", ())):  # another callback has waited already
@@ -65,7 +68,7 @@ def all_ranks_fail(trainer: Trainer, name: str, exception: BaseException) -> boo
             steps = sorted({int(store.get(key)) for key in keys})
             found = "" if len(steps) == 1 else f"ranks have failed at different steps, {steps}"
     # compare_set writes only where nothing is, and gives what is there: the first decision stands.
-    found = store.compare_set(f"fulmen/failing/{name}/decision", "", found or "save").decode()
+    found = store.compare_set(f"{run}/decision", "", found or "save").decode()
     if found == "save":
         return True
     exception.add_note(f"fulmen: {name} saved no checkpoint, since {found}: a checkpoint is written by all together.")
