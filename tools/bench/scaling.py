@@ -97,6 +97,7 @@ class Runner:
         words = [launch.action, launch.workload, "--devices", str(launch.devices), "--accelerator", asked.accelerator]
         words += ["--report", str(launch.folder / "report.json"), "--checkpoints", str(self.checkpoints)]
         words += ["--rounds", str(asked.rounds), "--contestants", *asked.contestants]
+        words += ["--batch", str(asked.batch)] if asked.batch else []
         words += [f"--{name}" for name in ("tiny", "fp8", "recompute", "compile") if getattr(asked, name)]
         ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch.devices}"]
         command = [
@@ -208,7 +209,9 @@ def _beside(launches: list[Launch], devices: int, *, apart: bool) -> list[list[L
     return found
 
 
-def table(rows: list[dict[str, Any]], peak_flops: dict[str, float | None], *, markdown: bool, tiny: bool) -> None:
+def table(
+    rows: list[dict[str, Any]], peak_flops: dict[str, float | None], *, markdown: bool, tiny: bool, batch: int | None
+) -> None:
     """Print what was measured; what was not, with the reason."""
     from tools.bench import scaling_models as models
 
@@ -241,7 +244,7 @@ def table(rows: list[dict[str, Any]], peak_flops: dict[str, float | None], *, ma
     for (name, devices, by), found in sorted(
         figures.items(), key=lambda each: (WORKLOADS.index(each[0][0]), *each[0][1:])
     ):
-        workload = models.tiny(models.WORKLOADS[name]) if tiny else models.WORKLOADS[name]
+        workload = models.chosen(name, is_tiny=tiny, batch=batch)
         share = models.tensor_parallel_size(workload, devices)
         speed = workload.batch * workload.length / found["step_s"] / share
         base = figures.get((name, devices, "raw"))
@@ -311,6 +314,7 @@ def main() -> int:
     add("--rounds", type=int, default=1, help="turns of the contestants in each launch")
     add("--budget", type=float, default=480.0, metavar="SECONDS", help="nothing is started that may end later")
     add("--out", type=Path, required=True, help="folder for results.jsonl, which is appended to")
+    add("--batch", type=int, metavar="SEQUENCES", help="of a rank and step, in place of each workload's own number")
     add("--tiny", action="store_true", help="small models")
     add("--fp8", action="store_true", help="float8 products by torchao")
     add("--recompute", action="store_true", help="activation checkpointing of each block")
@@ -330,7 +334,7 @@ def main() -> int:
             runner.wave(launches)
         runner.finish_plans()
     rows = [json.loads(line) for line in runner.results.read_text(encoding="utf-8").splitlines()]
-    table(rows, _peak_flops(rows), markdown=asked.markdown, tiny=asked.tiny)
+    table(rows, _peak_flops(rows), markdown=asked.markdown, tiny=asked.tiny, batch=asked.batch)
     agree = resumed_losses_agree(rows)
     if agree is not None:
         print(

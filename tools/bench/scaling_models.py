@@ -51,6 +51,12 @@ def tiny(workload: Workload) -> Workload:
     return replace(workload, size=size, batch=2, length=32, warm_up=2, measured=3)
 
 
+def chosen(name: str, *, is_tiny: bool, batch: int | None) -> Workload:
+    """The workload of that name, small for trying out, or with another number of sequences of a rank."""
+    workload = tiny(WORKLOADS[name]) if is_tiny else WORKLOADS[name]
+    return workload if batch is None else replace(workload, batch=batch)
+
+
 def block_classes(workload: Workload) -> set[type[nn.Module]]:
     """What is sharded, compiled and recomputed as one."""
     return {TransformerBlock}

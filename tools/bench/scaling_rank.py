@@ -347,6 +347,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--checkpoints", type=Path)
     add("--contestants", nargs="+", default=["raw", "fulmen", "lightning"])
     add("--rounds", type=int, default=1)
+    add("--batch", type=int)
     for switch in ("tiny", "fp8", "recompute", "compile"):
         add(f"--{switch}", action="store_true")
     return parser.parse_args(words)
@@ -355,9 +356,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 def main(words: list[str]) -> int:
     """Do one action and report."""
     asked = parse(words)
-    workload = models.WORKLOADS[asked.workload]
-    if asked.tiny:
-        workload = models.tiny(workload)
+    workload = models.chosen(asked.workload, is_tiny=asked.tiny, batch=asked.batch)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_float32_matmul_precision("high")

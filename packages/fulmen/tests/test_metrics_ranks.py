@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from datetime import timedelta
 from fulmen.metrics import MetricStore, scope_for
+from fulmen._metric_agreement import ByHosts
+from fulmen_fabric import StopAgreement
 from fulmen_fabric.voting import HostVote, group_store, new_name
 
 warnings.simplefilter("ignore")
@@ -50,9 +52,14 @@ class Gloo:
         return out
 
 
-def make(stage="train", vote=True):
-    votes = HostVote(group_store(), WORLD, name=new_name("test")) if vote else None
-    store = MetricStore(device=torch.device("cpu"), collectives=Gloo(), stage=stage, vote=votes)
+def make(stage="train", by_hosts=True):
+    agreement = ByHosts(
+        HostVote(group_store(), WORLD, name=new_name("vote")),
+        StopAgreement(group_store(), RANK, WORLD, name=new_name("agreement")),
+    )
+    store = MetricStore(
+        device=torch.device("cpu"), collectives=Gloo(), stage=stage, agreement=agreement if by_hosts else None
+    )
     store.scope = scope_for("training_step" if stage == "train" else "validation_step")
     return store
 
@@ -159,17 +166,19 @@ for step in range(6):
     steps.append(floats(store.callback_metrics))
 RESULT["turns"] = steps
 
-# step values that only rank 0 knows, and only after a while: agreed on at the next flush
-for vote in (True, False):
-    store = make(vote=vote)
-    steps = []
-    for step in range(8):
-        store.start_batch(torch.zeros(2, 2), step, None)
-        if RANK == 0 and step >= 2:
-            log(store, "rare", float(step))
-        store.pending_sync(at_flush=step % 4 == 3)
-        steps.append(floats(store.callback_metrics))
-    RESULT["rare" if vote else "rare_by_devices"] = steps
+# step values that only rank 0 knows, and only after a while: agreed on at the first flush or at one of the next
+for by_hosts in (True, False):
+    for first in (2, 6):
+        store = make(by_hosts=by_hosts)
+        steps = []
+        for step in range(20):
+            store.start_batch(torch.zeros(2, 2), step, None)
+            if RANK == 0 and step >= first:
+                log(store, "rare", float(step))
+            store.pending_sync(at_flush=step % 4 == 3)
+            steps.append(floats(store.callback_metrics))
+            dist.barrier()  # as the gradients' reduction does, it keeps ranks at about the same batch
+        RESULT[f"rare {by_hosts} {first}"] = steps
 
 # a second metric appears on one rank while another is agreed on, with no flush
 store = make()
@@ -358,13 +367,30 @@ def test_step_values_of_ranks_that_take_turns_are_those_of_the_rank_that_logged(
             assert got["turns"] == 100 * (step % world) + step
 
 
-@pytest.mark.parametrize("scenario", ["rare", "rare_by_devices"])
-def test_a_step_metric_that_appears_late_on_one_rank_is_shared_from_the_next_flush_on(
-    results: Results, scenario: str
+@pytest.mark.parametrize("by_hosts", [True, False])
+def test_a_step_metric_that_appears_before_the_first_flush_is_shared_from_there_on(
+    results: Results, by_hosts: bool
 ) -> None:
-    assert [step.get("rare") for step in results[0][scenario]] == [None, None, 2, 3, 4, 5, 6, 7]
-    for result in results[1:]:
-        assert [step.get("rare") for step in result[scenario]] == [None, None, None, 3, 4, 5, 6, 7]
+    for result in results:
+        shared = [step.get("rare") for step in result[f"rare {by_hosts} 2"]]
+        assert shared[3:] == list(range(3, 20))
+    assert all(shared_early == [None, None, None] for shared_early in _before(results[1:], f"rare {by_hosts} 2", 3))
+
+
+def test_a_step_metric_that_appears_later_is_shared_soon_and_from_the_same_flush_on_everywhere(
+    results: Results,
+) -> None:
+    for by_hosts in (True, False):
+        name = f"rare {by_hosts} 6"
+        assert [step.get("rare") for step in results[0][name]][6:] == list(range(6, 20)), "its own, or the same shared"
+        begin = 11 if by_hosts else 7  # the flushes after it appeared are at 7 and 11
+        for result in results[1:]:
+            assert not any("rare" in step for step in result[name][:begin])
+            assert [step.get("rare") for step in result[name]][begin:] == list(range(begin, 20))
+
+
+def _before(results: Results, name: str, step: int) -> list[list[float | None]]:
+    return [[each.get("rare") for each in result[name][:step]] for result in results]
 
 
 def test_a_step_metric_that_joins_others_is_shared_without_waiting_for_a_flush(results: Results) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fulmen._metric_agreement import ByHosts
 from fulmen.metrics import MetricStore, scope_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fulmen._metric_agreement import Agreement
     from fulmen._reporting import Reporter
     from fulmen._session import Session
     from fulmen.module import LightningModule
@@ -57,12 +59,16 @@ class Metering:
                 stage="test" if stage == "predict" else stage,
                 data_parts=self._world.data_parts,
                 data_group=self._world.data_parallel_group,
-                vote=self._world.host_vote() if stage == "train" else None,
+                agreement=self._agreement() if stage == "train" else None,
             )
             self._stores[stage] = store
         store.scope = scope_for(_STEP[stage])
         self._attach(store)
         return store
+
+    def _agreement(self) -> Agreement | None:
+        vote = self._world.host_vote()
+        return None if vote is None else ByHosts(vote, self._world.stop_agreement())
 
     def _attach(self, store: MetricStore | None) -> None:
         left = self.reporter.store

@@ -135,7 +135,7 @@ def _compute(entry: MetricEntry, group: ProcessGroup | None, *, alone: bool) -> 
 
 
 def reduce_step_values(
-    schema: Schema, entries: Entries, adopt: Adopt, *, any_rank: Callable[[bool], bool] | None, device: torch.device
+    schema: Schema, entries: Entries, adopt: Adopt, *, ask: Callable[[bool], bool] | None, device: torch.device
 ) -> None:
     """Replace the latest step values by their reduction over the ranks that logged one since the last call.
 
@@ -143,8 +143,8 @@ def reduce_step_values(
         schema: the step metrics that ranks have agreed on.
         entries: this rank's metrics.
         adopt: makes an entry for a metric that so far only other ranks log.
-        any_rank: at a declared point: tells whether any rank says yes. It is asked whether one knows new metrics, which
-            are exchanged then.
+        ask: told at a declared point whether this rank knows new metrics; answers, alike on all ranks, whether they are
+            exchanged now.
         device: where values are wanted.
     """
     mine = {
@@ -152,7 +152,7 @@ def reduce_step_values(
         for identity, entry in entries.items()
         if entry.options.sync and entry.options.on_step and entry.metric is None
     }
-    is_new = any_rank is not None and any_rank(any(identity not in schema for identity in mine))
+    is_new = ask is not None and ask(any(identity not in schema for identity in mine))
     if is_new:
         schema.exchange([entry.row for entry in mine.values()])
     count = len(schema.rows)

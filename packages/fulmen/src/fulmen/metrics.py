@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from fulmen._metric_agreement import ByDevices
 from fulmen._metric_batch import batch_sizes, first_batch_size
 from fulmen._metric_entry import FOLD_EVERY, MetricEntry, MetricObject, Row, Scalar
 from fulmen._metric_options import LogCall, group_ranks_of, is_metric, read_call, warn_about_ranks
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
-    from fulmen_fabric.voting import HostVote
+    from fulmen._metric_agreement import Agreement
     from fulmen_protocols.collectives import Collectives
 
 __all__ = ["LogScope", "MetricStore", "MetricView", "Scalar", "scope_for"]
@@ -46,7 +47,7 @@ class MetricStore:
         data_parts: by rank, which part of the data it reads; None where every rank reads its own. Ranks that read the
             same count once.
         data_group: the ranks among which the data are split, for metric objects; None: all.
-        vote: asks the ranks' hosts whether any has new step values to reduce; None: the devices are asked.
+        agreement: how ranks find out that one has a new step value to reduce; None: by their devices.
 
     Attributes:
         scope: the hook that is running, set by the loop around each hook; None outside of hooks.
@@ -56,7 +57,7 @@ class MetricStore:
     """
 
     __slots__ = (
-        "_any_rank",
+        "_agreement",
         "_at_epoch",
         "_batch",
         "_batches",
@@ -87,7 +88,7 @@ class MetricStore:
         stage: str,
         data_parts: tuple[int, ...] | None = None,
         data_group: ProcessGroup | None = None,
-        vote: HostVote | None = None,
+        agreement: Agreement | None = None,
     ) -> None:
         if stage not in ("train", "validate", "test", "sanity_check"):
             raise MisconfigurationException(
@@ -106,7 +107,7 @@ class MetricStore:
         self._data_group = data_group
         self._epoch_schema = Schema(collectives, device, data_parts)
         self._step_schema = Schema(collectives, device, data_parts)
-        self._any_rank = self._step_schema.ask_devices if vote is None else vote.any
+        self._agreement = ByDevices(self._step_schema.ask_devices) if agreement is None else agreement
         self._batch: object = None
         self._size: int | None = None
         self._dataloader_idx: int | None = None
@@ -309,10 +310,11 @@ class MetricStore:
     def pending_sync(self, *, at_flush: bool = False) -> None:
         """Reduce over ranks the step values logged with ``sync_dist=True``. Call after each batch, on every rank.
 
-        Ranks agree which metrics that concerns after the first batch of an epoch, at every 64th batch while there are
-        some, and at flushes, ever more rarely while there are none: those calls wait for the other ranks' hosts. A
-        batch in between costs one asynchronous collective while metrics are agreed on, and nothing while there are
-        none. A metric that first appears between two agreements is this rank's own until the next one.
+        Ranks agree which metrics that concerns after the first batch of an epoch, at the first flush and, while there
+        are some, at every flush and every 64th batch: those calls wait for the other ranks' hosts. While there are
+        none, a rank that has one asks the others to look at their next flush, and nobody waits. A batch in between
+        costs one asynchronous collective while metrics are agreed on, and nothing while there are none. A metric that
+        first appears between two agreements is this rank's own until the next one.
 
         Args:
             at_flush: the loggers get a row after this batch; the same on every rank.
@@ -320,15 +322,17 @@ class MetricStore:
         if not self.may_sync_steps:
             return
         self._batches += 1
-        schema = self._step_schema
-        agree = self._batches == 1 or (bool(schema.rows) and self._batches % _AGREE_EVERY == 0)
-        if at_flush:
-            self._flushes += 1
-            often_enough = self._flushes & (self._flushes - 1) == 0 or self._flushes % 32 == 0
-            agree = agree or bool(schema.rows) or often_enough
-        if agree or schema.rows:
-            any_rank = self._any_rank if agree else None
-            reduce_step_values(schema, self._entries, self._adopt, any_rank=any_rank, device=self._device)
+        self._flushes += at_flush
+        schema, agreement = self._step_schema, self._agreement
+        ask: Callable[[bool], bool] | None = None
+        if self._batches == 1 or (at_flush and (self._flushes == 1 or schema.rows)):
+            ask = agreement.any
+        elif at_flush:
+            ask = agreement.at_row
+        elif schema.rows and self._batches % _AGREE_EVERY == 0:
+            ask = agreement.any
+        if ask is not None or schema.rows:
+            reduce_step_values(schema, self._entries, self._adopt, ask=ask, device=self._device)
 
     def reduce_epoch(self) -> None:
         """Compute the epoch's values; over all ranks where asked for.
