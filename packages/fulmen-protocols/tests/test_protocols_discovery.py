@@ -138,6 +138,12 @@ def test_with_nothing_installed_the_message_says_what_to_install(site: Site) -> 
     )
 
 
+def test_where_our_package_is_installed_the_message_does_not_tell_to_install_it(site: Site) -> None:
+    site.install("fulmen-strategies", "1.0", {"fulmen.strategies.v1": {"ddp": "x:X"}})
+
+    assert site.error_of("load(STRATEGIES, 'zzz')") == "BackendNotFound: no strategy is named 'zzz'. Installed: ddp."
+
+
 @pytest.mark.parametrize(("theirs", "update"), [("v2", "fulmen-protocols"), ("v0", "acme-fulmen")])
 def test_a_backend_for_another_version_of_the_seam_is_mentioned_and_not_used(
     site: Site, theirs: str, update: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import os
 import re
@@ -167,6 +168,22 @@ trainer_for(folder, CSVLogger(folder, version="run")).fit(Dies(), loader())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_where_the_page_lies_is_said_once_however_many_calls_write_to_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, model = trainer_for(tmp_path, CSVLogger(tmp_path)), Model()
+    with caplog.at_level(logging.INFO, logger="fulmen"):
+        for _ in range(2):
+            trainer.fit(model, loader())
+        trainer.logger = CSVLogger(tmp_path, version="another")
+        trainer.fit(model, loader())
+
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("report:")]
+    pages = [tmp_path / "lightning_logs" / version / "report.html" for version in ("version_0", "another")]
+    assert said == [f"report: {page}" for page in pages]
+    assert all(page.exists() for page in pages)
+
+
 def test_a_killed_process_loses_no_row_and_its_page_can_still_be_made(tmp_path: Path) -> None:
     script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

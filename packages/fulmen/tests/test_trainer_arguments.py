@@ -308,9 +308,9 @@ def test_one_line_at_the_start_says_what_is_used_and_what_could_be(caplog: pytes
 
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1
-    usable = "cuda" if torch.cuda.is_available() else "nothing"
+    others = "also usable: cuda" if torch.cuda.is_available() else "no accelerator was found"
     dtypes = "parameters float32, optimizer state float32, products bfloat16, gradients summed in float32"
-    assert f"running on 1 x cpu with single_device, bf16-mixed ({dtypes}); usable beside the CPU: {usable}." in lines[0]
+    assert f"running on 1 x cpu with single_device, bf16-mixed ({dtypes}); {others}." in lines[0]
     assert "strategy='auto' chose 'single_device'" in lines[0]
 
 

@@ -155,7 +155,8 @@ def missing_members(protocol: type, backend: object) -> list[str]:
 def _not_found(seam: Seam[T], name: str, points: Mapping[str, EntryPoint]) -> str:
     installed = ", ".join(sorted(points)) or "none"
     hint = did_you_mean(name, points)
-    get = "" if points and hint else f" Ours come with: pip install {seam.home}"
+    has_ours = any(point.dist is not None and point.dist.name == seam.home for point in points.values())
+    get = "" if has_ours or (points and hint) else f" Ours come with: pip install {seam.home}"
     others = [point for point in other_versions(seam.group) if point.name == name]
     versions = "".join(f" {_why_not_read(point, seam.group)}" for point in others)
     return f"no {seam.noun} is named {name!r}.{hint} Installed: {installed}.{versions}{get if not others else ''}"

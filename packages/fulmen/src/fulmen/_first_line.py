@@ -15,12 +15,13 @@ __all__ = ["first_line"]
 
 def first_line(assembly: Assembly) -> str:
     """Devices, strategy and precision in use, then what else could be used, then what ``"auto"`` chose."""
-    others = [name for name in sorted(available(ACCELERATORS)) if name != "cpu" and _is_usable(name)]
+    used = assembly.accelerator_name
+    others = [name for name in sorted(available(ACCELERATORS)) if name not in ("cpu", used) and _is_usable(name)]
+    also = f"; also usable: {', '.join(others)}." if others else "; no accelerator was found." if used == "cpu" else "."
     return " ".join(
         (
-            f"running on {len(assembly.devices)} x {assembly.accelerator_name} with {assembly.strategy_name}, "
-            f"{assembly.precision_name} ({_dtypes(assembly.precision.plan())}); usable beside the CPU: "
-            f"{', '.join(others) or 'nothing'}.",
+            f"running on {len(assembly.devices)} x {used} with {assembly.strategy_name}, "
+            f"{assembly.precision_name} ({_dtypes(assembly.precision.plan())}){also}",
             *assembly.chosen,
         )
     )

@@ -119,14 +119,14 @@ def end(trainer: Trainer, status: LoggerStatus, error: BaseException | None = No
             raise
         error.add_note(f"fulmen: the end of the run's log failed as well: {another}")
     if trainer.log_delivery.report and delivery.log is not None:
-        _write_report(delivery.log.path)
+        _write_report(delivery.log.path, delivery.mentioned)
 
 
 def _is_silent(logger: object) -> bool:
     return isinstance(logger, DummyLogger)
 
 
-def _write_report(log_path: str) -> None:
+def _write_report(log_path: str, mentioned: set[str]) -> None:
     # Here because only the end of a run needs it.
     from fulmen.runlog._report import write_report
 
@@ -138,7 +138,9 @@ def _write_report(log_path: str) -> None:
             f"{type(error).__name__}: {error}. Try again with: fulmen log report {os.path.dirname(log_path)}"
         )
     else:
-        rank_zero_info(f"report: {path}")
+        if str(path) not in mentioned:  # a test after the fit belongs to the same page
+            mentioned.add(str(path))
+            rank_zero_info(f"report: {path}")
 
 
 def _about(trainer: Trainer, session: Session) -> dict[str, object]:

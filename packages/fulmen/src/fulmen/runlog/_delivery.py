@@ -54,6 +54,9 @@ class Delivery:
     Args:
         settings: of the queues.
         silent: whether a logger takes nothing anyway, so that the run needs no log for its sake.
+
+    Attributes:
+        mentioned: the reports that the user has been told of.
     """
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -63,6 +66,7 @@ class Delivery:
     def __init__(self, settings: LogDelivery, silent: Callable[[object], bool]) -> None:
         self.settings = settings
         self.log: EventLog | None = None
+        self.mentioned: set[str] = set()
         self._silent = silent
         self._boxes: dict[int, tuple[Logger, Outbox]] = {}
         self._last = (-1, -1)
