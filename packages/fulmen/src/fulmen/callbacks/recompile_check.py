@@ -13,6 +13,7 @@ from fulmen_fabric import map_leaves, rank_zero_warn
 from fulmen_protocols.errors import MisconfigurationException, did_you_mean
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from fulmen.module import LightningModule
@@ -115,7 +116,8 @@ def _why(new: int) -> str:
     """What torch noted of the last ``new`` compilations: guards that failed, and time taken."""
     dynamo = cast("Any", sys.modules["torch._dynamo"])
     # Not part of torch's public interface: without it the warning is shorter.
-    noted: list[Any] = getattr(dynamo.utils, "get_compilation_metrics", list)()[-new:]
+    read = cast("Callable[[], list[Any]]", getattr(dynamo.utils, "get_compilation_metrics", list))
+    noted = read()[-new:]
     reasons = list(dict.fromkeys(str(each.recompile_reason) for each in noted if getattr(each, "recompile_reason", "")))
     seconds = [each for each in (getattr(one, "entire_frame_compile_time_s", None) for one in noted) if each]
     text = f" Why: {'; '.join(reasons)}." if reasons else ""
