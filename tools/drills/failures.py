@@ -1,4 +1,4 @@
-"""Four real ranks, one of which fails in one of twelve ways: whose fault it was must be the last thing printed."""
+"""Four real ranks, one of which fails in one of thirteen ways: whose fault it was must be the last thing printed."""
 
 from __future__ import annotations
 
