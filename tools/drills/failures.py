@@ -135,9 +135,12 @@ def judge(fault: str, culprit: int, *, ranks: int = RANKS, starter: str = "pytho
 
 def _read_at_failure(folder: Path, process: subprocess.Popen[str], readings: list[Reading]) -> None:
     """Append what the machine has done when the fault happens; nothing if the run ends without."""
-    while process.poll() is None and not readings:
-        if (folder / "failed-at").exists():
+    while not readings:
+        has_ended = process.poll() is not None
+        if (folder / "failed-at").exists():  # also where the process was gone before the next look
             readings.append(read(process.pid))
+        elif has_ended:
+            return
         time.sleep(0.05)
 
 
@@ -189,4 +192,4 @@ def _nothing() -> Iterator[Attempts]:
     yield attempts
 
 
-FAILURES = Drill(_nothing, lambda count: evenly(list(FAULTS), count), piece=1, short=3, full=48)
+FAILURES = Drill(_nothing, lambda count: evenly(list(FAULTS), count), piece=1, short=3, full=4 * len(FAULTS))
