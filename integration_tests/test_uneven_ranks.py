@@ -62,6 +62,7 @@ def in_one_process(*, accumulate: int = 1, clip: float | None = None, rounds: in
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).tolist()  # type: ignore[no-any-return]  # torch says Any of it
 
 
+@pytest.mark.parametrize("strategy", ["", "fsdp "])
 @pytest.mark.parametrize(
     ("case", "options"),
     [
@@ -75,14 +76,14 @@ def in_one_process(*, accumulate: int = 1, clip: float | None = None, rounds: in
     ],
 )
 def test_ranks_with_7_5_9_and_0_batches_train_as_one_process_on_all_samples_would(
-    case: str, options: dict[str, Any]
+    case: str, options: dict[str, Any], strategy: str
 ) -> None:
     expected = in_one_process(**options)
     rounds, epochs = options.get("rounds", 9), options.get("epochs", 2)
     updates = -(-rounds // options.get("accumulate", 1)) * epochs
 
     for rank, seen in enumerate(ranks(4)):
-        found = seen[case]
+        found = seen[strategy + case]
         torch.testing.assert_close(found["weights"], expected, rtol=1e-10, atol=1e-12)
         assert found["rounds"] == list(range(rounds)) * epochs, f"rank {rank} takes part in every round"
         assert found["hooks"] == rounds * epochs
@@ -90,7 +91,7 @@ def test_ranks_with_7_5_9_and_0_batches_train_as_one_process_on_all_samples_woul
         assert found["batches"] in (rounds, None)
 
 
-@pytest.mark.parametrize("case", ["sized", "unsized", "accumulated", "manual"])
+@pytest.mark.parametrize("case", ["sized", "unsized", "accumulated", "manual", "fsdp sized", "fsdp manual"])
 def test_nothing_stays_of_the_batches_that_a_rank_borrows(case: str) -> None:
     own = [batches_of(rank) for rank in range(4)]
     samples = [sum(len(batch) for batch in batches) for batches in own]
@@ -143,7 +144,7 @@ def test_an_evaluation_of_loaders_that_ranks_made_for_themselves_counts_every_sa
         assert (found["max"], found["min"]) == (everything.max().item(), everything.min().item())
 
 
-@pytest.mark.parametrize("case", ["joined", "joined, unsized"])
+@pytest.mark.parametrize("case", ["joined", "joined, unsized", "joined, fsdp", "joined, fsdp, unsized"])
 def test_an_evaluation_whose_forward_pass_is_a_collective_has_all_ranks_in_it(case: str) -> None:
     own = [[batch.float() for batch in batches_of(rank)] for rank in range(4)]
     everything = torch.cat([batch for batches in own for batch in batches])

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
 import fulmen
 from fulmen_fabric import UnevenRounds
-from fulmen_strategies import DDPStrategy
+from fulmen_strategies import DDPStrategy, FSDPStrategy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,7 +113,18 @@ def trainer(**options: Any) -> fulmen.Trainer:
     return fulmen.Trainer(**{**quiet, **options})
 
 
-def training() -> None:
+def weights_of(module: nn.Module) -> list[float]:
+    """All in one list; gathered where each rank has a shard. A collective, then."""
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in module.parameters()]
+    return torch.cat([p.detach().flatten() for p in whole]).tolist()  # type: ignore[no-any-return]  # torch says Any of it
+
+
+def sharded() -> Any:
+    """Every linear layer on its own, and the rest: each forward and backward pass is several collectives."""
+    return FSDPStrategy(auto_wrap_policy={nn.Linear})
+
+
+def training(prefix: str = "", strategy: Any = None) -> None:
     """Two epochs each: with sizes known or not, with accumulation, with manual optimization, resumed."""
     cases: dict[str, tuple[type[Model], dict[str, Any], bool]] = {
         "sized": (Model, {}, True),
@@ -131,10 +143,12 @@ def training() -> None:
             return Batches(own) if sized else DataLoader(Stream(own), batch_size=None)
 
         model.train_dataloader = train_dataloader  # type: ignore[method-assign]  # replaced on purpose
+        if strategy is not None:
+            options = {**options, "strategy": strategy()}
         run = trainer(use_distributed_sampler=False, **options)
         run.fit(model)
-        SEEN[name] = {
-            "weights": torch.cat([p.detach().flatten() for p in model.layers.parameters()]).tolist(),
+        SEEN[prefix + name] = {
+            "weights": weights_of(model.layers),
             "rounds": model.rounds,
             "hooks": model.hooks,
             "steps": run.global_step,
@@ -209,6 +223,16 @@ class Gathering(Evaluated):
     on_test_batch_end = on_validation_batch_end
 
 
+class Sharded(Gathering):
+    """Its forward pass is FSDP2's."""
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.layer(batch[:, :1])
+        super().validation_step(batch, batch_idx)
+
+    test_step = validation_step
+
+
 def _place(self: DDPStrategy, module: nn.Module) -> nn.Module:
     return DDPStrategy.place_for_inference(self, module)
 
@@ -230,18 +254,24 @@ AlwaysPlaced: Any = type(
 
 
 def evaluation_that_communicates() -> None:
-    for name, sized in (("joined", True), ("joined, unsized", False)):
-        model = Gathering()
+    cases: dict[str, tuple[type[Gathering], Any, bool]] = {
+        "joined": (Gathering, AlwaysPlaced, True),
+        "joined, unsized": (Gathering, AlwaysPlaced, False),
+        "joined, fsdp": (Sharded, sharded, True),
+        "joined, fsdp, unsized": (Sharded, sharded, False),
+    }
+    for name, (kind, strategy, sized) in cases.items():
+        model = kind()
 
         def loader(sized: bool = sized, model: Gathering = model) -> Any:
             own = [batch.float() for batch in batches_of(model.global_rank)]
             return Batches(own) if sized else DataLoader(Stream(own), batch_size=None)
 
         model.val_dataloader = model.test_dataloader = loader  # type: ignore[method-assign]  # replaced on purpose
-        options = {"use_distributed_sampler": False, "strategy": AlwaysPlaced()}
-        found = trainer(**options).validate(model, verbose=False)[0]
+        found = trainer(use_distributed_sampler=False, strategy=strategy()).validate(model, verbose=False)[0]
         SEEN[name] = {"metrics": found, "hooks": model.hooks, "counted": model.counts.samples.item()}
-        trainer(**options, limit_test_batches=6).test(model, verbose=False)
+        run = trainer(use_distributed_sampler=False, strategy=strategy(), limit_test_batches=6)
+        run.test(model, verbose=False)
         SEEN[name]["tested"] = model.hooks - SEEN[name]["hooks"]
 
 
@@ -260,7 +290,7 @@ def fabric() -> None:
             run.backward(rounds.weigh(loss))
             optimizer.step()
             optimizer.zero_grad()
-    SEEN["fabric"] = torch.cat([p.detach().flatten() for p in layers.parameters()]).tolist()
+    SEEN["fabric"] = weights_of(layers)
 
 
 if __name__ == "__main__":
@@ -268,6 +298,7 @@ if __name__ == "__main__":
     evaluation()
     if WORLD == 4:
         training()
+        training("fsdp ", sharded)
         evaluation_of_unequal_loaders()
         evaluation_that_communicates()
         fabric()
