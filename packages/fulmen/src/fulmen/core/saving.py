@@ -79,5 +79,5 @@ def _plain(hparams: Mapping[str, Any] | Namespace) -> dict[str, Any]:
     if isinstance(hparams, Namespace):
         return dict(vars(hparams))
     if type(hparams).__module__.partition(".")[0] == "omegaconf":
-        return cast("Any", import_module("omegaconf")).OmegaConf.to_container(hparams, resolve=True)
+        return cast("dict[str, Any]", import_module("omegaconf").OmegaConf.to_container(hparams, resolve=True))
     return dict(hparams)
