@@ -210,7 +210,12 @@ def _beside(launches: list[Launch], devices: int, *, apart: bool) -> list[list[L
 
 
 def table(
-    rows: list[dict[str, Any]], peak_flops: dict[str, float | None], *, markdown: bool, tiny: bool, batch: int | None
+    rows: list[dict[str, Any]],
+    peak_flops: dict[str, float | None],
+    *,
+    markdown: bool,
+    tiny: bool,
+    batch: int | None = None,
 ) -> None:
     """Print what was measured; what was not, with the reason."""
     from tools.bench import scaling_models as models

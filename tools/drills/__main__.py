@@ -4,7 +4,7 @@
     faults    COUNT storage faults during saves: the last good checkpoint stays, and the error says what happened
     mutated   COUNT mutated checkpoint files: none runs code, ends the interpreter or loads with other content
     kills     COUNT SIGKILLs during saves, local and S3, file and folder: a whole checkpoint is always there
-    failures  COUNT of 12 x 4 runs of four ranks, one of which fails: it is named last, with its step, and all end
+    failures  COUNT of 13 x 4 runs of four ranks, one of which fails: it is named last, with its step, and all end
     train     COUNT trainings killed at random moments and resumed: each ends with the bits of an unbroken one
 
 ``full`` takes the numbers of docs/reliability.md. That takes hours, which need not be in one piece: with ``--resume``

@@ -42,7 +42,7 @@ def fail() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if FAULT == "SIGSEGV":
         os.kill(os.getpid(), signal.SIGSEGV)
-    if FAULT == "hang in Python":
+    if FAULT in ("hang in Python", "hang in a callback"):
         while True:
             time.sleep(0.1)
     raise LookupError(f"sample 7 is missing on rank {rank()}")
@@ -72,6 +72,8 @@ class Model(fulmen.LightningModule):
         loss: Tensor = self.layer(batch).square().mean()
         if is_due and FAULT == "raise in a backward hook":
             loss.register_hook(lambda _: fail())  # type: ignore[no-untyped-call]
+        if FAULT == "hang in a callback":  # the others wait where ranks agree on what is reduced, at every row
+            self.log("loss", loss, sync_dist=True)
         if FAULT == "one collective skipped":
             if is_due and rank() == CULPRIT:
                 (FOLDER / "failed-at").write_text(str(time.time()))
@@ -93,7 +95,7 @@ class Model(fulmen.LightningModule):
 
 class Watcher(fulmen.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if FAULT == "raise in a callback" and batch_idx == AT_BATCH:
+        if FAULT in ("raise in a callback", "hang in a callback") and batch_idx == AT_BATCH:
             fail()
 
 
@@ -111,6 +113,7 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        log_every_n_steps=1 if FAULT == "hang in a callback" else 50,
         use_distributed_sampler=True,
         callbacks=[Watcher(), ModelCheckpoint(FOLDER / "saved")],
     )

@@ -1,4 +1,4 @@
-"""Four real ranks, one of which fails in one of twelve ways: whose fault it was must be the last thing printed."""
+"""Four real ranks, one of which fails in one of thirteen ways: whose fault it was must be the last thing printed."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ FAULTS: dict[str, tuple[str, float]] = {
     "SIGKILL": ("kill", 0),
     "SIGSEGV": ("Segmentation fault", 0),
     "hang in Python": ("in fail", 8),
+    "hang in a callback": ("in fail", 8),
     "one collective skipped": ("collective", 8),
 }
 """Name: what the report must hold besides rank and step, and the stall limit that the run was given, in seconds."""
@@ -91,7 +92,7 @@ def judge(fault: str, culprit: int, *, ranks: int = RANKS, starter: str = "pytho
         watch = threading.Thread(target=_read_at_failure, args=(folder, process, at_failure), daemon=True)
         watch.start()
         try:
-            output, _ = process.communicate(timeout=600)
+            output, _ = process.communicate(timeout=120)
         except subprocess.TimeoutExpired:
             kill(folder)
             process.kill()

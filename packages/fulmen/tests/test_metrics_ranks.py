@@ -54,7 +54,7 @@ class Gloo:
 
 def make(stage="train", by_hosts=True):
     agreement = ByHosts(
-        HostVote(group_store(), WORLD, name=new_name("vote")),
+        HostVote(group_store(), WORLD, name=new_name("vote"), timeout=timedelta(seconds=40)),
         StopAgreement(group_store(), RANK, WORLD, name=new_name("agreement")),
     )
     store = MetricStore(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
 
-from fulmen_protocols import RankFailure
+from fulmen_protocols import RankFailure, current_whereabouts
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["HostVote", "group_store", "new_name"]
+__all__ = ["HostVote", "group_store", "group_timeout", "new_name"]
 
 _RUNS = itertools.count(1)
 
@@ -23,26 +25,30 @@ class HostVote:
     """Whether any rank says yes. Ranks wait for each other's hosts, not for what these have given their devices to do.
 
     A collective that the host reads would make it wait until its device has come so far, and the device then for the
-    next launches. Here each call costs two requests to the store.
+    next launches. Here each call costs three requests to the store.
 
     Args:
         store: reachable from every rank.
         world_size: how many ranks there are.
         name: keys start with it; new for each run that uses the same store.
+        timeout: how long a rank waits for the others.
     """
 
-    def __init__(self, store: Store, world_size: int, *, name: str) -> None:
+    def __init__(self, store: Store, world_size: int, *, name: str, timeout: timedelta) -> None:
         self._store = PrefixStore(name, store)
-        self._world_size = world_size
+        self._world_size, self._timeout = world_size, timeout
         self._asked = 0
 
     def any(self, mine: bool) -> bool:
         """The answer, the same on every rank; all must ask the same questions in the same order.
 
         Raises:
-            RankFailure: a rank did not come within the store's time limit.
+            RankFailure: a rank did not come in time.
         """
         self._asked += 1
+        note = current_whereabouts()
+        if note is not None:
+            note.meetings += 1  # tells who kept the others waiting, if one does not come
         came, answer = f"came/{self._asked}", f"answer/{self._asked}"
         # One number counts both who came and who said yes.
         yes, there = divmod(self._store.add(came, 1 + mine * (self._world_size + 1)), self._world_size + 1)
@@ -53,12 +59,13 @@ class HostVote:
                 self._store.delete_key(f"answer/{self._asked - 1}")
             return yes > 0
         try:
-            return self._store.get(answer) == b"1"
+            self._store.wait([answer], self._timeout)
         except dist.DistError as error:
             raise RankFailure(
-                f"question {self._asked} of {self._world_size} ranks was not answered in time: at least one rank has "
-                "not come to the same point. It has probably died, or is somewhere else."
+                f"not all of {self._world_size} ranks came to a point that all must come to within {self._timeout}: "
+                "one has probably died, or is somewhere else."
             ) from error
+        return self._store.get(answer) == b"1"
 
 
 def group_store() -> Store | None:
@@ -66,6 +73,13 @@ def group_store() -> Store | None:
     if not dist.is_available() or not dist.is_initialized():
         return None
     return distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] -- torch has no public way to it
+
+
+def group_timeout(device: torch.device) -> timedelta:
+    """How long the default group waits for a rank in a collective of tensors on ``device``."""
+    group: Any = dist.group.WORLD
+    options = getattr(group._get_backend(device), "options", None)  # torch has no public way to it
+    return getattr(options, "_timeout", None) or timedelta(minutes=30)
 
 
 def new_name(what: str) -> str:

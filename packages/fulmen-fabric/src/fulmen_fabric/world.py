@@ -11,7 +11,7 @@ from fulmen_fabric.abilities import supports
 from fulmen_fabric.rank_zero import rank_zero_only
 from fulmen_fabric.seed import collect_rng_state, reset_seed, restore_rng_state
 from fulmen_fabric.stopping import StopAgreement
-from fulmen_fabric.voting import HostVote, group_store, new_name
+from fulmen_fabric.voting import HostVote, group_store, group_timeout, new_name
 from fulmen_protocols import (
     LaunchesApart,
     SupportsCollectives,
@@ -263,7 +263,9 @@ class World:
         None for one rank, which has nobody to ask, and without a torch process group.
         """
         store = group_store() if self.world_size > 1 else None
-        return None if store is None else HostVote(store, self.world_size, name=new_name("vote"))
+        if store is None:
+            return None
+        return HostVote(store, self.world_size, name=new_name("vote"), timeout=group_timeout(self.device))
 
     @contextmanager
     def rank_zero_first(self, local: bool = False) -> Generator[None, None, None]:

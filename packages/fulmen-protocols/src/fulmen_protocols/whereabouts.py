@@ -33,7 +33,7 @@ class Position(NamedTuple):
         batch: index of the batch that was begun last.
         step: optimizer steps taken.
         pid: the process.
-        collectives: collectives that it had begun, over all groups.
+        collectives: collectives that it had begun, over all groups, and meetings of other kinds.
         seen_s: when it last showed that it lives, in seconds since the epoch.
     """
 
@@ -65,6 +65,8 @@ class Whereabouts:
         self.pid = os.getpid()
         self.error: BaseException | None = None
         """What ended the last run in this process, if that was an error."""
+        self.meetings = 0
+        """How often this process has waited for all others without a collective. To be raised before it waits."""
         self.pulse(0)
 
     @staticmethod
@@ -85,7 +87,8 @@ class Whereabouts:
     def pulse(self, collectives: int) -> None:
         """Show that this process lives, and has begun so many collectives. For a thread beside the loop."""
         known = _PULSE.unpack_from(self._memory, _PLACE.size)[1]  # a group that was left takes its count with it
-        _PULSE.pack_into(self._memory, _PLACE.size, self.pid, max(known, collectives), time.time())
+        begun = max(known, collectives + self.meetings)
+        _PULSE.pack_into(self._memory, _PLACE.size, self.pid, begun, time.time())
 
     def read(self) -> Position:
         """What is written now."""
