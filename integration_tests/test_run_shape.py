@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
 import traceback
@@ -103,6 +104,41 @@ def test_importing_fulmen_imports_no_library_that_a_script_did_not_ask_for() -> 
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
     assert found.strip() == "[]"
+
+
+IMPORT_UNDER_AUDIT = """
+import os, sys, threading, torch
+environment, threads = dict(os.environ), threading.active_count()
+seen = []
+
+def watch(event, arguments):
+    if event.startswith(("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system",
+                         "os.putenv", "os.remove", "os.mkdir", "os.rename", "shutil.", "pickle.",
+                         "marshal.dump")):
+        seen.append((event, str(arguments)))
+    if event == "open":
+        path, mode, flags = arguments
+        writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        kinds = (".py", ".pyc", ".so", ".pyi", ".txt", ".pth", "METADATA")
+        if writes or not (str(path).endswith(kinds) or path in sys.path):  # where Python itself looks for modules
+            seen.append((event, str(path)))
+
+sys.addaudithook(watch)
+import fulmen
+fulmen.Trainer, fulmen.LightningModule, fulmen.Resume, fulmen.Callback
+import fulmen_checkpoint, fulmen_data, fulmen_fabric, fulmen_precision, fulmen_strategies
+from fulmen.callbacks import EarlyStopping, ModelCheckpoint
+from fulmen.loggers import CSVLogger
+print(seen, dict(os.environ) == environment, threading.active_count() == threads)
+"""
+
+
+def test_importing_fulmen_opens_no_connection_starts_nothing_and_writes_nothing() -> None:
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", IMPORT_UNDER_AUDIT]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+    assert found.strip() == "[] True True"
 
 
 def test_settings_changed_during_a_run_take_over_after_the_batch_in_hand() -> None:

@@ -88,6 +88,32 @@ def test_all_parts_are_what_a_plain_path_takes(saved: tuple[Path, Model]) -> Non
     )
 
 
+def test_a_plain_path_tells_which_options_of_the_code_it_has_replaced(
+    saved: tuple[Path, Model], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unscheduled = tmp_path / "b.ckpt"
+    fit(Model(lr=0.2))[0].save_checkpoint(unscheduled)
+    for path, scheduled, line in (
+        (saved[0], True, "optimizer 0, group 0: initial_lr is 0.1, the code has 0.3"),
+        (unscheduled, False, "optimizer 0, group 0: lr is 0.2, the code has 0.3"),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            fit(Model(lr=0.3, scheduled=scheduled), path, 3)
+        (said,) = (record.message for record in caplog.records if "other options" in record.message)
+        assert said.splitlines()[1:] == [f"  {line}"]
+        assert str(path) in said
+        assert "fulmen.Resume" in said
+
+
+def test_a_plain_path_says_nothing_where_file_and_code_agree(
+    saved: tuple[Path, Model], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        fit(Model(scheduled=True), saved[0], 3)
+    assert "other options" not in caplog.text, "the schedule has moved the rate, which is no difference"
+
+
 def test_the_weights_alone_begin_a_new_run(saved: tuple[Path, Model], caplog: pytest.LogCaptureFixture) -> None:
     path, before = saved
     model = Model(lr=0.3)

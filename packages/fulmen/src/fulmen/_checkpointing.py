@@ -13,7 +13,7 @@ from fulmen._exact_state import (
     loader_states,
     require_known_version,
 )
-from fulmen._partial_resume import EVERYTHING, change, options, tell
+from fulmen._partial_resume import EVERYTHING, change, mention, options, tell
 from fulmen._reporting import reporter_of
 from fulmen._storable import storable_entries
 from fulmen._window_gradients import restore_gradients
@@ -267,8 +267,10 @@ def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, A
         config.scheduler.load_state_dict(state)
     if resume.takes("progress"):
         restore_gradients(session)
-    if resume is not EVERYTHING:
-        file = options(session.optimizers)
+    file = options(session.optimizers)
+    if resume is EVERYTHING:
+        mention(trainer.ckpt_path, code, file, scheduled=bool(states and session.schedulers))
+    else:
         change(resume, session.optimizers, scheduled=bool(states and session.schedulers))
         tell(resume, trainer.ckpt_path, code, file, options(session.optimizers))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from torch import Tensor
+
 from fulmen.resume import PARTS, Resume
 from fulmen_fabric import rank_zero_info
 from fulmen_protocols import MisconfigurationException
@@ -14,9 +16,10 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-__all__ = ["EVERYTHING", "change", "options", "tell"]
+__all__ = ["EVERYTHING", "change", "mention", "options", "tell"]
 
 EVERYTHING: Final = Resume("everything")
+_MOVED: Final = frozenset({"lr", "momentum", "betas"})
 
 
 def change(resume: Resume, optimizers: Sequence[Optimizer], *, scheduled: bool) -> None:
@@ -55,6 +58,34 @@ def options(optimizers: Sequence[Optimizer]) -> list[dict[str, Any]]:
         for index, optimizer in enumerate(optimizers)
         for number, group in enumerate(optimizer.param_groups)
     ]
+
+
+def mention(path: str | None, code: list[dict[str, Any]], file: list[dict[str, Any]], *, scheduled: bool) -> None:
+    """Log the options in which a whole checkpoint has changed what the code asked for; nothing if there are none.
+
+    Args:
+        path: of the checkpoint.
+        code: options before loading.
+        file: options after it.
+        scheduled: whether schedulers were restored, too: what these move is another number at each step, and only
+            where it began is compared.
+    """
+    moved = _MOVED if scheduled else frozenset[str]()
+    lines = [
+        f"  {theirs['place']}: {name} is {theirs[name]!r}, the code has {value!r}"
+        for mine, theirs in zip(code, file, strict=False)  # a callback may have groups of its own brought back
+        for name, value in mine.items()
+        if name in theirs and name not in moved and _differs(value, theirs[name])
+    ]
+    if lines:
+        title = f"resumed {path}, whose optimizers go on with other options than the code gives; fulmen.Resume can "
+        rank_zero_info("\n".join([title + "leave them out or override them", *lines]))
+
+
+def _differs(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return False  # to compare them a device would be waited for
+    return one != other
 
 
 def tell(

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from fulmen.callbacks.progress import RichProgressBar as RichProgressBar
     from fulmen.callbacks.progress import TQDMProgressBar as TQDMProgressBar
     from fulmen.callbacks.pruning import ModelPruning as ModelPruning
+    from fulmen.callbacks.recompile_check import RecompileCheck as RecompileCheck
+    from fulmen.callbacks.replica_check import ReplicaCheck as ReplicaCheck
+    from fulmen.callbacks.replica_check import ReplicasDriftedError as ReplicasDriftedError
     from fulmen.callbacks.rich_model_summary import RichModelSummary as RichModelSummary
     from fulmen.callbacks.spike import SpikeDetection as SpikeDetection
     from fulmen.callbacks.stochastic_weight_avg import StochasticWeightAveraging as StochasticWeightAveraging
@@ -58,6 +61,9 @@ _HOME = {
     "ModelSummary": "model_summary",
     "OnExceptionCheckpoint": "on_exception_checkpoint",
     "ProgressBar": "progress",
+    "RecompileCheck": "recompile_check",
+    "ReplicaCheck": "replica_check",
+    "ReplicasDriftedError": "replica_check",
     "RichModelSummary": "rich_model_summary",
     "RichProgressBar": "progress",
     "SpikeDetection": "spike",
@@ -88,6 +94,9 @@ __all__ = [
     "ModelSummary",
     "OnExceptionCheckpoint",
     "ProgressBar",
+    "RecompileCheck",
+    "ReplicaCheck",
+    "ReplicasDriftedError",
     "RichModelSummary",
     "RichProgressBar",
     "SpikeDetection",
