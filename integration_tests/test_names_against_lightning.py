@@ -6,9 +6,17 @@ import importlib
 import runpy
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+import fulmen_protocols.engine
+import fulmen_protocols.precision
+import fulmen_protocols.strategy
+from fulmen import _foreign_methods
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 pytest.importorskip("lightning.pytorch")
 
@@ -53,6 +61,44 @@ def test_a_public_name_of_lightning_is_at_the_same_place_here(place: str) -> Non
     assert theirs, "nothing was compared"
     missing = {name for name in theirs if not name.startswith("_") and name not in dir(ours)}
     assert missing <= GONE.get(place, set()), f"not in fulmen.{place}: {sorted(missing)}"
+
+
+def methods_of(classes: Iterable[Any]) -> set[str]:
+    return {
+        name for cls in classes for name in dir(cls) if not name.startswith("_") and callable(getattr(cls, name, None))
+    }
+
+
+@pytest.mark.proves("A.8")
+@pytest.mark.parametrize(
+    ("theirs", "kinds", "ours", "told"),
+    [
+        (
+            "strategies",
+            ("Single", "DDP", "FSDP", "Model"),
+            (fulmen_protocols.strategy, fulmen_protocols.engine),
+            "_STRATEGY",
+        ),
+        (
+            "plugins.precision",
+            ("Precision", "Mixed", "Half", "Double"),
+            (fulmen_protocols.precision,),
+            "_PRECISION",
+        ),
+    ],
+)
+def test_what_a_backend_may_override_in_lightning_is_called_here_or_told_of(
+    theirs: str, kinds: tuple[str, ...], ours: tuple[Any, ...], told: str
+) -> None:
+    found = vars(importlib.import_module(f"lightning.pytorch.{theirs}"))
+    overridable = methods_of(cls for name, cls in found.items() if name.startswith(kinds))
+    protocols = [kind for module in ours for kind in vars(module).values() if isinstance(kind, type)]
+    called = {name for kind in protocols for name in vars(kind)}
+    uncalled = getattr(_foreign_methods, told).uncalled
+
+    assert overridable
+    assert overridable - called - uncalled == set()
+    assert not uncalled & called, "told of, and called"
 
 
 BEFORE = """

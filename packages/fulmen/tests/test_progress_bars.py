@@ -523,3 +523,35 @@ def test_a_plain_bar_counts_as_tqdm_does(capsys: pytest.CaptureFixture[str]) -> 
     bar.close()
     assert capsys.readouterr().out.startswith("mine: 3/3")
     assert bar.desc == "mine"
+
+
+class ReadsOnce(TQDMProgressBar):
+    """A bar in a hasty run: it is drawn at the first batch, and then when the epoch has ended."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1)
+        self.shown: list[dict[str, Any]] = []
+
+    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+        self.shown.append(super().get_metrics(trainer, pl_module))
+        return self.shown[-1]
+
+
+class LogsItsBatches(Model):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("batch", float(batch_idx), prog_bar=True)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("validates", [False, True])
+def test_the_end_of_an_epoch_shows_the_last_batch_however_seldom_the_bar_was_drawn(
+    validates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fulmen.callbacks.progress._drawn.monotonic", lambda: 0.0)
+    bar = ReadsOnce()
+    trainer = make_trainer(bar, max_epochs=1, num_sanity_val_steps=0, limit_val_batches=2 if validates else 0)
+    trainer.fit(LogsItsBatches(), data(5), data(2))
+
+    assert bar.shown[0]["batch"] == 0.0
+    assert bar.shown[-1]["batch"] == trainer.callback_metrics["batch"].item() == 4.0
+    assert len(bar.shown) < 5

@@ -635,3 +635,12 @@ def test_a_search_inside_of_an_epoch_is_refused() -> None:
 
     with pytest.raises(MisconfigurationException, match="lr_find was called in epoch 0 after its batch 2"):
         trainer(callbacks=[TooLate()]).fit(Model())
+
+
+@pytest.mark.proves("13.1")
+def test_a_search_takes_as_many_steps_as_it_was_asked_to_whatever_the_epochs_of_the_run() -> None:
+    fit, model = trainer(max_epochs=1, limit_train_batches=4), Model()
+    found = Tuner(fit).lr_find(model, num_training=15)
+    assert found is not None
+    assert len(found.results["lr"]) == len(found.results["loss"]) == 15
+    assert (fit.global_step, fit.max_epochs) == (0, 1)

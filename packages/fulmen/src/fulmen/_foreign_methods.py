@@ -31,16 +31,19 @@ _STRATEGY = _Seam(
     "docs/guides/write-a-strategy.md lists the methods that are called",
     frozenset(
         {
-            "all_reduce", "batch_to_device", "block_backward_sync", "clip_gradients_norm",
-            "clip_gradients_value", "configure_ddp", "connect", "dispatch", "get_module_state_dict",
-            "get_optimizer_state", "lightning_module_state_dict", "load_model_state_dict",
-            "load_optimizer_state_dict", "model_sharded_context", "model_to_device", "module_init_context",
-            "module_to_device", "on_predict_end", "on_predict_start", "on_test_end", "on_test_start",
+            "all_gather", "all_reduce", "barrier", "batch_to_device", "block_backward_sync", "broadcast",
+            "clip_gradients_norm", "clip_gradients_value", "configure_ddp", "connect",
+            "determine_ddp_device_ids", "dispatch", "get_module_state_dict", "get_optimizer_state",
+            "get_registered_strategies", "lightning_module_state_dict", "load_model_state_dict",
+            "load_module_state_dict", "load_optimizer_state_dict", "model_sharded_context",
+            "model_to_device", "module_init_context", "module_sharded_context", "module_to_device",
+            "on_exception", "on_predict_end", "on_predict_start", "on_test_end", "on_test_start",
             "on_train_batch_start", "on_train_end", "on_train_start", "on_validation_end",
             "on_validation_start", "post_backward", "post_training_step", "pre_backward", "predict_step",
-            "process_dataloader", "setup", "setup_module", "setup_module_and_optimizers", "setup_optimizer",
-            "setup_optimizers", "setup_precision_plugin", "tensor_init_context", "test_step", "training_step",
-            "validation_step",
+            "process_dataloader", "reduce", "reduce_boolean_decision", "register_strategies",
+            "remove_checkpoint", "set_world_ranks", "setup", "setup_distributed", "setup_module",
+            "setup_module_and_optimizers", "setup_optimizer", "setup_optimizers", "setup_precision_plugin",
+            "tensor_init_context", "test_step", "training_step", "validation_step",
         }
     ),
 )  # fmt: skip
@@ -49,10 +52,11 @@ _PRECISION = _Seam(
     "fulmen_protocols.Precision and its abilities list the methods that are called",
     frozenset(
         {
-            "backward", "clip_grad_by_norm", "clip_grad_by_value", "clip_gradients", "connect", "main_params",
-            "module_init_context", "optimizer_step", "post_backward", "pre_backward", "predict_step_context",
-            "tensor_init_context", "test_step_context", "train_step_context", "unscale_gradients",
-            "val_step_context",
+            "autocast_context_manager", "backward", "clip_grad_by_norm", "clip_grad_by_value",
+            "clip_gradients", "connect", "main_params", "module_init_context", "on_load_checkpoint",
+            "on_save_checkpoint", "optimizer_step", "post_backward", "pre_backward", "predict_step_context",
+            "teardown", "tensor_init_context", "test_step_context", "train_step_context",
+            "unscale_gradients", "val_step_context",
         }
     ),
 )  # fmt: skip

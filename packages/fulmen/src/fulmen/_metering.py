@@ -73,7 +73,7 @@ class Metering:
     def _attach(self, store: MetricStore | None) -> None:
         left = self.reporter.store
         if left is not None and left is not store:
-            self.reporter.remember_steps(left)  # a validation within the epoch leaves the step values readable
+            self.reporter.leave(left)  # a validation within the epoch leaves the step values readable
         self._session.store = self.reporter.store = store
         for module in self._modules:
             module.__dict__["_metric_store"] = store if self._enabled else None
@@ -134,10 +134,10 @@ class Metering:
 
     def end_eval_in_fit(self, *, sanity_check: bool) -> None:
         """Go back to the training store."""
+        self._attach(self.train)
         if sanity_check:
             self.reporter.reset()
         self.reporter.enter("setup" if sanity_check else "training")
-        self._attach(self.train)
 
     def finish(self) -> None:
         """Take what is known off the device and let go of the module."""

@@ -10,7 +10,29 @@ from fulmen_protocols import MissingPackage
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["elsewhere", "not_here"]
+__all__ = ["elsewhere", "no_module", "not_here"]
+
+_GUIDE = "docs/guides/write-a-strategy.md"
+_MODULES = {
+    "fulmen.loggers.litlogger": "it logs to a service of Lightning's makers only, with their own package",
+    "fulmen.loggers.neptune": "Lightning has removed it too; Neptune's own package logs from a loop",
+    "fulmen.loops": "the loops are functions, in fulmen.fit, fulmen.evaluate and fulmen.predict; what callbacks read "
+    "is in trainer.fit_loop and its siblings",
+    "fulmen.plugins.collectives": "the interface is fulmen_protocols.Collectives; a loop has Fabric's all_reduce, "
+    "all_gather and broadcast, and torch.distributed",
+    "fulmen.plugins.precision.fsdp": "FSDPStrategy applies every precision itself; write "
+    "Trainer(precision='bf16-mixed') or FSDPStrategy(mixed_precision=...)",
+    "fulmen.strategies.launchers": f"a launcher has the members of fulmen_protocols.Launcher ({_GUIDE}); ours are "
+    "in fulmen_strategies.launchers",
+    "fulmen.strategies.parallel": f"a strategy of several processes needs no base class ({_GUIDE})",
+    "fulmen.trainer.call": "hooks are bound once, before a run; call the method of the module or callback itself",
+    "fulmen.trainer.connectors": "the Trainer has none: what is read of Lightning's has a public name on the Trainer",
+    "fulmen.utilities.migration": "files of every Lightning version are migrated wherever they are loaded; "
+    "fulmen_checkpoint.migrate(checkpoint) changes one that was loaded otherwise",
+    "fulmen.utilities.model_registry": "it is a service of Lightning's makers, with their own package; give "
+    "ModelCheckpoint a storage URL",
+}
+"""Modules of Lightning without a counterpart, and what to do instead."""
 
 
 def not_here(module: str, name: str, refused: Mapping[str, str]) -> Exception:
@@ -22,6 +44,12 @@ def not_here(module: str, name: str, refused: Mapping[str, str]) -> Exception:
     if name in refused:
         return ImportError(f"{module} has no {name}: {refused[name]}.", name=module)
     return AttributeError(f"module {module!r} has no attribute {name!r}")
+
+
+def no_module(module: str) -> ImportError:
+    """What a module raises that is there for its name alone, so that importing it or one below it says why."""
+    parent, _, name = module.rpartition(".")
+    return ImportError(f"{parent} has no {name}: {_MODULES[module]}.", name=module)
 
 
 def elsewhere(module: str, name: str, homes: Mapping[str, str], refused: Mapping[str, str]) -> object:

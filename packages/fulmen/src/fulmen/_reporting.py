@@ -123,7 +123,7 @@ class Reporter:
         one before has brought, so they are as old as the last reading, or the last row.
         """
         if self.store is not None:
-            self._bar.update(self._snapshot.update(self.store.progress_bar_metrics))
+            self._read_bar(self.store)
         return self._bar
 
     def reset(self) -> None:
@@ -263,6 +263,11 @@ class Reporter:
         """Keep the last step's values for callbacks when the epoch's take over."""
         self._callback.update(as_tensors(store.step_metrics().callback, store.device))
 
+    def leave(self, store: MetricStore) -> None:
+        """Keep the last step's values for callbacks and the bar when another loop's store takes over."""
+        self.remember_steps(store)
+        self._read_bar(store)
+
     def goes_on(self) -> None:
         """Training begins, where a checkpoint has put it."""
         if self.delivery is not None:
@@ -287,6 +292,9 @@ class Reporter:
             return
         for logger in self.loggers:
             logger.save()
+
+    def _read_bar(self, store: MetricStore) -> None:
+        self._bar.update(self._snapshot.update(store.progress_bar_metrics))
 
     def _take_callback(self, store: MetricStore) -> None:
         self.remember_steps(store)

@@ -17,7 +17,7 @@ from fulmen._run_loaders import train_loader
 from fulmen._schedules import as_it_is, plain_schedule, watching_schedule
 from fulmen._session import unchanged
 from fulmen._uneven import Borrowing
-from fulmen.fit import FitParts
+from fulmen.fit import FitParts, end_epoch
 from fulmen.plan import Plan
 from fulmen.states import RunningStage
 from fulmen_fabric import rank_zero_info
@@ -137,8 +137,11 @@ class Training:
             self._plan = replace(self._plan, accumulate=sys.maxsize)
         return self._plan
 
-    def begin(self, binder: HookBinder) -> None:
-        """Go back to where a resumed run was, and tell everybody that training starts, unless nothing is left to do."""
+    def begin(self, binder: HookBinder, parts: FitParts, hooks: FitHooks) -> None:
+        """Go back to where a resumed run was, and tell everybody that training starts, unless nothing is left to do.
+
+        Of an epoch whose end was being told when the run was saved nobody hears again: the next one starts.
+        """
         session = self._session
         self._state.stage = RunningStage.TRAINING
         if self._plan.validates and "val" not in session.eval_loaders:
@@ -146,7 +149,10 @@ class Training:
         if session.resumed is not None:
             _exact_state.restore_position(session, self._metering, self._progress)
         self._evaluation.start_clock()
-        if self._plan.finished(self._progress) and not self._progress.epoch_started:
+        was_in_epoch = self._progress.epoch_started
+        if self._progress.epoch_ended:
+            end_epoch(parts, hooks, self._progress)
+        if self._plan.finished(self._progress) and not was_in_epoch:
             self._say_that_all_is_done()
             return
         _verify.modules_in_eval_mode(session.module)
@@ -154,7 +160,7 @@ class Training:
             hook()
         self._has_started = True
         if session.resumed is not None:
-            if self._progress.epoch_started and not self._progress.epoch_ended:
+            if self._progress.epoch_started:
                 self.batches()  # making the iterator draws random numbers that the saved run had drawn before
             _exact_state.restore_rng(session)
 

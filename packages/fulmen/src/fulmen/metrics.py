@@ -430,8 +430,9 @@ class MetricStore:
 
     @property
     def progress_bar_metrics(self) -> dict[str, Scalar]:
-        """What the progress bar shows now; tensors are unread."""
-        return self.metrics().bar
+        """What the progress bar shows now: the last step's values, and the epoch's once it is over. Unread."""
+        step = self.step_metrics().bar
+        return {**step, **self.epoch_metrics().bar} if self._at_epoch else step
 
     # Checkpoints -------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fulmen.callbacks._shared_clock import SharedClock
 from fulmen.callbacks.callback import Callback
 from fulmen.settings import parse_duration
+from fulmen.utilities.enums import LightningEnum
 from fulmen_fabric.rank_zero import rank_zero_info
 from fulmen_protocols.errors import MisconfigurationException
 
@@ -18,9 +19,16 @@ if TYPE_CHECKING:
     from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
 
-__all__ = ["Timer"]
+__all__ = ["Interval", "Timer"]
 
 _STAGES = ("train", "validate", "test", "predict", "sanity_check")
+
+
+class Interval(LightningEnum):
+    """After what a ``Timer`` looks at the time; the plain strings do as well."""
+
+    step = "step"
+    epoch = "epoch"
 
 
 class Timer(Callback):

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from fulmen.demos.text import WikiText2
+from fulmen.demos.text import Dictionary, WikiText2, tokenize
 from fulmen.module import LightningModule
 
-__all__ = ["LightningTransformer", "PositionalEncoding", "Transformer", "WikiText2"]
+__all__ = ["Dictionary", "LightningTransformer", "PositionalEncoding", "Transformer", "WikiText2", "tokenize"]
 
 
 class Transformer(nn.Module):

@@ -9,6 +9,7 @@ from fulmen._not_here import elsewhere
 if TYPE_CHECKING:
     from fulmen_deepspeed import DeepSpeedStrategy as DeepSpeedStrategy
     from fulmen_protocols import Strategy as Strategy
+    from fulmen_strategies import DataParallelStrategy as DataParallelStrategy
     from fulmen_strategies import DDPStrategy as DDPStrategy
     from fulmen_strategies import FSDPStrategy as FSDPStrategy
     from fulmen_strategies import ModelParallelStrategy as ModelParallelStrategy
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "DDPStrategy": "fulmen_strategies",
+    "DataParallelStrategy": "fulmen_strategies",
     "DeepSpeedStrategy": "fulmen_deepspeed",
     "FSDPStrategy": "fulmen_strategies",
     "ModelParallelStrategy": "fulmen_strategies",
@@ -37,7 +39,7 @@ _REFUSED = {
     "`fulmen plugins` lists them, and a strategy without a name is passed as an object",
 }
 
-# What another package has to be installed for is not in it: a star import would end there.
+# Not in it: what another package has to be installed for, where a star import would end, and what no Trainer takes.
 __all__ = ["DDPStrategy", "FSDPStrategy", "ModelParallelStrategy", "SingleDeviceStrategy", "Strategy"]
 
 

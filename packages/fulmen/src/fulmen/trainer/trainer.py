@@ -357,7 +357,7 @@ class Trainer(TrainerActions):
                     training.load()
                     self._plan = training.make_plan()
                     self._reporter.goes_on()
-                    training.begin(self._binder)
+                    training.begin(self._binder, parts, hooks)
                     with _switches.anomaly_detection(self.settings):
                         while True:
                             if self._progress.replan:  # on_train_start may have changed something already

@@ -199,7 +199,7 @@ class Trial:
             assert train_loader is not None
             self._loaders.guard(train_loader.user_loader)
             self._own["_plan"] = _without_validation(training.make_plan())
-            training.begin(binder)
+            training.begin(binder, parts, hooks)
             while True:
                 fit(parts, self._own["_plan"], hooks, progress, training.batches)
                 if not progress.replan:

@@ -1,12 +1,17 @@
-"""Hyperparameters and other objects: what can be stored."""
+"""Hyperparameters and other objects: what can be stored, and where an attribute is held."""
 
 from __future__ import annotations
 
 import pickle
+from typing import TYPE_CHECKING, Any
 
 from fulmen.hparams import AttributeDict
+from fulmen.tuner import _attributes
 
-__all__ = ["AttributeDict", "is_picklable"]
+if TYPE_CHECKING:
+    from fulmen.module import LightningModule
+
+__all__ = ["AttributeDict", "is_picklable", "lightning_getattr", "lightning_hasattr", "lightning_setattr"]
 
 
 def is_picklable(obj: object) -> bool:
@@ -16,3 +21,35 @@ def is_picklable(obj: object) -> bool:
     except (pickle.PickleError, AttributeError, RuntimeError, TypeError):
         return False
     return True
+
+
+def lightning_hasattr(model: LightningModule, attribute: str) -> bool:
+    """Whether ``model``, its datamodule or the hyperparameters of either have ``attribute``."""
+    try:
+        _found(model, attribute)
+    except AttributeError:
+        return False
+    return True
+
+
+def lightning_getattr(model: LightningModule, attribute: str) -> Any:
+    """Its value; that of the datamodule where several have it, and of hyperparameters before attributes.
+
+    Raises:
+        AttributeError: nobody has it.
+    """
+    return _found(model, attribute).value
+
+
+def lightning_setattr(model: LightningModule, attribute: str, value: object) -> None:
+    """Set it wherever it is held.
+
+    Raises:
+        AttributeError: nobody has it.
+    """
+    _found(model, attribute).set(value)
+
+
+def _found(model: LightningModule, attribute: str) -> _attributes.Attribute:
+    trainer = model._trainer  # pyright: ignore[reportPrivateUsage]
+    return _attributes.find([attribute], model, None if trainer is None else trainer.datamodule, flag="attribute")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NotRequired, Required, TypedDict
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
+from torch import device as _Device
+from torch.distributed import ProcessGroup, ReduceOp
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -15,6 +19,9 @@ __all__ = [
     "EVAL_DATALOADERS",
     "STEP_OUTPUT",
     "TRAIN_DATALOADERS",
+    "_DEVICE",
+    "_PATH",
+    "DistributedDataParallel",
     "LRSchedulerConfig",
     "LRSchedulerConfigType",
     "LRSchedulerPLType",
@@ -24,7 +31,14 @@ __all__ = [
     "OptimizerConfig",
     "OptimizerLRScheduler",
     "OptimizerLRSchedulerConfig",
+    "ProcessGroup",
+    "ReduceOp",
+    "UntypedStorage",
 ]
+
+_PATH = str | Path
+_DEVICE = _Device | str | int
+"""Lightning's names, which annotations use although they are private there."""
 
 STEP_OUTPUT = Tensor | Mapping[str, Any] | None
 """What ``training_step`` and its siblings return."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
 
-__all__ = ["ProgressBar"]
+__all__ = ["ProgressBar", "get_standard_metrics"]
 
 
 class ProgressBar(Callback):
@@ -145,7 +145,7 @@ class ProgressBar(Callback):
 
         Never waits for a device; see ``Trainer.progress_bar_metrics``.
         """
-        standard = _version_of(trainer)
+        standard = get_standard_metrics(trainer)
         logged = trainer.progress_bar_metrics
         for name in sorted((standard.keys() & logged.keys()) - self._warned_names):
             self._warned_names.add(name)
@@ -156,8 +156,8 @@ class ProgressBar(Callback):
         return {**standard, **logged}
 
 
-def _version_of(trainer: Trainer) -> dict[str, int | str]:
-    """``v_num``: the loggers' versions; of a string its last 4 characters."""
+def get_standard_metrics(trainer: Trainer) -> dict[str, int | str]:
+    """What a bar shows of itself: ``v_num``, the loggers' versions; of a string its last 4 characters."""
     found: dict[int | str | None, None] = {}
     for logger in trainer.loggers:
         with suppress(BackendUnavailable):  # a server that is away stops no bar

@@ -6,13 +6,16 @@ import builtins
 import os
 import sys
 from functools import cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fulmen.callbacks.progress._bars import Bar, PlainBar, format_metric, in_notebook, is_drawable
 from fulmen.callbacks.progress._drawn import DrawnProgressBar
 from fulmen_protocols.errors import MissingPackage
 
-__all__ = ["TQDMProgressBar"]
+if TYPE_CHECKING:
+    from tqdm import tqdm as Tqdm
+
+__all__ = ["TQDMProgressBar", "Tqdm", "convert_inf"]
 
 _COLAB_REFRESH_RATE = 20
 """Colab's output falls behind, and the page hangs, when it is drawn on more often."""
@@ -181,6 +184,11 @@ class TQDMProgressBar(DrawnProgressBar):
             bar.write(sep.join(map(str, args)), **kwargs)
 
 
+def convert_inf(total: float | None) -> float | None:
+    """A bar's total: None for tqdm where the number of batches is unknown or infinite."""
+    return None if total is None or total == float("inf") or total != total else total
+
+
 def _resolve_refresh_rate(asked: int) -> int:
     """What was asked, but Colab and whoever set the environment are spared; no bar stays no bar."""
     if asked == 1 and (os.environ.get("COLAB_GPU") or "google.colab" in sys.modules):
@@ -193,3 +201,11 @@ def _opened(bar: Bar | None, name: str) -> Bar:
     if bar is None:
         raise TypeError(f"TQDMProgressBar.{name} is not open: it is there while its loop runs.")
     return bar
+
+
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that is found here
+
+    def __getattr__(name: str) -> object:
+        if name == "Tqdm":  # the class of a bar, for overrides of ``init_train_tqdm`` and its siblings
+            return _tqdm()
+        raise AttributeError(f"module 'fulmen.callbacks.progress.tqdm_progress' has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""``Accelerator``, where Lightning has it."""
+
+from fulmen_protocols import Accelerator
+
+__all__ = ["Accelerator"]

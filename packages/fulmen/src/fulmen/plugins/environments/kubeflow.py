@@ -1,0 +1,5 @@
+"""``KubeflowEnvironment``, where Lightning has it."""
+
+from fulmen_strategies import KubeflowEnvironment
+
+__all__ = ["KubeflowEnvironment"]

@@ -1,0 +1,5 @@
+"""``LightningEnvironment``, where Lightning has it."""
+
+from fulmen_strategies import LightningEnvironment
+
+__all__ = ["LightningEnvironment"]

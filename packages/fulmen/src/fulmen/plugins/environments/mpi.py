@@ -1,0 +1,5 @@
+"""``MPIEnvironment``, where Lightning has it."""
+
+from fulmen_strategies import MPIEnvironment
+
+__all__ = ["MPIEnvironment"]

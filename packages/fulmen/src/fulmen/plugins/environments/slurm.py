@@ -1,0 +1,5 @@
+"""``SLURMEnvironment``, where Lightning has it."""
+
+from fulmen_strategies import SLURMEnvironment
+
+__all__ = ["SLURMEnvironment"]

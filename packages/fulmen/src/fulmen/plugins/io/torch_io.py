@@ -1,0 +1,5 @@
+"""``TorchCheckpointIO``, where Lightning has it."""
+
+from fulmen_checkpoint import TorchCheckpointIO
+
+__all__ = ["TorchCheckpointIO"]

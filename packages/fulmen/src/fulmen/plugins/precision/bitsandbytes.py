@@ -1,0 +1,5 @@
+"""``BitsandbytesPrecision``, where Lightning has it."""
+
+from fulmen_precision import BitsandbytesPrecision
+
+__all__ = ["BitsandbytesPrecision"]

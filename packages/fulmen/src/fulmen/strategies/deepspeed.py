@@ -1,0 +1,5 @@
+"""``DeepSpeedStrategy``, where Lightning has it."""
+
+from fulmen.strategies import DeepSpeedStrategy
+
+__all__ = ["DeepSpeedStrategy"]

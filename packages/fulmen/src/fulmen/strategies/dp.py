@@ -1,0 +1,5 @@
+"""``DataParallelStrategy``, where Lightning has it."""
+
+from fulmen_strategies import DataParallelStrategy
+
+__all__ = ["DataParallelStrategy"]
