@@ -1,4 +1,4 @@
-"""How many collectives a step of DDP begins, raw and under the Trainer: ``collective_count_script.py FOLDER``."""
+"""How many collectives a step of DDP or FSDP2 begins, raw and under the Trainer: ``SCRIPT FOLDER``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import fulmen
 from fulmen.callbacks import ModelCheckpoint
 from fulmen.loggers import CSVLogger
+from fulmen_strategies import FSDPStrategy
 
 FOLDER = Path(sys.argv[1])
 STEPS = 24
@@ -57,6 +60,49 @@ class Model(fulmen.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class Linears(Model):
+    """Two units to shard, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+
+
+def sharded() -> dict[str, Any]:
+    """What a step of FSDP2 begins, raw and under the Trainer, with and without accumulation."""
+    found: dict[str, Any] = {}
+    for name, accumulate in (("fsdp", 1), ("fsdp accumulated", 4)):
+        model = Linears()
+        fulmen.Trainer(
+            accelerator="cpu",
+            devices=2,
+            strategy=FSDPStrategy(auto_wrap_policy={nn.Linear}),
+            max_epochs=1,
+            logger=CSVLogger(FOLDER),
+            log_every_n_steps=3,
+            accumulate_grad_batches=accumulate,
+            enable_checkpointing=False,
+        ).fit(model, DataLoader(torch.randn(4 * STEPS, 4), batch_size=2))  # type: ignore[arg-type]  # torch takes any sequence
+        found[name] = per_step(model.seen)
+
+        net, mesh = Linears().layers, init_device_mesh("cpu", (2,))
+        for layer in (*net, net):
+            fully_shard(layer, mesh=mesh)
+        root: Any = net
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        counts: list[int] = []
+        for i in range(STEPS):
+            counts.append(begun())
+            is_last = (i + 1) % accumulate == 0
+            root.set_requires_gradient_sync(is_last)
+            net(torch.randn(2, 4)).mean().backward()
+            if is_last:
+                optimizer.step()
+                optimizer.zero_grad()
+        found[f"raw {name}"] = [b - a for a, b in pairwise(counts)]
+    return found
 
 
 def per_step(seen: list[tuple[int, int]]) -> list[list[int]]:
@@ -99,6 +145,7 @@ def main() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
         found[f"raw {name}"] = [b - a for a, b in pairwise(counts)]
+    found |= sharded()
     (FOLDER / f"counts-{trainer.global_rank}.json").write_text(json.dumps(found))
 
 
