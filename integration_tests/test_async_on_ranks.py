@@ -121,6 +121,7 @@ def test_a_failed_save_of_sharded_ranks_ends_the_run_with_its_error(tmp_path: Pa
     assert "check free space, permissions and the connection" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.proves("5.13")
 def test_a_loop_of_ones_own_saves_shards_asynchronously_and_its_end_waits_for_them(tmp_path: Path) -> None:
     code, reports, printed = run(tmp_path / "fabric", "asynchronous shards", "fabric")

@@ -34,5 +34,5 @@ def test_under_an_agent_too_nobody_waits_for_the_dead(starter: str, fault: str) 
     assert judge(fault, 1, starter=starter)[0] == ""
 
 
-def test_the_drill_knows_twelve_faults() -> None:
-    assert len(FAULTS) == 12
+def test_the_drill_knows_thirteen_faults() -> None:
+    assert len(FAULTS) == 13

@@ -179,6 +179,7 @@ def test_the_last_words_are_the_traceback_of_the_rank_that_failed_first(tmp_path
     assert not results(tmp_path, "trained")
 
 
+@pytest.mark.slow
 @pytest.mark.proves("4.34")
 def test_a_rank_that_hangs_while_another_fails_is_ended_within_seconds(tmp_path: Path) -> None:
     done = run("--devices", 2, SCRIPT, "hang", tmp_path)
