@@ -60,6 +60,10 @@ for module in pkgutil.walk_packages(package.__path__, name + "."):
         importlib.import_module(module.name)
     except ImportError as error:
         told = type(error).__name__ == "MissingPackage" and "pip install" in str(error)
+        # A path of Lightning's that is not here on purpose: importing it says why.
+        parent, _, last = module.name.rpartition(".")
+        if str(error).startswith(f"{parent} has no {last}"):
+            continue
         # A private module may leave the telling to the public one that imports it (and torch to who hands it a model).
         private = any(part.startswith("_") for part in module.name.split("."))
         optional = str(error.name).partition(".")[0].lower().replace("_", "-") in ["torch", *sys.argv[3:]]
