@@ -75,6 +75,7 @@ def sharded() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, accumulate in (("fsdp", 1), ("fsdp accumulated", 4)):
         model = Linears()
+        data: Any = torch.randn(4 * STEPS, 4)  # torch takes any sequence for a data set
         fulmen.Trainer(
             accelerator="cpu",
             devices=2,
@@ -84,7 +85,7 @@ def sharded() -> dict[str, Any]:
             log_every_n_steps=3,
             accumulate_grad_batches=accumulate,
             enable_checkpointing=False,
-        ).fit(model, DataLoader(torch.randn(4 * STEPS, 4), batch_size=2))  # type: ignore[arg-type]  # torch takes any sequence
+        ).fit(model, DataLoader(data, batch_size=2))
         found[name] = per_step(model.seen)
 
         net, mesh = Linears().layers, init_device_mesh("cpu", (2,))

@@ -162,15 +162,16 @@ def test_hyperparameters_in_files_are_exchanged_with_lightning(tmp_path: Path, s
 
 
 def test_what_yaml_cannot_hold_is_left_out_with_its_name(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"'net' is a object"):
+    with pytest.warns(UserWarning, match=r"'net' has the type object"):
         saving.save_hparams_to_yaml(tmp_path / "h.yaml", {"net": object(), "color": Color.RED})
     assert saving.load_hparams_from_yaml(tmp_path / "h.yaml", use_omegaconf=False) == {"color": "RED"}
 
 
 def test_an_attribute_is_found_and_set_wherever_it_is_held() -> None:
-    model, data = BoringModel(), BoringDataModule()
+    model: Any = BoringModel()
+    data: Any = BoringDataModule()
     model.save_hyperparameters({"lr": 0.1})
-    model.lr = 0.1  # type: ignore[assignment]
+    model.lr = 0.1
     assert parsing.lightning_hasattr(model, "lr")
     assert not parsing.lightning_hasattr(model, "rate")
 
@@ -179,7 +180,7 @@ def test_an_attribute_is_found_and_set_wherever_it_is_held() -> None:
     with pytest.raises(AttributeError, match="'rate'"):
         parsing.lightning_getattr(model, "rate")
 
-    data.batch = 4  # type: ignore[attr-defined]
+    data.batch = 4
     trainer = fulmen.Trainer(fast_dev_run=1, accelerator="cpu", logger=False, enable_progress_bar=False)
     trainer.fit(model, datamodule=data)
     assert parsing.lightning_getattr(model, "batch") == 4

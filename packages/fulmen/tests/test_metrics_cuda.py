@@ -145,8 +145,8 @@ def busy() -> None:
 
 @pytest.mark.usefixtures("waiting_is_an_error")
 def test_a_row_comes_by_itself_and_holds_what_was_logged_then() -> None:
-    logger = Rows()
-    store, reporter = make_store(), Reporter(loggers=[logger])  # type: ignore[list-item]  # Reporter calls these two methods alone
+    logger: Any = Rows()
+    store, reporter = make_store(), Reporter(loggers=[logger])
     (take_arrived,) = reporter.step_hooks(store.device)
     value = torch.zeros(10, device="cuda")
 
@@ -178,8 +178,8 @@ def test_a_row_comes_by_itself_and_holds_what_was_logged_then() -> None:
 
 
 def test_what_is_on_its_way_is_there_when_the_epoch_is_reported_or_a_checkpoint_asks() -> None:
-    logger = Rows()
-    store, reporter = make_store(), Reporter(loggers=[logger])  # type: ignore[list-item]  # Reporter calls these two methods alone
+    logger: Any = Rows()
+    store, reporter = make_store(), Reporter(loggers=[logger])
     for step in range(2):
         store.start_batch(torch.zeros(1, device="cuda"), step, None)
         busy()

@@ -108,6 +108,8 @@ class StopSignal:
 class StopAgreement:
     """Lets one rank's wish to stop take effect on all ranks at the same declared point, without a collective.
 
+    Any other wish that is fulfilled once, by all together, can be agreed on in the same way.
+
     Every rank calls ``point`` at the same places of the program (say, every 50 updates). Each call costs two requests
     to the store, no more, and waits for nobody while nobody wishes to stop.
 
@@ -173,7 +175,8 @@ class StopAgreement:
             store.wait(["proposal"], self._timeout)
         except dist.DistError as error:
             raise RankFailure(
-                f"another rank wanted to stop, but proposed no point within {self._timeout}. It has probably died."
+                f"another rank wanted all to stop, or to look, at one point, but proposed no point within "
+                f"{self._timeout}. It has probably died."
             ) from error
         point, _, self.reason = store.get("proposal").decode().partition(" ")
         self._stop_at = int(point)

@@ -58,8 +58,8 @@ def save_hparams_to_yaml(
             yaml.safe_dump(plain)
         except yaml.YAMLError:
             rank_zero_warn(
-                f"hyperparameter {name!r} is a {type(value).__name__}, which YAML cannot hold; it is left out of "
-                f"{str(config_yaml)!r}."
+                f"hyperparameter {name!r} has the type {type(value).__name__}, which YAML cannot hold; it is left out "
+                f"of {str(config_yaml)!r}."
             )
         else:
             kept[name] = plain
