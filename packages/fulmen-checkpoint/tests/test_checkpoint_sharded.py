@@ -302,6 +302,10 @@ def alike():
     return module, optimizer
 """
 
+_END = """
+dist.destroy_process_group()  # or a thread of gloo's may be cut off while it ends its last collective, which aborts
+"""
+
 
 def _run(code: str, world: int, *arguments: str, env: dict[str, str] | None = None) -> list[str]:
     """Run ``code`` on ``world`` processes; returns what each printed."""
@@ -310,7 +314,7 @@ def _run(code: str, world: int, *arguments: str, env: dict[str, str] | None = No
         port = free.getsockname()[1]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", _RANKS + code, *arguments],
+            [sys.executable, "-W", "ignore", "-c", _RANKS + code + _END, *arguments],
             env={
                 **os.environ,
                 **(env or {}),
