@@ -68,6 +68,13 @@ def export(session: nox.Session) -> None:
 
 
 @nox.session
+def downstream(session: nox.Session) -> None:
+    """Install libraries that build on Lightning, train each on Lightning and on fulmen, and compare. [-- NAME ...]."""
+    python = environment(session, "test")
+    session.run(python, "-m", "tools.downstream", *session.posargs)
+
+
+@nox.session
 def quantized(session: nox.Session) -> None:
     """Install torchao and bitsandbytes and test float8 and quantized precision on them, on the CPU."""
     python = environment(session, "test", "quantized", at=".nox/quantized")

@@ -1,0 +1,1 @@
+"""Published libraries that build on Lightning, run on Lightning and on fulmen, and compared."""
