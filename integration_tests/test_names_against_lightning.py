@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import runpy
 import subprocess
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import fulmen
 import fulmen_protocols.engine
 import fulmen_protocols.precision
 import fulmen_protocols.strategy
@@ -111,27 +113,49 @@ from lightning.fabric import seed_everything
 from lightning.fabric.plugins import MixedPrecision
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Trainer, __version__
 from lightning_fabric.loggers import CSVLogger
 
 assert lightning.Trainer is L.Trainer is pl.Trainer is pytorch_lightning.Trainer
 assert lightning.pytorch.callbacks.ModelCheckpoint is ModelCheckpoint
 SEEN_AT = "https://lightning.ai/docs"
+NOT_LIGHTNING = ["optuna.integration.pytorch_lightning", "ray.train.lightning.RayDDPStrategy", "runs/pytorch_lightning"]
+VERSIONS = {lightning.__version__, L.__version__, pl.__version__, pytorch_lightning.__version__, __version__}
 """
 
 
-def test_the_command_of_the_guide_moves_a_project(tmp_path: Path) -> None:
+def move(folder: Path) -> Path:
+    """Write BEFORE into a folder below, move all to fulmen as the guide says, and return the file."""
     guide = (Path(__file__).parents[1] / "docs" / "guides" / "from-lightning.md").read_text()
     [command] = [block for block in guide.split("```sh\n")[1:] if block.startswith("grep")]
-    moved, settings = tmp_path / "project" / "train.py", tmp_path / "config.yaml"
+    moved = folder / "project" / "train.py"
     moved.parent.mkdir()
     moved.write_text(BEFORE)
+    subprocess.run(["bash", "-c", command.partition("```")[0]], cwd=folder, check=True)
+    return moved
+
+
+def test_the_command_of_the_guide_moves_a_project(tmp_path: Path) -> None:
+    settings = tmp_path / "config.yaml"
     settings.write_text("class_path: lightning.pytorch.callbacks.Timer\n")
 
-    subprocess.run(["bash", "-c", command.partition("```")[0]], cwd=tmp_path, check=True)
+    moved = move(tmp_path)
 
     assert settings.read_text() == "class_path: fulmen.callbacks.Timer\n"
     names = runpy.run_path(str(moved))
     assert names["L"].__name__ == names["fulmen"].__name__ == "fulmen"
     assert names["rank_zero_only"].__module__.startswith("fulmen")
     assert names["SEEN_AT"] == "https://lightning.ai/docs"
-    assert "lightning" not in moved.read_text().replace("https://lightning.ai/docs", "")
+    assert names["NOT_LIGHTNING"] == [
+        "optuna.integration.pytorch_lightning", "ray.train.lightning.RayDDPStrategy", "runs/pytorch_lightning",
+    ]  # fmt: skip
+    lines = [line for line in moved.read_text().splitlines() if not line.startswith(("SEEN_AT", "NOT_LIGHTNING"))]
+    assert "lightning" not in "\n".join(lines).replace("__lightning_version__", "")
+
+
+def test_code_that_asks_for_lightnings_version_takes_the_same_branch_after_the_move(tmp_path: Path) -> None:
+    [version] = runpy.run_path(str(move(tmp_path)))["VERSIONS"]
+    theirs = importlib.import_module("lightning").__version__
+
+    assert version.split(".")[:2] == theirs.split(".")[:2]
+    assert fulmen.__version__ == importlib.metadata.version("fulmen")
