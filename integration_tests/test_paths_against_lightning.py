@@ -49,7 +49,6 @@ REFUSED = {
 }  # fmt: skip
 
 GONE = {
-    "accelerators": {"ACCELERATOR_REGISTRY", "AcceleratorRegistry"},
     "accelerators.cpu": {"get_cpu_stats"},
     "accelerators.mps": {"get_device_stats"},
     "callbacks.progress.rich_progress": {
@@ -68,7 +67,7 @@ GONE = {
     "plugins.environments.lightning": {"find_free_network_port"},
     "plugins.collectives.torch_collective": {"default_pg_timeout"},
     "profilers.pytorch": {"RegisterRecordFunction", "ScheduleWrapper"},
-    "strategies": {"ParallelStrategy", "STRATEGY_REGISTRY", "StrategyRegistry"},
+    "strategies": {"ParallelStrategy"},
     "strategies.deepspeed": {"remove_module_hooks"},
     "utilities.apply_func": {"convert_to_tensors"},
     "utilities.deepspeed": {"ds_checkpoint_dir"},
