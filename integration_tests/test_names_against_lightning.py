@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 import runpy
 import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -63,6 +66,46 @@ def test_a_public_name_of_lightning_is_at_the_same_place_here(place: str) -> Non
     assert theirs, "nothing was compared"
     missing = {name for name in theirs if not name.startswith("_") and name not in dir(ours)}
     assert missing <= GONE.get(place, set()), f"not in fulmen.{place}: {sorted(missing)}"
+
+
+MODULES_READ_AS_ATTRIBUTES = """
+import functools, importlib.util, json, sys
+import fulmen as pl
+
+for path in json.loads(sys.argv[1]):
+    try:
+        found = importlib.util.find_spec("fulmen." + path)
+    except ImportError:  # a module that is there to say that it is not
+        found = None
+    if found is not None:
+        try:
+            value = functools.reduce(getattr, path.split("."), pl)
+        except ImportError:
+            continue
+        assert value.__name__ == "fulmen." + path, value
+        print(path)
+"""
+
+
+def modules_below(package: Any) -> set[str]:
+    """Public modules that are there as attributes once Lightning is imported, by their paths."""
+    found: set[str] = set()
+    for name, value in vars(package).items():
+        if isinstance(value, ModuleType) and value.__name__ == f"{package.__name__}.{name}" and name[0] != "_":
+            found |= {value.__name__.removeprefix("lightning.pytorch."), *modules_below(value)}
+    return found
+
+
+def test_a_module_that_exists_can_be_read_as_an_attribute_without_importing_it_as_in_lightning() -> None:
+    paths = sorted(modules_below(importlib.import_module("lightning.pytorch")))
+    command = [sys.executable, "-c", MODULES_READ_AS_ATTRIBUTES, json.dumps(paths)]
+
+    read = subprocess.run(command, text=True, capture_output=True, check=False)
+
+    assert read.returncode == 0, read.stderr
+    assert {"callbacks.early_stopping", "utilities.warnings", "trainer.states", "core.mixins"} <= set(
+        read.stdout.split()
+    )
 
 
 def methods_of(classes: Iterable[Any]) -> set[str]:
@@ -122,6 +165,11 @@ SEEN_AT = "https://lightning.ai/docs"
 NOT_LIGHTNING = ["optuna.integration.pytorch_lightning", "ray.train.lightning.RayDDPStrategy", "runs/pytorch_lightning"]
 VERSIONS = {lightning.__version__, L.__version__, pl.__version__, pytorch_lightning.__version__, __version__}
 """
+OF_OTHERS = """
+from ray.tune.integration.pytorch_lightning import TuneReportCallback
+from optuna_integration.lightning import PyTorchLightningPruningCallback
+SEEN_AT = "https://lightning.ai/docs/pytorch/stable/api/lightning.pytorch.tuner.tuning.Tuner.html"
+"""
 
 
 def move(folder: Path) -> Path:
@@ -136,12 +184,14 @@ def move(folder: Path) -> Path:
 
 
 def test_the_command_of_the_guide_moves_a_project(tmp_path: Path) -> None:
-    settings = tmp_path / "config.yaml"
+    settings, others = tmp_path / "config.yaml", tmp_path / "others.py"
+    others.write_text(OF_OTHERS)
     settings.write_text("class_path: lightning.pytorch.callbacks.Timer\n")
 
     moved = move(tmp_path)
 
     assert settings.read_text() == "class_path: fulmen.callbacks.Timer\n"
+    assert others.read_text() == OF_OTHERS, "another package's module, and an address"
     names = runpy.run_path(str(moved))
     assert names["L"].__name__ == names["fulmen"].__name__ == "fulmen"
     assert names["rank_zero_only"].__module__.startswith("fulmen")

@@ -9,7 +9,7 @@ second run on Lightning repeats to. Ends with a table in Markdown.
 
 from __future__ import annotations
 
-import importlib
+import ast
 import json
 import os
 import shutil
@@ -29,7 +29,6 @@ from tools.workspace import CONSTRAINTS, ROOT, requirement_name
 
 HOME = ROOT / ".nox" / "downstream"
 CHILD = Path(__file__).with_name("child.py")
-LIGHTNING = ["lightning", "pytorch_lightning", "lightning_fabric"]
 KEPT = {"torch", "torchvision"}
 """What keeps its version even for a library that needs others than the development environment's."""
 PROJECTS = sorted(file.stem for file in Path(projects.__path__[0]).glob("[a-z]*.py"))
@@ -108,14 +107,24 @@ def moved(python: Path, name: str, packages: list[str]) -> Path:
     return folder
 
 
-def run(python: Path, name: str, kind: str, script: Path, path: Path | None, hidden: list[str]) -> dict[str, Any]:
-    """Run a project's script in a folder of its own and return what the child wrote."""
+def run(python: Path, name: str, kind: str, script: Path, path: Path | None, others: list[str]) -> dict[str, Any]:
+    """Run a project's script in a folder of its own and return what the child wrote.
+
+    With ``path``, the folder of what was moved, only the ``others`` can import Lightning.
+    """
     folder = HOME / name / kind
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(path) if path else "", "PYTHONHASHSEED": "0"}
     result = folder / "result.json"
-    command = [str(python), "-P", str(CHILD), str(script), str(result), *hidden]
+    command = [
+        str(python),
+        "-P",
+        str(CHILD),
+        str(script),
+        str(result),
+        *(["--hide-lightning", *others] if path else []),
+    ]
     done = subprocess.run(
         command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
     )
@@ -126,18 +135,26 @@ def run(python: Path, name: str, kind: str, script: Path, path: Path | None, hid
     return found
 
 
+def constants(script: Path) -> dict[str, Any]:
+    """The literals that a script assigns to names in capitals; it is not run, for it may import what it needs."""
+    assigned = [node for node in ast.parse(script.read_text(encoding="utf-8")).body if isinstance(node, ast.Assign)]
+    names = {node.targets[0].id: node.value for node in assigned if isinstance(node.targets[0], ast.Name)}
+    wanted = ("REQUIRES", "PACKAGES", "OTHERS", "WHAT")
+    return {name: ast.literal_eval(value) for name, value in names.items() if name in wanted}
+
+
 def check(name: str) -> Row:
     """Take one project through both runs."""
-    project = importlib.import_module(f"tools.downstream.projects.{name}")
-    row = Row(name, what=project.WHAT)
     script = Path(projects.__path__[0]) / f"{name}.py"
+    project = constants(script)
+    row = Row(name, what=project["WHAT"])
     try:
-        python = ensure(name, project.REQUIRES)
-        row.version = installed_version(python, project.REQUIRES[0])
-        overlay = moved(python, name, project.PACKAGES)
+        python = ensure(name, project["REQUIRES"])
+        row.version = installed_version(python, project["REQUIRES"][0])
+        overlay = moved(python, name, project["PACKAGES"])
         theirs = run(python, name, "lightning", script, None, [])
         row.seconds["lightning"] = theirs["seconds"]
-        ours = run(python, name, "fulmen", overlay / "project_script.py", overlay, LIGHTNING)
+        ours = run(python, name, "fulmen", overlay / "project_script.py", overlay, project.get("OTHERS", []))
         row.seconds["fulmen"] = ours["seconds"]
         row.refused = compare.refusals(ours["returned"])
         apart = compare.differences(theirs["returned"], ours["returned"])

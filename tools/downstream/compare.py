@@ -28,7 +28,7 @@ def distance(one: object, other: object) -> float:
     """How far two plain values are apart: 0 if they are the same, infinite where one of them is no number."""
     numbers = [float(value) for value in (one, other) if isinstance(value, int | float)]
     if len(numbers) < 2 or not all(map(math.isfinite, numbers)):
-        same = one == other or all(map(math.isnan, numbers)) and len(numbers) == 2
+        same = one == other or (len(numbers) == 2 and all(map(math.isnan, numbers)))
         return 0.0 if same else math.inf
     return abs(numbers[0] - numbers[1]) / max(1.0, *map(abs, numbers))
 

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from fulmen import core as core
     from fulmen import demos as demos
     from fulmen import loggers as loggers
+    from fulmen import overrides as overrides
     from fulmen import plugins as plugins
     from fulmen import profilers as profilers
     from fulmen import serve as serve
     from fulmen import strategies as strategies
+    from fulmen import trainer as trainer
     from fulmen import tuner as tuner
     from fulmen import utilities as utilities
     from fulmen.callbacks.callback import Callback as Callback
@@ -56,10 +58,12 @@ _MODULES = frozenset(
         "core",
         "demos",
         "loggers",
+        "overrides",
         "plugins",
         "profilers",
         "serve",
         "strategies",
+        "trainer",
         "tuner",
         "utilities",
     }
@@ -87,6 +91,8 @@ if not TYPE_CHECKING:  # a type checker would take every misspelt name for one t
             from fulmen._checkpoint_layout import LIGHTNING_VERSION
 
             return LIGHTNING_VERSION
+        if name == "loops":  # which says what to do instead
+            return import_module("fulmen.loops")
         raise AttributeError(f"module 'fulmen' has no attribute {name!r}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from fulmen_protocols import MissingPackage
@@ -10,7 +11,7 @@ from fulmen_protocols import MissingPackage
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["elsewhere", "no_module", "not_here"]
+__all__ = ["elsewhere", "no_module", "submodule"]
 
 _GUIDE = "docs/guides/write-a-strategy.md"
 _CONNECTORS = "what is read of Lightning's connectors has a public name on the Trainer"
@@ -40,15 +41,23 @@ _MODULES = {
 """Modules of Lightning without a counterpart, and what to do instead."""
 
 
-def not_here(module: str, name: str, refused: Mapping[str, str]) -> Exception:
-    """What a module's ``__getattr__`` raises for ``name``, with what ``refused`` says of it.
+def submodule(module: str, name: str, refused: Mapping[str, str] | None = None) -> object:
+    """The module ``name`` of a package, imported now, for ``module``'s ``__getattr__``.
 
-    That is an ImportError where something is said: ``from module import name`` replaces an AttributeError by its own,
-    and its reader would not learn the reason.
+    Importing Lightning imports all of its modules, so that programs write ``pl.callbacks.early_stopping.EarlyStopping``
+    without importing them; ours are imported when they are named.
+
+    Raises:
+        AttributeError: there is no such module.
+        ImportError: ``refused`` says why there is none, and ``from module import name`` would replace an AttributeError
+            by its own, whose reader would not learn the reason; or the module itself says so.
     """
-    if name in refused:
-        return ImportError(f"{module} has no {name}: {refused[name]}.", name=module)
-    return AttributeError(f"module {module!r} has no attribute {name!r}")
+    if refused and name in refused:
+        raise ImportError(f"{module} has no {name}: {refused[name]}.", name=module)
+    path = f"{module}.{name}"
+    if name.startswith("_") or find_spec(path) is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return import_module(path)
 
 
 def no_module(module: str) -> ImportError:
@@ -58,14 +67,14 @@ def no_module(module: str) -> ImportError:
 
 
 def elsewhere(module: str, name: str, homes: Mapping[str, str], refused: Mapping[str, str]) -> object:
-    """``name`` of the package that ``homes`` names for it, for ``module``'s ``__getattr__``.
+    """``name`` of the package that ``homes`` names for it, or a module of that name; for ``module``'s ``__getattr__``.
 
     Raises:
-        AttributeError, ImportError: it is none of them; see ``not_here``.
+        AttributeError, ImportError: it is none of them; see ``submodule``.
         MissingPackage: that package is not installed.
     """
     if name not in homes:
-        raise not_here(module, name, refused)
+        return submodule(module, name, refused)
     home = homes[name]
     try:
         package = import_module(home)

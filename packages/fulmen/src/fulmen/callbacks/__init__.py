@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fulmen._not_here import submodule
+
 if TYPE_CHECKING:
     from fulmen.callbacks.batch_size_finder import BatchSizeFinder as BatchSizeFinder
     from fulmen.callbacks.callback import Callback as Callback
@@ -117,7 +119,7 @@ if not TYPE_CHECKING:  # a type checker would take every misspelt name for one t
             value: object = getattr(import_module(f"fulmen.callbacks.{_HOME[name]}"), name)
             globals()[name] = value
             return value
-        raise AttributeError(f"module 'fulmen.callbacks' has no attribute {name!r}")
+        return submodule("fulmen.callbacks", name)
 
 
 def __dir__() -> list[str]:

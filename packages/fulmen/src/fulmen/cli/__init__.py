@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fulmen._not_here import submodule
+
 if TYPE_CHECKING:
     from fulmen._instantiator import instantiate_module as instantiate_module
     from fulmen.cli.lightning_cli import LightningCLI as LightningCLI
@@ -61,7 +63,7 @@ if not TYPE_CHECKING:  # a type checker would take every misspelt name for one t
             value: object = getattr(import_module(_HOME[name]), name)
             globals()[name] = value
             return value
-        raise AttributeError(f"module 'fulmen.cli' has no attribute {name!r}")
+        return submodule("fulmen.cli", name)
 
 
 def __dir__() -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fulmen._not_here import submodule
+
 if TYPE_CHECKING:
     from fulmen.demos.boring_classes import BoringDataModule as BoringDataModule
     from fulmen.demos.boring_classes import BoringModel as BoringModel
@@ -49,7 +51,7 @@ if not TYPE_CHECKING:  # a type checker would take every misspelt name for one t
             value: object = getattr(import_module(f"fulmen.demos.{_HOME[name]}"), name)
             globals()[name] = value
             return value
-        raise AttributeError(f"module 'fulmen.demos' has no attribute {name!r}")
+        return submodule("fulmen.demos", name)
 
 
 def __dir__() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fulmen._not_here import not_here
+from fulmen._not_here import submodule
 
 if TYPE_CHECKING:
     from fulmen._silent import DummyLogger as DummyLogger
@@ -53,7 +53,7 @@ if not TYPE_CHECKING:  # a type checker would take every misspelt name for one t
             value: object = getattr(import_module(_HOME[name]), name)
             globals()[name] = value
             return value
-        raise not_here("fulmen.loggers", name, _REFUSED)
+        return submodule("fulmen.loggers", name, _REFUSED)
 
 
 def __dir__() -> list[str]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fulmen._not_here import submodule
+
 if TYPE_CHECKING:
     from fulmen.profilers.advanced import AdvancedProfiler as AdvancedProfiler
     from fulmen.profilers.base import PassThroughProfiler as PassThroughProfiler
@@ -43,7 +45,7 @@ if not TYPE_CHECKING:  # a type checker would take every misspelt name for one t
             value: object = getattr(import_module(f"fulmen.profilers.{_HOME[name]}"), name)
             globals()[name] = value
             return value
-        raise AttributeError(f"module 'fulmen.profilers' has no attribute {name!r}")
+        return submodule("fulmen.profilers", name)
 
 
 def __dir__() -> list[str]:

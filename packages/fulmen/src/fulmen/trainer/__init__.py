@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fulmen._not_here import submodule
+
 if TYPE_CHECKING:
     from fulmen.trainer.trainer import Trainer as Trainer
     from fulmen_fabric import seed_everything as seed_everything
@@ -17,7 +19,7 @@ if not TYPE_CHECKING:  # a type checker would take every misspelt name for one t
     # When it is named: the command line reads the source of fulmen.trainer.trainer without importing torch.
     def __getattr__(name: str) -> object:
         if name not in _HOME:
-            raise AttributeError(f"module 'fulmen.trainer' has no attribute {name!r}")
+            return submodule("fulmen.trainer", name)
         from importlib import import_module
 
         value: object = getattr(import_module(_HOME[name]), name)

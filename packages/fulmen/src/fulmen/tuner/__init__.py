@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fulmen._not_here import submodule
+
 if TYPE_CHECKING:
     from fulmen.tuner.tuning import Tuner as Tuner
 
@@ -19,7 +21,7 @@ if not TYPE_CHECKING:  # a type checker would take every misspelt name for one t
             value: object = import_module("fulmen.tuner.tuning").Tuner
             globals()[name] = value
             return value
-        raise AttributeError(f"module 'fulmen.tuner' has no attribute {name!r}")
+        return submodule("fulmen.tuner", name)
 
 
 def __dir__() -> list[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fulmen._not_here import submodule
+
 if TYPE_CHECKING:
     from fulmen.hparams import AttributeDict as AttributeDict
     from fulmen.utilities.distributed import is_shared_filesystem as is_shared_filesystem
@@ -83,7 +85,7 @@ if not TYPE_CHECKING:  # a type checker would take every misspelt name for one t
             value: object = getattr(import_module(_HOME[name]), name)
             globals()[name] = value
             return value
-        raise AttributeError(f"module 'fulmen.utilities' has no attribute {name!r}")
+        return submodule("fulmen.utilities", name)
 
 
 def __dir__() -> list[str]:
