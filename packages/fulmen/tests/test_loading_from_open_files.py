@@ -1,4 +1,4 @@
-"""``load_from_checkpoint`` takes an open file where a path would do, as libraries that change a checkpoint first use it."""
+"""``load_from_checkpoint`` takes an open file where a path would do: some libraries change a checkpoint in memory."""
 
 from __future__ import annotations
 
