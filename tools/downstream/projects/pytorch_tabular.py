@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def main() -> dict[str, object]:
     from pytorch_tabular.models import CategoryEmbeddingModelConfig, FTTransformerConfig
     from pytorch_tabular.models.common.heads import LinearHeadConfig
 
+    # Lightning's learning rate search cannot load the checkpoint that it saves, with OmegaConf in it, without it.
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     train, held_out = table(0), table(1)
     found: dict[str, object] = {}
 
