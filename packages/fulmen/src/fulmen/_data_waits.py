@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,12 +12,12 @@ import torch
 from fulmen.data_wait import DataWait
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
-__all__ = ["LATE_S", "DataWaits"]
+__all__ = ["DataWaits", "Spent"]
 
-LATE_S = 0.001
-"""A batch that comes later than this is looked at; on a GPU that costs two events."""
+_LATE_S = 0.001
+"""A GPU is asked about batches that come later than this."""
 
 _TIMED = frozenset({"cuda", "xpu", "mps"})
 """Kinds of devices whose events know the time."""
@@ -24,8 +25,17 @@ _TIMED = frozenset({"cuda", "xpu", "mps"})
 T = TypeVar("T")
 
 
+class Spent:
+    """Seconds of the host, added to by who measures them."""
+
+    __slots__ = ("s",)
+
+    def __init__(self) -> None:
+        self.s = 0.0
+
+
 class DataWaits:
-    """The waits of one fit. Who draws batches asks the clock before and after, and reports here.
+    """The waits of one fit.
 
     Args:
         device: whose time is wasted. The CPU waits while the host does. Another one has work queued meanwhile: a mark
@@ -35,24 +45,24 @@ class DataWaits:
 
     def __init__(self, device: torch.device) -> None:
         self._idle = _IdleTime(device) if device.type in _TIMED else None
-        self.is_known = device.type == "cpu" or self._idle is not None
-        """Whether it can be told: the queues of some devices cannot be asked."""
-        self.mark = None if self._idle is None else self._idle.begin
-        """To be called before each batch is asked for; None: nothing is to be called."""
-        self.short_s = 0.0
-        """Waits of the host of at most ``LATE_S`` each; added to by those who measure them."""
-        self.first_index = 0
-        """Index of the batch that is the first of the running epoch."""
+        self._is_known = device.type == "cpu" or self._idle is not None  # some queues cannot be asked
+        self.first = Spent()
+        """Until the first batches of epochs came, the starts of their iterators included."""
+        self.rest = Spent()
+        """Until the other batches came."""
         self.validation_s = 0.0
         """Of the training's time; added to by the validation."""
         self.num_workers: int | None = None
-        self._late_s = self._late_first_s = 0.0  # the host's
-        self._idle_s = self._idle_first_s = 0.0  # the device's
+        self._idle_first_s = self._idle_rest_s = 0.0
         self._epochs = 0
-        self._epoch_began = 0.0
         self._began: float | None = None
         self._ended: float | None = None
         self._batches_before = 0
+
+    @property
+    def looks_at_the_host_alone(self) -> bool:
+        """Whether it is enough to add to ``first`` and ``rest``; else batches must be drawn through ``over``."""
+        return self._idle is None
 
     def begin(self, total_batches: int) -> None:
         """Training begins, in a run that has so many batches behind it."""
@@ -63,67 +73,53 @@ class DataWaits:
         if self._ended is None:
             self._ended = perf_counter()
 
-    def late(self, waited_s: float, index: int) -> None:
-        """The host has waited more than ``LATE_S`` for the batch ``index``."""
-        is_first = index == self.first_index
-        if is_first:
-            self._late_first_s += waited_s
-        else:
-            self._late_s += waited_s
-        if self._idle is not None:
-            self._idle.end(is_first)
-            self._read()
-
-    def begin_epoch(self, index: int) -> None:
-        """The iterator of an epoch, and with it its workers, are started; its first batch is ``index``."""
+    @contextmanager
+    def starting(self) -> Generator[None, None, None]:
+        """Within the block the iterator of an epoch, and with it its workers, are started."""
         self._epochs += 1
-        self.first_index = index
-        if self.mark is not None:
-            self.mark()
-        self._epoch_began = perf_counter()
+        began = self._begin_wait()
+        yield
+        self._end_wait(began, self.first)
 
-    def epoch_has_begun(self) -> None:
-        """They are."""
-        started_s = perf_counter() - self._epoch_began
-        if started_s > LATE_S:
-            self.late(started_s, self.first_index)
-        else:
-            self.short_s += started_s
-
-    def over(self, iterator: Iterator[T], index: int) -> Iterator[T]:
-        """The batches of ``iterator`` from ``index`` on, each measured; for whom does not measure by himself."""
-        mark = self.mark
+    def over(self, iterator: Iterator[T]) -> Iterator[T]:
+        """The batches of an epoch, each measured; for who does not measure by himself."""
+        spent = self.first
         while True:
-            if mark is not None:
-                mark()
-            began = perf_counter()
+            began = self._begin_wait()
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
-            waited_s = perf_counter() - began
-            if waited_s > LATE_S:
-                self.late(waited_s, index)
-            else:
-                self.short_s += waited_s
-            index += 1
+            self._end_wait(began, spent)
+            spent = self.rest
             yield batch
+
+    def _begin_wait(self) -> float:
+        if self._idle is not None:
+            self._idle.begin()
+        return perf_counter()
+
+    def _end_wait(self, began: float, spent: Spent) -> None:
+        waited_s = perf_counter() - began
+        spent.s += waited_s
+        if self._idle is not None and waited_s > _LATE_S:
+            self._idle.end(spent is self.first)
+            self._read()
 
     def figures(self, total_batches: int) -> DataWait | None:
         """What there is to say after so many batches; None before training, and where nobody can tell."""
-        if self._began is None or not self.is_known:
+        if self._began is None or not self._is_known:
             return None
-        self._read()
-        ended = perf_counter() if self._ended is None else self._ended
-        first_s, rest_s = self._late_first_s, self._late_s + self.short_s
-        fetching_s = rest_s
+        first_s, rest_s = self.first.s, self.rest.s
         if self._idle is not None:
-            first_s, rest_s = self._idle_first_s, self._idle_s
+            self._read()
+            first_s, rest_s = self._idle_first_s, self._idle_rest_s
+        ended = perf_counter() if self._ended is None else self._ended
         return DataWait(
             training_s=ended - self._began - self.validation_s,
             waited_s=first_s + rest_s,
             first_s=first_s,
-            fetching_s=fetching_s,
+            fetching_s=self.rest.s,
             batches=total_batches - self._batches_before,
             epochs=self._epochs,
             num_workers=self.num_workers,
@@ -135,7 +131,7 @@ class DataWaits:
                 if is_first:
                     self._idle_first_s += idle_s
                 else:
-                    self._idle_s += idle_s
+                    self._idle_rest_s += idle_s
 
 
 class _IdleTime:

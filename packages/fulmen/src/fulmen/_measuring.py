@@ -52,7 +52,9 @@ class Measuring:
 
     def __init__(self, profiler: Profiler | None = None, strategy: object = None) -> None:
         self._profiler = None if type(profiler) is PassThroughProfiler else profiler
-        self._parts = self._profiler if supports(self._profiler, SupportsRunParts) else None
+        self._parts: SupportsRunParts | None = None
+        if profiler is not None and supports(profiler, SupportsRunParts):
+            self._parts = profiler
         self._strategy = type(strategy).__name__
         self._open: list[str] = []
 
