@@ -207,6 +207,15 @@ def test_workers_that_start_again_and_again_are_to_be_kept() -> None:
         assert said.endswith("Let the data set do less before it gives its first sample.")
 
 
+def test_of_epochs_that_are_over_before_workers_are_busy_no_number_is_said() -> None:
+    wait = DataWait(100.0, 70.0, 10.0, 60.0, batches=40, epochs=10, num_workers=4)
+
+    assert text(wait) == (
+        "training waited for data during 70% of 100 s; the loader has num_workers=4, and epochs are too short to say how "
+        "many would do."
+    )
+
+
 def test_of_a_loader_without_workers_of_ours_no_number_is_said() -> None:
     wait = DataWait(100.0, 70.0, 1.0, 69.0, batches=300, epochs=1, num_workers=None)
 

@@ -135,7 +135,7 @@ class DataWaits:
 
 
 class _IdleTime:
-    """How long a device's queue was empty between two moments of the host, as the device's own clock has it."""
+    """How long the current stream was empty between two moments of the host, as the device's own clock has it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
