@@ -15,6 +15,7 @@ NAMES = (
     "memory",
     "instructions",
     "gpu_overhead",
+    "host_time",
     "deepspeed",
     "float8",
     "scaling",
