@@ -15,7 +15,7 @@ NAMES = (
     "memory",
     "instructions",
     "gpu_overhead",
-    "host_time",
+    "paired",
     "deepspeed",
     "float8",
     "scaling",
