@@ -19,7 +19,7 @@ __all__ = ["DataWaits", "Spent"]
 _LATE_S = 0.001
 """A GPU is asked about batches that come later than this."""
 
-_TIMED = frozenset({"cuda", "xpu", "mps"})
+_TIMED = frozenset({"cuda", "xpu"})
 """Kinds of devices whose events know the time."""
 
 T = TypeVar("T")
