@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from fulmen.optimizer import LRSchedulerConfig
     from fulmen.resume import Resume
     from fulmen.states import TrainerFn
-    from fulmen_fabric import Assembly, World
+    from fulmen_fabric import Assembly, LossWeights, World
     from fulmen_fabric.seed import RNGState
     from fulmen_fabric.steps import Gradients
 
@@ -78,6 +78,8 @@ class Session:
     eval_loaders: dict[str, EvalLoaders] = field(default_factory=dict[str, "EvalLoaders"])
     manual: ManualOptimization | None = None
     gradients: Gradients | None = None
+    loss_weights: LossWeights | None = None
+    """Where losses are sums with a weight beside them."""
     batch_norms: dict[str, nn.Module] = field(default_factory=dict[str, "nn.Module"])
     """The user's layers that ``sync_batchnorm`` has replaced, by name."""
     is_layer_synced: bool = False

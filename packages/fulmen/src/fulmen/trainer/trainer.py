@@ -53,7 +53,7 @@ from fulmen.runlog._settings import LogDelivery
 from fulmen.settings import BatchLimit, Interval, Settings
 from fulmen.states import TrainerFn, TrainerState, TrainerStatus
 from fulmen.strategy_facade import StrategyFacade
-from fulmen_fabric import Assembly, World, assemble, rank_zero_info, rank_zero_warn
+from fulmen_fabric import Assembly, LossWeights, World, assemble, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     import os
@@ -77,6 +77,10 @@ class Trainer(TrainerActions):
     With ``accumulate_grad_batches=n`` the loss of every batch is divided by n and the optimizer steps after every n-th
     batch and after the last batch of an epoch. So each sample weighs the same in every update of the run, and the
     update of a last, shorter window is smaller in proportion; no batch is dropped, none is carried into the next epoch.
+
+    With ``loss_weighting="weights"`` ``training_step`` returns ``{"loss": <a sum>, "weight": <over how many>}``, and a
+    step's gradient is that of all sums of its window, on all ranks, over all their weights: the mean over its tokens,
+    whatever micro-batches, ranks and padding they are spread over.
     """
 
     @defaults_from_environment
@@ -109,6 +113,7 @@ class Trainer(TrainerActions):
         enable_progress_bar: bool | None = None,
         enable_model_summary: bool | None = None,
         accumulate_grad_batches: int = 1,
+        loss_weighting: Literal["mean", "weights"] | None = None,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
         deterministic: bool | Literal["warn"] | None = None,
@@ -149,6 +154,7 @@ class Trainer(TrainerActions):
                 enable_progress_bar=enable_progress_bar,
                 enable_model_summary=enable_model_summary,
                 accumulate_grad_batches=accumulate_grad_batches,
+                loss_weighting=loss_weighting,
                 gradient_clip_val=gradient_clip_val,
                 gradient_clip_algorithm=gradient_clip_algorithm,
                 deterministic=deterministic,
@@ -182,6 +188,7 @@ class Trainer(TrainerActions):
         with _verify.collected(wrong):
             _verify.vendors_flags(model_registry, suggest_integrations)
         _verify.raise_all(wrong)
+        _verify.loss_weighting(self.assembly, self.settings)
         _foreign_methods.check_backends(self.assembly)
         self._begin_life(given, logger)
         rank_zero_info(first_line(self.assembly))
@@ -460,6 +467,8 @@ class Trainer(TrainerActions):
             if not _checkpointing.is_sharded(session):
                 _checkpointing.restore_modules_and_callbacks(self, session, checkpoint)
         _preparation.place(session)
+        if fn is TrainerFn.FITTING and self.settings.loss_weighting == "weights":
+            session.loss_weights = LossWeights(self.world.collectives)
         self.strategy.model = session.placed
         if checkpoint is not None and _checkpointing.is_sharded(session):  # no rank may have had room for the whole
             _checkpointing.restore_modules_and_callbacks(self, session, checkpoint)

@@ -1,0 +1,97 @@
+"""The same global batch gives the same update: summed losses with their weights, split in every way, against one batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+
+from integration_tests.weighted_script import PADDED, SHARED, Case, cases, reference, strategies
+
+SCRIPT = Path(__file__).with_name("weighted_script.py")
+OF_WORLD = [(world, name) for world in (1, 2) for name in strategies(world)]
+
+
+@cache
+def ranks(world: int) -> list[dict[str, Any]]:
+    with TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), str(world), folder],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        return [torch.load(Path(folder, f"{world}-{rank}.pt"), weights_only=True) for rank in range(world)]
+
+
+def assert_trained_as(found: dict[str, Any], expected: dict[str, Any], *, precision: str = "64-true") -> None:
+    tolerance = 1e-12 if precision == "64-true" else 1e-6
+    assert found["steps"] == expected["steps"]
+    for what in ("gradients", "weights"):
+        torch.testing.assert_close(found[what], expected[what], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("world", "strategy"), OF_WORLD)
+def test_any_split_of_a_global_batch_gives_the_gradient_of_one_process_that_has_it_at_once(
+    world: int, strategy: str
+) -> None:
+    for label, case in cases(world).items():
+        expected = reference(case)
+        for found in ranks(world):
+            assert_trained_as(found[f"{label}, {strategy}"], expected, precision=case.precision)
+
+
+def test_the_cases_tell_a_mean_of_means_from_the_mean() -> None:
+    """Else the test above would prove nothing: micro-batches differ in their tokens, and some are empty."""
+    for world in (1, 2):
+        for case in cases(world).values():
+            tokens = [int((targets != PADDED).sum()) for window in case.windows for _, targets in window]
+            assert len(set(tokens)) > 1, case
+        counts = [int((targets != PADDED).sum()) for case in cases(world).values() for own in case.batches
+                  for _, targets in own]  # fmt: skip
+        assert 0 in counts
+
+
+@pytest.mark.parametrize(("world", "strategy"), OF_WORLD)
+def test_a_window_of_nothing_but_padding_has_the_gradient_zero(world: int, strategy: str) -> None:
+    for label in ("empty", "empty at first"):
+        tokens = [sum(int((targets != PADDED).sum()) for _, targets in window) for window in cases(world)[label].windows]
+        assert 0 in tokens
+        assert any(tokens)
+        for found in ranks(world):
+            result = found[f"{label}, {strategy}"]
+            assert result["weights"].isfinite().all()
+            assert [bool(each.any()) for each in result["gradients"]] == [count > 0 for count in tokens]
+
+
+@pytest.mark.parametrize(("world", "strategy"), OF_WORLD)
+def test_a_run_resumed_inside_a_window_ends_with_the_bits_of_one_that_was_not_interrupted(
+    world: int, strategy: str
+) -> None:
+    for found in ranks(world):
+        runs = found["resumed"][strategy]
+        for batch, weights in runs["later"].items():
+            assert torch.equal(weights, runs["whole"]), f"resumed after batch {batch}"
+
+
+def test_ranks_that_share_their_data_count_it_once() -> None:
+    alone = Case(SHARED.seed, 2, SHARED.accumulate, SHARED.rounds)
+    alone.batches = alone.batches[:1]
+    for found in ranks(2):
+        assert_trained_as(found["tensor parallel"], reference(alone))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_loop_of_ones_own_gets_the_same_gradients(world: int) -> None:
+    for found in ranks(world):
+        assert_trained_as(found["fabric"], reference(cases(world)["tail"]))
