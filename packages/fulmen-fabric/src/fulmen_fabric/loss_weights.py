@@ -219,10 +219,9 @@ def _loss_and_weight(output: object) -> tuple[Tensor, Tensor | float]:
         loss, weight = outputs.get("loss"), outputs.get("weight")
         if isinstance(loss, Tensor) and isinstance(weight, (Tensor, int, float)):
             return loss, weight
-        if "loss" in outputs and not isinstance(loss, Tensor):
-            found = f"'loss' of type {type(loss).__name__}"
-        elif "weight" in outputs:
-            found = f"'weight' of type {type(weight).__name__}"
+        if {"loss", "weight"} <= outputs.keys():
+            name, value = ("weight", weight) if isinstance(loss, Tensor) else ("loss", loss)
+            found = f"{name!r} of type {type(value).__name__}"
     raise MisconfigurationException(
         "loss_weighting='weights' takes each loss as a sum, with 'weight' beside it: over how many tokens (or samples) "
         f"it is summed, as a tensor of shape () or a number. training_step returned {found}. Return for example\n"
