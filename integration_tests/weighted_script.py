@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
@@ -107,8 +108,11 @@ class Counted(Model):
 class TensorParallel(Model):
     def configure_model(self) -> None:
         if not isinstance(next(self.net[1].parameters()), DTensor):  # type: ignore[index]
-            plan = {"1": ColwiseParallel(), "3": RowwiseParallel()}
-            parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)  # type: ignore[index, arg-type]
+            mesh: Any = self.device_mesh
+            plan: Any = {"1": ColwiseParallel(), "3": RowwiseParallel()}
+            parallelize_module(self.net, mesh["tensor_parallel"], plan)
+            if mesh["data_parallel"].size() > 1:
+                fully_shard(self.net, mesh=mesh["data_parallel"])
 
 
 def flat(tensors: Any) -> Tensor:
@@ -132,13 +136,16 @@ def trained(strategy: Any, case: Case, kind: type[Model] = Model, ckpt_path: Any
     run = trainer(strategy, case, **options)
 
     def train_dataloader() -> Any:
-        shares = kind is TensorParallel
-        own: Any = case.batches[0 if shares else model.global_rank]  # torch takes any sequence for a data set
+        own: Any = case.batches[run.world.data_parallel_rank]  # torch takes any sequence for a data set
         return DataLoader(own, batch_size=None)
 
     model.train_dataloader = train_dataloader  # type: ignore[method-assign]  # replaced on purpose
     run.fit(model, ckpt_path=ckpt_path)
-    return {"gradients": torch.stack(model.gradients), "weights": flat(model.net.parameters()), "steps": run.global_step}
+    return {
+        "gradients": torch.stack(model.gradients),
+        "weights": flat(model.net.parameters()),
+        "steps": run.global_step,
+    }
 
 
 def reference(case: Case) -> dict[str, Any]:
@@ -185,8 +192,13 @@ def _fsdp(**options: Any) -> FSDPStrategy:
     return FSDPStrategy(auto_wrap_policy={nn.Linear}, **options)
 
 
-SHARED = Case(40, 2, accumulate=2, rounds=5)
-"""For two ranks that both train on the first one's micro-batches."""
+def on_a_mesh(parts: int) -> Case:
+    """For ``parts`` pairs of ranks, of which each trains on the same micro-batches."""
+    return Case(40, parts, accumulate=2, rounds=5)
+
+
+HALF = {"ddp": ("16-mixed", "bf16-mixed"), "fsdp": ("16-mixed", "bf16-mixed", "bf16-true")}
+"""Precisions of which the first gradients are looked at."""
 
 
 class Saves(Callback):
@@ -211,9 +223,7 @@ def resumed(folder: Path, world: int) -> dict[str, Any]:
 
 def by_fabric(case: Case) -> dict[str, Any]:
     """A loop of one's own."""
-    run: Any = fulmen.Fabric(
-        accelerator="cpu", devices=case.world, strategy="ddp" if case.world > 1 else "auto"
-    )
+    run: Any = fulmen.Fabric(accelerator="cpu", devices=case.world, strategy="ddp" if case.world > 1 else "auto")
     run.launch()
     net = network().double()
     model, optimizer = run.setup(net, torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9))
@@ -232,16 +242,27 @@ def by_fabric(case: Case) -> dict[str, Any]:
     return {"gradients": torch.stack(gradients), "weights": flat(net.parameters()), "steps": len(gradients)}
 
 
+def on_pairs(parts: int) -> dict[str, Any]:
+    strategy = ModelParallelStrategy(data_parallel_size=parts, tensor_parallel_size=2)
+    return trained(strategy, on_a_mesh(parts), TensorParallel, devices=2 * parts)  # type: ignore[no-any-return]  # of Any, on purpose
+
+
 def main(world: int, folder: Path) -> None:
     found: dict[str, Any] = {}
+    if world == 4:
+        torch.save({"mesh": on_pairs(2)}, folder / f"4-{fulmen.utilities.rank_zero_only.rank}.pt")
+        return
     for name, strategy in strategies(world).items():
         for label, case in cases(world).items():
             found[f"{label}, {name}"] = trained(strategy(), case, Counted if case.seed % 2 else Model)
     found["resumed"] = resumed(folder, world)
     found["fabric"] = by_fabric(cases(world)["tail"])
     if world == 2:
-        parallel = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
-        found["tensor parallel"] = trained(parallel, SHARED, TensorParallel)
+        for name, precisions in HALF.items():
+            for precision in precisions:
+                case = Case(50, 2, accumulate=2, rounds=4, precision=precision)
+                found[f"{precision}, {name}"] = trained(strategies(2)[name](), case)
+        found["mesh"] = on_pairs(1)
     rank = fulmen.utilities.rank_zero_only.rank if world > 1 else 0
     torch.save(found, folder / f"{world}-{rank}.pt")
 

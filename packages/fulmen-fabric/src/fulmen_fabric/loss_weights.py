@@ -5,8 +5,8 @@ padded batch weighs more than one in a full batch. Here each loss is a sum ``s_i
 number of things summed, and one optimizer step has the gradient of ``sum(s_i) / sum(w_i)``, both sums over all
 micro-batches of the window and all ranks.
 
-Backward runs on ``s_i / u``, where ``u`` is a power of two near the weight of one rank's window, the same on every rank:
-what float16 has to hold is then as large as the gradient of a mean. The strategy averages gradients over the ``R`` ranks
+Backward runs on ``s_i / u``, where ``u`` is a power of two about as large as the weight of one rank's window, the same on
+every rank: what float16 has to hold is then as large as with means. The strategy averages gradients over the ``R`` ranks
 among which data are split, so before the step they are multiplied by ``u * R / sum(w_i)``. Ranks that share their data
 (tensor parallel) report the same weight; over all ranks ``R`` and the sum grow by the same factor, which cancels.
 """
@@ -48,7 +48,7 @@ class LossWeights:
 
     The Trainer does this with ``loss_weighting="weights"``. In a loop of one's own::
 
-        weights = LossWeights(fabric.strategy.collectives)
+        weights = LossWeights(fabric.strategy.collectives, window=4)
         for is_last, batch in window:
             with fabric.no_backward_sync(model, enabled=not is_last):
                 loss, tokens = model(batch)  # a sum, and over how many tokens
@@ -63,12 +63,16 @@ class LossWeights:
     Args:
         collectives: of the ranks, over which gradients must be averaged; None for one process.
         rounds: where ranks have unequal data; a borrowed batch has the weight 0.
+        window: batches of a window. A guess will do: it decides how large gradients are within the first one.
     """
 
-    def __init__(self, collectives: Collectives | None = None, *, rounds: UnevenRounds | None = None) -> None:
+    def __init__(
+        self, collectives: Collectives | None = None, *, rounds: UnevenRounds | None = None, window: int = 1
+    ) -> None:
         self._collectives: Collectives = LocalCollectives() if collectives is None else collectives
         self.rounds = rounds
-        """Settable between two batches."""
+        """Settable between two batches, as ``window`` is."""
+        self.window = window
         self._total: Tensor | None = None  # weight of this rank's open window, shape ()
         self._unit: Tensor | None = None  # shape (), equal on every rank
         self._sum: Callable[[], Tensor] | None = None  # waits for the total of all ranks
@@ -96,7 +100,7 @@ class LossWeights:
         if not self._is_borrowed:
             self._total.add_(value)
         if self._unit is None:
-            largest = self._collectives.all_reduce(self._total, "max")
+            largest = self._collectives.all_reduce(self._total, "max") * self.window
             self._unit = _power_of_two(largest, otherwise=torch.ones_like(largest))
         if is_last:
             self._sum = self._begin_sum()
@@ -252,8 +256,8 @@ def _number(weight: Tensor | float) -> Tensor | float:
 
 
 def _power_of_two(value: Tensor, *, otherwise: Tensor) -> Tensor:
-    """The largest power of two that is not above ``value``; ``otherwise`` where that is 0 or no number."""
-    power = torch.exp2(torch.floor(torch.log2(value)))
+    """The smallest power of two that is not below ``value``; ``otherwise`` where that is 0 or no number."""
+    power = torch.exp2(torch.ceil(torch.log2(value)))
     return torch.where((power > 0) & power.isfinite(), power, otherwise)
 
 

@@ -63,7 +63,7 @@ def compose_batch_steps(
     weights = session.loss_weights
     weigh = None if rounds is None else rounds.weigh
     if weights is not None:
-        weights.rounds, weigh = rounds, weights.weigh
+        weights.rounds, weights.window, weigh = rounds, accumulate, weights.weigh
     session.gradients = gradients = Gradients(strategy, session.assembly.precision, session.placed, weigh=weigh)
     backward_context: Callable[[Tensor], AbstractContextManager[object]] | None = None
     wrapper = None if session.placed is module else session.placed
