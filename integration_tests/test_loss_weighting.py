@@ -1,4 +1,4 @@
-"""The same global batch gives the same update: summed losses with their weights, split in every way, against one batch."""
+"""The same global batch gives the same update: losses with weights, split in every way, against one batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``LossWeights`` in a loop of one's own: what it leaves in gradients, what it keeps, what it reads, what it refuses."""
+"""``LossWeights`` in a loop of one's own: what it leaves in gradients, keeps, reads and refuses."""
 
 from __future__ import annotations
 

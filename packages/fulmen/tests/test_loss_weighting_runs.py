@@ -1,4 +1,4 @@
-"""``Trainer(loss_weighting="weights")`` in one process: hooks, precision, clipping, resume, logs, and what is refused."""
+"""``Trainer(loss_weighting="weights")`` in one process: hooks, precision, resume, logs, and what is refused."""
 
 from __future__ import annotations
 
@@ -416,7 +416,7 @@ def test_a_weight_that_is_no_number_of_things_is_refused(weight: Any, says: str)
 
 
 def test_an_unknown_weighting_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(MisconfigurationException, match="loss_weighting='sum' must be 'mean' .* or 'weights'"):
+    with pytest.raises(MisconfigurationException, match=r"loss_weighting='sum' must be 'mean' .* or 'weights'"):
         trainer(loss_weighting="sum")
 
 
@@ -461,5 +461,5 @@ def test_a_strategy_whose_engine_takes_the_step_is_refused_when_the_trainer_is_m
         def optimizer_step(self, optimizer: Any, module: Any, closure: Any = None) -> object:
             return optimizer.step(closure)
 
-    with pytest.raises(MisconfigurationException, match="loss_weighting='weights' cannot work with strategy=.*engine"):
+    with pytest.raises(MisconfigurationException, match=r"loss_weighting='weights' cannot work with strategy=.*engine"):
         trainer(strategy=Engine())

@@ -1,14 +1,15 @@
 """The same global batch gives the same update, however it is split into micro-batches and over ranks.
 
-A loss that is a mean over tokens, averaged again over micro-batches and ranks, is a mean of means: a token in a short or
-padded batch weighs more than one in a full batch. Here each loss is a sum ``s_i`` and comes with its weight ``w_i``, the
-number of things summed, and one optimizer step has the gradient of ``sum(s_i) / sum(w_i)``, both sums over all
+A loss that is a mean over tokens, averaged again over micro-batches and ranks, is a mean of means: a token in a short
+or padded batch weighs more than one in a full batch. Here each loss is a sum ``s_i`` and comes with its weight ``w_i``,
+the number of things summed. One optimizer step has the gradient of ``sum(s_i) / sum(w_i)``, both sums over all
 micro-batches of the window and all ranks.
 
-Backward runs on ``s_i / u``, where ``u`` is a power of two about as large as the weight of one rank's window, the same on
-every rank: what float16 has to hold is then as large as with means. The strategy averages gradients over the ``R`` ranks
-among which data are split, so before the step they are multiplied by ``u * R / sum(w_i)``. Ranks that share their data
-(tensor parallel) report the same weight; over all ranks ``R`` and the sum grow by the same factor, which cancels.
+Backward runs on ``s_i / u``, where ``u`` is a power of two about as large as the weight of one rank's window, the same
+on every rank: what float16 has to hold is then as large as with means. The strategy averages gradients over the ``R``
+ranks among which data are split, so before the step they are multiplied by ``u * R / sum(w_i)``. Ranks that share
+their data (tensor parallel) report the same weight; over all ranks ``R`` and the sum grow by the same factor, which
+cancels.
 """
 
 from __future__ import annotations
@@ -246,7 +247,7 @@ def _number(weight: Tensor | float) -> Tensor | float:
         return weight if whole is None else whole()
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise MisconfigurationTypeError(
-            f"the weight of a loss is {weight!r}; give the number of things summed, as a number or a tensor of shape ()."
+            f"the weight of a loss is {weight!r}; give the number of things summed: a number, or a tensor of shape ()."
         )
     if not 0 <= weight < math.inf:
         raise MisconfigurationException(

@@ -131,7 +131,7 @@ class TorchCollectives:
         if source.dtype == torch.bool or source.is_complex():
             raise ValueError(f"begin_all_reduce takes real numbers, not {source.dtype}: use all_reduce.")
         wire = source.to(device=self._wire_device, dtype=_wide(source.dtype), copy=True).contiguous()
-        work = dist.all_reduce(wire, _OPS[op], group=self._group, async_op=True)
+        work = cast("dist.Work | None", dist.all_reduce(wire, _OPS[op], group=self._group, async_op=True))
         device, dtype = tensor.device, tensor.dtype
 
         def result() -> Tensor:

@@ -62,7 +62,7 @@ def per_weight(trainer: Trainer, outputs: object) -> object:
         return outputs
     found = cast("Mapping[str, Any]", outputs)
     if "loss" not in found:  # the batch was left out
-        return outputs
+        return found
     loss, weight = cast("Tensor", found["loss"]), cast("Tensor | float", found["weight"])
     mean = loss / weight.masked_fill(weight == 0, 1) if isinstance(weight, Tensor) else loss / (weight or 1)
     return {**found, "loss": mean}

@@ -143,11 +143,16 @@ def sync_batchnorm(module: LightningModule, assembly: Assembly, settings: Settin
 def loss_weighting(assembly: Assembly, settings: Settings) -> None:
     """Refuse weights where an engine divides losses, or reduces and clips gradients, by itself."""
     strategy = assembly.strategy
-    owns = [kind for kind in (OwnsBackward, OwnsAccumulation, OwnsOptimizerStep) if supports(strategy, kind)]
+    owns = (
+        supports(strategy, OwnsBackward)
+        or supports(strategy, OwnsAccumulation)
+        or supports(strategy, OwnsOptimizerStep)
+    )
     if settings.loss_weighting == "weights" and owns:
         raise MisconfigurationException(
-            f"loss_weighting='weights' cannot work with strategy={assembly.strategy_name!r}, whose engine scales losses "
-            "or reduces gradients by itself. Leave loss_weighting out, or use one device, DDP, FSDP or model parallel."
+            f"loss_weighting='weights' cannot work with strategy={assembly.strategy_name!r}, whose engine divides "
+            "losses or reduces gradients by itself. Leave loss_weighting out, or use one device, DDP, FSDP or model "
+            "parallel."
         )
 
 

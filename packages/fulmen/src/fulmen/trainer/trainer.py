@@ -53,7 +53,7 @@ from fulmen.runlog._settings import LogDelivery
 from fulmen.settings import BatchLimit, Interval, Settings
 from fulmen.states import TrainerFn, TrainerState, TrainerStatus
 from fulmen.strategy_facade import StrategyFacade
-from fulmen_fabric import Assembly, LossWeights, World, assemble, rank_zero_info, rank_zero_warn
+from fulmen_fabric import Assembly, World, assemble, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     import os
@@ -78,9 +78,8 @@ class Trainer(TrainerActions):
     batch and after the last batch of an epoch. So each sample weighs the same in every update of the run, and the
     update of a last, shorter window is smaller in proportion; no batch is dropped, none is carried into the next epoch.
 
-    With ``loss_weighting="weights"`` ``training_step`` returns ``{"loss": <a sum>, "weight": <over how many>}``, and a
-    step's gradient is that of all sums of its window, on all ranks, over all their weights: the mean over its tokens,
-    whatever micro-batches, ranks and padding they are spread over.
+    With ``loss_weighting="weights"`` it is not: ``training_step`` returns ``{"loss": <a sum>, "weight": <over how
+    many>}``, and the gradient of all sums of a window, on all ranks, is divided by the sum of their weights.
     """
 
     @defaults_from_environment
@@ -420,6 +419,7 @@ class Trainer(TrainerActions):
         self._session = session = Session(
             fn, module, datamodule, self.assembly, self.world, sources, said=self._said, measuring=measuring
         )
+        session.weighs_losses = self.settings.loss_weighting == "weights"
         if fn is TrainerFn.FITTING:
             session.told_engine = _engine.hand_over(module, self.assembly, self.settings, None)
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
@@ -467,8 +467,6 @@ class Trainer(TrainerActions):
             if not _checkpointing.is_sharded(session):
                 _checkpointing.restore_modules_and_callbacks(self, session, checkpoint)
         _preparation.place(session)
-        if fn is TrainerFn.FITTING and self.settings.loss_weighting == "weights":
-            session.loss_weights = LossWeights(self.world.collectives)
         self.strategy.model = session.placed
         if checkpoint is not None and _checkpointing.is_sharded(session):  # no rank may have had room for the whole
             _checkpointing.restore_modules_and_callbacks(self, session, checkpoint)

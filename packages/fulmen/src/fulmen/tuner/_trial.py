@@ -29,7 +29,6 @@ from fulmen.hooks import HookBinder
 from fulmen.predict import predict
 from fulmen.states import RunningStage, TrainerFn
 from fulmen_data import LoaderPosition
-from fulmen_fabric import LossWeights
 from fulmen_protocols import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -143,7 +142,6 @@ class Trial:
             eval_loaders={},
             manual=None,
             gradients=None,
-            loss_weights=None if outer.loss_weights is None else LossWeights(outer.world.collectives),
             resumed=None,
         )
         own["_session"] = self.session
