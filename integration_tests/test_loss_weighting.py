@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from integration_tests.weighted_script import HALF, PADDED, Case, cases, on_a_mesh, reference, strategies
+from integration_tests.weighted_script import HALF, PADDED, Case, cases, on_a_mesh, reference, strategies, trained
+
+from fulmen_protocols import CheckpointError
 
 SCRIPT = Path(__file__).with_name("weighted_script.py")
 OF_WORLD = [(world, name) for world in (1, 2) for name in strategies(world)]
@@ -30,7 +32,10 @@ def ranks(world: int) -> list[dict[str, Any]]:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-        return [torch.load(Path(folder, f"{world}-{rank}.pt"), weights_only=True) for rank in range(world)]
+        found = [torch.load(Path(folder, f"{world}-{rank}.pt"), weights_only=True) for rank in range(world)]
+        if world == 2:
+            found[0]["files"] = {name: Path(folder, "2 ddp", name).read_bytes() for name in ("batch-3", "epoch")}
+        return found
 
 
 def assert_trained_as(found: dict[str, Any], expected: dict[str, Any], *, precision: str = "64-true") -> None:
@@ -83,6 +88,20 @@ def test_a_run_resumed_inside_a_window_ends_with_the_bits_of_one_that_was_not_in
         runs = found["resumed"][strategy]
         for batch, weights in runs["later"].items():
             assert torch.equal(weights, runs["whole"]), f"resumed after batch {batch}"
+
+
+def test_fewer_ranks_go_on_at_the_end_of_an_epoch_and_not_inside_a_window(tmp_path: Path) -> None:
+    files = ranks(2)[0]["files"]
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    alone = Case(30, 1, accumulate=3, rounds=8)
+
+    found = trained("auto", alone, ckpt_path=tmp_path / "epoch", max_epochs=2)
+    assert found["steps"] == 6, "three of the first epoch, of which it took none"
+    assert found["gradients"].isfinite().all()
+    assert found["gradients"].shape[0] == 3
+    with pytest.raises(CheckpointError, match="saved inside an accumulation window by 2 processes"):
+        trained("auto", alone, ckpt_path=tmp_path / "batch-3")
 
 
 @pytest.mark.parametrize(("strategy", "precision"), [(name, each) for name, those in HALF.items() for each in those])

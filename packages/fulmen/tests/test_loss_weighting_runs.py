@@ -204,6 +204,13 @@ def test_settings_that_change_inside_a_window_keep_its_weight() -> None:
     torch.testing.assert_close(weights_of(model), weights_of(plain(made, 3)[0]), rtol=1e-5, atol=1e-6)
 
 
+def test_a_compiled_module_returns_its_weight_as_well() -> None:
+    made, model = batches(3, 12, 6, 30, 9), Model()
+    run = trainer(accumulate_grad_batches=2)
+    run.fit(torch.compile(model, backend="eager"), loader(made))  # type: ignore[arg-type]  # a compiled module is one
+    torch.testing.assert_close(weights_of(model), weights_of(plain(made, 2)[0]), rtol=1e-5, atol=1e-6)
+
+
 # ---------------------------------------------------------------------- precision
 
 
