@@ -12,7 +12,7 @@ from fulmen_protocols.checkpoint_io import (
     WrapsCheckpointIO,
 )
 from fulmen_protocols.cluster_environment import ClusterEnvironment, SupportsRequeue
-from fulmen_protocols.collectives import Collectives, ReduceOp, SupportsPatientBarrier
+from fulmen_protocols.collectives import Collectives, ReduceOp, SupportsBackgroundReduce, SupportsPatientBarrier
 from fulmen_protocols.command import Command
 from fulmen_protocols.discovery import available, check, load, load_factory, missing_members
 from fulmen_protocols.engine import (
@@ -187,6 +187,7 @@ __all__ = [
     "StrategyParts",
     "SupportsAdvice",
     "SupportsAsyncSave",
+    "SupportsBackgroundReduce",
     "SupportsBatchSize",
     "SupportsBoundMethods",
     "SupportsCallingThread",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor
 
+from fulmen._loss_weights import per_weight
 from fulmen.callbacks.callback import Callback
 from fulmen_fabric import SpikeDetection as Detector
 from fulmen_fabric import TrainingSpikeException
@@ -93,7 +94,7 @@ class SpikeDetection(Callback):
             MisconfigurationException: ``training_step`` returned something that has no loss.
         """
         self._detector.judge(
-            _loss_of(outputs),
+            _loss_of(per_weight(trainer, outputs)),
             batch_idx,
             largest=self._largest,
             folder=trainer.default_root_dir,
