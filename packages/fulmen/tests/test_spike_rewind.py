@@ -1,4 +1,4 @@
-"""SpikeRewind in fits of one process: weights against a loop by hand, resuming, limits, and what it asks of the device."""
+"""SpikeRewind in fits of one process: weights against a loop by hand, resuming, what a spike is, limits, reports."""
 
 from __future__ import annotations
 
@@ -84,8 +84,9 @@ class Model(LightningModule):
 
 
 def trainer(*callbacks: Callback, **flags: Any) -> Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
-    return Trainer(**{"accelerator": "cpu", "callbacks": list(callbacks), "enable_model_summary": False, **quiet, **flags})
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    given = {"accelerator": "cpu", "max_epochs": 1, "enable_model_summary": False, **quiet}
+    return Trainer(callbacks=list(callbacks), **{**given, **flags})
 
 
 def fit(
@@ -387,7 +388,7 @@ def test_a_checkpoint_saved_inside_of_a_step_after_a_spike_is_told_when_a_run_re
     whole = rewind()
     fit(Model(), loader, SavesInAStep(tmp_path, [9]), whole)
     assert [each.back_to for each in whole.rewinds] == [6]
-    with pytest.raises(TooManyRewindsError, match="rank 0 the loss .* step 9.*saved after the spike.*an earlier one"):
+    with pytest.raises(TooManyRewindsError, match=r"rank 0 the loss .* step 9.*saved after the spike.*an earlier one"):
         fit(Model(), loader, rewind(), resume=tmp_path / "within=9.ckpt")
 
 
@@ -449,7 +450,8 @@ def test_after_a_return_a_cooldown_lets_finite_values_pass() -> None:
 
 def test_another_value_can_be_monitored() -> None:
     assert spikes([1.0] * 4 + [4.0], monitor="twice", window=4, factor=3.0) == [(5, 6.0)]
-    with pytest.raises(MisconfigurationException, match=r"monitor='twise'.*Did you mean 'twice'\?.*\['twice'\].*Log it"):
+    message = r"monitor='twise'.*Did you mean 'twice'\?.*\['twice'\].*Log it"
+    with pytest.raises(MisconfigurationException, match=message):
         spikes([1.0] * 4, monitor="twise")
 
 
@@ -478,8 +480,8 @@ def test_one_spike_too_many_ends_the_fit_with_the_weights_before_it() -> None:
     model = Model()
     with pytest.raises(
         TooManyRewindsError,
-        match=r"rank 0 the loss was .* in step 21, above .*step 24\..*step 18 \(of which 12 were not undone\): batches 18 to "
-        r"23 of epoch 0 are dropped.*max_rewinds=1, after spikes at steps 9\.",
+        match=r"rank 0 the loss was .* in step 21, above .*step 24\..*step 18 \(of which 12 were not undone\): batches "
+        r"18 to 23 of epoch 0 are dropped.*max_rewinds=1, after spikes at steps 9\.",
     ):
         fit(model, DataLoader(samples, BATCH), rewind)
     until = TensorDataset(*(values[: 18 * BATCH] for values in samples.tensors))
@@ -572,15 +574,15 @@ class Steps(SingleDeviceStrategy):  # type: ignore[misc]  # the base class is ch
 
 def test_engines_that_own_the_optimizer_and_a_second_one_are_refused_before_training() -> None:
     loader = DataLoader(data(2, {}), BATCH)
-    with pytest.raises(MisconfigurationException, match="SpikeRewind changes a run.*Drop the callback"):
+    with pytest.raises(MisconfigurationException, match=r"SpikeRewind changes a run.*Drop the callback"):
         fit(Model(), loader, SpikeRewind(), strategy=Accumulates("cpu"))
-    with pytest.raises(MisconfigurationException, match="SpikeRewind gives optimizers.*strategy='Steps'.*use 'ddp'"):
+    with pytest.raises(MisconfigurationException, match=r"SpikeRewind gives optimizers.*strategy='Steps'.*use 'ddp'"):
         fit(Model(), loader, SpikeRewind(), strategy=Steps("cpu"))
 
     class Other(SpikeRewind):
         state_key = "other"  # type: ignore[assignment]  # one value is all there is
 
-    with pytest.raises(MisconfigurationException, match="two SpikeRewind.*Leave one"):
+    with pytest.raises(MisconfigurationException, match=r"two SpikeRewind.*Leave one"):
         fit(Model(), loader, SpikeRewind(), Other(monitor="loss"))
 
 

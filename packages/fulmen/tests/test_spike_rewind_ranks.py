@@ -162,7 +162,8 @@ def main():
         found[f"{name} too often"] = run(name, max_rewinds=0)
         found[f"{name} seldom"] = run(name, every_n_steps=1000, check_every_n_steps=400)
     try:
-        run(ModelParallelStrategy(lambda model, mesh: model, pipeline_parallel_size=RANKS, tensor_parallel_size=1, data_parallel_size=1))
+        sizes = {"pipeline_parallel_size": RANKS, "tensor_parallel_size": 1, "data_parallel_size": 1}
+        run(ModelParallelStrategy(lambda model, mesh: model, **sizes))
     except ValueError as error:
         found["pipeline"] = str(error)
     torch.save(found, f"{FOLDER}/rank{dist.get_rank()}.pt")
@@ -209,7 +210,7 @@ def test_all_ranks_go_back_together_as_a_raw_loop_on_them_does_by_hand(name: str
         for ours in (rank[name], rank[f"{name} on the device"]):
             assert same(ours, rank[f"{name} by hand"])
             (event,) = ours["rewinds"]
-            assert event.startswith(f"Rewind(step=9, rank={ranks - 1}, value=nan, threshold=None, noticed_at=12, back_to=6")
+            assert f"step=9, rank={ranks - 1}, value=nan, threshold=None, noticed_at=12, back_to=6" in event
             assert ours["step"] == 24
     if name == "ddp":
         first, *others = found(ranks)
@@ -219,7 +220,7 @@ def test_all_ranks_go_back_together_as_a_raw_loop_on_them_does_by_hand(name: str
 @pytest.mark.processes
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_ranks_that_are_killed_after_a_return_and_resumed_end_like_those_that_were_not(name: str) -> None:
-    # On two ranks: more would add gradients in another order, since DDP begins with other buckets than it goes on with.
+    # Two: of more, DDP adds the gradients of its first step, after a resume too, in another order than later ones.
     for rank in found(2):
         whole = rank[f"{name} saved"]
         (event,) = whole["rewinds"]

@@ -20,7 +20,7 @@ __all__ = ["Place", "Spike", "Watch"]
 class Place(NamedTuple):
     """Where in a run a value belongs."""
 
-    index: int
+    at: int
     """Steps that the watch had seen, this one included."""
     step: int
     """Optimizer steps taken, this one included."""
@@ -56,7 +56,7 @@ class Watch:
         self._fresh: list[tuple[Place, Tensor | float]] = []
         self._sent: tuple[list[Place], Arrival] = ([], Arrival([]))
         self.quiet_until = 0
-        """Up to this index only what is not finite is a spike."""
+        """Up to this many steps only what is not finite is a spike."""
 
     def add(self, place: Place, value: Tensor | float) -> None:
         """The value of a step; nothing else may write into it."""
@@ -87,20 +87,20 @@ class Watch:
             found = self.judge_sent()
         return found
 
-    def forget_from(self, index: int) -> None:
-        """Drop the values from ``index`` on, judged or not: they are of weights that are gone."""
+    def forget_from(self, at: int) -> None:
+        """Drop the values from the ``at``-th step on, judged or not: they are of weights that are gone."""
         self._fresh, self._sent = [], ([], Arrival([]))
-        while self._known and self._known[-1][0] >= index:
+        while self._known and self._known[-1][0] >= at:
             self._known.pop()
 
     def _judge(self, place: Place, value: float) -> Spike | None:
         """A value that is no spike is known from now on."""
         if not math.isfinite(value):
             return Spike(place, value, None, self._what)
-        threshold = self._threshold() if place.index > self.quiet_until else math.inf
+        threshold = self._threshold() if place.at > self.quiet_until else math.inf
         if value > threshold:
             return Spike(place, value, threshold, self._what)
-        self._known.append((place.index, value))
+        self._known.append((place.at, value))
         return None
 
     def _threshold(self) -> float:
@@ -131,8 +131,8 @@ class Watch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
-        self._known = deque(((int(index), float(value)) for index, value in state["known"]), maxlen=self._window)
-        self._fresh = [(Place(index, step), value) for index, step, value in state["sent"]]
+        self._known = deque(((int(at), float(value)) for at, value in state["known"]), maxlen=self._window)
+        self._fresh = [(Place(at, step), value) for at, step, value in state["sent"]]
         self.send()
-        self._fresh = [(Place(index, step), value) for index, step, value in state["fresh"]]
+        self._fresh = [(Place(at, step), value) for at, step, value in state["fresh"]]
         self.quiet_until = int(state["quiet_until"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
@@ -13,12 +11,13 @@ from fulmen._reporting import reporter_of
 from fulmen._snapshots import Snapshot, structure
 from fulmen.callbacks._loss import loss_among
 from fulmen.callbacks._requirements import require_no_engine
+from fulmen.callbacks._rewinds import Rewind, TooManyRewindsError, described, loaded, plain, row_of, told
 from fulmen.callbacks._spike_watch import Place, Spike, Watch
 from fulmen.callbacks.callback import Callback
 from fulmen.states import TrainerStatus
 from fulmen_fabric import rank_zero_warn
 from fulmen_fabric.abilities import supports
-from fulmen_protocols import FulmenError, MisconfigurationException, OwnsOptimizerStep
+from fulmen_protocols import MisconfigurationException, OwnsOptimizerStep
 from fulmen_protocols.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -38,37 +37,13 @@ __all__ = ["Rewind", "SpikeRewind", "TooManyRewindsError"]
 _PLACES = ("host", "device")
 
 
-class TooManyRewindsError(FulmenError, RuntimeError):
-    """A run spiked once more than it may go back."""
-
-
-@dataclass(frozen=True)
-class Rewind:
-    """One return to earlier weights; the same on every rank."""
-
-    step: int
-    """The optimizer step whose value was a spike, counted from 1 as ``trainer.global_step`` is after it."""
-    rank: int
-    """Where it was seen first."""
-    value: float
-    """What was seen."""
-    threshold: float | None
-    """What it was compared with; None where it was not finite."""
-    noticed_at: int
-    """``trainer.global_step`` when the ranks went back."""
-    back_to: int
-    """The optimizer step whose weights they went back to."""
-    batches: tuple[tuple[int, int], ...]
-    """``(epoch, batch_idx)`` of every batch whose training was undone. They are not trained on again."""
-
-
 class _Point(NamedTuple):
     """A snapshot, and where it stands."""
 
     snapshot: Snapshot
     step: int
     """Optimizer steps behind its weights, as the run counted them when it was taken."""
-    index: int
+    at: int
     """Steps seen when it was taken, or last gone back to."""
     steps_then: int
     """``global_step`` at that moment."""
@@ -91,7 +66,7 @@ class SpikeRewind(Callback):
       does not miss the end of an epoch. Random states go on, as the data do.
     - **No step waits.** A step keeps one number on the device. Every ``check_every_n_steps`` steps those of the checks
       before are judged, which have come to the host meanwhile, and hosts vote through the group's store. Until then a
-      spoilt step goes on for ``2 * check_every_n_steps - 1`` steps at most, always equally many.
+      spoilt run goes on for ``2 * check_every_n_steps - 1`` steps at most, however fast a device is.
     - **Nothing spoilt is kept.** Before validation, before a checkpoint is saved, and at the ends of epochs and of
       training all steps so far are judged, and it is looked whether weights are finite; the host waits for the device
       there. A run that is resumed goes on exactly as the one that saved: after a save both take a new copy.
@@ -144,9 +119,9 @@ class SpikeRewind(Callback):
         _require_counts(check_every_n_steps=(check, 1))
         if check > most:
             raise MisconfigurationException(
-                f"SpikeRewind(every_n_steps={every_n_steps!r}, check_every_n_steps={check!r}): a spike is noticed up to "
-                f"{2 * check - 1} steps later, and by then both copies may hold it. Check every {most} steps at most, "
-                f"or copy every {2 * check + 2} at least."
+                f"SpikeRewind(every_n_steps={every_n_steps!r}, check_every_n_steps={check!r}): a spike is noticed up "
+                f"to {2 * check - 1} steps later, and by then both copies may hold it. Check every {most} steps at "
+                f"most, or copy every {2 * check + 2} at least."
             )
         if factor is not None and not 1.0 < factor < math.inf:
             raise MisconfigurationException(
@@ -162,7 +137,8 @@ class SpikeRewind(Callback):
         self.monitor = monitor
         self.factor, self.sigmas, self.window = factor, sigmas, window
         self.every_n_steps, self.check_every_n_steps = every_n_steps, check
-        self.max_rewinds, self.cooldown, self.keep_on = max_rewinds, cooldown, keep_on
+        self.max_rewinds, self.cooldown = max_rewinds, cooldown
+        self.keep_on: Literal["host", "device"] = keep_on
         self.rewinds: list[Rewind] = []
         """What has happened in this run, over all resumes."""
         self.steps_undone = 0
@@ -173,7 +149,7 @@ class SpikeRewind(Callback):
         self.rewinds, self.steps_undone = [], 0
         what = "the loss" if self.monitor is None else self.monitor
         self._watch = Watch(what, self.factor, self.sigmas, self.window)
-        self._index = 0
+        self._seen = 0
         """Steps seen."""
         self._checked_at = self._settled_at = self._taken_at = 0
         self._is_training = self._in_step = self._in_validation = False
@@ -259,11 +235,11 @@ class SpikeRewind(Callback):
             if self._takes_anew:
                 self._settle(trainer, pl_module)
                 self._takes_anew, self._points = False, []
-            elif self._index % self.check_every_n_steps == 0 and self._checked_at != self._index:
-                self._checked_at = self._index
+            elif self._seen % self.check_every_n_steps == 0 and self._checked_at != self._seen:
+                self._checked_at = self._seen
                 self._agree(trainer, self._watch.judge_sent())
                 self._watch.send()
-            if not self._points or self._index - self._taken_at >= self.every_n_steps:
+            if not self._points or self._seen - self._taken_at >= self.every_n_steps:
                 self._take(trainer)
         self._in_step = True
 
@@ -283,10 +259,10 @@ class SpikeRewind(Callback):
         self._note(trainer, outputs)
         if progress.window_is_open:
             return
-        self._index += 1
+        self._seen += 1
         value, self._window_sum, self._window_batches = self._of_window(trainer), None, 0
         if value is not None:
-            self._watch.add(Place(self._index, progress.updates), value)
+            self._watch.add(Place(self._seen, progress.updates), value)
 
     def _note(self, trainer: Trainer, outputs: object) -> None:
         """Add a batch's value to its window's, as a copy: a step may write over its tensors."""
@@ -351,12 +327,12 @@ class SpikeRewind(Callback):
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge all steps so far, and look at the weights; waits for the device."""
-        if not self._is_training or self._settled_at == self._index or _progress(trainer).window_is_open:
+        if not self._is_training or self._settled_at == self._seen or _progress(trainer).window_is_open:
             return
-        self._settled_at = self._index
+        self._settled_at = self._seen
         spike = self._watch.judge_all()
         if spike is None and not _are_finite(pl_module.parameters()):
-            place = Place(self._index, _progress(trainer).updates)
+            place = Place(self._seen, _progress(trainer).updates)
             spike = Spike(place, math.nan, None, "a weight after it")
         self._agree(trainer, spike)
 
@@ -389,46 +365,41 @@ class SpikeRewind(Callback):
         self._points = self._points[-1:]  # first: there is no room for three
         snapshot = Snapshot(trainer, _session(trainer), progress, self.keep_on)
         step = progress.updates
-        point = _Point(snapshot, step - self.steps_undone, self._index, step, progress.total_batches)
+        point = _Point(snapshot, step - self.steps_undone, self._seen, step, progress.total_batches)
         self._points.append(point)
         oldest = self._points[0].batches_then
         self._batches = [batch for batch in self._batches if batch[0] > oldest]
-        self._taken_at = self._index
+        self._taken_at = self._seen
 
     def _go_back(self, trainer: Trainer, rank: int, spike: Spike) -> None:
         session, progress = _session(trainer), _progress(trainer)
-        while len(self._points) > 1 and self._points[-1].index > spike.place.index - 2:
+        while len(self._points) > 1 and self._points[-1].at > spike.place.at - 2:
             self._points.pop()
-        where = f"{_described(spike, rank)} Noticed at step {progress.updates}."
+        where = f"{described(spike, rank)} Noticed at step {progress.updates}."
         if not self._points or self._newest.structure != structure(session):
             self._is_training = False
-            raise TooManyRewindsError(
-                f"SpikeRewind: {where} There is nothing to go back to: "
-                + (
-                    "the checkpoint that this run resumed from was saved after the spike, where that could not be undone "
-                    "yet. Resume from an earlier one."
-                    if not self._points
-                    else "since the last copy a callback has changed what the model or its optimizers are made of. Go "
-                    "on from a checkpoint."
-                )
+            why = (
+                "since the last copy a callback has changed what the model or its optimizers are made of. Go on from a "
+                "checkpoint."
+                if self._points
+                else "the checkpoint that this run resumed from was saved after the spike, where that could not be "
+                "undone yet. Resume from an earlier one."
             )
+            raise TooManyRewindsError(f"SpikeRewind: {where} There is nothing to go back to: {why}")
         point = self._points[-1]
         point.snapshot.restore(trainer, session, progress)
-        batches = tuple((epoch, index) for at, epoch, index in self._batches if at > point.batches_then)
+        batches = tuple((epoch, index) for count, epoch, index in self._batches if count > point.batches_then)
         rewind = Rewind(
             spike.place.step, rank, spike.value, spike.threshold, progress.updates, point.steps_then, batches
         )
         self.steps_undone += progress.updates - point.steps_then
         self._points[-1] = point._replace(
-            index=self._index, steps_then=progress.updates, batches_then=progress.total_batches
+            at=self._seen, steps_then=progress.updates, batches_then=progress.total_batches
         )
-        self._watch.forget_from(spike.place.index)
-        self._watch.quiet_until = self._index + self.cooldown
-        self._taken_at = self._settled_at = self._index
-        text = (
-            f"SpikeRewind: {where} All ranks go back to the weights of step {rewind.back_to}"
-            f"{_counted(rewind.back_to, point.step)}: {_listed(batches)} dropped"
-        )
+        self._watch.forget_from(spike.place.at)
+        self._watch.quiet_until = self._seen + self.cooldown
+        self._taken_at = self._settled_at = self._seen
+        text = f"SpikeRewind: {where} {told(rewind, point.step)}"
         if len(self.rewinds) >= self.max_rewinds:
             self._is_training = False
             before = ", ".join(str(each.step) for each in self.rewinds) or "none"
@@ -438,16 +409,7 @@ class SpikeRewind(Callback):
             )
         self.rewinds.append(rewind)
         rank_zero_warn(f"{text}, training goes on with the next one. Return {len(self.rewinds)} of {self.max_rewinds}.")
-        row = {
-            "rewind/count": float(len(self.rewinds)),
-            "rewind/spike_step": float(rewind.step),
-            "rewind/spike_rank": float(rank),
-            "rewind/value": rewind.value,
-            "rewind/back_to_step": float(rewind.back_to),
-            "rewind/batches_dropped": float(len(batches)),
-        }
-        if rewind.threshold is not None:
-            row["rewind/threshold"] = rewind.threshold
+        row = row_of(rewind, len(self.rewinds))
         reporter_of(trainer).log_metrics(row, x=progress.log_step, epoch=progress.epoch)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -455,7 +417,7 @@ class SpikeRewind(Callback):
     def _own_state(self) -> dict[str, Any]:
         return {
             **self._watch.state_dict(),
-            "index": self._index,
+            "seen": self._seen,
             "checked_at": self._checked_at,
             "settled_at": self._settled_at,
             "window": [None if self._window_sum is None else float(self._window_sum), self._window_batches],
@@ -465,22 +427,19 @@ class SpikeRewind(Callback):
         """What has happened, and what each rank knows of its values, as plain data; not the copies."""
         ranks, self._of_ranks = self._of_ranks, None
         return {
-            "rewinds": [{**asdict(each), "batches": [list(batch) for batch in each.batches]} for each in self.rewinds],
+            "rewinds": [plain(each) for each in self.rewinds],
             "steps_undone": self.steps_undone,
             "ranks": [self._own_state()] if ranks is None else ranks,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there, with a copy of what the checkpoint holds. Ranks that are new know what rank 0 knew."""
-        self.rewinds = [
-            Rewind(**{**each, "batches": tuple((int(epoch), int(index)) for epoch, index in each["batches"])})
-            for each in state_dict["rewinds"]
-        ]
+        self.rewinds = [loaded(each) for each in state_dict["rewinds"]]
         self.steps_undone = int(state_dict["steps_undone"])
         ranks: list[dict[str, Any]] = state_dict["ranks"]
         mine = ranks[self._rank if self._rank < len(ranks) else 0]
         self._watch.load_state_dict(mine)
-        self._index, self._checked_at, self._settled_at = mine["index"], mine["checked_at"], mine["settled_at"]
+        self._seen, self._checked_at, self._settled_at = mine["seen"], mine["checked_at"], mine["settled_at"]
         self._window_sum, self._window_batches = mine["window"]
         self._takes_anew = True
 
@@ -509,27 +468,3 @@ def _require_counts(**counts: tuple[object, int]) -> None:
     for name, (value, least) in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise MisconfigurationException(f"SpikeRewind({name}={value!r}): give an integer of at least {least}.")
-
-
-def _described(spike: Spike, rank: int) -> str:
-    step = spike.place.step
-    if spike.threshold is None:
-        return f"on rank {rank} {spike.what} was not finite ({spike.value:g}) in step {step}."
-    return f"on rank {rank} {spike.what} was {spike.value:.6g} in step {step}, above {spike.threshold:.6g}."
-
-
-def _counted(step: int, own: int) -> str:
-    """That weights have fewer steps behind them than the run counted, where steps were undone before."""
-    return "" if step == own else f" (of which {own} were not undone)"
-
-
-def _listed(batches: tuple[tuple[int, int], ...]) -> str:
-    parts = [
-        f"{_range([index for _, index in group])} of epoch {epoch}"
-        for epoch, group in groupby(batches, key=lambda batch: batch[0])
-    ]
-    return f"{' and '.join(parts) or 'no batches'} {'is' if len(batches) == 1 else 'are'}"
-
-
-def _range(indices: list[int]) -> str:
-    return f"batch {indices[0]}" if len(indices) == 1 else f"batches {indices[0]} to {indices[-1]}"
