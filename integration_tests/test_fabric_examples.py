@@ -76,7 +76,7 @@ def test_the_language_model_runs_on_one_process_and_on_two(tmp_path: Path, strat
     "name",
     [
         "fabric/image_classifier",
-        "fabric/kfold",
+        pytest.param("fabric/kfold", marks=pytest.mark.slow),
         pytest.param("fabric/gan", marks=pytest.mark.slow),
         pytest.param("fabric/actor_critic", marks=pytest.mark.slow),
         pytest.param("fabric/language_model", marks=pytest.mark.slow),  # two processes, sharded

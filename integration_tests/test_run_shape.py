@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -104,6 +105,18 @@ def test_importing_fulmen_imports_no_library_that_a_script_did_not_ask_for() -> 
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
     assert found.strip() == "[]"
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
+def test_assembling_a_trainer_for_one_process_imports_nothing_of_sharding_or_compiling(precision: str) -> None:
+    code = (
+        "import sys, fulmen; "
+        f"fulmen.Trainer(accelerator='cpu', precision={precision!r}, logger=False, enable_checkpointing=False); "
+        "print([m for m in ('torch.distributed.tensor', 'torch._dynamo', 'sympy') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+    assert found.splitlines()[-1] == "[]"
 
 
 IMPORT_UNDER_AUDIT = """

@@ -35,8 +35,8 @@ def numbers(output: str, line: str) -> list[float]:
     ("name", "arguments"),
     [
         ("finetuning", ("--max-epochs", "2")),
-        ("gan", ("--max-epochs", "2")),
-        ("language_model", ("--max-steps", "12")),
+        pytest.param("gan", ("--max-epochs", "2"), marks=pytest.mark.slow),
+        pytest.param("language_model", ("--max-steps", "12"), marks=pytest.mark.slow),
     ],
 )
 def test_an_example_runs_and_leaves_its_curves(tmp_path: Path, name: str, arguments: tuple[str, str]) -> None:

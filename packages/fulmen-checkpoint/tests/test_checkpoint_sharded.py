@@ -303,7 +303,10 @@ def alike():
 """
 
 _END = """
-dist.destroy_process_group()  # or a thread of gloo's may be cut off while it ends its last collective, which aborts
+# Or a thread of gloo's may be cut off while it drops the tensors of its last collective, which aborts the process.
+import time
+dist.destroy_process_group()
+time.sleep(0.1)
 """
 
 

@@ -147,7 +147,9 @@ def _start(setting: _Setting, names: Sequence[str], folder: Path) -> list[BasePr
     # A fork server that has imported torch once starts clean processes in milliseconds; Windows has none.
     if "forkserver" in multiprocessing.get_all_start_methods() and torch.device(setting.device).type == "cpu":
         context: Any = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "fulmen_conformance"])
+        # With what torch itself imports, in most of a second each, where an optimizer or a shard is made first.
+        preload = ["torch", "torch.distributed.fsdp", "torch._dynamo", "fulmen_conformance"]
+        context.set_forkserver_preload(preload)
     else:
         context = multiprocessing.get_context("spawn")
     processes: list[BaseProcess] = []

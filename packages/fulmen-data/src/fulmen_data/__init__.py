@@ -18,7 +18,7 @@ from fulmen_data.samplers import (
 from fulmen_data.seeded import SeededDataset, sample_seed, seed_samples
 from fulmen_data.sizes import has_iterable_dataset, has_len, sized_len
 from fulmen_data.worker_seeding import add_worker_seeding, derive_seed, seed_worker
-from fulmen_data.workers import suggested_max_num_workers
+from fulmen_data.workers import end_workers, suggested_max_num_workers
 
 __all__ = [
     "CombinationMode",
@@ -37,6 +37,7 @@ __all__ = [
     "derive_seed",
     "distribute_loader",
     "elastic_loader",
+    "end_workers",
     "extract_batch_size",
     "has_iterable_dataset",
     "has_len",

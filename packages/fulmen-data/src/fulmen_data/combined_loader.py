@@ -149,6 +149,12 @@ class CombinedLoader:
         for position in self._positions:
             position.restart()
 
+    def close(self) -> None:
+        """Drop the iterators and end all worker processes, also those that loaders keep between epochs."""
+        self._iterator = self._resume = None
+        for position in self._positions:
+            position.close()
+
     def set_epoch(self, epoch: int) -> None:
         """Tell the samplers of every loader which epoch begins; another one than now drops a position to resume."""
         for position in self._positions:

@@ -13,6 +13,7 @@ from torch.utils.data._utils.pin_memory import pin_memory  # pyright: ignore[rep
 from fulmen_data._random_state import RandomState
 from fulmen_data._start import EpochStart
 from fulmen_data.sizes import has_iterable_dataset
+from fulmen_data.workers import end_workers
 from fulmen_protocols import MisconfigurationException, Stateful
 
 if TYPE_CHECKING:
@@ -97,6 +98,10 @@ class IterablePosition(Generic[T]):
             self._workers[sent.worker] = sent.state._replace(random=random)
             self._next_worker = (sent.worker + 1) % self.loader.num_workers
             yield sent.batch
+
+    def close(self) -> None:
+        """End the worker processes that are kept between epochs."""
+        end_workers(self._clone)
 
     def state_dict(self) -> dict[str, object]:
         """The data set's state, or that of each worker's, after the last batch that was handed out."""

@@ -19,6 +19,7 @@ from fulmen_data.iterable_position import IterablePosition, has_stateful_dataset
 from fulmen_data.seeded import seeded_datasets
 from fulmen_data.sizes import has_iterable_dataset, sized_len
 from fulmen_data.worker_draws import WorkerDraws
+from fulmen_data.workers import end_workers, shut_down
 from fulmen_protocols import MisconfigurationException, Stateful
 
 if TYPE_CHECKING:
@@ -187,6 +188,17 @@ class LoaderPosition(Generic[T]):
         """Forget the position: the next ``iter`` begins the epoch afresh."""
         self._iterator = self._resume = self._start = self._samples_before = self._drawn = None
         self._skipped = 0
+
+    def close(self) -> None:
+        """Forget the position and end all worker processes, also those that the loader keeps between epochs."""
+        shut_down(self._iterator)
+        self.restart()
+        if isinstance(self._stateful, IterablePosition):
+            self._stateful.close()
+        for part in self.parts():
+            if part is not self:
+                part.close()
+        end_workers(cast("object", self.loader))
 
     def state_dict(self, batches: int | None = None) -> dict[str, object]:
         """The position, as numbers, lists and tensors.

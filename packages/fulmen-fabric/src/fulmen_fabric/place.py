@@ -67,6 +67,13 @@ class LoaderPlace:
         self.position.restart()
         self._rest = None
 
+    def close(self) -> None:
+        """The same, and end the worker processes that loaders keep between epochs too."""
+        self.position.close()
+        if self._rest is not None:
+            self._rest = None
+            self._whole.close()
+
     def state_dict(self, batches: int | None, *, within_epoch: bool) -> dict[str, object]:
         """The place as numbers, lists and tensors.
 

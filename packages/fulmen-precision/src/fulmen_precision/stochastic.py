@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from fulmen_precision.true import HalfPrecision
 from fulmen_protocols import MisconfigurationException, PrecisionPlan
@@ -83,7 +83,7 @@ class _Widened:
                 gradient = parameter.grad
                 if parameter.dtype is not torch.bfloat16 or gradient is None:
                     continue
-                if isinstance(parameter, DTensor):
+                if _is_sharded(parameter):
                     raise MisconfigurationException(
                         "stochastic rounding got a sharded parameter (DTensor). With sharded strategies keep float32 "
                         "shards: precision='bf16-mixed' instead of 'bf16-true-stochastic'."
@@ -139,3 +139,9 @@ class StochasticHalfPrecision(HalfPrecision):
 def bfloat16(*, device: str = "cpu") -> StochasticHalfPrecision:
     """Make the precision registered as ``"bf16-true-stochastic"``; the same on every device."""
     return StochasticHalfPrecision()
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    # Importing it takes a second, and who has sharded anything has done that.
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(parameter, tensors.DTensor)

@@ -141,8 +141,10 @@ def tell_configured(callbacks: Sequence[object], trainer: Trainer, module: Light
 
 def _default_bar() -> ProgressBar:
     from fulmen.callbacks.progress import RichProgressBar, TQDMProgressBar
+    from fulmen.callbacks.progress._bars import in_notebook
 
-    return RichProgressBar() if find_spec("rich") is not None else TQDMProgressBar()
+    # Rich redraws nothing in a notebook's text, which is all that is there without ipywidgets and in forked processes.
+    return RichProgressBar() if find_spec("rich") is not None and not in_notebook() else TQDMProgressBar()
 
 
 def _default_summary() -> ModelSummary:

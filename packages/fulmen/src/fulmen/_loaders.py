@@ -17,6 +17,7 @@ from fulmen._predictions import tracked
 from fulmen_data import (
     CombinationMode,
     CombinedLoader,
+    end_workers,
     has_iterable_dataset,
     rebuild_loader,
     sized_len,
@@ -279,6 +280,7 @@ class EvalLoaders:
         due = self._reload_every > 0 and self._loaded_in is not None and epoch - self._loaded_in >= self._reload_every
         if self._loaded_in is not None and not (due and self._source.from_hook):
             return
+        self.close()
         self.user_loaders = loaders = self._source.load()
         given = leaves(loaders)
         if self._overfit:
@@ -301,8 +303,16 @@ class EvalLoaders:
 
     def reload(self, epoch: int) -> None:
         """Ask for the loaders again now: they would be others."""
+        self.close()
         self._loaded_in = None
         self.setup(epoch)
+
+    def close(self) -> None:
+        """End the worker processes that the loaders keep between passes."""
+        if isinstance(self.collection, CombinedLoader):
+            self.collection.close()
+        for loader in leaves(self.collection) if self._loaded_in is not None else ():
+            end_workers(loader)
 
     @property
     def several(self) -> bool:

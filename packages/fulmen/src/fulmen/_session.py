@@ -253,9 +253,11 @@ class Session:
             self.placed = strategy.place(self.module)
 
     def close_loaders(self) -> None:
-        """Let the training loader's workers go."""
+        """Let all loaders' workers go."""
         if self.train_loader is not None:
             self.train_loader.close()
+        for loaders in self.eval_loaders.values():
+            loaders.close()
 
     def share_buffers(self) -> None:
         """Give every rank rank 0's buffers (running statistics), as DDP does before a forward pass."""

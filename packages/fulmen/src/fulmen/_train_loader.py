@@ -100,6 +100,7 @@ class TrainLoader:
         due = self._reload_every > 0 and self._loaded_in is not None and epoch - self._loaded_in >= self._reload_every
         if self._loaded_in is not None and not (due and self._source.from_hook):
             return
+        self.close()
         self.user_loader = loaders = self._source.load()
         given = leaves(loaders)
         if self._overfit:
@@ -202,10 +203,10 @@ class TrainLoader:
         self.setup(epoch)
 
     def close(self) -> None:
-        """Let go of the running iterator, and so of its workers, now and not whenever it is collected."""
+        """End the running iterator and all worker processes, now and not whenever they are collected."""
         self._running = None
         if self._loaded_in is not None:
-            self._place.restart()
+            self._place.close()
 
     # ------------------------------------------------------------------ in checkpoints
 

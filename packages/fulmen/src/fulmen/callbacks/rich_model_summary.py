@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from multiprocessing import parent_process
 from typing import Any
 
 from fulmen.callbacks.model_summary import ModelSummary
@@ -45,7 +46,8 @@ class RichModelSummary(ModelSummary):
         from rich.console import Console
         from rich.table import Table
 
-        console = Console()
+        # What a process forked by a notebook's kernel displays is dropped; its text is not.
+        console = Console(force_jupyter=None if parent_process() is None else False)
         table = Table(header_style=summarize_kwargs.get("header_style", "bold magenta"))
         for heading, _ in summary_data:
             right = heading in ("Params", "FLOPs", "In sizes", "Out sizes")

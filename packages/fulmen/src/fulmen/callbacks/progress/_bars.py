@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
+from importlib import import_module
+from multiprocessing import parent_process
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Bar", "PlainBar", "format_metric", "is_drawable"]
+__all__ = ["Bar", "PlainBar", "format_metric", "in_notebook", "is_drawable", "shows_widgets"]
 
 PLAIN_INTERVAL_S = 10.0
 """Between two plain lines of one epoch."""
@@ -59,6 +61,21 @@ def in_notebook() -> bool:
     ipython: Any = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
     return shell is not None and "IPKernelApp" in shell.config
+
+
+def shows_widgets() -> bool:
+    """Whether this process can draw in a notebook by itself: it is the kernel, and ipywidgets is installed.
+
+    Without ipywidgets there is only text. Processes that the kernel has forked have its text stream, but what they
+    display otherwise is dropped.
+    """
+    if not in_notebook() or parent_process() is not None:
+        return False
+    try:
+        import_module("ipywidgets")
+    except ImportError:
+        return False
+    return True
 
 
 def format_metric(value: object) -> str:

@@ -274,7 +274,7 @@ class DrawnProgressBar(ProgressBar):
         self._close_eval()
         if self._train_bar is not None and not trainer.sanity_checking:
             if self._may_draw(1):
-                self._draw(self._train_bar, None, self.get_metrics(trainer, pl_module))
+                self._draw(self._train_bar, self._number, self.get_metrics(trainer, pl_module))
             else:
                 self._unsaid = True
         elif self._train_bar is None and not trainer.sanity_checking:

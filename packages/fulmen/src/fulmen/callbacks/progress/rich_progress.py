@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fulmen.callbacks.progress._bars import Bar, PlainBar
+from fulmen.callbacks.progress._bars import Bar, PlainBar, shows_widgets
 from fulmen.callbacks.progress._drawn import DrawnProgressBar
 from fulmen_protocols.errors import MissingPackage
 
@@ -41,8 +41,9 @@ class RichProgressBar(DrawnProgressBar):
     """Progress bars by rich: one for training, and one for each loader of an evaluation.
 
     They are drawn at most ten times a second and less where drawing is slow, by the training process itself; there is
-    no drawing thread. Where the console is no terminal, plain lines are printed instead: one for each epoch, and one
-    every 10 seconds. Override ``configure_columns`` to change the bars, ``get_metrics`` to change what stands behind.
+    no drawing thread. Where the console is no terminal, nor a notebook with ipywidgets, plain lines are printed
+    instead: one for each epoch, and one every 10 seconds. Override ``configure_columns`` to change the bars,
+    ``get_metrics`` to change what stands behind.
 
     Args:
         refresh_rate: draw at most so many times a second, and never more than ten; 0: no bar.
@@ -126,13 +127,13 @@ class RichProgressBar(DrawnProgressBar):
         return _RichBar(progress, self.theme, leave=not inside)
 
     def _started_progress(self) -> Any:
-        """The display of all bars; None where the console is no terminal."""
+        """The display of all bars; None where the console cannot be redrawn."""
         if self._progress is None:
             from rich.console import Console
             from rich.progress import Progress
 
             console = Console(**self._console_kwargs)
-            if not (console.is_terminal or console.is_jupyter):
+            if not (shows_widgets() if console.is_jupyter else console.is_terminal):
                 return None
             # auto_refresh would start a thread that draws while the training process computes.
             self._progress = Progress(*self.configure_columns(self.trainer), console=console, auto_refresh=False)

@@ -8,7 +8,7 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
-from fulmen.callbacks.progress._bars import Bar, PlainBar, format_metric, in_notebook, is_drawable
+from fulmen.callbacks.progress._bars import Bar, PlainBar, format_metric, in_notebook, is_drawable, shows_widgets
 from fulmen.callbacks.progress._drawn import DrawnProgressBar
 from fulmen_protocols.errors import MissingPackage
 
@@ -22,18 +22,20 @@ _COLAB_REFRESH_RATE = 20
 
 
 @cache
-def _tqdm() -> Any:
+def _tqdm(*, widgets: bool) -> Any:
     """Tqdm's class for this output, with metrics at a fixed number of digits so that the bar does not jitter.
 
     Raises:
         MissingPackage: tqdm is not installed.
     """
+    parent: Any
     try:
-        from tqdm import tqdm as terminal
-        from tqdm.auto import tqdm as notebook
+        if widgets:
+            from tqdm.notebook import tqdm as parent
+        else:
+            from tqdm import tqdm as parent
     except ImportError as error:
         raise MissingPackage("TQDMProgressBar needs tqdm, which is not installed: pip install tqdm") from error
-    parent: Any = notebook if in_notebook() else terminal
 
     class Tqdm(parent):  # type: ignore[misc]  # the parent is known at run time
         @staticmethod
@@ -154,7 +156,10 @@ class TQDMProgressBar(DrawnProgressBar):
     def _new(self, description: str, *, position: int, leave: bool, **options: Any) -> Any:
         if not is_drawable():
             return PlainBar(description, speaks_at_end=leave)
-        return _tqdm()(
+        widgets = shows_widgets()
+        if in_notebook() and not widgets:
+            position = 0  # a notebook's text has no line above the last; validation takes the place of training
+        return _tqdm(widgets=widgets)(
             desc=description,
             position=2 * self._process_position + position,
             disable=self.is_disabled,
@@ -207,5 +212,5 @@ if not TYPE_CHECKING:  # a type checker would take every misspelt name for one t
 
     def __getattr__(name: str) -> object:
         if name == "Tqdm":  # the class of a bar, for overrides of ``init_train_tqdm`` and its siblings
-            return _tqdm()
+            return _tqdm(widgets=shows_widgets())
         raise AttributeError(f"module 'fulmen.callbacks.progress.tqdm_progress' has no attribute {name!r}")
