@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,8 @@ def plain(rewind: Rewind) -> dict[str, Any]:
 def loaded(state: dict[str, Any]) -> Rewind:
     """What ``plain`` was given."""
     batches = tuple((int(epoch), int(index)) for epoch, index in state["batches"])
-    return replace(Rewind(**{**state, "batches": ()}), batches=batches)
+    given: dict[str, Any] = {**state, "batches": batches}
+    return Rewind(**given)
 
 
 def row_of(rewind: Rewind, count: int) -> dict[str, float]:
