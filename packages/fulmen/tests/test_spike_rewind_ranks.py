@@ -157,8 +157,7 @@ def main():
         if RANKS > 2:
             continue
         found[f"{name} saved"] = run(name, folder=name)
-        for step in (10, 15):
-            found[f"{name} from {step}"] = run(name, f"{name} again", resume=f"{FOLDER}/{name}/step={step}.ckpt")
+        found[f"{name} resumed"] = run(name, f"{name} again", resume=f"{FOLDER}/{name}/step=10.ckpt")
         found[f"{name} too often"] = run(name, max_rewinds=0)
         found[f"{name} seldom"] = run(name, every_n_steps=1000, check_every_n_steps=400)
     try:
@@ -226,10 +225,9 @@ def test_ranks_that_are_killed_after_a_return_and_resumed_end_like_those_that_we
         (event,) = whole["rewinds"]
         assert "step=9, rank=1" in event
         assert "noticed_at=10, back_to=5" in event, "a save looks before it writes, and both runs begin anew there"
-        for step in (10, 15):
-            resumed = rank[f"{name} from {step}"]
-            assert same(resumed, whole), step
-            assert resumed["rewinds"] == whole["rewinds"]
+        resumed = rank[f"{name} resumed"]
+        assert same(resumed, whole)
+        assert resumed["rewinds"] == whole["rewinds"]
 
 
 @pytest.mark.processes
