@@ -68,7 +68,7 @@ from fulmen_protocols.precision import (
     SupportsOptimizerPreparation,
     SupportsOutputConversion,
 )
-from fulmen_protocols.profiler import Profiler, SupportsModuleRecording
+from fulmen_protocols.profiler import Profiler, SupportsModuleRecording, SupportsRunParts
 from fulmen_protocols.progress_reporter import ProgressReporter
 from fulmen_protocols.seams import (
     ACCELERATORS,
@@ -224,6 +224,7 @@ __all__ = [
     "SupportsRequeue",
     "SupportsRowLookup",
     "SupportsRowTime",
+    "SupportsRunParts",
     "SupportsShardedSave",
     "SupportsShardedState",
     "SupportsStateKindChoice",

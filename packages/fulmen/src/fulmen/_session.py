@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from fulmen._data_waits import DataWaits
     from fulmen._engine import EngineSettings
     from fulmen._loaders import EvalLoaders, LoaderSource
     from fulmen._predictions import PredictionRecord
@@ -72,6 +73,8 @@ class Session:
     wrapped: list[LightningOptimizer] = field(default_factory=list[LightningOptimizer])
     schedulers: list[LRSchedulerConfig] = field(default_factory=list["LRSchedulerConfig"])
     train_loader: TrainLoader | None = None
+    data_waits: DataWaits | None = None
+    """Knows how long the running fit has waited for its training data."""
     eval_loaders: dict[str, EvalLoaders] = field(default_factory=dict[str, "EvalLoaders"])
     manual: ManualOptimization | None = None
     gradients: Gradients | None = None
