@@ -64,9 +64,10 @@ class SpikeRewind(Callback):
       included: nothing that a run counts ever falls. Schedules go back with the weights, so that these see the learning
       rate that they would have seen; one that counts steps ends ``steps_undone`` steps early. One that counts epochs
       does not miss the end of an epoch. Random states go on, as the data do.
-    - **No step waits.** A step keeps one number on the device. Every ``check_every_n_steps`` steps those of the checks
-      before are judged, which have come to the host meanwhile, and hosts vote through the group's store. Until then a
-      spoilt run goes on for ``2 * check_every_n_steps - 1`` steps at most, however fast a device is.
+    - **No step waits.** A step keeps one number on the device. Every ``check_every_n_steps`` steps those of the check before
+      are judged, which have come to the host meanwhile (on CUDA devices; others are read there), and hosts vote through
+      the group's store. Until then a spoilt run goes on, for ``2 * check_every_n_steps - 1`` steps at most, however fast
+      a device is.
     - **Nothing spoilt is kept.** Before validation, before a checkpoint is saved, and at the ends of epochs and of
       training all steps so far are judged, and it is looked whether weights are finite; the host waits for the device
       there. A run that is resumed goes on exactly as the one that saved: after a save both take a new copy.
