@@ -64,10 +64,10 @@ class SpikeRewind(Callback):
       included: nothing that a run counts ever falls. Schedules go back with the weights, so that these see the learning
       rate that they would have seen; one that counts steps ends ``steps_undone`` steps early. One that counts epochs
       does not miss the end of an epoch. Random states go on, as the data do.
-    - **No step waits.** A step keeps one number on the device. Every ``check_every_n_steps`` steps those of the check before
-      are judged, which have come to the host meanwhile (on CUDA devices; others are read there), and hosts vote through
-      the group's store. Until then a spoilt run goes on, for ``2 * check_every_n_steps - 1`` steps at most, however fast
-      a device is.
+    - **No step waits.** A step keeps one number on the device. Every ``check_every_n_steps`` steps those of the check
+      before are judged, which have come to the host meanwhile (on CUDA devices; others are read there), and hosts vote
+      through the group's store. Until then a spoilt run goes on, for ``2 * check_every_n_steps - 1`` steps at most,
+      however fast a device is.
     - **Nothing spoilt is kept.** Before validation, before a checkpoint is saved, and at the ends of epochs and of
       training all steps so far are judged, and it is looked whether weights are finite; the host waits for the device
       there. A run that is resumed goes on exactly as the one that saved: after a save both take a new copy.
@@ -89,7 +89,7 @@ class SpikeRewind(Callback):
         every_n_steps: steps from one copy to the next.
         check_every_n_steps: steps from one check to the next, ``every_n_steps / 2 - 1`` at most. None: 10, or fewer if
             that is too many.
-        max_rewinds: the next spike ends the fit with ``TooManyRewindsError`` on every rank.
+        max_rewinds: after so many returns the next spike ends the fit with ``TooManyRewindsError`` on every rank.
         cooldown: steps after a return in which only what is not finite is a spike.
         keep_on: where the copies lie, ``"host"`` or ``"device"``.
 
