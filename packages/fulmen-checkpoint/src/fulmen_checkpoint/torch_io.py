@@ -50,7 +50,8 @@ class TorchCheckpointIO:
     Args:
         storage: where files live; by default every local path and every URL that fsspec knows.
         allow_unsafe: save objects that only ``load_checkpoint(..., weights_only=False)`` can bring back. By default
-            saving them is an error, because a checkpoint that does not load is a lost run.
+            saving them is an error, because a checkpoint that does not load is a lost run; but not for a subclass
+            with a ``load_checkpoint`` of its own, which may load what ours would not.
         verify: compare each file with its digest before it is loaded.
         mmap: map files into memory instead of reading them. The tensors of a loaded checkpoint then read the file's
             pages as they are used, and their changes stay private. A mapped file may be replaced (as every save of
@@ -62,13 +63,14 @@ class TorchCheckpointIO:
         self,
         storage: Storage | None = None,
         *,
-        allow_unsafe: bool = False,
+        allow_unsafe: bool | None = None,
         verify: bool = True,
         mmap: bool = True,
         migrate: bool = True,
     ) -> None:
         self.storage: Storage = FsspecStorage() if storage is None else storage
-        self.allow_unsafe = allow_unsafe
+        loads_otherwise = type(self).load_checkpoint is not TorchCheckpointIO.load_checkpoint
+        self.allow_unsafe = loads_otherwise if allow_unsafe is None else allow_unsafe
         self.verify = verify
         self.mmap = mmap
         self.migrate = migrate
