@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import runpy
 import subprocess
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import fulmen
 import fulmen_protocols.engine
 import fulmen_protocols.precision
 import fulmen_protocols.strategy
@@ -154,11 +156,14 @@ from lightning.fabric import seed_everything
 from lightning.fabric.plugins import MixedPrecision
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Trainer, __version__
 from lightning_fabric.loggers import CSVLogger
 
 assert lightning.Trainer is L.Trainer is pl.Trainer is pytorch_lightning.Trainer
 assert lightning.pytorch.callbacks.ModelCheckpoint is ModelCheckpoint
 SEEN_AT = "https://lightning.ai/docs"
+NOT_LIGHTNING = ["optuna.integration.pytorch_lightning", "ray.train.lightning.RayDDPStrategy", "runs/pytorch_lightning"]
+VERSIONS = {lightning.__version__, L.__version__, pl.__version__, pytorch_lightning.__version__, __version__}
 """
 OF_OTHERS = """
 from ray.tune.integration.pytorch_lightning import TuneReportCallback
@@ -167,17 +172,23 @@ SEEN_AT = "https://lightning.ai/docs/pytorch/stable/api/lightning.pytorch.tuner.
 """
 
 
-def test_the_command_of_the_guide_moves_a_project(tmp_path: Path) -> None:
+def move(folder: Path) -> Path:
+    """Write BEFORE into a folder below, move all to fulmen as the guide says, and return the file."""
     guide = (Path(__file__).parents[1] / "docs" / "guides" / "from-lightning.md").read_text()
     [command] = [block for block in guide.split("```sh\n")[1:] if block.startswith("grep")]
-    moved, settings = tmp_path / "project" / "train.py", tmp_path / "config.yaml"
+    moved = folder / "project" / "train.py"
     moved.parent.mkdir()
     moved.write_text(BEFORE)
-    others = tmp_path / "others.py"
+    subprocess.run(["bash", "-c", command.partition("```")[0]], cwd=folder, check=True)
+    return moved
+
+
+def test_the_command_of_the_guide_moves_a_project(tmp_path: Path) -> None:
+    settings, others = tmp_path / "config.yaml", tmp_path / "others.py"
     others.write_text(OF_OTHERS)
     settings.write_text("class_path: lightning.pytorch.callbacks.Timer\n")
 
-    subprocess.run(["bash", "-c", command.partition("```")[0]], cwd=tmp_path, check=True)
+    moved = move(tmp_path)
 
     assert settings.read_text() == "class_path: fulmen.callbacks.Timer\n"
     assert others.read_text() == OF_OTHERS, "another package's module, and an address"
@@ -185,4 +196,16 @@ def test_the_command_of_the_guide_moves_a_project(tmp_path: Path) -> None:
     assert names["L"].__name__ == names["fulmen"].__name__ == "fulmen"
     assert names["rank_zero_only"].__module__.startswith("fulmen")
     assert names["SEEN_AT"] == "https://lightning.ai/docs"
-    assert "lightning" not in moved.read_text().replace("https://lightning.ai/docs", "")
+    assert names["NOT_LIGHTNING"] == [
+        "optuna.integration.pytorch_lightning", "ray.train.lightning.RayDDPStrategy", "runs/pytorch_lightning",
+    ]  # fmt: skip
+    lines = [line for line in moved.read_text().splitlines() if not line.startswith(("SEEN_AT", "NOT_LIGHTNING"))]
+    assert "lightning" not in "\n".join(lines).replace("__lightning_version__", "")
+
+
+def test_code_that_asks_for_lightnings_version_takes_the_same_branch_after_the_move(tmp_path: Path) -> None:
+    [version] = runpy.run_path(str(move(tmp_path)))["VERSIONS"]
+    theirs = importlib.import_module("lightning").__version__
+
+    assert version.split(".")[:2] == theirs.split(".")[:2]
+    assert fulmen.__version__ == importlib.metadata.version("fulmen")

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 import fulmen
 from fulmen.callbacks import Timer, TQDMProgressBar
 from fulmen.core import saving
 from fulmen.demos import BoringDataModule, BoringModel
+from fulmen.trainer.connectors import accelerator_connector
 from fulmen.utilities import parsing
+from fulmen_protocols import MisconfigurationException
 
 lightning = pytest.importorskip("lightning")
 
@@ -39,12 +42,13 @@ PRIVATE = {
 
 REFUSED = {
     "loggers.litlogger", "loggers.neptune", "loops", "plugins.collectives", "plugins.precision.fsdp",
-    "strategies.launchers", "strategies.parallel", "trainer.call", "trainer.connectors", "utilities.migration",
+    "strategies.launchers", "strategies.parallel", "trainer.call", "trainer.connectors.callback_connector",
+    "trainer.connectors.checkpoint_connector", "trainer.connectors.data_connector",
+    "trainer.connectors.logger_connector", "trainer.connectors.signal_connector", "utilities.migration",
     "utilities.model_registry",
 }  # fmt: skip
 
 GONE = {
-    "accelerators": {"ACCELERATOR_REGISTRY", "AcceleratorRegistry"},
     "accelerators.cpu": {"get_cpu_stats"},
     "accelerators.mps": {"get_device_stats"},
     "callbacks.progress.rich_progress": {
@@ -63,7 +67,7 @@ GONE = {
     "plugins.environments.lightning": {"find_free_network_port"},
     "plugins.collectives.torch_collective": {"default_pg_timeout"},
     "profilers.pytorch": {"RegisterRecordFunction", "ScheduleWrapper"},
-    "strategies": {"ParallelStrategy", "STRATEGY_REGISTRY", "StrategyRegistry"},
+    "strategies": {"ParallelStrategy"},
     "strategies.deepspeed": {"remove_module_hooks"},
     "utilities.apply_func": {"convert_to_tensors"},
     "utilities.deepspeed": {"ds_checkpoint_dir"},
@@ -225,3 +229,34 @@ def test_a_csv_of_hyperparameters_has_lightnings_columns(tmp_path: Path) -> None
     saving.save_hparams_to_tags_csv(tmp_path / "h.csv", {"lr": 0.1})
     with open(tmp_path / "h.csv", newline="") as file:
         assert list(csv.DictReader(file)) == [{"key": "lr", "value": "0.1"}]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"accelerator": "auto", "devices": "auto"},
+        {"accelerator": "cpu", "devices": 1},
+        {"accelerator": "cpu", "devices": "2"},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_programs_ask_which_devices_a_trainer_would_take_as_they_ask_lightning(arguments: dict[str, Any]) -> None:
+    theirs, ours = (
+        importlib.import_module(f"{package}.trainer.connectors.accelerator_connector")._AcceleratorConnector(
+            **arguments
+        )
+        for package in ("lightning.pytorch", "fulmen")
+    )
+
+    assert ours._accelerator_flag == theirs._accelerator_flag
+    assert ours._devices_flag == theirs._devices_flag
+    assert ours.is_distributed == theirs.is_distributed
+    assert ours.parallel_devices == (theirs._parallel_devices or [torch.device("cpu")])
+    assert type(ours.accelerator).__name__ == type(theirs.accelerator).__name__
+
+
+def test_devices_that_a_trainer_could_not_take_are_an_error_where_a_program_asks_for_them() -> None:
+    with pytest.raises(MisconfigurationException, match=r"devices=0 .*Pass 1 or more"):
+        accelerator_connector._AcceleratorConnector(accelerator="cpu", devices=0)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fulmen
 from fulmen.plugins import AsyncCheckpointIO, TorchCheckpointIO
+from fulmen_protocols import CheckpointUnsafe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,3 +96,30 @@ def test_a_checkpoint_io_that_may_hold_them_does(tmp_path: Path) -> None:
 
     saved = torch.load(tmp_path / "a.ckpt", weights_only=False)["hyper_parameters"]
     assert (saved["config"], saved["optimizer"].func) == (Config(), torch.optim.SGD)
+
+
+@pytest.mark.proves("5.3", "5.31")
+@pytest.mark.parametrize("plugins", [None, AsyncCheckpointIO()], ids=["plain", "asynchronous"])
+def test_who_trusts_every_file_by_torchs_variable_gets_them_saved_and_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugins: Any
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    trainer = fit(made(), tmp_path, plugins=plugins)
+    assert trainer.checkpoint_callback is not None
+    path = trainer.checkpoint_callback.best_model_path
+
+    assert torch.load(path, weights_only=False)["hyper_parameters"]["config"] == Config()
+    with pytest.warns(UserWarning, match="'net' is an nn.Module"):
+        assert Net.load_from_checkpoint(path).hparams.optimizer.func is torch.optim.SGD
+    assert fit(made(), tmp_path, epochs=2, ckpt_path=path).global_step == 4
+    with pytest.raises(CheckpointUnsafe, match="pass weights_only=False"):
+        Net.load_from_checkpoint(path, weights_only=True)
+
+
+@pytest.mark.proves("5.3")
+def test_what_is_written_in_code_goes_before_torchs_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(CheckpointUnsafe, match="allow_unsafe=True"):
+        TorchCheckpointIO(allow_unsafe=False).save_checkpoint({"config": Config()}, tmp_path / "a.ckpt")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0")
+    assert not TorchCheckpointIO().allow_unsafe

@@ -405,6 +405,21 @@ def test_a_name_shared_by_loaders_is_one_metric_of_those_that_logged_it(tmp_path
 
 
 @pytest.mark.proves("6.25")
+def test_what_loggers_know_ends_with_the_last_batch_of_the_epoch_also_if_it_got_no_row(tmp_path: Path) -> None:
+    class Logging(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("at", float(batch_idx))
+            return super().training_step(batch, batch_idx)
+
+    told = Told()
+    trainer = make_trainer(tmp_path, logger=told, log_every_n_steps=2)
+    trainer.fit(Logging(), DataLoader(torch.ones(6, 4), batch_size=2))  # type: ignore[arg-type]  # torch takes any sequence; its annotation names only Dataset
+
+    assert [row["at"] for row, _ in told.all("log_metrics") if "at" in row] == [1.0]
+    assert trainer.logged_metrics["at"] == trainer.callback_metrics["at"] == 2.0
+
+
+@pytest.mark.proves("6.25")
 def test_metrics_of_a_run_start_from_nothing_and_end_on_the_host(tmp_path: Path) -> None:
     class Logging(Model):
         def training_step(self, batch: Any, batch_idx: int) -> Any:

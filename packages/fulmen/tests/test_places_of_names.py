@@ -76,8 +76,6 @@ def test_the_version_is_the_distributions() -> None:
     ("module", "name", "instead"),
     [
         ("strategies", "ParallelStrategy", "write-a-strategy"),
-        ("strategies", "StrategyRegistry", "fulmen plugins"),
-        ("accelerators", "AcceleratorRegistry", "fulmen plugins"),
         ("plugins", "FSDPPrecision", "mixed_precision="),
         ("loggers", "NeptuneLogger", r"Trainer\(logger="),
     ],

@@ -36,10 +36,10 @@ class Losses(Callback):
         self.seen += [trainer.current_epoch, trainer.optimizers[0].param_groups[0]["lr"]]
 
 
-def series(seed: int) -> TimeSeries:
-    """A noisy wave of 90 values."""
-    noise = np.random.default_rng(seed).normal(0, 0.1, 90)
-    return TimeSeries.from_values((np.sin(np.arange(90) / 5 + seed) + noise).astype(np.float32))
+def series(seed: int, length: int = 90) -> TimeSeries:
+    """A noisy wave."""
+    noise = np.random.default_rng(seed).normal(0, 0.1, length)
+    return TimeSeries.from_values((np.sin(np.arange(length) / 5 + seed) + noise).astype(np.float32))
 
 
 def numbers(forecast: TimeSeries) -> list[float]:
@@ -49,7 +49,7 @@ def numbers(forecast: TimeSeries) -> list[float]:
 
 def main() -> dict[str, object]:
     """Train and forecast with each model; return forecasts, metrics and weights."""
-    known, seen = series(5), series(6)
+    known, seen = series(5, 110), series(6)
     data, held_out = series(1), series(2)
     result: dict[str, object] = {}
 
@@ -97,7 +97,7 @@ def main() -> dict[str, object]:
     model.save("nbeats.pt")
     result["saved and loaded"] = numbers(NBEATSModel.load("nbeats.pt", trusted=True).predict(6, data))
 
-    safe = common(callbacks=[EarlyStopping("val_loss"), ModelCheckpoint("own", monitor="train_loss")])
+    safe = common(callbacks=[EarlyStopping("val_loss")])
     wary = DLinearModel(**safe, save_checkpoints=True, force_reset=True, model_name="wary", work_dir="darts_logs")
     wary.fit(data, val_series=held_out)
     wary.save("wary.pt")

@@ -142,9 +142,9 @@ def main() -> dict[str, object]:
     result["kept"] = sorted(file.name for file in Path("kept").iterdir())
     best = TemporalFusionTransformer.load_from_checkpoint(kept.best_model_path)
     predicted = best.predict(val, return_x=True, return_y=True, return_index=True, mode="quantiles", trainer_kwargs=cpu)
-    result["tft"] = [numbers(predicted.output), predicted.index["t"].tolist(), numbers(predicted.y[0])]
+    result["tft"] = [numbers(predicted[0]), predicted[2]["t"].tolist(), numbers(predicted[3][0])]
     raw = best.predict(val, mode="raw", return_x=True, trainer_kwargs=cpu)
-    interpretation = best.interpret_output(raw.output, reduction="sum")
+    interpretation = best.interpret_output(raw[0], reduction="sum")
     result["interpretation"] = {name: numbers(value) for name, value in interpretation.items()}
     result["tested"] = [{name: float(value) for name, value in row.items()} for row in fitting.test(best, val)]
     best.predict(val, output_dir="written", write_interval="batch", trainer_kwargs=cpu)

@@ -49,9 +49,11 @@ class TorchCheckpointIO:
 
     Args:
         storage: where files live; by default every local path and every URL that fsspec knows.
-        allow_unsafe: save objects that only ``load_checkpoint(..., weights_only=False)`` can bring back. By default
-            saving them is an error, because a checkpoint that does not load is a lost run; but not for a subclass
-            with a ``load_checkpoint`` of its own, which may load what ours would not.
+        allow_unsafe: save objects that only ``load_checkpoint(..., weights_only=False)`` can bring back. If not,
+            saving them is an error, because a checkpoint that does not load is a lost run. None: only where the
+            environment has ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1``, with which torch, and ``load_checkpoint``, trust
+            every file whose ``weights_only`` is not given; and in a subclass with a ``load_checkpoint`` of its own,
+            which may load what ours would not.
         verify: compare each file with its digest before it is loaded.
         mmap: map files into memory instead of reading them. The tensors of a loaded checkpoint then read the file's
             pages as they are used, and their changes stay private. A mapped file may be replaced (as every save of
@@ -69,11 +71,17 @@ class TorchCheckpointIO:
         migrate: bool = True,
     ) -> None:
         self.storage: Storage = FsspecStorage() if storage is None else storage
-        loads_otherwise = type(self).load_checkpoint is not TorchCheckpointIO.load_checkpoint
-        self.allow_unsafe = loads_otherwise if allow_unsafe is None else allow_unsafe
+        self._allow_unsafe = allow_unsafe
         self.verify = verify
         self.mmap = mmap
         self.migrate = migrate
+
+    @property
+    def allow_unsafe(self) -> bool:
+        """Whether objects are saved that only code from the file can bring back."""
+        if self._allow_unsafe is not None:
+            return self._allow_unsafe
+        return _files_are_trusted() or type(self).load_checkpoint is not TorchCheckpointIO.load_checkpoint
 
     def save_checkpoint(
         self,
@@ -120,7 +128,7 @@ class TorchCheckpointIO:
 
         Any of our formats, and folders of ``torch.distributed.checkpoint``, are known by what they hold. Files of
         Lightning before 2.0 are brought to the layout of today. No code from the file runs unless ``weights_only`` is
-        False; None means True.
+        False; None means True, as it does for torch, unless ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1`` is set.
 
         Raises:
             CheckpointNotFound: nothing is there.
@@ -129,9 +137,10 @@ class TorchCheckpointIO:
             CheckpointError: it holds no dictionary, or something torch cannot read.
         """
         target = os.fspath(path)
+        safe = not _files_are_trusted() if weights_only is None else weights_only
         try:
             with fetched(self.storage, target) as stream:
-                loaded = self._load_file(stream, target, map_location, safe=weights_only is not False)
+                loaded = self._load_file(stream, target, map_location, safe=safe)
         except (IsADirectoryError, CheckpointNotFound) as error:
             other = _registered.reader_of(self.storage, target)
             if other is not None:
@@ -280,6 +289,15 @@ class TorchCheckpointIO:
             if whole:  # then it is the code from the file that failed
                 raise
             raise _unreadable(path, error, whole=whole) from error
+
+
+def _files_are_trusted() -> bool:
+    return os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "").lower() in (
+        "1",
+        "y",
+        "yes",
+        "true",
+    )  # as torch reads it
 
 
 def _warn_unchecked(path: str, kind: str) -> None:

@@ -18,6 +18,7 @@ from fulmen_fabric._strategies import (
     find_strategy,
 )
 from fulmen_fabric.abilities import supports
+from fulmen_fabric.registry import ACCELERATOR_REGISTRY, STRATEGY_REGISTRY
 from fulmen_protocols import SupportsDevices
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ def assemble(
     Raises:
         MisconfigurationException: with every conflict found, not only the first.
     """
+    accelerator = cast("str | Accelerator", ACCELERATOR_REGISTRY.resolve(accelerator))
+    strategy = cast("str | Strategy", STRATEGY_REGISTRY.resolve(strategy))
     notes = Notes()
     given = sort_plugins(plugins, notes, takes_layer_sync=takes_layer_sync)
     parts = parts_of_strategy(strategy, accelerator, given, precision, notes)

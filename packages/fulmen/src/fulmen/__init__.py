@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     fabric = fulmen_fabric
     pytorch = fulmen
+    __lightning_version__: str
     __version__: str
 
 __all__ = ["Callback", "Fabric", "LightningDataModule", "LightningModule", "Resume", "Trainer", "seed_everything"]
@@ -86,10 +87,14 @@ if not TYPE_CHECKING:  # a type checker would take every misspelt name for one t
             from importlib.metadata import version
 
             return version("fulmen")
+        if name == "__lightning_version__":
+            from fulmen._checkpoint_layout import LIGHTNING_VERSION
+
+            return LIGHTNING_VERSION
         if name == "loops":  # which says what to do instead
             return import_module("fulmen.loops")
         raise AttributeError(f"module 'fulmen' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_MODULES, *_PACKAGES, "__version__"])
+    return sorted([*__all__, *_MODULES, *_PACKAGES, "__lightning_version__", "__version__"])

@@ -175,6 +175,7 @@ class Evaluation:
         hooks = self.binder.evaluation("predict", several_loaders=loaders.several)
         hooks = replace(
             hooks,
+            on_model_eval=(modes.remember, *hooks.on_model_eval) if hooks.on_model_eval else (),
             on_batch_start=(
                 *_whereabouts.evaluation("predict", self._progress),
                 *((record.begin_batch,) if writers else ()),
@@ -207,6 +208,8 @@ class Evaluation:
         phase = "sanity_check" if self._state.stage is RunningStage.SANITY_CHECKING else name
         hooks = replace(hooks, on_batch_start=(*_whereabouts.evaluation(phase, self._progress), *hooks.on_batch_start))
         modes = ModelModes(session.module)
+        if hooks.on_model_eval:
+            hooks = replace(hooks, on_model_eval=(modes.remember, *hooks.on_model_eval))
         # Where inference needs no wrapper, validation inside fit does without it too: ranks may have different numbers
         # of batches, and a wrapper's forward may be a collective.
         bare = self._runs_bare

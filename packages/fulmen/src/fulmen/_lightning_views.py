@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fulmen._predictions import PredictionRecord
     from fulmen.progress import Progress
     from fulmen.trainer import Trainer
+    from fulmen_fabric.assembly import Assembly
 
 __all__ = [
     "AcceleratorConnectorView",
@@ -312,32 +313,44 @@ class CheckpointConnectorView:
 
 
 class AcceleratorConnectorView:
-    """``trainer._accelerator_connector``."""
+    """``trainer._accelerator_connector``.
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+    Args:
+        assembly: the backends of a run.
+        strategy: what is seen as its strategy.
+    """
+
+    def __init__(self, assembly: Assembly, strategy: Any) -> None:
+        self._assembly = assembly
+        self.strategy: Any = strategy
 
     @property
     def is_distributed(self) -> bool:
         """Whether the run has several processes."""
-        return self._trainer.assembly.world_size > 1
+        return self._assembly.world_size > 1
 
     @property
     def cluster_environment(self) -> Any:
         """What tells this process its ranks."""
-        return self._trainer.assembly.environment
+        return self._assembly.environment
 
     @property
     def parallel_devices(self) -> list[Any]:
         """This node's devices."""
-        return list(self._trainer.assembly.devices)
-
-    @property
-    def strategy(self) -> Any:
-        """``Trainer.strategy``."""
-        return self._trainer.strategy
+        return list(self._assembly.devices)
 
     @property
     def accelerator(self) -> Any:
         """``Trainer.accelerator``."""
-        return self._trainer.accelerator
+        return self._assembly.accelerator
+
+    @property
+    def _accelerator_flag(self) -> str:
+        """The accelerator's name, found out if it was "auto" or "gpu"."""
+        return self._assembly.accelerator_name
+
+    @property
+    def _devices_flag(self) -> int | list[int]:
+        """How many processes of the CPU, or which devices of what has several."""
+        ids = self._assembly.device_ids
+        return len(ids) if self._accelerator_flag == "cpu" else list(ids)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from pathlib import Path
+from shutil import copyfileobj
+from tempfile import TemporaryDirectory
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +56,7 @@ else:
 
 def load_module(
     cls: type[M],
-    path: str | PathLike[str],
+    path: str | PathLike[str] | IO[bytes],
     map_location: object,
     hparams_file: str | PathLike[str] | None,
     strict: bool | None,
@@ -84,7 +87,7 @@ def load_module(
 
 def load_datamodule(
     cls: type[D],
-    path: str | PathLike[str],
+    path: str | PathLike[str] | IO[bytes],
     map_location: object,
     hparams_file: str | PathLike[str] | None,
     weights_only: bool | None,
@@ -101,9 +104,17 @@ def load_datamodule(
     return datamodule
 
 
-def _read(path: str | PathLike[str], map_location: object, weights_only: bool | None) -> dict[str, Any]:
+def _read(path: str | PathLike[str] | IO[bytes], map_location: object, weights_only: bool | None) -> dict[str, Any]:
     io = load(CHECKPOINT_IOS, "torch")
-    return io.load_checkpoint(path, map_location=_location(map_location), weights_only=weights_only)
+    place = _location(map_location)
+    if not hasattr(path, "read"):
+        return io.load_checkpoint(cast("str", path), map_location=place, weights_only=weights_only)
+    # Tensors may go on reading the file after it is deleted, where the system lets it be deleted.
+    with TemporaryDirectory(prefix="fulmen-", ignore_cleanup_errors=True) as folder:
+        copy = Path(folder, "checkpoint")
+        with copy.open("wb") as file:
+            copyfileobj(cast("IO[bytes]", path), file)
+        return io.load_checkpoint(copy, map_location=place, weights_only=weights_only)
 
 
 def _location(map_location: object) -> torch.device | str | None:
@@ -135,7 +146,7 @@ def _construct(
     checkpoint: Mapping[str, Any],
     prefix: str,
     overrides: Mapping[str, Any],
-    path: str | PathLike[str],
+    path: str | PathLike[str] | IO[bytes],
     weights_only: bool | None,
 ) -> Any:
     hparams = restored(checkpoint, prefix)
@@ -168,7 +179,7 @@ def _construct_configured(
     cls: type[Any],
     hparams: Mapping[str, Any],
     overrides: Mapping[str, Any],
-    path: str | PathLike[str],
+    path: str | PathLike[str] | IO[bytes],
     weights_only: bool | None,
 ) -> Any:
     """Build what the command line had built."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["elsewhere", "no_module", "submodule"]
 
 _GUIDE = "docs/guides/write-a-strategy.md"
+_CONNECTORS = "what is read of Lightning's connectors has a public name on the Trainer"
 _MODULES = {
     "fulmen.loggers.litlogger": "it logs to a service of Lightning's makers only, with their own package",
     "fulmen.loggers.neptune": "Lightning has removed it too; Neptune's own package logs from a loop",
@@ -27,7 +28,11 @@ _MODULES = {
     "in fulmen_strategies.launchers",
     "fulmen.strategies.parallel": f"a strategy of several processes needs no base class ({_GUIDE})",
     "fulmen.trainer.call": "hooks are bound once, before a run; call the method of the module or callback itself",
-    "fulmen.trainer.connectors": "the Trainer has none: what is read of Lightning's has a public name on the Trainer",
+    "fulmen.trainer.connectors.callback_connector": _CONNECTORS,
+    "fulmen.trainer.connectors.checkpoint_connector": _CONNECTORS,
+    "fulmen.trainer.connectors.data_connector": _CONNECTORS,
+    "fulmen.trainer.connectors.logger_connector": _CONNECTORS,
+    "fulmen.trainer.connectors.signal_connector": _CONNECTORS,
     "fulmen.utilities.migration": "files of every Lightning version are migrated wherever they are loaded; "
     "fulmen_checkpoint.migrate(checkpoint) changes one that was loaded otherwise",
     "fulmen.utilities.model_registry": "it is a service of Lightning's makers, with their own package; give "

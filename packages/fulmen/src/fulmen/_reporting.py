@@ -260,11 +260,13 @@ class Reporter:
             self._write_coming(self._coming.popleft())
 
     def remember_steps(self, store: MetricStore) -> None:
-        """Keep the last step's values for callbacks when the epoch's take over."""
-        self._callback.update(as_tensors(store.step_metrics().callback, store.device))
+        """Keep the last step's values, whether they got a row or not, when the epoch's take over."""
+        view = store.step_metrics()
+        self._callback.update(as_tensors(view.callback, store.device))
+        self._logged.update(as_tensors(view.log, store.device))
 
     def leave(self, store: MetricStore) -> None:
-        """Keep the last step's values for callbacks and the bar when another loop's store takes over."""
+        """Keep the last step's values, and the bar's, when another loop's store takes over."""
         self.remember_steps(store)
         self._read_bar(store)
 

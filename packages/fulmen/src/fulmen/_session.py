@@ -303,9 +303,13 @@ class ModelModes:
         self._module = module
         self._flags: list[tuple[nn.Module, bool]] = []
 
+    def remember(self) -> None:
+        """Take the flags down, for whoever switches to evaluation himself."""
+        self._flags = [(module, module.training) for module in self._module.modules()]
+
     def eval(self) -> None:
         """Remember the flags and switch to evaluation."""
-        self._flags = [(module, module.training) for module in self._module.modules()]
+        self.remember()
         self._module.eval()
 
     def restore(self) -> None:

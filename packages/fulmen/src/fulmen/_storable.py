@@ -59,7 +59,8 @@ def _warn_of_left_out(owner: HyperparametersMixin, checkpoint_io: CheckpointIO) 
         rank_zero_warn(
             f"checkpoints leave out the hyperparameters {found} of {cls}: only code from the file could bring them "
             f"back. Give them to {cls}.load_from_checkpoint(path, {names[0]}=...), store plain data (str(path), "
-            "asdict(config)), or use plugins=TorchCheckpointIO(allow_unsafe=True).",
+            "asdict(config)), or use plugins=TorchCheckpointIO(allow_unsafe=True); where a library makes the Trainer, "
+            "set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1.",
         )
 
 

@@ -55,7 +55,8 @@ class LoopSurface:
 
     @property
     def _accelerator_connector(self) -> AcceleratorConnectorView:
-        return AcceleratorConnectorView(self._as_trainer())
+        trainer = self._as_trainer()
+        return AcceleratorConnectorView(trainer.assembly, trainer.strategy)
 
     def _as_trainer(self) -> Trainer:
         return cast("Trainer", self)  # the only class that has this surface

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import IO, TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -81,7 +81,7 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
     @class_only
     def load_from_checkpoint(
         cls,  # noqa: N805  class_only is a classmethod
-        checkpoint_path: str | PathLike[str],
+        checkpoint_path: str | PathLike[str] | IO[bytes],
         map_location: Any = None,
         hparams_file: str | PathLike[str] | None = None,
         weights_only: bool | None = None,
@@ -90,7 +90,7 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
         """Build a data module with the hyperparameters and the state that a checkpoint holds.
 
         Args:
-            checkpoint_path: path or URL.
+            checkpoint_path: path, URL, or an open binary file, which is read from where it stands.
             map_location: device for the tensors in it (None: CPU).
             hparams_file: YAML or CSV file with hyperparameters to use in place of the stored ones.
             weights_only: False runs code from the file; None means True.

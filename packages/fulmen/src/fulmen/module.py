@@ -6,7 +6,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from numbers import Number
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self, cast
+from typing import IO, TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -421,7 +421,7 @@ class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, Hyperpar
     @class_only
     def load_from_checkpoint(
         cls,  # noqa: N805  class_only is a classmethod
-        checkpoint_path: str | PathLike[str],
+        checkpoint_path: str | PathLike[str] | IO[bytes],
         map_location: Any = None,
         hparams_file: str | PathLike[str] | None = None,
         strict: bool | None = None,
@@ -431,7 +431,7 @@ class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, Hyperpar
         """Build a module from a checkpoint, with the hyperparameters and the weights that are in it.
 
         Args:
-            checkpoint_path: path or URL.
+            checkpoint_path: path, URL, or an open binary file, which is read from where it stands.
             map_location: device for the tensors, and so for the module (None: CPU, wherever they were saved).
             hparams_file: YAML or CSV file with hyperparameters to use in place of the stored ones.
             strict: whether keys must match exactly, or differences are warned of (None: as ``strict_loading`` says).

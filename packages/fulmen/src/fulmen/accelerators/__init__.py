@@ -7,13 +7,14 @@ from fulmen_accelerators import CPUAccelerator, CUDAAccelerator, MPSAccelerator,
 from fulmen_protocols import Accelerator
 
 if TYPE_CHECKING:
+    from fulmen_fabric.registry import ACCELERATOR_REGISTRY as ACCELERATOR_REGISTRY
     from fulmen_xla import XLAAccelerator as XLAAccelerator
 
+    AcceleratorRegistry = ACCELERATOR_REGISTRY
+
 _ELSEWHERE = {"XLAAccelerator": "fulmen_xla"}
-_REFUSED = {
-    "AcceleratorRegistry": "names come from the entry points of installed packages, fulmen.accelerators.v1. `fulmen "
-    "plugins` lists them, and an accelerator without a name is passed as an object",
-}
+_REGISTRY = {"ACCELERATOR_REGISTRY", "AcceleratorRegistry"}
+"""Names of Lightning and of its Fabric for one thing."""
 
 __all__ = ["Accelerator", "CPUAccelerator", "CUDAAccelerator", "MPSAccelerator", "find_usable_cuda_devices"]
 
@@ -21,4 +22,8 @@ __all__ = ["Accelerator", "CPUAccelerator", "CUDAAccelerator", "MPSAccelerator",
 if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that is found here
 
     def __getattr__(name: str) -> object:
-        return elsewhere("fulmen.accelerators", name, _ELSEWHERE, _REFUSED)
+        if name in _REGISTRY:
+            from fulmen_fabric.registry import ACCELERATOR_REGISTRY
+
+            return ACCELERATOR_REGISTRY
+        return elsewhere("fulmen.accelerators", name, _ELSEWHERE, {})

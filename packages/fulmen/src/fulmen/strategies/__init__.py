@@ -8,6 +8,7 @@ from fulmen._not_here import elsewhere
 
 if TYPE_CHECKING:
     from fulmen_deepspeed import DeepSpeedStrategy as DeepSpeedStrategy
+    from fulmen_fabric.registry import STRATEGY_REGISTRY as STRATEGY_REGISTRY
     from fulmen_protocols import Strategy as Strategy
     from fulmen_strategies import DataParallelStrategy as DataParallelStrategy
     from fulmen_strategies import DDPStrategy as DDPStrategy
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from fulmen_xla import XLAFSDPStrategy as XLAFSDPStrategy
     from fulmen_xla import XLASPMDStrategy as XLASPMDStrategy
     from fulmen_xla import XLAStrategy as XLAStrategy
+
+    StrategyRegistry = STRATEGY_REGISTRY
 
 _HOME = {
     "DDPStrategy": "fulmen_strategies",
@@ -35,9 +38,10 @@ _HOME = {
 _REFUSED = {
     "ParallelStrategy": "a strategy of several processes needs no base class; what it has besides a Strategy are its "
     "launcher and collectives (docs/guides/write-a-strategy.md). trainer.world_size > 1 tells if there are several",
-    "StrategyRegistry": "names come from the entry points of installed packages (docs/guides/write-a-strategy.md). "
-    "`fulmen plugins` lists them, and a strategy without a name is passed as an object",
 }
+
+_REGISTRY = {"STRATEGY_REGISTRY", "StrategyRegistry"}
+"""Names of Lightning and of its Fabric for one thing."""
 
 # Not in it: what another package has to be installed for, where a star import would end, and what no Trainer takes.
 __all__ = ["DDPStrategy", "FSDPStrategy", "ModelParallelStrategy", "SingleDeviceStrategy", "Strategy"]
@@ -46,6 +50,10 @@ __all__ = ["DDPStrategy", "FSDPStrategy", "ModelParallelStrategy", "SingleDevice
 if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that is found here
 
     def __getattr__(name: str) -> object:
+        if name in _REGISTRY:
+            from fulmen_fabric.registry import STRATEGY_REGISTRY
+
+            return STRATEGY_REGISTRY
         globals()[name] = value = elsewhere("fulmen.strategies", name, _HOME, _REFUSED)
         return value
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, Required, TypedDict
 
@@ -20,7 +20,10 @@ __all__ = [
     "STEP_OUTPUT",
     "TRAIN_DATALOADERS",
     "_DEVICE",
+    "_EVALUATE_OUTPUT",
+    "_MAP_LOCATION_TYPE",
     "_PATH",
+    "_PREDICT_OUTPUT",
     "DistributedDataParallel",
     "LRSchedulerConfig",
     "LRSchedulerConfigType",
@@ -38,6 +41,9 @@ __all__ = [
 
 _PATH = str | Path
 _DEVICE = _Device | str | int
+_MAP_LOCATION_TYPE = _DEVICE | Callable[[UntypedStorage, str], UntypedStorage | None] | dict[_DEVICE, _DEVICE] | None
+_EVALUATE_OUTPUT = list[Mapping[str, float]]
+_PREDICT_OUTPUT = list[Any] | list[list[Any]]
 """Lightning's names, which annotations use although they are private there."""
 
 STEP_OUTPUT = Tensor | Mapping[str, Any] | None
