@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -42,7 +43,7 @@ OTHERS = ["optuna_integration"]
 WHAT = (
     "TFT, DeepAR, NBeats, NHiTS, DecoderMLP, recurrent network and TiDE: TensorBoard with figures, early stopping, "
     "learning rate finder, Ranger, checkpoints and load_from_checkpoint, test, predictions by its callback, also "
-    "written to disk, interpretation, and tuning with optuna"
+    "written to disk, interpretation, and tuning with optuna; with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1"
 )
 
 
@@ -72,6 +73,7 @@ def series() -> pd.DataFrame:
 
 def main() -> dict[str, object]:
     """Train each model, predict, and return predictions, metrics and what was written."""
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # its checkpoints hold data sets and losses
     frame = series()
 
     def dataset(**more: object) -> TimeSeriesDataSet:
@@ -98,7 +100,8 @@ def main() -> dict[str, object]:
         quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
         return pl.Trainer(**{**quiet, "max_epochs": 2, "limit_train_batches": 4, "gradient_clip_val": 0.1, **more})
 
-    cpu = {"accelerator": "cpu", "logger": False}
+    def cpu() -> dict[str, object]:
+        return {"accelerator": "cpu", "logger": False}
 
     def numbers(predicted: object) -> list[float]:
         return torch.as_tensor(predicted).flatten().double().tolist()
@@ -112,7 +115,7 @@ def main() -> dict[str, object]:
         add_target_scales=True,
     )
     train, val = loaders(covariates)
-    result["baseline"] = numbers(Baseline().predict(val, trainer_kwargs=cpu))
+    result["baseline"] = numbers(Baseline().predict(val, trainer_kwargs=cpu()))
 
     pl.seed_everything(1)
     tft = TemporalFusionTransformer.from_dataset(
@@ -141,15 +144,19 @@ def main() -> dict[str, object]:
     result["tft's epochs"] = losses.seen
     result["kept"] = sorted(file.name for file in Path("kept").iterdir())
     best = TemporalFusionTransformer.load_from_checkpoint(kept.best_model_path)
-    predicted = best.predict(val, return_x=True, return_y=True, return_index=True, mode="quantiles", trainer_kwargs=cpu)
-    result["tft"] = [numbers(predicted[0]), predicted[2]["t"].tolist(), numbers(predicted[3][0])]
-    raw = best.predict(val, mode="raw", return_x=True, trainer_kwargs=cpu)
-    interpretation = best.interpret_output(raw[0], reduction="sum")
+    predicted = best.predict(
+        val, return_x=True, return_y=True, return_index=True, mode="quantiles", trainer_kwargs=cpu()
+    )
+    result["tft"] = [numbers(predicted.output), predicted.index["t"].tolist(), numbers(predicted.y[0])]
+    raw = best.predict(val, mode="raw", return_x=True, trainer_kwargs=cpu())
+    interpretation = best.interpret_output(raw.output, reduction="sum")
     result["interpretation"] = {name: numbers(value) for name, value in interpretation.items()}
     result["tested"] = [{name: float(value) for name, value in row.items()} for row in fitting.test(best, val)]
-    best.predict(val, output_dir="written", write_interval="batch", trainer_kwargs=cpu)
+    Path("written").mkdir()
+    Path("whole").mkdir()
+    best.predict(val, output_dir="written", write_interval="batch", trainer_kwargs=cpu())
     result["written"] = sorted(file.name for file in Path("written").iterdir())
-    best.predict(val, output_dir="whole", write_interval="epoch", trainer_kwargs=cpu)
+    best.predict(val, output_dir="whole", write_interval="epoch", trainer_kwargs=cpu())
     result["written whole"] = sorted(file.name for file in Path("whole").iterdir())
 
     plain = dataset()
@@ -178,7 +185,7 @@ def main() -> dict[str, object]:
         fitting.fit(model, fit_on, validate_on)
         result[f"{name}'s metrics"] = {key: float(value) for key, value in sorted(fitting.callback_metrics.items())}
         pl.seed_everything(2)
-        result[name] = numbers(model.predict(validate_on, trainer_kwargs=cpu))
+        result[name] = numbers(model.predict(validate_on, trainer_kwargs=cpu()))
 
     pl.seed_everything(1)
     study = optimize_hyperparameters(
