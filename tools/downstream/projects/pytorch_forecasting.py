@@ -130,7 +130,7 @@ def main() -> dict[str, object]:
         learning_rate=0.03,
     )
     found = Tuner(trainer(limit_train_batches=1.0)).lr_find(
-        tft, train_dataloaders=train, val_dataloaders=val, num_training=15, min_lr=1e-4, early_stop_threshold=1000.0
+        tft, train_dataloaders=train, val_dataloaders=val, num_training=8, min_lr=1e-4, early_stop_threshold=1000.0
     )
     result["learning rates"] = [[float(rate) for rate in found.results["lr"]], found.suggestion()]
     result["their losses"] = [float(loss) for loss in found.results["loss"]]
@@ -165,7 +165,7 @@ def main() -> dict[str, object]:
     group_train, group_val = loaders(by_group)
     models = [
         (NBeats, plain, plain_train, plain_val, {"widths": [8, 16], "backcast_loss_ratio": 0.1}),
-        (NHiTS, covariates, train, val, {"hidden_size": 8}),
+        (NHiTS, by_group, group_train, group_val, {"hidden_size": 8}),
         (DecoderMLP, covariates, train, val, {"hidden_size": 8, "loss": MAE()}),
         (
             DeepAR,
