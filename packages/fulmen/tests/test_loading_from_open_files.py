@@ -1,4 +1,4 @@
-"""``load_from_checkpoint`` takes an open file where a path would do, as libraries that change a checkpoint first use it."""
+"""``load_from_checkpoint`` takes an open file where a path would do: some libraries change a checkpoint in memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fulmen
+from fulmen.core import saving
 from fulmen_protocols import CheckpointUnsafe
 
 if TYPE_CHECKING:
@@ -75,3 +76,22 @@ def test_code_from_an_open_file_runs_only_if_it_is_asked_for() -> None:
         Net.load_from_checkpoint(buffer)
     buffer.seek(0)
     assert Net.load_from_checkpoint(buffer, weights_only=False).layer.weight.shape == (3, 3)
+
+
+@pytest.mark.proves("5.31")
+def test_a_class_that_overrides_the_loading_calls_it_by_lightnings_private_name(tmp_path: Path) -> None:
+    class Own(Net):
+        @classmethod
+        def load_from_checkpoint(cls, checkpoint_path: Path, **kwargs: object) -> Own:  # type: ignore[override]  # as libraries do
+            return saving._load_from_checkpoint(cls, checkpoint_path, "cpu", None, False, **kwargs)
+
+    content = checkpoint()
+    content["state_dict"] = {"layer.weight": torch.ones(3, 3)}
+    torch.save(content, tmp_path / "a.ckpt")
+
+    with pytest.warns(UserWarning, match=r"lacks \['layer.bias'\]"):
+        loaded = Own.load_from_checkpoint(tmp_path / "a.ckpt")
+
+    assert type(loaded) is Own
+    assert torch.equal(loaded.layer.weight, torch.ones(3, 3))
+    assert saving._load_from_checkpoint(Data, tmp_path / "a.ckpt", size=8).hparams.size == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -29,10 +30,8 @@ class Board(CPUAccelerator):
 def forgotten_afterwards() -> Iterator[None]:
     yield
     for registry, name in ((StrategyRegistry, "slow"), (StrategyRegistry, "ddp"), (AcceleratorRegistry, "board")):
-        try:
+        with suppress(MisconfigurationException):
             registry.remove(name)
-        except MisconfigurationException:
-            pass
 
 
 def trainer(**options: object) -> fulmen.Trainer:

@@ -17,8 +17,8 @@ def main() -> dict[str, object]:
     import numpy as np
     import torch
 
-    # The wheel of torchvision on PyPI is built for CUDA. Beside a torch for CPUs its operators are missing, and it could
-    # not be imported without those of which it describes the shapes.
+    # The wheel of torchvision on PyPI is built for CUDA. Beside a torch for CPUs its operators are missing, and it
+    # could not be imported without those of which it describes the shapes.
     if torch.version.cuda is None and not version("torchvision").endswith("+cpu"):
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -114,7 +114,7 @@ def main() -> dict[str, object]:
     quiet: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
     train, bank = Images(40, 1, views=True), Images(40, 1)
     held_out = DataLoader(Images(20, 2), batch_size=8)
-    # Neither shuffled nor augmented at random: a resumed fulmen goes on in the sequence of random numbers, Lightning not.
+    # Neither shuffled nor augmented at random: a resumed fulmen goes on in the sequence of random numbers.
     loader = DataLoader(train, batch_size=8)
     shuffled = DataLoader(train, batch_size=8, shuffle=True, drop_last=True)
     bank_loader = DataLoader(bank, batch_size=8)

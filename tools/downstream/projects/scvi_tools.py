@@ -64,8 +64,8 @@ def main() -> dict[str, object]:
 
     scvi.settings.seed = 2
     annotator = scvi.model.SCANVI.from_scvi_model(model, unlabeled_category="unknown")
-    # With n_samples_per_label= the library draws the labels anew when an epoch starts: on Lightning that counts from the
-    # second epoch, here from the first (docs/differences.md).
+    # With n_samples_per_label= the library draws the labels anew when an epoch starts: on Lightning that counts from
+    # the second epoch, here from the first (docs/differences.md).
     annotator.train(max_epochs=2, check_val_every_n_epoch=1, **options)
     found["annotator"] = history(annotator)
     found["kinds"] = [str(kind) for kind in annotator.predict()[:20]]

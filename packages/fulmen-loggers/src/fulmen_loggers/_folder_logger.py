@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from fulmen_loggers._everybodys import Everybodys
 from fulmen_loggers._folder import RunFolder
 from fulmen_loggers._guard import Guard
 from fulmen_loggers._hparams import FILE as HPARAMS_FILE
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["FolderLogger"]
 
 
-class FolderLogger:
+class FolderLogger(Everybodys):
     """The run's folder and hyperparameters. What is written there besides, and when, is each logger's own.
 
     Args:

@@ -6,6 +6,7 @@ import os
 import uuid
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
+from fulmen_loggers._everybodys import Everybodys
 from fulmen_loggers._folder import make_folder
 from fulmen_loggers._guard import Guard
 from fulmen_loggers._optional import need, require
@@ -49,7 +50,7 @@ class _Comet(Protocol):
     def ExperimentConfig(self, **kwargs: object) -> object: ...  # noqa: N802  Comet's name
 
 
-class CometLogger:
+class CometLogger(Everybodys):
     """Logs to one experiment of Comet, online or to an archive. Satisfies ``fulmen_protocols.Logger``.
 
     The experiment is opened at the first use and stays open after a run, so that a script can add to it; Comet ends it

@@ -15,6 +15,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import yaml
 
+from fulmen_loggers._everybodys import Everybodys
 from fulmen_loggers._folder import make_folder
 from fulmen_loggers._guard import Guard
 from fulmen_loggers._optional import need, require
@@ -89,7 +90,7 @@ class _Mlflow(Protocol):
     def flush_async_logging(self) -> None: ...
 
 
-class MLFlowLogger:
+class MLFlowLogger(Everybodys):
     """Logs to one run of an MLflow experiment. Satisfies ``fulmen_protocols.Logger``.
 
     The run is made at the first use. Its status is RUNNING, then FINISHED or FAILED; logging again sets it back.

@@ -7,6 +7,7 @@ import secrets
 import string
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
+from fulmen_loggers._everybodys import Everybodys
 from fulmen_loggers._folder import make_folder
 from fulmen_loggers._guard import Guard
 from fulmen_loggers._optional import need, require
@@ -85,7 +86,7 @@ class _Wandb(Protocol):
     def init(self, **kwargs: object) -> Run: ...
 
 
-class WandbLogger:
+class WandbLogger(Everybodys):
     """Logs to one run of Weights & Biases, online or to files. Satisfies ``fulmen_protocols.Logger``.
 
     The run is opened at the first use, and once more if somebody finished it; each row carries the training step as

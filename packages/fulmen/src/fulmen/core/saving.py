@@ -11,19 +11,43 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fulmen import hparams as _hparams
 from fulmen._files import open_text
+from fulmen._loading import load_datamodule, load_module
+from fulmen.datamodule import LightningDataModule
 from fulmen.hparams import load_hparams_from_csv as load_hparams_from_tags_csv
 from fulmen_fabric import rank_zero_warn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from os import PathLike
+    from typing import IO
+
+    from fulmen.module import LightningModule
 
 __all__ = [
+    "_load_from_checkpoint",
     "load_hparams_from_tags_csv",
     "load_hparams_from_yaml",
     "save_hparams_to_tags_csv",
     "save_hparams_to_yaml",
 ]
+
+
+def _load_from_checkpoint(
+    cls: type[LightningModule | LightningDataModule],
+    checkpoint_path: str | PathLike[str] | IO[bytes],
+    map_location: Any = None,
+    hparams_file: str | PathLike[str] | None = None,
+    strict: bool | None = None,
+    weights_only: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """What ``cls.load_from_checkpoint`` does where a class does not override it; libraries call it from what they have.
+
+    Lightning's name, which it keeps private; ``super().load_from_checkpoint`` is the public way.
+    """
+    if issubclass(cls, LightningDataModule):
+        return load_datamodule(cls, checkpoint_path, map_location, hparams_file, weights_only, kwargs)
+    return load_module(cls, checkpoint_path, map_location, hparams_file, strict, weights_only, kwargs)
 
 
 def load_hparams_from_yaml(config_yaml: str | PathLike[str], use_omegaconf: bool = True) -> Any:

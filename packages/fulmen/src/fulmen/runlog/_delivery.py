@@ -180,7 +180,7 @@ class Delivery:
         """Let loggers draw the module, after what came before; here, since nobody may trace a module that trains."""
         for logger in loggers:
             box = self._box(logger)
-            if box is None or not supports(logger, SupportsGraph):
+            if box is None or not supports(logger, SupportsGraph) or _does_nothing(logger.log_graph):
                 continue
             if not self._wait(box):
                 self._warn(box, "it has not answered, and no graph is drawn")
@@ -199,7 +199,7 @@ class Delivery:
                 continue
             if supports(logger, SupportsDeferredUpload):
                 self._set_aside(box, logger, callback)
-            elif supports(logger, SupportsCheckpointUpload):
+            elif supports(logger, SupportsCheckpointUpload) and not _does_nothing(logger.after_save_checkpoint):
                 box.put(Call(partial(logger.after_save_checkpoint, weakref.proxy(callback)), "after_save_checkpoint"))
                 self._wait(box)  # the next save may delete the file
 
@@ -400,6 +400,11 @@ class Delivery:
             if cursors.registered_name(box.logger) is None or cursors.options_of(box.logger) is None:
                 how = f"Deliver it later with fulmen.runlog.replay({folder!r}, logger)."
         rank_zero_warn(f"{name} did not get everything that was logged: {why}. {how}")
+
+
+def _does_nothing(method: Callable[..., object]) -> bool:
+    """Whether it is there for the name's sake alone, so that there is nothing to wait for."""
+    return bool(getattr(method, "does_nothing", False))
 
 
 def _line(error: BaseException) -> str:
