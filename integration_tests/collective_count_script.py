@@ -70,6 +70,14 @@ class Linears(Model):
         self.layers = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
 
 
+class Weighed(Linears):
+    """Its losses are sums, with their weights beside them."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        self.seen.append((begun(), len(CALLED)))
+        return {"loss": self.layers(batch).square().sum(), "weight": batch.new_tensor(len(batch))}
+
+
 def sharded() -> dict[str, Any]:
     """What a step of FSDP2 begins, raw and under the Trainer, with and without accumulation."""
     found: dict[str, Any] = {}
@@ -103,6 +111,23 @@ def sharded() -> dict[str, Any]:
                 optimizer.step()
                 optimizer.zero_grad()
         found[f"raw {name}"] = [b - a for a, b in pairwise(counts)]
+    return found
+
+
+def weighed() -> dict[str, Any]:
+    """The same with losses that are sums, and with the means of the same model."""
+    found: dict[str, Any] = {}
+    strategies: dict[str, Any] = {"ddp": lambda: "ddp", "fsdp": lambda: FSDPStrategy(auto_wrap_policy={nn.Linear})}
+    for name, strategy in strategies.items():
+        for accumulate in (1, 4):
+            for weighting, kind in (("mean", Linears), ("weights", Weighed)):
+                model = kind()
+                data: Any = torch.randn(4 * STEPS, 4)  # torch takes any sequence for a data set
+                fulmen.Trainer(
+                    accelerator="cpu", devices=2, strategy=strategy(), max_epochs=1, logger=False, barebones=True,
+                    accumulate_grad_batches=accumulate, loss_weighting=weighting,
+                ).fit(model, DataLoader(data, batch_size=2))  # fmt: skip
+                found[f"{name} {weighting} {accumulate}"] = per_step(model.seen)
     return found
 
 
@@ -146,7 +171,7 @@ def main() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
         found[f"raw {name}"] = [b - a for a, b in pairwise(counts)]
-    found |= sharded()
+    found |= sharded() | weighed()
     (FOLDER / f"counts-{trainer.global_rank}.json").write_text(json.dumps(found))
 
 

@@ -45,6 +45,16 @@ def test_a_step_of_ddp_under_the_trainer_begins_as_many_collectives_as_raw_ddp()
         assert sum(found["raw accumulated"]) < sum(found["raw plain"]), "the count would see one"
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_weighed_losses_cost_one_collective_for_each_optimizer_step(strategy: str, accumulate: int) -> None:
+    for found in counts():
+        weighed, means = (found[f"{strategy} {name} {accumulate}"][7:23] for name in ("weights", "mean"))
+        steps = len(weighed) // accumulate
+        assert sum(begun for begun, _ in weighed) - sum(begun for begun, _ in means) == steps
+        assert sum(called for _, called in weighed) - sum(called for _, called in means) == steps
+
+
 def test_a_step_of_fsdp2_under_the_trainer_begins_as_many_collectives_as_raw_fully_shard() -> None:
     for found in counts():
         for name in ("fsdp", "fsdp accumulated"):

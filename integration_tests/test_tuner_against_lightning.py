@@ -67,6 +67,7 @@ def test_the_searches_end_where_they_should() -> None:
 @needs_lightning
 @pytest.mark.proves("13.2")
 @pytest.mark.parametrize("name", SIZES)
+@pytest.mark.slow
 def test_the_sizes_found_are_those_of_lightning(name: str) -> None:
     assert results("fulmen")["sizes"][name] == results("lightning.pytorch")["sizes"][name]
 

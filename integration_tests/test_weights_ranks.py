@@ -69,7 +69,7 @@ def test_two_ranks_train_as_one_process_does_with_their_batches_together(case: s
     "case",
     [
         pytest.param("swa", marks=pytest.mark.proves("11.12")),
-        pytest.param("pruning", marks=pytest.mark.proves("11.15")),
+        pytest.param("pruning", marks=[pytest.mark.proves("11.15"), pytest.mark.slow]),
     ],
 )
 def test_ranks_stay_equal_where_each_alone_would_draw_or_count_its_own(case: str, tmp_path: Path) -> None:

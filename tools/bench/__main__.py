@@ -15,6 +15,7 @@ NAMES = (
     "memory",
     "instructions",
     "gpu_overhead",
+    "paired",
     "deepspeed",
     "float8",
     "scaling",

@@ -131,6 +131,15 @@ def test_every_argument_of_the_trainer_is_there_and_typed(capsys: pytest.Capture
         assert f'"trainer.{name}"' in capsys.readouterr().err
 
 
+def test_the_weighting_of_losses_is_an_argument_and_in_the_printed_configuration(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli("--trainer.loss_weighting=weights").trainer.loss_weighting == "weights"
+    with pytest.raises(SystemExit):
+        cli("--trainer.loss_weighting=weights", "--print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["loss_weighting"] == "weights"
+
+
 @pytest.mark.proves("12.2", "12.7")
 def test_our_own_classes_are_known_by_their_short_names() -> None:
     built = cli(

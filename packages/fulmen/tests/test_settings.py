@@ -35,6 +35,11 @@ from fulmen.settings import parse_duration
         ({"gradient_clip_val": "1"}, "gradient_clip_val='1' must be a number"),
         ({"gradient_clip_val": float("nan")}, "gradient_clip_val=nan must be finite; None turns clipping off"),
         ({"gradient_clip_val": float("inf")}, "gradient_clip_val=inf must be finite"),
+        (
+            {"loss_weighting": "sum"},
+            "loss_weighting='sum' must be 'mean' (training_step returns a mean; the default) or",
+        ),
+        ({"loss_weighting": True}, "loss_weighting=True must be 'mean'"),
         ({"gradient_clip_algorithm": "mean"}, "gradient_clip_algorithm='mean' must be 'norm' or 'value'"),
         ({"num_sanity_val_steps": -2}, "num_sanity_val_steps=-2 must be at least -1"),
         ({"log_every_n_steps": -1}, "log_every_n_steps=-1 must be at least 0"),

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from fulmen_conformance._reference import equal_bits
-from fulmen_protocols import Collectives, missing_members
+from fulmen_protocols import Collectives, SupportsBackgroundReduce, missing_members
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fulmen_conformance._world import Rank
+    from fulmen_protocols import ReduceOp
 
 __all__ = ["checks", "collectives_of"]
 
@@ -149,6 +150,26 @@ def all_reduce_of_views(me: Rank) -> None:
     assert torch.equal(got, torch.stack([value.t()[::2] for value in _values(me)]).sum(0))
 
 
+def begin_all_reduce(me: Rank) -> None:
+    collectives = collectives_of(me)
+    if missing_members(SupportsBackgroundReduce, collectives):
+        return
+    assert isinstance(collectives, SupportsBackgroundReduce)
+    ops: tuple[ReduceOp, ...] = ("mean", "sum", "min", "max")
+    waiting: list[tuple[ReduceOp, Callable[[], torch.Tensor]]] = []
+    for op in ops:
+        mine = _values(me)[me.rank].clone()
+        waiting.append((op, collectives.begin_all_reduce(mine, op)))
+        mine.fill_(-1)
+    between = collectives.all_reduce(_values(me)[me.rank], "max")
+
+    for op, result in waiting:
+        expected = collectives.all_reduce(_values(me)[me.rank], op)
+        got = result()
+        assert equal_bits(got, expected), f"{op}, begun early, gave {got}, not {expected}"
+    assert equal_bits(between, torch.stack(_values(me)).amax(0))
+
+
 def all_gather(me: Rank) -> None:
     collectives = collectives_of(me)
     mine = _values(me)[me.rank]
@@ -198,6 +219,7 @@ def checks() -> dict[str, Callable[[Rank], None]]:
     functions = (
         ranks, barrier, broadcast, broadcast_views, broadcast_object,
         all_reduce, all_reduce_defaults_to_mean, all_reduce_of_integers, all_reduce_of_other_dtypes,
-        all_reduce_of_views, all_gather, all_gather_without_gradient, all_gather_with_gradient, all_gather_object,
+        all_reduce_of_views, begin_all_reduce, all_gather, all_gather_without_gradient, all_gather_with_gradient,
+        all_gather_object,
     )  # fmt: skip
     return {function.__name__: function for function in functions}

@@ -76,6 +76,15 @@ class CollectivesConformance(KitOfProcesses):
         """Transposed, with gaps. On failure look at the memory layout that is handed to the backend."""
         kit_check("all_reduce_of_views")
 
+    def test_a_reduction_that_is_begun_gives_the_same_when_it_is_asked_for(
+        self, kit_check: Callable[[str], None]
+    ) -> None:
+        """Others may be begun in between, and the input changed. Where ``begin_all_reduce`` is offered.
+
+        On failure look there: a missing copy of the input, a result that does not wait.
+        """
+        kit_check("begin_all_reduce")
+
     def test_all_gather_stacks_in_rank_order(self, kit_check: Callable[[str], None]) -> None:
         """Matrices, scalars, views. On failure look at ``all_gather``: concatenation instead of a new first dim."""
         kit_check("all_gather")

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from fulmen_conformance import CollectivesConformance
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from fulmen_protocols import ReduceOp, Topology
@@ -82,6 +84,14 @@ class TestGood(CollectivesConformance):
     @pytest.fixture
     def factory(self) -> str:
         return f"{__file__}:Good"
+
+
+class TestBegins(CollectivesConformance):
+    caught_by: ClassVar[set[str]] = set()
+
+    @pytest.fixture
+    def factory(self) -> str:
+        return f"{__file__}:Begins"
 
 
 class TestGoodAlone(CollectivesConformance):
@@ -161,6 +171,31 @@ class ReducesInFloat32(Good):
         return out.float() if out.is_floating_point() else out
 
 
+class Begins(Good):
+    """Also offers ``begin_all_reduce``."""
+
+    def begin_all_reduce(self, tensor: Tensor, op: ReduceOp = "mean") -> Callable[[], Tensor]:
+        out = tensor.clone(memory_format=torch.contiguous_format)
+        work = dist.all_reduce(out, _OPS[op], async_op=True)
+
+        def result() -> Tensor:
+            work.wait()
+            return out.div_(self.world_size) if op == "mean" else out
+
+        return result
+
+
+class BeginsWithoutACopy(Begins):
+    def begin_all_reduce(self, tensor: Tensor, op: ReduceOp = "mean") -> Callable[[], Tensor]:
+        return lambda: self.all_reduce(tensor, op)
+
+
+class BeginsAlone(Begins):
+    def begin_all_reduce(self, tensor: Tensor, op: ReduceOp = "mean") -> Callable[[], Tensor]:
+        out = tensor.clone()
+        return lambda: out
+
+
 class Concatenates(Good):
     def all_gather(self, tensor: Tensor, *, differentiable: bool = False) -> Tensor:
         out = super().all_gather(tensor, differentiable=differentiable)
@@ -228,6 +263,10 @@ TestLocalReduce = broken(
 TestDefaultsToSum = broken("DefaultsToSum", "test_all_reduce_means_mean_unless_told_otherwise")
 TestTruncatesIntegers = broken("TruncatesIntegers", "test_an_integer_mean_is_the_floor_of_the_true_mean")
 TestReducesInFloat32 = broken("ReducesInFloat32", "test_all_reduce_keeps_the_dtype")
+TestBeginsWithoutACopy = broken(
+    "BeginsWithoutACopy", "test_a_reduction_that_is_begun_gives_the_same_when_it_is_asked_for"
+)
+TestBeginsAlone = broken("BeginsAlone", "test_a_reduction_that_is_begun_gives_the_same_when_it_is_asked_for")
 TestConcatenates = broken("Concatenates", *_GATHERS)
 TestAlwaysDifferentiable = broken("AlwaysDifferentiable", "test_all_gather_carries_no_gradient_unless_asked")
 TestAveragesGradients = broken("AveragesGradients", "test_all_gather_sums_the_gradients_of_all_ranks")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fulmen_fabric.flops import get_available_flops as get_available_flops
     from fulmen_fabric.flops import measure_flops as measure_flops
     from fulmen_fabric.loaders import FabricDataLoader as FabricDataLoader
+    from fulmen_fabric.loss_weights import LossWeights as LossWeights
     from fulmen_fabric.optimizers import FabricOptimizer as FabricOptimizer
     from fulmen_fabric.preemption import PreemptionWatch as PreemptionWatch
     from fulmen_fabric.rank_zero import LightningDeprecationWarning as LightningDeprecationWarning
@@ -59,6 +60,7 @@ __all__ = [
     "FabricOptimizer",
     "LightningDeprecationWarning",
     "LocalCollectives",
+    "LossWeights",
     "PossibleUserWarning",
     "PreemptionWatch",
     "RunState",
@@ -103,6 +105,7 @@ _HOME = {
     "FabricOptimizer": "optimizers",
     "LightningDeprecationWarning": "rank_zero",
     "LocalCollectives": "world",
+    "LossWeights": "loss_weights",
     "PossibleUserWarning": "rank_zero",
     "PreemptionWatch": "preemption",
     "RunState": "run_state",

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fulmen_fabric._step_outputs import loss_of, missing_loss, visible
 from fulmen_fabric.abilities import supports
+from fulmen_fabric.loss_weights import LossWeights, WeighedStep
 from fulmen_protocols import (
     MisconfigurationException,
     OwnsAccumulation,
@@ -207,6 +208,7 @@ def automatic_step(
     keep_outputs: bool = True,
     world_size: int = 1,
     window_is_open: bool = False,
+    weights: LossWeights | None = None,
 ) -> tuple[BatchStep, BatchStep]:
     """Compose the two things that can happen to a batch: ``(step, accumulate_only)``.
 
@@ -225,6 +227,8 @@ def automatic_step(
         keep_outputs: whether anybody will look at a step's outputs.
         window_is_open: whether the first batch adds to gradients that are there already (a resumed window).
         world_size: with more than one rank a missing loss would leave the others waiting, so it is an error.
+        weights: losses are sums with a weight beside them, by whose sum the window's gradient is divided instead of by
+            ``accumulate``; ``gradients`` then weigh with ``weights.weigh``, and the strategy averages over ranks.
 
     Raises:
         MisconfigurationException: the loss has a wrong type, or an overridden optimizer step did not run its closure.
@@ -234,12 +238,18 @@ def automatic_step(
     before_backward, after_backward = hooks.on_before_backward, hooks.on_after_backward
     backward = _backward(gradients, hooks)
     before_the_step = _before_step(optimizer, scaler, hooks)
+    noting = None
+    if weights is not None:
+        training_step = noting = WeighedStep(training_step, weights)
+        before_the_step = _first(partial(weights.scale_gradients, optimizer), before_the_step)
+        if not window_is_open:
+            weights.forget_window()
     optimizer_step, step_with = _optimizer_steps(optimizer, gradients, hooks)
     zero_grad: Callable[[], object] = hooks.zero_grad or optimizer.zero_grad
     clears_first = not before_zero_grad and hooks.zero_grad is None
     engine_accumulates = supports(strategy, OwnsAccumulation)
     needs_loss = engine_accumulates or world_size > 1
-    divisor = 1 if engine_accumulates else accumulate
+    divisor = 1 if engine_accumulates or weights is not None else accumulate
     window_is_empty = not window_is_open  # no backward pass since the last optimizer step
 
     # What follows shares window_is_empty: as a variable of this function it costs a batch neither call nor attribute.
@@ -310,8 +320,10 @@ def automatic_step(
     if hooks.optimizer_step is not None:
         ends_window = step_with_closure
     elif needs_closure(optimizer):
-        _refuse_repeated_evaluation(optimizer, scaler, divisor)
+        _refuse_repeated_evaluation(optimizer, scaler, 1 if engine_accumulates else accumulate)
         ends_window = step_with_closure
+    if noting is not None:
+        ends_window = noting.ending(ends_window)
     if engine_accumulates:
         mark_end = partial(strategy.set_window_end, placed) if supports(strategy, SupportsWindowEnds) else None
         counted = _counted_by_engine(forward_backward, optimizer_step, mark_end, keep_outputs=keep_outputs)
@@ -346,6 +358,18 @@ def _before_step(
             clip()
 
     return before_the_step
+
+
+def _first(rescale: Callable[[], None], then: Callable[[], None] | None) -> Callable[[], None]:
+    """Hooks, clipping and norms see the gradients that ``rescale`` leaves."""
+    if then is None:
+        return rescale
+
+    def both() -> None:
+        rescale()
+        then()
+
+    return both
 
 
 def _optimizer_steps(

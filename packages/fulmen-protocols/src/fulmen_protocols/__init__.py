@@ -12,7 +12,7 @@ from fulmen_protocols.checkpoint_io import (
     WrapsCheckpointIO,
 )
 from fulmen_protocols.cluster_environment import ClusterEnvironment, SupportsRequeue
-from fulmen_protocols.collectives import Collectives, ReduceOp, SupportsPatientBarrier
+from fulmen_protocols.collectives import Collectives, ReduceOp, SupportsBackgroundReduce, SupportsPatientBarrier
 from fulmen_protocols.command import Command
 from fulmen_protocols.discovery import available, check, load, load_factory, missing_members
 from fulmen_protocols.engine import (
@@ -68,7 +68,7 @@ from fulmen_protocols.precision import (
     SupportsOptimizerPreparation,
     SupportsOutputConversion,
 )
-from fulmen_protocols.profiler import Profiler, SupportsModuleRecording
+from fulmen_protocols.profiler import Profiler, SupportsModuleRecording, SupportsRunParts
 from fulmen_protocols.progress_reporter import ProgressReporter
 from fulmen_protocols.seams import (
     ACCELERATORS,
@@ -187,6 +187,7 @@ __all__ = [
     "StrategyParts",
     "SupportsAdvice",
     "SupportsAsyncSave",
+    "SupportsBackgroundReduce",
     "SupportsBatchSize",
     "SupportsBoundMethods",
     "SupportsCallingThread",
@@ -224,6 +225,7 @@ __all__ = [
     "SupportsRequeue",
     "SupportsRowLookup",
     "SupportsRowTime",
+    "SupportsRunParts",
     "SupportsShardedSave",
     "SupportsShardedState",
     "SupportsStateKindChoice",

@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
-__all__ = ["Collectives", "ReduceOp", "SupportsPatientBarrier"]
+__all__ = ["Collectives", "ReduceOp", "SupportsBackgroundReduce", "SupportsPatientBarrier"]
 
 ReduceOp = Literal["mean", "sum", "min", "max"]
 
@@ -59,6 +61,18 @@ class Collectives(Protocol):
 
     def all_gather_object(self, value: T) -> list[T]:
         """A picklable object of every rank, in rank order. Not for the path of a batch."""
+        ...
+
+
+@runtime_checkable
+class SupportsBackgroundReduce(Protocol):
+    """Collectives that can reduce while the process, or its device, does something else."""
+
+    def begin_all_reduce(self, tensor: Tensor, op: ReduceOp = "mean") -> Callable[[], Tensor]:
+        """As ``all_reduce`` of real numbers, begun now; what is returned waits for it and gives the result, once.
+
+        Every rank begins in the same order as all its other collectives, and may change ``tensor`` at once.
+        """
         ...
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
 
     from torch import nn
 
-__all__ = ["Profiler", "SupportsModuleRecording"]
+__all__ = ["Profiler", "SupportsModuleRecording", "SupportsRunParts"]
 
 
 @runtime_checkable
@@ -58,4 +58,24 @@ class SupportsModuleRecording(Protocol):
             expected_calls: how often a step function (``training_step``, ...) will be called without another one in
                 between, once its loaders are known; ``inf`` where they have no length.
         """
+        ...
+
+
+@runtime_checkable
+class SupportsRunParts(Protocol):
+    """A profiler that divides the time of a run, so that it is told of parts which are no actions.
+
+    Parts and actions nest.
+    """
+
+    def enter(self, part: str) -> None:
+        """``training``, ``validation`` within a fit, ``sanity check`` or ``logging`` begins."""
+        ...
+
+    def leave(self, part: str) -> None:
+        """It has ended."""
+        ...
+
+    def row(self) -> Mapping[str, float]:
+        """What loggers get beside each row of training; called once for each."""
         ...

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store  # pyright: ignore[reportPrivateUsage]
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
     from torch._C._distributed_c10d import Store
 
@@ -115,9 +117,29 @@ class TorchCollectives:
 
         wire = source.to(device=self._wire_device, dtype=_wide(source.dtype), copy=True).contiguous()
         dist.all_reduce(wire, _OPS[op], group=self._group)
-        if op == "mean" and self._world_size > 1:
-            wire.div_(self._world_size, rounding_mode=None if wire.is_floating_point() else "floor")
-        return wire.to(device=tensor.device, dtype=tensor.dtype)
+        return self._of_wire(wire, op).to(device=tensor.device, dtype=tensor.dtype)
+
+    def begin_all_reduce(self, tensor: Tensor, op: ReduceOp = "mean") -> Callable[[], Tensor]:
+        """As ``all_reduce``, begun now. The device waits for it where the result is asked for; with gloo, the host.
+
+        Raises:
+            ValueError: ``op`` is unknown, or ``tensor`` does not hold real numbers.
+        """
+        if op not in _OPS:
+            raise ValueError(f"no reduction is named {op!r}: use 'mean', 'sum', 'min' or 'max'.")
+        source = tensor.detach()
+        if source.dtype == torch.bool or source.is_complex():
+            raise ValueError(f"begin_all_reduce takes real numbers, not {source.dtype}: use all_reduce.")
+        wire = source.to(device=self._wire_device, dtype=_wide(source.dtype), copy=True).contiguous()
+        work = cast("dist.Work | None", dist.all_reduce(wire, _OPS[op], group=self._group, async_op=True))
+        device, dtype = tensor.device, tensor.dtype
+
+        def result() -> Tensor:
+            if work is not None:
+                work.wait()
+            return self._of_wire(wire, op).to(device=device, dtype=dtype)
+
+        return result
 
     def all_gather(self, tensor: Tensor, *, differentiable: bool = False) -> Tensor:
         """Stack ``tensor`` of every rank along a new first dimension; with ``differentiable`` gradients flow back."""
@@ -134,6 +156,11 @@ class TorchCollectives:
         box: list[object] = [None] * self._world_size
         dist.all_gather_object(box, value, group=self._group)
         return cast("list[T]", box)
+
+    def _of_wire(self, wire: Tensor, op: ReduceOp) -> Tensor:
+        if op == "mean" and self._world_size > 1:
+            wire.div_(self._world_size, rounding_mode=None if wire.is_floating_point() else "floor")
+        return wire
 
     @property
     def _wire_device(self) -> torch.device:

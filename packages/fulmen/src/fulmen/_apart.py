@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from fulmen.data_wait import DataWait
     from fulmen.datamodule import LightningDataModule
     from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
@@ -55,6 +56,7 @@ class Outcome:
     """Class and state of each callback that has one, or of any other: nothing."""
     versions: list[int | str | None] = field(default_factory=list["int | str | None"])
     """Of the loggers: what is logged later belongs to the same run."""
+    data_wait: DataWait | None = None
     ckpt_path: str | None = None
     log_dir: str | None = None
 
@@ -92,6 +94,7 @@ def _in_a_process(trainer: Trainer, call: Call) -> Outcome:
         weights=weights,
         callbacks=[_state_of(one) for one in trainer.callbacks],
         versions=[logger.version for logger in trainer.loggers],
+        data_wait=trainer.data_wait,
         ckpt_path=trainer.ckpt_path,
         log_dir=trainer.log_dir,
     )
@@ -124,6 +127,8 @@ def _take_over(trainer: Trainer, call: Call, outcome: Outcome) -> None:
     for logger, version in zip(trainer.loggers, outcome.versions, strict=False):
         if getattr(getattr(type(logger), "version", None), "fset", None) is not None:
             logger.version = version  # type: ignore[misc]  # settable where the logger says so
+    if call.fn is TrainerFn.FITTING:
+        trainer._data_wait = outcome.data_wait  # pyright: ignore[reportPrivateUsage]
     trainer._ckpt_path = outcome.ckpt_path  # pyright: ignore[reportPrivateUsage]
     trainer._shared_log_dir = outcome.log_dir  # pyright: ignore[reportPrivateUsage]
     trainer.state.status, trainer.state.stage = outcome.status, None

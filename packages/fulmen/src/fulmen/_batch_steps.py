@@ -60,7 +60,10 @@ def compose_batch_steps(
     """
     module, strategy = session.module, session.assembly.strategy
     rounds = None if session.train_loader is None else session.train_loader.rounds
+    weights = session.loss_weights
     weigh = None if rounds is None else rounds.weigh
+    if weights is not None:
+        weights.rounds, weights.window, weigh = rounds, accumulate, weights.weigh
     session.gradients = gradients = Gradients(strategy, session.assembly.precision, session.placed, weigh=weigh)
     backward_context: Callable[[Tensor], AbstractContextManager[object]] | None = None
     wrapper = None if session.placed is module else session.placed
@@ -110,6 +113,7 @@ def compose_batch_steps(
         keep_outputs=keep_outputs,
         world_size=session.world.world_size,
         window_is_open=progress.window_is_open and session.has_gradients(),
+        weights=weights,
     )
     step, accumulate_only = (session.measuring.action("run_training_batch", each) for each in steps)
     return BatchSteps(step, accumulate_only)

@@ -32,7 +32,7 @@ from fulmen_protocols import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch.optim import Optimizer
 
@@ -44,6 +44,8 @@ __all__ = [
     "is_full",
     "is_sharded",
     "load",
+    "load_module_state",
+    "load_optimizer_state",
     "module_state",
     "optimizer_state",
     "resolve_path",
@@ -90,6 +92,38 @@ def optimizer_state(session: Session, optimizer: Optimizer, *, full: bool) -> di
     return dict(strategy.optimizer_state(placed, optimizer, full=full))
 
 
+def load_module_state(
+    session: Session, state: Mapping[str, Any], *, strict: bool
+) -> tuple[Sequence[str], Sequence[str]]:
+    """Load what ``module_state`` gave, of either kind. Every rank must call it.
+
+    Returns:
+        The names that are missing, and those that the module has not.
+
+    Raises:
+        RuntimeError: it does not fit the module.
+    """
+    strategy, module = session.assembly.strategy, session.module
+    state = as_named_here(state, module)
+    if not supports(strategy, SupportsShardedState):
+        outcome = module.load_state_dict(state, strict=strict)
+        return cast("list[str]", outcome.missing_keys), cast("list[str]", outcome.unexpected_keys)
+    assert session.placed is not None
+    own = module.state_dict().keys()
+    strategy.load_module_state(session.placed, state, strict=strict)
+    return [name for name in own if name not in state], [name for name in state if name not in own]
+
+
+def load_optimizer_state(session: Session, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load what ``optimizer_state`` gave, of either kind, into one of the session's optimizers."""
+    strategy = session.assembly.strategy
+    if supports(strategy, SupportsShardedState):
+        assert session.placed is not None
+        strategy.load_optimizer_state(session.placed, optimizer, state)
+    else:
+        optimizer.load_state_dict(state)
+
+
 def is_full(session: Session) -> bool:
     """Whether checkpoints of this run hold whole tensors."""
     # Shards stay where they are if that is wanted, and if there is a format that every rank writes.
@@ -100,6 +134,11 @@ def is_full(session: Session) -> bool:
 
 def dump(trainer: Trainer, session: Session, *, weights_only: bool = False) -> dict[str, Any]:
     """The content of a checkpoint of this moment. Every rank must call it."""
+    for callback in trainer.callbacks:
+        # Before anything is collected: it may still change the weights.
+        prepare = getattr(callback, "before_checkpoint", None)
+        if prepare is not None:
+            prepare(trainer, session.module)
     progress = trainer._progress  # pyright: ignore[reportPrivateUsage]
     module, strategy, full = session.module, session.assembly.strategy, is_full(session)
     # An engine writes module and optimizers itself: hooks are shown what this rank holds.
@@ -195,7 +234,7 @@ def _restore_weights(trainer: Trainer, session: Session, checkpoint: dict[str, A
     module = session.module
     strict = module.strict_loading
     try:
-        outcome = _load_weights(session, as_named_here(checkpoint["state_dict"], module), strict=strict)
+        outcome = load_module_state(session, checkpoint["state_dict"], strict=strict)
     except RuntimeError as error:
         raise CheckpointError(
             f"the weights of {trainer.ckpt_path!r} do not fit {type(module).__name__}: {error}\nGive the checkpoint of "
@@ -228,18 +267,6 @@ def _restore_callbacks(trainer: Trainer, session: Session, checkpoint: dict[str,
         state = next((states[key] for key in names if key in states), None)
         if state is not None and hasattr(callback, "load_state_dict"):
             session.within("load_state_dict", callback.load_state_dict)(copy.deepcopy(state))
-
-
-def _load_weights(session: Session, state: Mapping[str, Any], *, strict: bool) -> tuple[list[str], list[str]]:
-    """Returns the names that are missing, and those that the module has not."""
-    strategy = session.assembly.strategy
-    if not supports(strategy, SupportsShardedState):
-        outcome = session.module.load_state_dict(state, strict=strict)
-        return cast("list[str]", outcome.missing_keys), cast("list[str]", outcome.unexpected_keys)
-    assert session.placed is not None
-    own = session.module.state_dict().keys()
-    strategy.load_module_state(session.placed, state, strict=strict)
-    return [name for name in own if name not in state], [name for name in state if name not in own]
 
 
 def restore_training(trainer: Trainer, session: Session, checkpoint: dict[str, Any]) -> None:
@@ -352,8 +379,4 @@ def _restore_optimizers(trainer: Trainer, session: Session, checkpoint: dict[str
             f"{len(session.optimizers)}. Return the same ones to resume."
         )
     for optimizer, state in zip(session.optimizers, states, strict=True):
-        if supports(strategy, SupportsShardedState):
-            assert session.placed is not None
-            strategy.load_optimizer_state(session.placed, optimizer, state)
-        else:
-            optimizer.load_state_dict(state)
+        load_optimizer_state(session, optimizer, state)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from fulmen import _callbacks, _layer_sync, _preparation, _run_log, _whereabouts
-from fulmen.exceptions import PreemptedException
+from fulmen import _callbacks, _layer_sync, _loader_advice, _preparation, _run_log, _whereabouts
+from fulmen.exceptions import PreemptedException, SIGTERMException
 from fulmen.states import TrainerFn, TrainerStatus
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def tear_down(trainer: Trainer, session: Session, metering: Metering, binder: Ho
         for hook in binder.both("on_fit_end"):
             hook()
     session.call_everybodys("teardown", binder)
+    _note_data_wait(trainer, session, says=has_run)
     _run_log.end(trainer, "success")
     if session.measuring.is_on:
         trainer.profiler.describe()
@@ -42,6 +43,7 @@ def tear_down(trainer: Trainer, session: Session, metering: Metering, binder: Ho
 def fail(trainer: Trainer, session: Session, progress: Progress, error: BaseException) -> None:
     """Tell everybody that the run failed. The error itself goes on to the caller, with a note of where it happened."""
     trainer.state.status = TrainerStatus.INTERRUPTED
+    _note_data_wait(trainer, session, says=isinstance(error, (KeyboardInterrupt, SIGTERMException, PreemptedException)))
     where = f"rank {trainer.world.rank}, epoch {progress.epoch}, batch {progress.batch}"
     error.add_note(f"fulmen: in {session.fn.value}, {where}, optimizer step {progress.updates}")
     _whereabouts.fail(error)
@@ -61,3 +63,14 @@ def fail(trainer: Trainer, session: Session, progress: Progress, error: BaseExce
         _run_log.end(trainer, "failed", error)
     trainer.strategy.saving.close_after(error)
     trainer.state.stage = None
+
+
+def _note_data_wait(trainer: Trainer, session: Session, *, says: bool) -> None:
+    """Keep what the fit knows of its waits for data, and say if they were long, unless it failed or was a trial."""
+    waits = session.data_waits
+    if waits is None or session.fn is not TrainerFn.FITTING:
+        return
+    waits.end()
+    trainer._data_wait = wait = trainer.data_wait  # pyright: ignore[reportPrivateUsage]
+    if says and wait is not None and session.train_loader is not None and not trainer.fast_dev_run:
+        _loader_advice.data_wait(wait, session.train_loader.loader, session.world)

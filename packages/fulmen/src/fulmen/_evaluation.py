@@ -96,7 +96,8 @@ class Evaluation:
             for hook in self.binder.of_callbacks("on_sanity_check_start"):
                 hook()
             store = self._metering.begin_eval("sanity_check")
-            evaluate(*self._arguments("val", store, limit=limit, in_fit=True))
+            arguments = self._arguments("val", store, limit=limit, in_fit=True)
+            self._session.measuring.part("sanity check", evaluate)(*arguments)
             for hook in self.binder.of_callbacks("on_sanity_check_end"):
                 hook()
         self._metering.end_eval_in_fit(sanity_check=True)
@@ -105,6 +106,7 @@ class Evaluation:
     def validate(self) -> None:
         """Validate between two training batches."""
         self._state.stage = RunningStage.VALIDATING
+        began_s = time.perf_counter()
         # A checkpoint that is saved on the way resumes with the whole validation.
         self._session.rng_before_validation = collect_rng_state(self._session.world.device)
         if not self._progress.window_is_open:
@@ -116,6 +118,8 @@ class Evaluation:
         evaluate(parts, hooks, loaders, limits)
         self._metering.end_eval_in_fit(sanity_check=False)
         self.start_clock()
+        if self._session.data_waits is not None:
+            self._session.data_waits.validation_s += time.perf_counter() - began_s
         self._state.stage = RunningStage.TRAINING
 
     def _mark_validated(self) -> None:
@@ -225,8 +229,8 @@ class Evaluation:
             model_eval=session.measuring.hook(session.module, f"on_{name}_model_eval", modes.eval),
             model_train=modes.restore,
             end_batch=metering.eval_end_batch(store, several=loaders.several),
-            reduce=store.reduce_epoch,
-            log=partial(metering.log_eval_epoch, store),
+            reduce=session.measuring.part("logging", store.reduce_epoch),
+            log=session.measuring.part("logging", partial(metering.log_eval_epoch, store)),
         )
         # Without a limit of its own the loaders' own list: a tuner may change it when the evaluation starts.
         limits = loaders.limits if limit == math.inf else [min(limit, each) for each in loaders.limits]

@@ -50,6 +50,7 @@ def exact_state(trainer: Trainer, session: Session, *, full: bool) -> dict[str, 
         "loader": None if loader is None else loader.state_dict(progress.batch, within_epoch=within_epoch),
         "metrics": None if store is None or progress.epoch_ended else store.state_dict(),
         "gradients": own_gradients(session, progress),
+        "loss_weights": None if session.loss_weights is None else session.loss_weights.state_dict(),
     }
     return {
         "version": _VERSION,

@@ -44,6 +44,7 @@ _ORDER = (
     (2, "<on_before_backward>"),
     (2, "backward{scaled}"),
     (2, "<on_after_backward>"),
+    (2, "{weighed}"),
     (2, "<on_before_optimizer_step>  ({window_end})"),
     (2, "{clip}"),
     (2, "optimizer step{skipped}"),
@@ -129,6 +130,9 @@ def _words(trainer: Trainer, module: LightningModule | None) -> dict[str, str]:
         "zeroed_after": zeroed if is_seen else "",
         "window_end": "every batch" if every == 1 else f"last of every {every} batches, and of the epoch",
         "scaled": " of the scaled loss; then gradients are unscaled" if precision == "16-mixed" else "",
+        "weighed": "gradients are divided by the window's weights, over all ranks  (before an optimizer step)"
+        if settings.loss_weighting == "weights"
+        else "",
         "skipped": ", skipped where a gradient is not finite" if precision == "16-mixed" else "",
         "clip": ""
         if not settings.gradient_clip_val

@@ -1,4 +1,4 @@
-"""What is said about loaders: advice, each piece once for a Trainer."""
+"""What is said about loaders: from their looks before a run, each piece once for a Trainer, and from its waits."""
 
 from __future__ import annotations
 
@@ -8,15 +8,25 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from fulmen_data import has_iterable_dataset, sized_len, suggested_max_num_workers
-from fulmen_fabric import PossibleUserWarning, rank_zero_warn
+from fulmen_fabric import PossibleUserWarning, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence, Sized
     from multiprocessing.context import BaseContext
 
+    from fulmen.data_wait import DataWait
     from fulmen_fabric import World
 
-__all__ = ["LoaderAdvice", "log_interval"]
+__all__ = ["LoaderAdvice", "data_wait", "data_wait_text", "log_interval"]
+
+_WORTH_SAYING = 0.15
+"""The share of training from which on waiting for data is mentioned."""
+
+_WORTH_SAYING_S = 3.0
+"""And its seconds."""
+
+_said_of_waits = set[object]()
+"""The loaders' settings of which this program has said that training waits: a second fit need not hear it again."""
 
 
 class LoaderAdvice:
@@ -101,7 +111,7 @@ class LoaderAdvice:
     def _workers(self, loader: DataLoader[Any]) -> None:
         context = cast("BaseContext | None", loader.multiprocessing_context)
         method = multiprocessing.get_start_method() if context is None else context.get_start_method()
-        workers = suggested_max_num_workers(len(self._world.topology.devices))
+        workers = _cores_for_workers(self._world)
         if loader.num_workers > 0 and method == "spawn" and not loader.persistent_workers:
             self._say(
                 f"{self._hook} starts its num_workers={loader.num_workers} workers anew each epoch, which is slow with "
@@ -129,6 +139,56 @@ def log_interval(batches: float, log_every_n_steps: int, said: set[str]) -> None
     if batches < log_every_n_steps and text not in said:
         said.add(text)
         rank_zero_warn(text, PossibleUserWarning)
+
+
+def data_wait(wait: DataWait, loader: object, world: World) -> None:
+    """Say on rank 0, in one line, that its training waited for data, and what helps; nothing where it was not long.
+
+    A program hears it once for each setting of the loader.
+    """
+    if wait.share < _WORTH_SAYING or wait.waited_s < _WORTH_SAYING_S:
+        return
+    persistent = bool(getattr(loader, "persistent_workers", False))
+    setting = (type(loader), wait.num_workers, persistent, wait.first_s > wait.waited_s / 2)
+    if setting not in _said_of_waits:
+        _said_of_waits.add(setting)
+        text = data_wait_text(wait, persistent_workers=persistent, most_workers=_cores_for_workers(world))
+        rank_zero_info("%s", text)
+
+
+def data_wait_text(wait: DataWait, *, persistent_workers: bool, most_workers: int) -> str:
+    """What training waited for, and what helps.
+
+    Args:
+        wait: the figures.
+        persistent_workers: of the training loader.
+        most_workers: for which there is a CPU.
+    """
+    text = f"training waited for data during {wait.share:.0%} of {wait.training_s:.0f} s"
+    workers = wait.num_workers
+    if wait.first_s > wait.waited_s / 2:
+        epochs = "the only epoch" if wait.epochs == 1 else f"each of {wait.epochs} epochs"
+        text += f", {wait.first_s:.2g} s of it before the first batch of {epochs}"
+        if workers and not persistent_workers and wait.epochs > 1:
+            return f"{text}: the loader starts num_workers={workers} workers anew. Set persistent_workers=True in it."
+        return f"{text}. Let the data set do less before it gives its first sample."
+    if workers is None:
+        return f"{text}; a step takes {wait.step_s:.2g} s. Make batches faster, or ahead in a DataLoader with workers."
+    needed = wait.workers_needed
+    if needed is None:
+        return f"{text}; the loader has num_workers={workers}, and epochs are too short to say how many would do."
+    takes = f"(a batch takes {wait.batch_s:.2g} s to make, a step {wait.step_s:.2g} s)"
+    text += f"; the loader has num_workers={workers}: with {needed} it would keep up {takes}"
+    if needed <= most_workers:
+        return f"{text}."
+    have = f"this process has CPUs for {most_workers}"
+    if most_workers > workers:
+        return f"{text}, but {have}. Set num_workers={most_workers}, and make batches with less work."
+    return f"{text}, but {have}. Make batches with less work."
+
+
+def _cores_for_workers(world: World) -> int:
+    return suggested_max_num_workers(len(world.topology.devices))
 
 
 def _is_data_loader(loader: object) -> TypeGuard[DataLoader[Any]]:

@@ -15,10 +15,10 @@ from fulmen.datamodule import LightningDataModule
 from fulmen.module import LightningModule
 from fulmen.profilers.base import PassThroughProfiler
 from fulmen_fabric.abilities import supports
-from fulmen_protocols import SupportsModuleRecording
+from fulmen_protocols import SupportsModuleRecording, SupportsRunParts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from fulmen.trainer import Trainer
     from fulmen_protocols import Profiler
@@ -52,6 +52,9 @@ class Measuring:
 
     def __init__(self, profiler: Profiler | None = None, strategy: object = None) -> None:
         self._profiler = None if type(profiler) is PassThroughProfiler else profiler
+        self._parts: SupportsRunParts | None = None
+        if profiler is not None and supports(profiler, SupportsRunParts):
+            self._parts = profiler
         self._strategy = type(strategy).__name__
         self._open: list[str] = []
 
@@ -85,6 +88,38 @@ class Measuring:
     def strategy(self, name: str, function: F) -> F:
         """What the strategy does: steps, the backward pass, moving a batch."""
         return function if self._profiler is None else self.action(f"[Strategy]{self._strategy}.{name}", function)
+
+    # ------------------------------------------------------------------ parts of the run, for who divides its time
+
+    def part(self, name: str, function: F) -> F:
+        """``function``, which is the part ``name`` of the run."""
+        parts = self._parts
+        if parts is None:
+            return function
+
+        def told(*args: Any, **kwargs: Any) -> Any:
+            parts.enter(name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                parts.leave(name)
+
+        return told  # type: ignore[return-value]  # it takes and returns what function does
+
+    def enter(self, part: str) -> None:
+        """A part begins that ends elsewhere."""
+        if self._parts is not None:
+            self._parts.enter(part)
+
+    def leave(self, part: str) -> None:
+        """It ends."""
+        if self._parts is not None:
+            self._parts.leave(part)
+
+    @property
+    def row(self) -> Callable[[], Mapping[str, float]] | None:
+        """Gives what the profiler wants loggers to have beside each row of training; None: nothing."""
+        return None if self._parts is None else self._parts.row
 
     # ------------------------------------------------------------------ what is no call
 

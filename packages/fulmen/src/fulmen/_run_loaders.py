@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from fulmen import _verify
+from fulmen._data_waits import DataWaits
 from fulmen._loader_advice import LoaderAdvice
 from fulmen._loaders import EvalLoaders
 from fulmen._raw_batches import fetches_itself
@@ -27,11 +28,13 @@ def train_loader(session: Session, settings: Settings) -> TrainLoader:
     """The training loader. The user is asked for it in its ``setup``, not here."""
     if session.train_loader is None:
         step = session.module.training_step
+        session.data_waits = DataWaits(session.world.device)
         session.train_loader = TrainLoader(
             session.sources["train"],
             limit=settings.limit_train_batches,
             limit_name="limit_train_batches" if not settings.overfit_batches else "overfit_batches",
             splitter=_splitter(session, settings),
+            waits=session.data_waits,
             process=session.process_loader(),
             reload_every_n_epochs=settings.reload_dataloaders_every_n_epochs,
             overfit=bool(settings.overfit_batches),

@@ -71,6 +71,7 @@ def begin(trainer: Trainer, session: Session) -> None:
         _about(trainer, session),
         lambda: progress.stepped_batches,
         _Sampler(trainer, session),
+        partial(_waited_s, trainer, session),
     )
     delivery.enter("setup")
     reporter.delivery = delivery
@@ -120,6 +121,11 @@ def end(trainer: Trainer, status: LoggerStatus, error: BaseException | None = No
         error.add_note(f"fulmen: the end of the run's log failed as well: {another}")
     if trainer.log_delivery.report and delivery.log is not None:
         _write_report(delivery.log.path, delivery.mentioned)
+
+
+def _waited_s(trainer: Trainer, session: Session) -> float:
+    wait = None if session.data_waits is None else trainer.data_wait
+    return 0.0 if wait is None else wait.waited_s
 
 
 def _is_silent(logger: object) -> bool:

@@ -15,7 +15,7 @@ from fulmen._raw_batches import fetches_itself, step_of_raw
 from fulmen.metrics import scope_for
 from fulmen.module import LightningModule
 from fulmen.optimizer import LightningOptimizer
-from fulmen_fabric import move_data_to_device, rank_zero_warn
+from fulmen_fabric import LossWeights, move_data_to_device, rank_zero_warn
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
     SupportsBoundMethods,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from fulmen._data_waits import DataWaits
     from fulmen._engine import EngineSettings
     from fulmen._loaders import EvalLoaders, LoaderSource
     from fulmen._predictions import PredictionRecord
@@ -72,9 +73,13 @@ class Session:
     wrapped: list[LightningOptimizer] = field(default_factory=list[LightningOptimizer])
     schedulers: list[LRSchedulerConfig] = field(default_factory=list["LRSchedulerConfig"])
     train_loader: TrainLoader | None = None
+    data_waits: DataWaits | None = None
+    """Knows how long the running fit has waited for its training data."""
     eval_loaders: dict[str, EvalLoaders] = field(default_factory=dict[str, "EvalLoaders"])
     manual: ManualOptimization | None = None
     gradients: Gradients | None = None
+    weighs_losses: bool = False
+    """Whether losses are sums with a weight beside them."""
     batch_norms: dict[str, nn.Module] = field(default_factory=dict[str, "nn.Module"])
     """The user's layers that ``sync_batchnorm`` has replaced, by name."""
     is_layer_synced: bool = False
@@ -102,9 +107,18 @@ class Session:
     has_open_gradients: bool = False
     """Whether the checkpoint held gradients that manual optimization had not stepped on yet."""
 
+    _loss_weights: LossWeights | None = field(default=None, init=False)  # a copy of the session counts for itself
+
     def __post_init__(self) -> None:
         for source in self.sources.values():
             source.scoped = self.scoped
+
+    @property
+    def loss_weights(self) -> LossWeights | None:
+        """The weights of the open window, where losses have some; from then on that the processes have met."""
+        if self.weighs_losses and self._loss_weights is None:
+            self._loss_weights = LossWeights(self.world.collectives)
+        return self._loss_weights
 
     def keep_training_of(self, previous: Session | None) -> None:
         """Hold on to what a fit of the same module left: it belongs in checkpoints that are saved after ``test``."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fulmen._loaders import EvalLoaders
     from fulmen._reporting import Reporter
     from fulmen._session import Session
+    from fulmen.data_wait import DataWait
     from fulmen.datamodule import LightningDataModule
     from fulmen.module import LightningModule
     from fulmen.optimizer import LRSchedulerConfig
@@ -56,6 +57,7 @@ class TrainerSurface(SettingsSurface, LoopSurface, StageSurface, RankSurface):
     _loggers: list[Logger]
     _ckpt_path: str | None
     _loaders_before: dict[str, EvalLoaders]
+    _data_wait: DataWait | None = None
     _users_ckpt_path: str | None = None
     _shared_log_dir: str | None = None
 
@@ -184,6 +186,15 @@ class TrainerSurface(SettingsSurface, LoopSurface, StageSurface, RankSurface):
     def current_epoch(self) -> int:
         """Completed epochs; the running one's index."""
         return self._progress.epoch
+
+    @property
+    def data_wait(self) -> DataWait | None:
+        """How long training has waited for its data: of the running fit, or of the last one. Asks no other rank.
+
+        None before the first, and on devices whose queue cannot be asked.
+        """
+        waits = None if self._session is None else self._session.data_waits
+        return self._data_wait if waits is None else waits.figures(self._progress.total_batches)
 
     @property
     def should_stop(self) -> bool:

@@ -7,7 +7,7 @@ a new plan after the batch in hand.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -68,6 +68,11 @@ class SettingsSurface:
     @accumulate_grad_batches.setter
     def accumulate_grad_batches(self, value: int) -> None:
         self._set(accumulate_grad_batches=value)
+
+    @property
+    def loss_weighting(self) -> Literal["mean", "weights"]:
+        """Whether losses are means, or sums with their weights beside them."""
+        return self.settings.loss_weighting
 
     @property
     def gradient_clip_val(self) -> float | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
 
+from fulmen._data_waits import Spent
 from fulmen._loaders import (
     batches_of,
     combined_length,
@@ -27,6 +29,7 @@ from fulmen_protocols import MisconfigurationException, MisconfigurationRuntimeE
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from fulmen._data_waits import DataWaits
     from fulmen._loaders import Advise, LoaderSource
     from fulmen._splitter import Splitter
     from fulmen.settings import BatchLimit
@@ -43,6 +46,7 @@ class TrainLoader:
         limit: most batches of an epoch, or the fraction of them.
         limit_name: the flag that set the limit.
         splitter: gives each rank its part.
+        waits: told how long each batch was waited for.
         process: how the strategy feeds its device, if it wants to.
         reload_every_n_epochs: when to ask for it again; 0: never.
         overfit: whether every epoch reads the same batches.
@@ -59,6 +63,7 @@ class TrainLoader:
         limit: BatchLimit,
         limit_name: str,
         splitter: Splitter,
+        waits: DataWaits,
         process: Callable[[Iterable[object]], Iterable[object]] | None = None,
         reload_every_n_epochs: int = 0,
         overfit: bool = False,
@@ -68,7 +73,7 @@ class TrainLoader:
         gather: Callable[[Any], list[Any]] | None = None,
     ) -> None:
         self._source, self._limit, self._limit_name = source, limit, limit_name
-        self._splitter, self._process = splitter, process
+        self._splitter, self._waits, self._process = splitter, waits, process
         self._reload_every = reload_every_n_epochs
         self._overfit = overfit
         self._advise = advise
@@ -124,6 +129,7 @@ class TrainLoader:
                 )
             self.loader, self._combined = combined, True
             self.batches = combined_length(combined.mode, limits)
+        self._waits.num_workers = None if self._combined else getattr(self.loader, "num_workers", None)
         self._compare_ranks()
         self._place = LoaderPlace(self.loader, self._splitter.world_size, self._rest_of_epoch)
         self._place.reads_ahead = (
@@ -164,16 +170,22 @@ class TrainLoader:
             else:
                 position.restart()
             position.set_epoch(epoch)
-            iterator: Iterator[object] = iter(position)
+            waits = self._waits
+            with waits.starting():
+                iterator: Iterator[object] = iter(position)
             if self._combined:
                 iterator = batches_of(cast("Iterator[tuple[object, int, int]]", iterator))
             if self._process is not None:
                 iterator = iter(self._process(iterator))
+            first, rest = waits.first, waits.rest
+            if not waits.looks_at_the_host_alone or self._looks_ahead or self.raw is not None:
+                iterator, first, rest = waits.over(iterator), Spent(), Spent()
             if self.raw is None:
                 self.last_is_out = False
-                self._running = _with_last(
-                    iterator, self._own_batches, start, looks_ahead=self._looks_ahead, note_last=self._note_last
-                )
+                if self._looks_ahead:
+                    self._running = _with_last_found(iterator, self._own_batches, start, self._note_last)
+                else:
+                    self._running = _with_last_counted(iterator, self._own_batches, start, first, rest)
                 if self._is_uneven and self.rounds is not None:
                     own = (batch for batch, _ in self._running)
                     taken = start if restored is None else cast("int", restored.get("batches", start))
@@ -286,20 +298,31 @@ class TrainLoader:
         self._place.warn_of_what_is_lost()
 
 
-def _with_last(
-    iterator: Iterator[object], length: float, start: int, *, looks_ahead: bool, note_last: Callable[[], None]
+def _with_last_counted(
+    iterator: Iterator[object], length: float, start: int, first: Spent, rest: Spent
 ) -> Iterator[tuple[object, bool]]:
-    """Pair each batch with whether it is the epoch's last; looks one batch ahead only where a count does not tell."""
+    """Pair each batch with whether it is the epoch's last by its index; note how long the host waited for it.
+
+    It measures by itself, and as many lines for each batch, since this is on the path of every batch.
+    """
+    index, now, spent = start, perf_counter, first
+    while index < length:
+        began = now()
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        spent.s += now() - began
+        spent = rest
+        index += 1
+        yield batch, index >= length
+
+
+def _with_last_found(
+    iterator: Iterator[object], length: float, start: int, note_last: Callable[[], None]
+) -> Iterator[tuple[object, bool]]:
+    """The same where a count does not tell: looks one batch ahead."""
     index = start
-    if not looks_ahead:
-        while index < length:
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            index += 1
-            yield batch, index >= length
-        return
     if index >= length:
         return
     for batch in iterator:

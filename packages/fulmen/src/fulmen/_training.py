@@ -74,6 +74,7 @@ class Training:
     def compose(self, binder: HookBinder) -> tuple[FitParts, FitHooks]:
         """The loop's parts and hooks, from what callbacks, module and user have set so far."""
         session, settings, progress, metering = self._session, self._settings(), self._progress, self._metering
+        measuring = session.measuring
         self._evaluation.binder = binder
         hooks = binder.fit(before_watching=(metering.reduce_train,))
         raw = self._loader.raw is not None
@@ -83,7 +84,7 @@ class Training:
         schedule = schedule_on_metric = None
         measured = as_it_is  # of_module measures the user's own
         if own_schedule is None:
-            measured = partial(session.measuring.hook, session.module, "lr_scheduler_step")
+            measured = partial(measuring.hook, session.module, "lr_scheduler_step")
         if session.module.automatic_optimization:
             schedule = plain_schedule(session.schedulers, progress, own_schedule, measured)
             schedule_on_metric = watching_schedule(
@@ -106,12 +107,12 @@ class Training:
             transfer=unchanged_batch if raw else _starting(metering.train, session.transfer(), self._borrowing),
             schedule=schedule,
             schedule_on_metric=schedule_on_metric,
-            log=self._log_step,
+            log=measuring.part("logging", self._log_step if measuring.row is None else self._log_step_and_times),
             end_batch=self._sync_step if metering.train.may_sync_steps else None,
-            end_epoch=self._end_epoch if session.measuring.is_on or self._borrowing else metering.reduce_train,
-            log_epoch=metering.log_train_epoch,
+            end_epoch=self._end_epoch if measuring.is_on or self._borrowing else metering.reduce_train,
+            log_epoch=measuring.part("logging", metering.log_train_epoch),
             close_epoch=self._close_epoch,
-            validate=self._evaluation.validate,
+            validate=measuring.part("validation", self._evaluation.validate),
             last_validation_s=self._evaluation.last_validation_s if validates_by_time else None,
         )
         return parts, hooks
@@ -159,6 +160,9 @@ class Training:
         for hook in binder.both("on_train_start"):
             hook()
         self._has_started = True
+        session.measuring.enter("training")
+        if session.data_waits is not None:
+            session.data_waits.begin(self._progress.total_batches)
         if session.resumed is not None:
             if self._progress.epoch_started:
                 self.batches()  # making the iterator draws random numbers that the saved run had drawn before
@@ -194,7 +198,10 @@ class Training:
 
     def end(self, hooks: FitHooks) -> None:
         """Tell everybody that training has ended, if it had started."""
+        if self._session.data_waits is not None:
+            self._session.data_waits.end()
         if self._has_started:
+            self._session.measuring.leave("training")
             for hook in hooks.on_train_end:
                 hook()
 
@@ -205,7 +212,7 @@ class Training:
             self._borrowing.end()
         if self._session.measuring.is_on:
             self._session.measuring.end("run_training_epoch")
-        self._metering.reduce_train()
+        self._session.measuring.part("logging", self._metering.reduce_train)()
 
     def _sync_step(self) -> None:
         if self._borrowing is not None:
@@ -217,6 +224,12 @@ class Training:
         """A declared point inside an epoch: a row to the loggers, and the ranks' agreement whether to stop."""
         self._metering.log_train_step()
         self._stopping.agree()
+
+    def _log_step_and_times(self) -> None:
+        row = self._session.measuring.row
+        if row is not None:
+            self._metering.reporter.log_metrics(row(), x=self._progress.log_step, epoch=self._progress.epoch)
+        self._log_step()
 
     def _close_epoch(self) -> None:
         """After the hooks at the end of a training epoch."""

@@ -19,6 +19,8 @@ from fulmen_fabric.abilities import supports
 from fulmen_protocols import (
     MisconfigurationException,
     MisconfigurationTypeError,
+    OwnsAccumulation,
+    OwnsBackward,
     OwnsOptimizerStep,
     SupportsBoundMethods,
     SupportsDevices,
@@ -40,6 +42,7 @@ __all__ = [
     "compiled_module",
     "lightning_module",
     "loaders_or_datamodule",
+    "loss_weighting",
     "modules_in_eval_mode",
     "overrides",
     "placeable_module",
@@ -137,6 +140,22 @@ def sync_batchnorm(module: LightningModule, assembly: Assembly, settings: Settin
         )
 
 
+def loss_weighting(assembly: Assembly, settings: Settings) -> None:
+    """Refuse weights where an engine divides losses, or reduces and clips gradients, by itself."""
+    strategy = assembly.strategy
+    owns = (
+        supports(strategy, OwnsBackward)
+        or supports(strategy, OwnsAccumulation)
+        or supports(strategy, OwnsOptimizerStep)
+    )
+    if settings.loss_weighting == "weights" and owns:
+        raise MisconfigurationException(
+            f"loss_weighting='weights' cannot work with strategy={assembly.strategy_name!r}, whose engine divides "
+            "losses or reduces gradients by itself. Leave loss_weighting out, or use one device, DDP, FSDP or model "
+            "parallel."
+        )
+
+
 def vendors_flags(model_registry: object, suggest_integrations: object) -> None:
     """Flags of Lightning's that belong to a service: refused where it would be needed, else taken."""
     if model_registry is not None:
@@ -229,6 +248,11 @@ def _fit(
             problems.append(
                 f"accumulate_grad_batches={settings.accumulate_grad_batches} cannot work with "
                 "automatic_optimization=False: step the optimizer every so many batches in training_step."
+            )
+        if settings.loss_weighting == "weights":
+            problems.append(
+                "loss_weighting='weights' cannot work with automatic_optimization=False, where training_step steps "
+                "whenever it wants to: leave it out, and use fulmen_fabric.LossWeights in training_step."
             )
     if overrides(module, "training_step") and "optimizer_idx" in inspect.signature(module.training_step).parameters:
         problems.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fulmen._loss_weights import restore_loss_weights
 from fulmen_fabric import rank_zero_warn
 from fulmen_fabric.abilities import supports
 from fulmen_protocols import CheckpointError, SupportsOpenGradients, SupportsShardedState
@@ -49,15 +50,17 @@ def _window_is_open(session: Session, progress: Progress) -> bool:
 
 
 def restore_gradients(session: Session) -> None:
-    """Give every rank the gradients that it had, or its part of those that all had together.
+    """Give every rank the gradients that it had, or its part of those that all had together, and their weights.
 
     Raises:
-        CheckpointError: they do not belong to this number of ranks, or to this strategy.
+        CheckpointError: they do not belong to this number of ranks, to this strategy, or to this weighting of losses.
     """
     assert session.resumed is not None
     ranks: list[Any] = session.resumed.get("ranks", [])
     together: Mapping[str, Any] | None = session.resumed.get("gradients")
-    if together is not None and (together["added"] or together["own"] is not None):
+    is_spread = together is not None and bool(together["added"] or together["own"] is not None)
+    restore_loss_weights(session, window_is_open=is_spread or any(rank["gradients"] for rank in ranks))
+    if together is not None and is_spread:
         _restore_sharded(session, together, session.resumed["data_parallel_size"])
     elif any(rank["gradients"] for rank in ranks):
         _restore_own(session, ranks)

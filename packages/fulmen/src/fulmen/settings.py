@@ -43,6 +43,7 @@ class Settings:
     enable_progress_bar: bool
     enable_model_summary: bool
     accumulate_grad_batches: int
+    loss_weighting: Literal["mean", "weights"]
     gradient_clip_val: float | None
     gradient_clip_algorithm: Literal["norm", "value"]
     deterministic: bool | Literal["warn"]
@@ -81,6 +82,7 @@ class Settings:
         enable_progress_bar: bool | None,
         enable_model_summary: bool | None,
         accumulate_grad_batches: int,
+        loss_weighting: str | None,
         gradient_clip_val: float | None,
         gradient_clip_algorithm: str | None,
         deterministic: bool | Literal["warn"] | None,
@@ -138,6 +140,11 @@ class Settings:
             overfit_batches=overfit_batches,
         )
         wrong.clipping(gradient_clip_val, gradient_clip_algorithm)
+        if loss_weighting not in (None, "mean", "weights"):
+            wrong.add(
+                f"loss_weighting={loss_weighting!r} must be 'mean' (training_step returns a mean; the default) or "
+                "'weights' (it returns a sum under 'loss' and the number of summed things under 'weight')."
+            )
         if deterministic not in (None, True, False, "warn"):
             wrong.add(f"deterministic={deterministic!r} must be True, False or 'warn'.")
         wrong.switches(
@@ -189,6 +196,7 @@ class Settings:
             enable_progress_bar=enable_progress_bar is not False,
             enable_model_summary=enable_model_summary is not False,
             accumulate_grad_batches=accumulate_grad_batches,
+            loss_weighting="weights" if loss_weighting == "weights" else "mean",
             gradient_clip_val=gradient_clip_val,
             gradient_clip_algorithm="value" if gradient_clip_algorithm == "value" else "norm",
             deterministic=deterministic or False,

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from fulmen.callbacks.replica_check import ReplicasDriftedError as ReplicasDriftedError
     from fulmen.callbacks.rich_model_summary import RichModelSummary as RichModelSummary
     from fulmen.callbacks.spike import SpikeDetection as SpikeDetection
+    from fulmen.callbacks.spike_rewind import Rewind as Rewind
+    from fulmen.callbacks.spike_rewind import SpikeRewind as SpikeRewind
+    from fulmen.callbacks.spike_rewind import TooManyRewindsError as TooManyRewindsError
     from fulmen.callbacks.stochastic_weight_avg import StochasticWeightAveraging as StochasticWeightAveraging
     from fulmen.callbacks.throughput_monitor import ThroughputMonitor as ThroughputMonitor
     from fulmen.callbacks.timer import Timer as Timer
@@ -66,13 +69,16 @@ _HOME = {
     "RecompileCheck": "recompile_check",
     "ReplicaCheck": "replica_check",
     "ReplicasDriftedError": "replica_check",
+    "Rewind": "spike_rewind",
     "RichModelSummary": "rich_model_summary",
     "RichProgressBar": "progress",
     "SpikeDetection": "spike",
+    "SpikeRewind": "spike_rewind",
     "StochasticWeightAveraging": "stochastic_weight_avg",
     "TQDMProgressBar": "progress",
     "ThroughputMonitor": "throughput_monitor",
     "Timer": "timer",
+    "TooManyRewindsError": "spike_rewind",
     "WeightAveraging": "weight_averaging",
 }
 
@@ -99,13 +105,16 @@ __all__ = [
     "RecompileCheck",
     "ReplicaCheck",
     "ReplicasDriftedError",
+    "Rewind",
     "RichModelSummary",
     "RichProgressBar",
     "SpikeDetection",
+    "SpikeRewind",
     "StochasticWeightAveraging",
     "TQDMProgressBar",
     "ThroughputMonitor",
     "Timer",
+    "TooManyRewindsError",
     "WeightAveraging",
 ]
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
+from fulmen._loss_weights import per_weight
+from fulmen.callbacks._loss import loss_among
 from fulmen.callbacks.callback import Callback
 from fulmen_fabric import SpikeDetection as Detector
 from fulmen_fabric import TrainingSpikeException
-from fulmen_protocols.errors import MisconfigurationException, MisconfigurationTypeError
 
 if TYPE_CHECKING:
     import os
@@ -93,7 +92,7 @@ class SpikeDetection(Callback):
             MisconfigurationException: ``training_step`` returned something that has no loss.
         """
         self._detector.judge(
-            _loss_of(outputs),
+            loss_among(per_weight(trainer, outputs), "SpikeDetection"),
             batch_idx,
             largest=self._largest,
             folder=trainer.default_root_dir,
@@ -107,23 +106,3 @@ class SpikeDetection(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what ``state_dict`` gave."""
         self._detector.load_state_dict(state_dict)
-
-
-def _loss_of(outputs: object) -> Tensor | None:
-    if outputs is None or isinstance(outputs, Tensor):
-        return outputs
-    if not isinstance(outputs, Mapping):
-        raise MisconfigurationTypeError(
-            f"SpikeDetection got a {type(outputs).__name__} from training_step: return the loss as a tensor, or a dict "
-            "with 'loss'."
-        )
-    found = cast("Mapping[str, object]", outputs)
-    if not found:  # the step returned None
-        return None
-    loss = found.get("loss")
-    if not isinstance(loss, Tensor):
-        raise MisconfigurationException(
-            f"SpikeDetection found no tensor under 'loss' in the outputs of training_step, only {sorted(found)!r}: "
-            "return the loss under that name."
-        )
-    return loss

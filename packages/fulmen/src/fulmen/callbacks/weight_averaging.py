@@ -15,7 +15,7 @@ from fulmen_fabric import rank_zero_info, rank_zero_warn
 from fulmen_protocols import MisconfigurationException, MisconfigurationTypeError, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor, nn
 
@@ -206,6 +206,15 @@ class WeightAveraging(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from that step."""
         self._latest_update_step = state_dict["latest_update_step"]
+
+    def weights_state(self) -> dict[str, Any]:
+        """The average, for a snapshot of the weights in memory (``SpikeRewind``)."""
+        return {} if self._average_model is None else self._average_model.state_dict()
+
+    def load_weights_state(self, state: Mapping[str, Any]) -> None:
+        """Go back to an average that ``weights_state`` gave."""
+        if self._average_model is not None:
+            self._average_model.load_state_dict(state)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the average as the model's weights, and what only resuming needs beside it."""

@@ -12,6 +12,7 @@ from fulmen._not_here import submodule
 if TYPE_CHECKING:
     from fulmen.profilers.advanced import AdvancedProfiler as AdvancedProfiler
     from fulmen.profilers.base import PassThroughProfiler as PassThroughProfiler
+    from fulmen.profilers.ledger import TimeLedger as TimeLedger
     from fulmen.profilers.profiler import Profiler as Profiler
     from fulmen.profilers.pytorch import PyTorchProfiler as PyTorchProfiler
     from fulmen.profilers.simple import SimpleProfiler as SimpleProfiler
@@ -23,6 +24,7 @@ _HOME = {
     "Profiler": "profiler",
     "PyTorchProfiler": "pytorch",
     "SimpleProfiler": "simple",
+    "TimeLedger": "ledger",
     "XLAProfiler": "xla",
 }
 
@@ -32,6 +34,7 @@ __all__ = [
     "Profiler",
     "PyTorchProfiler",
     "SimpleProfiler",
+    "TimeLedger",
     "XLAProfiler",
 ]
 

@@ -23,6 +23,7 @@ _NAMES = {
     "advanced": "AdvancedProfiler",
     "pytorch": "PyTorchProfiler",
     "xla": "XLAProfiler",
+    "ledger": "TimeLedger",
 }
 
 

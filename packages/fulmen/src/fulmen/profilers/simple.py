@@ -7,10 +7,10 @@ import time
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from fulmen.profilers._table import table
 from fulmen.profilers.profiler import Profiler
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from os import PathLike
 
 __all__ = ["SimpleProfiler"]
@@ -81,20 +81,9 @@ class SimpleProfiler(Profiler):
                 (name, f"{total / calls:.5}", str(calls), f"{total:.5}", f"{100 * total / elapsed_s:.5}")
                 for name, total, calls in rows
             ]
-            table = _table(header, cells, rule_after_first=True)
+            text = table(header, cells, rule_after_first=True)
         else:
             rows.sort(key=lambda row: row[1] / row[2], reverse=True)
             header = ("Action", "Mean duration (s)", "Total time (s)")
-            table = _table(header, [(name, f"{total / calls:.5}", f"{total:.5}") for name, total, calls in rows])
-        return f"{self._title()}Profiler Report\n\n{table}\n"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, rule_after_first: bool = False) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [
-        "|  " + "  |  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + "  |" for row in (header, *rows)
-    ]
-    rule = "-" * len(lines[0])
-    after = 2 if rule_after_first else 1
-    middle = [rule] if rule_after_first else []
-    return "\n".join([rule, lines[0], rule, *lines[1:after], *middle, *lines[after:], rule])
+            text = table(header, [(name, f"{total / calls:.5}", f"{total:.5}") for name, total, calls in rows])
+        return f"{self._title()}Profiler Report\n\n{text}\n"

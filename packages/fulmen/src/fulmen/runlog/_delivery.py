@@ -79,6 +79,7 @@ class Delivery:
         self._seconds: dict[str, float] = {}
         self._sample: Callable[[], Mapping[str, object]] = dict
         self._position: Callable[[], int] = int
+        self._waited: Callable[[], float] = float
         self._states, self._state_at = 0, 0.0
 
     # ------------------------------------------------------------------ a call of the Trainer
@@ -96,6 +97,7 @@ class Delivery:
         about: Mapping[str, object],
         position: Callable[[], int],
         sample: Callable[[], Mapping[str, object]],
+        waited: Callable[[], float] = float,
     ) -> None:
         """Open the log at ``path``.
 
@@ -105,6 +107,7 @@ class Delivery:
             about: the ``begin`` record: what runs, where, with which settings.
             position: batches that have stepped an optimizer so far.
             sample: what is worth knowing of the run at a row: learning rates, memory.
+            waited: seconds of training that were spent on waiting for data.
 
         Raises:
             MisconfigurationException: the log cannot be written.
@@ -121,7 +124,8 @@ class Delivery:
                     cursor.gaps.append([cursor.delivered_to, self.log.size])
         for _, known in self._boxes.values():
             known.read_from(self.log)
-        self._position, self._sample, self._states, self._state_at = position, sample, 0, 0.0
+        self._position, self._sample, self._waited = position, sample, waited
+        self._states, self._state_at = 0, 0.0
         self._began = self._since = time.monotonic()
         self._stack, self._seconds = [], {}
         for logger in loggers:
@@ -300,7 +304,11 @@ class Delivery:
 
     def _note_stages(self) -> None:
         self._count()
-        self._append({"kind": "stages", "seconds": {name: round(s, 4) for name, s in self._seconds.items()}})
+        seconds = dict(self._seconds)
+        if waited := min(self._waited(), seconds.get("training", 0.0)):
+            seconds["training"] -= waited
+            seconds["waiting for data"] = waited
+        self._append({"kind": "stages", "seconds": {name: round(s, 4) for name, s in seconds.items()}})
 
     def note_state(self) -> None:
         """Log learning rates and memory of this moment, at most every ``_STATE_S`` seconds when there are many."""

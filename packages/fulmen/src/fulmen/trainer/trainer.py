@@ -77,6 +77,9 @@ class Trainer(TrainerActions):
     With ``accumulate_grad_batches=n`` the loss of every batch is divided by n and the optimizer steps after every n-th
     batch and after the last batch of an epoch. So each sample weighs the same in every update of the run, and the
     update of a last, shorter window is smaller in proportion; no batch is dropped, none is carried into the next epoch.
+
+    With ``loss_weighting="weights"`` it is not: ``training_step`` returns ``{"loss": <a sum>, "weight": <over how
+    many>}``, and the gradient of all sums of a window, on all ranks, is divided by the sum of their weights.
     """
 
     @defaults_from_environment
@@ -109,6 +112,7 @@ class Trainer(TrainerActions):
         enable_progress_bar: bool | None = None,
         enable_model_summary: bool | None = None,
         accumulate_grad_batches: int = 1,
+        loss_weighting: Literal["mean", "weights"] | None = None,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
         deterministic: bool | Literal["warn"] | None = None,
@@ -149,6 +153,7 @@ class Trainer(TrainerActions):
                 enable_progress_bar=enable_progress_bar,
                 enable_model_summary=enable_model_summary,
                 accumulate_grad_batches=accumulate_grad_batches,
+                loss_weighting=loss_weighting,
                 gradient_clip_val=gradient_clip_val,
                 gradient_clip_algorithm=gradient_clip_algorithm,
                 deterministic=deterministic,
@@ -182,6 +187,7 @@ class Trainer(TrainerActions):
         with _verify.collected(wrong):
             _verify.vendors_flags(model_registry, suggest_integrations)
         _verify.raise_all(wrong)
+        _verify.loss_weighting(self.assembly, self.settings)
         _foreign_methods.check_backends(self.assembly)
         self._begin_life(given, logger)
         rank_zero_info(first_line(self.assembly))
@@ -413,6 +419,7 @@ class Trainer(TrainerActions):
         self._session = session = Session(
             fn, module, datamodule, self.assembly, self.world, sources, said=self._said, measuring=measuring
         )
+        session.weighs_losses = self.settings.loss_weighting == "weights"
         if fn is TrainerFn.FITTING:
             session.told_engine = _engine.hand_over(module, self.assembly, self.settings, None)
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING

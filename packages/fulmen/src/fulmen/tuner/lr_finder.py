@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fulmen._loss_weights import per_weight
 from fulmen.callbacks.callback import Callback
 from fulmen.optimizer import LRSchedulerConfig, NoOptimizer
 from fulmen.tuner._attributes import find
@@ -334,7 +335,7 @@ class _RangeTest(Callback):
     ) -> None:
         if progress_of(trainer).window_is_open:
             return
-        smoothed = self._smooth(_loss(outputs))
+        smoothed = self._smooth(_loss(per_weight(trainer, outputs)))
         self.lrs.append(self._found.lr_at(len(self.losses)))
         self.losses.append(smoothed)
         diverged = self._has_diverged(smoothed)

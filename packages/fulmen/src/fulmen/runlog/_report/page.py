@@ -22,7 +22,17 @@ if TYPE_CHECKING:
 
 __all__ = ["page"]
 
-_STAGES = ("training", "validation", "checkpoints", "setup", "sanity check", "test", "predict", "loggers")
+_STAGES = (
+    "training",
+    "waiting for data",
+    "validation",
+    "checkpoints",
+    "setup",
+    "sanity check",
+    "test",
+    "predict",
+    "loggers",
+)
 _WORDS = {
     "success": "finished",
     "failed": "failed",
