@@ -32,6 +32,7 @@ STEPS: dict[str, list[list[str]]] = {
     "api": [[PY, "-m", "tools.api"]],
     "alone": [[PY, "-m", "tools.alone", "--whole"]],
     "deepspeed": [[PY, "-m", "tools.deepspeed_session"]],
+    "downstream": [[PY, "-m", "tools.downstream"]],
     "xla": [[PY, "-m", "tools.xla"]],
     "docs": [[PY, "-m", "tools.docs"]],
     "demo": [

@@ -6,12 +6,14 @@ installed, but by the packages that are named. Standard library only.
 
 from __future__ import annotations
 
+import builtins
 import importlib.abc
 import importlib.util
 import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 LIGHTNING = ["lightning", "pytorch_lightning", "lightning_fabric"]
 
@@ -28,21 +30,37 @@ def importer() -> str:
 
 
 class Hidden(importlib.abc.MetaPathFinder):
-    """Hides Lightning from all but some packages, so that whoever else still imports it is found out."""
+    """Hides Lightning from all but some packages, so that whoever else still imports it is found out.
+
+    As a finder from whoever is first; as ``__import__`` also where one of the allowed has imported it.
+    """
 
     def __init__(self, allowed: list[str]) -> None:
         self.allowed = [*allowed, *LIGHTNING]
+        self.importing = builtins.__import__
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> None:
         """Raise for what is hidden; leave the rest to the other finders."""
-        if fullname.partition(".")[0] in LIGHTNING and importer() not in self.allowed:
-            raise ModuleNotFoundError(f"No module named {fullname!r} (it is hidden in this run)", name=fullname)
+        self.check(fullname, importer())
+
+    def check(self, name: str, by: str) -> None:
+        """Raise as if it were not installed."""
+        if name.partition(".")[0] in LIGHTNING and by not in self.allowed:
+            raise ModuleNotFoundError(f"No module named {name!r} (it is hidden in this run)", name=name)
+
+    def __call__(self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+        """What an import statement calls."""
+        if level == 0:
+            self.check(name, str((globals or {}).get("__name__", "")).partition(".")[0])
+        return self.importing(name, globals, locals, fromlist, level)
 
 
 def main(script: str, result: str, *options: str) -> None:
     """Run the script's ``main`` and write what it returned and how many seconds it took."""
     if options:
-        sys.meta_path.insert(0, Hidden(list(options[1:])))
+        hidden = Hidden(list(options[1:]))
+        sys.meta_path.insert(0, hidden)
+        builtins.__import__ = hidden
     started = time.perf_counter()
     spec = importlib.util.spec_from_file_location("project_script", script)
     assert spec is not None

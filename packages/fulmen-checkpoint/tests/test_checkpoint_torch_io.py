@@ -631,3 +631,22 @@ atexit.register(lambda: TorchCheckpointIO().save_checkpoint({"w": torch.ones(100
 """
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.ckpt")], timeout=60, check=True)
     assert TorchCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")["w"].sum() == 1_000_000
+
+
+class LoadsOtherwise(TorchCheckpointIO):
+    """As libraries have it, that allow classes of their own while they load."""
+
+    def load_checkpoint(self, path, map_location=None, weights_only=None):  # type: ignore[no-untyped-def]
+        with torch.serialization.safe_globals([OwnClass]):
+            return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+def test_an_io_that_loads_in_a_way_of_its_own_may_save_what_ours_could_not_load(tmp_path: Path) -> None:
+    io, path = LoadsOtherwise(), tmp_path / "a.ckpt"
+    io.save_checkpoint({"loss": OwnClass()}, path)
+
+    assert isinstance(io.load_checkpoint(path)["loss"], OwnClass)
+    with pytest.raises(CheckpointUnsafe, match="OwnClass"):
+        TorchCheckpointIO().load_checkpoint(path)
+    with pytest.raises(CheckpointUnsafe, match="was not written"):
+        LoadsOtherwise(allow_unsafe=False).save_checkpoint({"loss": OwnClass()}, path)

@@ -210,3 +210,18 @@ def test_an_unknown_interval_and_a_missing_method_are_named() -> None:
         MisconfigurationException, match=r"OnlyBatches\(write_interval='epoch'\) does not override write_on_epoch_end"
     ):
         trainer(OnlyBatches("epoch")).predict(Model(), DataLoader(data(2)))
+
+
+@pytest.mark.parametrize("interval", ["batch", "epoch"])
+def test_hooks_that_a_writer_overrides_itself_are_called_whatever_its_interval(interval: str) -> None:
+    class Collecting(Writer):
+        def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *batch: Any) -> None:
+            seen.append(outputs.tolist())
+
+        def on_predict_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            seen.append("end")
+
+    seen: list[Any] = []
+    trainer(Collecting(interval)).predict(Model(), DataLoader(data(3), batch_size=2))
+
+    assert seen == [[1000, 1010], [1020], "end"]

@@ -390,3 +390,39 @@ def test_a_checkpoint_keeps_the_versions_of_layers_by_which_torch_reads_old_file
     state = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
     assert state._metadata["norm"] == {"version": 2}
     assert run.strategy.lightning_module_state_dict().keys() == state.keys()
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_configure_optimizers_can_ask_as_in_lightning_whether_there_will_be_a_validation(validates: bool) -> None:
+    class Asking(Line):
+        def configure_optimizers(self) -> Any:
+            loop = self.trainer.fit_loop
+            asked.append((loop._data_source.is_defined(), loop.epoch_loop.val_loop._data_source.is_defined()))
+            return super().configure_optimizers()
+
+    asked: list[Any] = []
+    run = trainer()
+    assert not run.fit_loop.epoch_loop.val_loop._data_source.is_defined()
+    run.fit(Asking(), loader(), loader() if validates else None)
+
+    assert asked == [(True, validates)]
+
+
+def test_the_strategy_reads_a_checkpoint_and_a_module_finds_the_hyperparameters_in_it(tmp_path: Path) -> None:
+    class Noting(Line):
+        def __init__(self, width: int = 3) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].update(noted=4)
+            assert checkpoint[self.CHECKPOINT_HYPER_PARAMS_NAME] == "kwargs"
+
+    run = trainer()
+    run.fit(Noting(), loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+
+    assert run.strategy.load_checkpoint(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"] == {
+        "width": 3,
+        "noted": 4,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from fulmen.utilities.grads import grad_norm
 from fulmen.utilities.memory import garbage_collection_cuda, is_oom_error, recursive_detach
 from fulmen.utilities.model_helpers import get_torchvision_model, is_overridden
 from fulmen.utilities.parameter_tying import find_shared_parameters, set_shared_parameters
-from fulmen.utilities.parsing import is_picklable
+from fulmen.utilities.parsing import get_init_args, is_picklable
 from fulmen.utilities.rank_zero import (
     LightningDeprecationWarning,
     WarningCache,
@@ -591,3 +592,20 @@ def test_the_tuners_exception_is_imported_from_the_same_place() -> None:
 
 def test_collections_keep_their_kind_when_tensors_are_detached() -> None:
     assert type(recursive_detach(OrderedDict(a=torch.ones(1)))) is OrderedDict
+
+
+def test_a_constructor_can_ask_what_it_was_given() -> None:
+    class Base:
+        def __init__(self, width: int, *rest: int, depth: int = 2, **more: str) -> None:
+            super().__init__()
+            frame = inspect.currentframe()
+            assert frame is not None
+            self.given = get_init_args(frame)
+
+    def no_constructor() -> dict[str, object]:
+        frame = inspect.currentframe()
+        assert frame is not None
+        return get_init_args(frame)
+
+    assert Base(3, 4, name="x").given == {"width": 3, "depth": 2, "name": "x"}
+    assert no_constructor() == {}

@@ -52,7 +52,8 @@ class TorchCheckpointIO:
         allow_unsafe: save objects that only ``load_checkpoint(..., weights_only=False)`` can bring back. If not,
             saving them is an error, because a checkpoint that does not load is a lost run. None: only where the
             environment has ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1``, with which torch, and ``load_checkpoint``, trust
-            every file whose ``weights_only`` is not given.
+            every file whose ``weights_only`` is not given; and in a subclass with a ``load_checkpoint`` of its own,
+            which may load what ours would not.
         verify: compare each file with its digest before it is loaded.
         mmap: map files into memory instead of reading them. The tensors of a loaded checkpoint then read the file's
             pages as they are used, and their changes stay private. A mapped file may be replaced (as every save of
@@ -78,7 +79,9 @@ class TorchCheckpointIO:
     @property
     def allow_unsafe(self) -> bool:
         """Whether objects are saved that only code from the file can bring back."""
-        return _files_are_trusted() if self._allow_unsafe is None else self._allow_unsafe
+        if self._allow_unsafe is not None:
+            return self._allow_unsafe
+        return _files_are_trusted() or type(self).load_checkpoint is not TorchCheckpointIO.load_checkpoint
 
     def save_checkpoint(
         self,

@@ -23,6 +23,7 @@ __all__ = [
     "AcceleratorConnectorView",
     "CheckpointConnectorView",
     "Counts",
+    "DataSourceView",
     "EvaluationLoopView",
     "FitLoopView",
     "LoggerConnectorView",
@@ -47,6 +48,18 @@ class ProgressView(NamedTuple):
     current: Counts
     total: Counts
     is_last_batch: bool = False
+
+
+class DataSourceView:
+    """``_data_source`` of a loop: who supplies its loaders."""
+
+    def __init__(self, trainer: Trainer, stage: str) -> None:
+        self._trainer, self._stage = trainer, stage
+
+    def is_defined(self) -> bool:
+        """Whether anybody does, in the running call or the last one."""
+        session = self._trainer._session  # pyright: ignore[reportPrivateUsage]
+        return session is not None and session.sources[self._stage].is_defined
 
 
 class TrainingEpochLoopView:
@@ -163,6 +176,10 @@ class FitLoopView:
         self._trainer._load_training_data()  # pyright: ignore[reportPrivateUsage]
 
     @property
+    def _data_source(self) -> DataSourceView:
+        return DataSourceView(self._trainer, "train")
+
+    @property
     def trainer(self) -> Trainer:
         """Whose loop it is."""
         return self._trainer
@@ -193,6 +210,10 @@ class EvaluationLoopView:
     def trainer(self) -> Trainer:
         """Whose loop it is."""
         return self._trainer
+
+    @property
+    def _data_source(self) -> DataSourceView:
+        return DataSourceView(self._trainer, self._stage)
 
     @property
     def max_batches(self) -> list[float]:

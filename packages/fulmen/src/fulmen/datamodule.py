@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from typing import IO, TYPE_CHECKING, Any, Self, cast
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -26,6 +26,11 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
 
     Define ``train_dataloader`` and its siblings, and give it to ``Trainer.fit(model, datamodule=...)``.
     """
+
+    CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "datamodule_hyper_parameters"
+    CHECKPOINT_HYPER_PARAMS_NAME: ClassVar[str] = "datamodule_hparams_name"
+    CHECKPOINT_HYPER_PARAMS_TYPE: ClassVar[str] = "datamodule_hparams_type"
+    """Where Lightning's checkpoints have its hyperparameters."""
 
     name: str | None = None
     """Name of the data, for logs."""

@@ -216,6 +216,13 @@ def _constructor_frames(owner: object, frame: FrameType | None) -> Iterator[tupl
         frame = frame.f_back
 
 
+def arguments_of_frame(frame: FrameType) -> dict[str, Any]:
+    """What the constructor that runs in ``frame`` was given; nothing where it is none, or never says ``super()``."""
+    local = frame.f_locals
+    cls = local.get("__class__")
+    return _arguments_in(local, cls) if isinstance(cls, type) and "__init__" in vars(cls) else {}
+
+
 def _class_of_code(owner: object, code: CodeType) -> type | None:
     for cls in type(owner).__mro__:
         init = cls.__dict__.get("__init__")

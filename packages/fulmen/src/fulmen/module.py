@@ -50,6 +50,11 @@ class LightningModule(Exports, ModuleHooks, DataHooks, CheckpointHooks, Hyperpar
     example_input_array: Any = None
     """One example of ``forward``'s input (a tensor, or a tuple or dict of arguments), for summaries and graphs."""
 
+    CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "hyper_parameters"
+    CHECKPOINT_HYPER_PARAMS_NAME: ClassVar[str] = "hparams_name"
+    CHECKPOINT_HYPER_PARAMS_TYPE: ClassVar[str] = "hparams_type"
+    """Where Lightning's checkpoints have the hyperparameters, for ``on_save_checkpoint`` and its sibling."""
+
     _requires_grad_before: Mapping[Tensor, bool] | None = None
     compiled_from: dict[str, Any] | None = None
     """The methods that ``from_compiled`` replaced; None: the module is not compiled."""

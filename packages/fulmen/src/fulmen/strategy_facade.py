@@ -273,6 +273,19 @@ class StrategyFacade(RankSurface):
         elif self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
+    def load_checkpoint(self, checkpoint_path: str | PathLike[str], weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a file that the checkpoint IO wrote, to the CPU. Code from it runs only with ``weights_only=False``.
+
+        Raises:
+            MisconfigurationException: the strategy's engine writes its checkpoints itself, and reads them in a run.
+        """
+        if supports(self.backend, OwnsCheckpoints):
+            raise MisconfigurationException(
+                f"load_checkpoint({str(checkpoint_path)!r}): the engine of {type(self.backend).__name__} reads its "
+                "checkpoints into the model itself. Give the path to fit(..., ckpt_path=...)."
+            )
+        return dict(self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only))
+
     def remove_checkpoint(self, filepath: str | PathLike[str]) -> None:
         """Delete on rank 0."""
         if self.is_global_zero:

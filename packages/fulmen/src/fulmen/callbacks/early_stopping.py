@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from fulmen.callbacks._monitor import Moment, MonitoredValue
+from fulmen.callbacks._pickled import plain_state, restore
 from fulmen.callbacks.callback import Callback
 from fulmen_protocols import MisconfigurationException, MisconfigurationRuntimeError, did_you_mean
 
@@ -107,6 +108,12 @@ class EarlyStopping(Callback):
         self._value = MonitoredValue(monitor)
         self._moment: Moment = "epoch"
         self._check_is_pending = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return plain_state(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        restore(self, state)
 
     @property
     def state_key(self) -> str:

@@ -16,6 +16,7 @@ from fulmen.callbacks._checkpoint_plan import describe_plan, epochs_end_with_val
 from fulmen.callbacks._checkpoint_report import tell_loggers, write_scores
 from fulmen.callbacks._failing_together import all_ranks_fail, saves_when
 from fulmen.callbacks._monitor import Moment, MonitoredValue
+from fulmen.callbacks._pickled import plain_state, restore
 from fulmen.callbacks._shared_clock import SharedClock
 from fulmen.callbacks.checkpoint import Checkpoint
 from fulmen_fabric import rank_zero_info, rank_zero_warn
@@ -463,6 +464,12 @@ class ModelCheckpoint(Checkpoint):
         return self.dirpath or default_dirpath(trainer)
 
     # -- state --------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return plain_state(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        restore(self, state)
 
     @property
     def state_key(self) -> str:

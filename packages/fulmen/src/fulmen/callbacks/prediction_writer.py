@@ -115,11 +115,13 @@ class BasePredictionWriter(Callback):
 
     @property
     def _on_predict_batch_end_is_idle(self) -> bool:
-        return not self.interval.on_batch
+        own = type(self).on_predict_batch_end is BasePredictionWriter.on_predict_batch_end
+        return own and not self.interval.on_batch
 
     @property
     def _on_predict_epoch_end_is_idle(self) -> bool:
-        return not self.interval.on_epoch
+        own = type(self).on_predict_epoch_end is BasePredictionWriter.on_predict_epoch_end
+        return own and not self.interval.on_epoch
 
     def on_predict_batch_end(
         self,

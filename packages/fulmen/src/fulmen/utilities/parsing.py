@@ -5,13 +5,30 @@ from __future__ import annotations
 import pickle
 from typing import TYPE_CHECKING, Any
 
-from fulmen.hparams import AttributeDict
+from fulmen.hparams import AttributeDict, arguments_of_frame
 from fulmen.tuner import _attributes
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from fulmen.module import LightningModule
 
-__all__ = ["AttributeDict", "is_picklable", "lightning_getattr", "lightning_hasattr", "lightning_setattr"]
+__all__ = [
+    "AttributeDict",
+    "get_init_args",
+    "is_picklable",
+    "lightning_getattr",
+    "lightning_hasattr",
+    "lightning_setattr",
+]
+
+
+def get_init_args(frame: FrameType) -> dict[str, Any]:
+    """What the constructor that runs in ``frame`` was given, without ``self``; keyword arguments are among the others.
+
+    Empty where ``frame`` is no constructor of a class that says ``super()`` or ``__class__``.
+    """
+    return arguments_of_frame(frame)
 
 
 def is_picklable(obj: object) -> bool:
