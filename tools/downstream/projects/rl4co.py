@@ -7,7 +7,7 @@ from typing import Any
 
 REQUIRES = ["rl4co==0.7.0", "hydra-core==1.3.8"]
 PACKAGES = ["rl4co"]
-WHAT = "REINFORCE with rollout and critic baselines, POMO, PPO (manual optimization); new data each epoch, tested, loaded"
+WHAT = "REINFORCE with rollout and critic baselines, POMO, PPO (manual optimization); new data each epoch, loading"
 
 
 def main() -> dict[str, object]:
