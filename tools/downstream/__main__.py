@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,11 @@ PROJECTS = sorted(file.stem for file in Path(projects.__path__[0]).glob("[a-z]*.
 SHOWN_LINES = 25
 
 
+def first_sentence(text: str) -> str:
+    """What a message says first, without the folders of this machine."""
+    return re.split(r"(?<=\.)\s", text.replace(f"{HOME}{os.sep}", ""), maxsplit=1)[0].replace("|", "\\|")
+
+
 class Failed(Exception):
     """A step of one project failed; the text is what it printed last."""
 
@@ -53,12 +59,13 @@ class Row:
 
     def markdown(self) -> str:
         """One line of the table."""
-        refused = "; ".join(f"{name}: {why}" for name, why in self.refused.items()) or "-"
+        refused = "; ".join(f"{name}: {first_sentence(why)}" for name, why in self.refused.items()) or "-"
         seconds = " / ".join(f"{self.seconds[name]:.0f}" for name in ("lightning", "fulmen") if name in self.seconds)
         return f"| {self.project} | {self.version} | {self.what} | {self.agrees} | {refused} | {seconds} |"
 
 
-HEADER = "| Library | Version | What runs | Result | Refused | Seconds, Lightning / fulmen |\n|---|---|---|---|---|---|"
+HEADER = """| Library | Version | What runs | Result | Refused | Processor seconds, Lightning / fulmen |
+|---|---|---|---|---|---|"""
 
 
 def ensure(name: str, requirements: list[str]) -> Path:

@@ -106,9 +106,9 @@ def test_a_run_finds_out_who_still_imports_lightning(tmp_path: Path, options: li
 
 def test_a_row_shows_what_was_refused_and_a_project_that_does_not_run_fails() -> None:
     row = runner.Row(
-        "lib", "1.0", "trains", "agrees in 3 values", {"export": "say so"}, {"lightning": 2.4, "fulmen": 1.0}
+        "lib", "1.0", "trains", "agrees in 3 values", {"export": "say so. And more"}, {"lightning": 2.4, "fulmen": 1.0}
     )
 
-    assert row.markdown() == "| lib | 1.0 | trains | agrees in 3 values | export: say so | 2 / 1 |"
+    assert row.markdown() == "| lib | 1.0 | trains | agrees in 3 values | export: say so. | 2 / 1 |"
     assert runner.Row("lib").failed
     assert "does not run" in runner.Row("lib").markdown()
