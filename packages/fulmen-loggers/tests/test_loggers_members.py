@@ -23,14 +23,12 @@ MEMBERS = {
 }
 
 
-@pytest.mark.proves("1.19")
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger, WandbLogger, MLFlowLogger, CometLogger])
 def test_each_has_the_members_that_code_calls_without_asking(kind: type) -> None:
     assert set(dir(kind)) >= MEMBERS
     assert kind.group_separator == "/"
 
 
-@pytest.mark.proves("1.19")
 def test_a_logger_that_draws_and_stores_nothing_takes_the_calls_and_writes_no_file(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     logger.log_graph(nn.Linear(1, 1))
