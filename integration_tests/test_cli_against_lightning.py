@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("lightning")
+pytestmark = pytest.mark.slow
+
 RUNNER = Path(__file__).parent / "cli_scenarios.py"
 
 

@@ -17,6 +17,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from integration_tests.mesh_data_script import BATCH, EPOCHS, SIZE
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("mesh_data_script.py")
 WHOLE = sum(range(SIZE))
 
@@ -41,7 +43,6 @@ def indices(rank: dict[str, Any], epoch: int) -> list[int]:
 
 
 @pytest.mark.proves("4.26")
-@pytest.mark.slow
 def test_tensor_parallel_ranks_read_the_same_batches_and_data_parallel_ranks_share_the_samples_out() -> None:
     found = of("two parts")
     assert [one["kwargs"] for one in found] == [{"num_replicas": 2, "rank": rank // 2} for rank in range(4)]
@@ -55,7 +56,6 @@ def test_tensor_parallel_ranks_read_the_same_batches_and_data_parallel_ranks_sha
     assert Counter(i for one in (fabric[0], fabric[2]) for batch in one for i in batch[0]) == Counter(range(SIZE))
 
 
-@pytest.mark.slow
 @pytest.mark.proves("4.26")
 def test_one_part_is_shuffled_alike_on_every_rank_without_a_seed() -> None:
     first, *others = of("one part")

@@ -285,7 +285,7 @@ def run_ranks(folder: Path, world_size: int, body: str) -> list[dict[str, Any]]:
     return [json.loads((folder / f"result{rank}.json").read_text()) for rank in range(world_size)]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(tmp_path_factory.mktemp("ranks"), request.param, SCENARIOS)
 
