@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,7 +15,15 @@ import fulmen
 from fulmen.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from fulmen.callbacks.early_stopping import EarlyStoppingReason
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 pytestmark = pytest.mark.filterwarnings("ignore:log_every_n_steps")
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 class Falling(fulmen.LightningModule):
