@@ -107,7 +107,7 @@ class Counted(Model):
 
 class TensorParallel(Model):
     def configure_model(self) -> None:
-        if not isinstance(next(self.net[1].parameters()), DTensor):  # type: ignore[index]
+        if not isinstance(next(self.net[1].parameters()), DTensor):  # type: ignore[index]  # a Sequential
             mesh: Any = self.device_mesh
             plan: Any = {"1": ColwiseParallel(), "3": RowwiseParallel()}
             parallelize_module(self.net, mesh["tensor_parallel"], plan)

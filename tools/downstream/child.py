@@ -1,7 +1,7 @@
 """One run of a project, in its own environment: ``python -P child.py SCRIPT RESULT [--hide-lightning [NAME ...]]``.
 
 Writes what its ``main`` returned, as JSON. With ``--hide-lightning``, Lightning cannot be imported, as if it were not
-installed, but by the packages that are named. Standard library only.
+installed, but by the packages that are named. Of the project it imports the script alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib.util
 import json
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,24 @@ class Hidden(importlib.abc.MetaPathFinder):
         return self.importing(name, globals, locals, fromlist, level)
 
 
+def let_torchvision_import() -> None:
+    """Declare the two operators without which it cannot be imported, if it is there without its compiled part.
+
+    Its wheel on PyPI is built for CUDA. Beside a torch for CPUs its operators are missing, and on import it describes
+    the shapes that these two give.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    import torch
+
+    if torch.version.cuda is None and not version("torchvision").endswith("+cpu"):
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
 def main(script: str, result: str, *options: str) -> None:
     """Run the script's ``main`` and write what it returned and how many seconds of a processor it took."""
+    let_torchvision_import()
     if options:
         hidden = Hidden(list(options[1:]))
         sys.meta_path.insert(0, hidden)

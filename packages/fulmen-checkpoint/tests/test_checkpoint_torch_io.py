@@ -636,7 +636,12 @@ atexit.register(lambda: TorchCheckpointIO().save_checkpoint({"w": torch.ones(100
 class LoadsOtherwise(TorchCheckpointIO):
     """As libraries have it, that allow classes of their own while they load."""
 
-    def load_checkpoint(self, path, map_location=None, weights_only=None):  # type: ignore[no-untyped-def]
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        map_location: torch.device | str | None = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, object]:
         with torch.serialization.safe_globals([OwnClass]):
             return super().load_checkpoint(path, map_location, weights_only=True)
 

@@ -41,7 +41,7 @@ class Numbers(IterableDataset[torch.Tensor]):
 
 def kept() -> DataLoader[Any]:
     """A loader that keeps its two workers between epochs."""
-    return DataLoader(torch.randn(12, 2), batch_size=2, num_workers=2, persistent_workers=True)  # type: ignore[arg-type]
+    return DataLoader(torch.randn(12, 2), batch_size=2, num_workers=2, persistent_workers=True)  # type: ignore[arg-type]  # torch takes any sequence
 
 
 def kept_iterable() -> DataLoader[Any]:

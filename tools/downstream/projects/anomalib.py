@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +38,6 @@ def weights(module: Any) -> list[float]:
 
 def main() -> dict[str, object]:
     """Three models, each through the library's own Engine."""
-    import torch
-
-    # The wheel of torchvision on PyPI is built for CUDA. Beside a torch for CPUs its operators are missing, and it
-    # could not be imported without those of which it describes the shapes.
-    if torch.version.cuda is None and not version("torchvision").endswith("+cpu"):
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
     from anomalib.data import Folder
     from anomalib.engine import Engine
     from anomalib.models import Fastflow, Ganomaly, Padim

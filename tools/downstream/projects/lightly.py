@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from importlib.metadata import version
 from typing import Any
 
 REQUIRES = ["lightly==1.6.0"]
@@ -15,15 +14,8 @@ CLASSES = 4
 def main() -> dict[str, object]:
     """Pretrain on coloured noise, resume the pretraining, and evaluate the features in the library's own ways."""
     import numpy as np
-    import torch
-
-    # The wheel of torchvision on PyPI is built for CUDA. Beside a torch for CPUs its operators are missing, and it
-    # could not be imported without those of which it describes the shapes.
-    if torch.version.cuda is None and not version("torchvision").endswith("+cpu"):
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
     import pytorch_lightning as pl
+    import torch
     from lightly.embedding import SelfSupervisedEmbedding
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +65,6 @@ data:
 
 def main() -> dict[str, object]:
     """Every part; the maps are written first."""
-    import torch
-
-    # The wheel of torchvision on PyPI is built for CUDA. Beside a torch for CPUs its operators are missing, and it
-    # could not be imported without those of which it describes the shapes.
-    if torch.version.cuda is None and not version("torchvision").endswith("+cpu"):
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
     return {"maps": maps(), "images": images(), "command line": command_line()}
 
 

@@ -292,12 +292,8 @@ class TorchCheckpointIO:
 
 
 def _files_are_trusted() -> bool:
-    return os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "").lower() in (
-        "1",
-        "y",
-        "yes",
-        "true",
-    )  # as torch reads it
+    said = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "")
+    return said.lower() in ("1", "y", "yes", "true")  # as torch reads it
 
 
 def _warn_unchecked(path: str, kind: str) -> None:
