@@ -21,10 +21,10 @@ OF_WORLD = [(world, name) for world in (1, 2) for name in strategies(world)]
 
 
 @cache
-def ranks(world: int) -> list[dict[str, Any]]:
+def ranks(world: int, accelerator: str = "cpu") -> list[dict[str, Any]]:
     with TemporaryDirectory() as folder:
         done = subprocess.run(
-            [sys.executable, str(SCRIPT), str(world), folder],
+            [sys.executable, str(SCRIPT), str(world), folder, *([] if accelerator == "cpu" else [accelerator])],
             capture_output=True,
             text=True,
             timeout=240,
@@ -33,7 +33,7 @@ def ranks(world: int) -> list[dict[str, Any]]:
         )
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
         found = [torch.load(Path(folder, f"{world}-{rank}.pt"), weights_only=True) for rank in range(world)]
-        if world == 2:
+        if world == 2 and accelerator == "cpu":
             found[0]["files"] = {name: Path(folder, "2 ddp", name).read_bytes() for name in ("batch-3", "epoch")}
         return found
 
@@ -122,3 +122,16 @@ def test_ranks_that_share_their_data_count_it_once(world: int) -> None:
 def test_a_loop_of_ones_own_gets_the_same_gradients(world: int) -> None:
     for found in ranks(world):
         assert_trained_as(found["fabric"], reference(cases(world)["tail"]))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("strategy", list(strategies(2)))
+def test_two_gpus_train_as_one_process_and_never_wait_for_the_weights(strategy: str) -> None:
+    for label, case in cases(2).items():
+        for found in ranks(2, "cuda"):
+            result = found[f"{label}, {strategy}"]
+            if case.precision == "64-true":
+                assert_trained_as(result, reference(case))
+            else:
+                torch.testing.assert_close(result["weights"], reference(case)["weights"], rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Language models whose losses are sums with their weights, on ranks: ``python weighted_script.py WORLD FOLDER``.
+"""Language models whose losses are sums with their weights, on ranks: ``weighted_script.py WORLD FOLDER [cuda]``.
 
 Each case draws a global batch for every optimizer step and splits it at random into micro-batches, ranks and padding.
 What the ranks end with is compared by the test with plain PyTorch on each global batch at once.
@@ -97,6 +97,22 @@ class Model(fulmen.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.9)
 
 
+class Unread(Model):
+    """Waiting for the device is an error while weights, which lie on it, are summed and divided by."""
+
+    def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
+        # The first two windows load kernels and set up communication, and DDP arranges its buckets anew.
+        is_warm = batch_idx >= 2 * self.trainer.accumulate_grad_batches
+        torch.cuda.set_sync_debug_mode("error" if is_warm else "default")
+
+    def on_train_batch_end(self, outputs: Any, batch: MicroBatch, batch_idx: int) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, Any]:
+        loss = self.net(batch[0]).square().sum()
+        return {"loss": loss, "weight": (batch[1] != PADDED).sum()}
+
+
 class Counted(Model):
     """Weights are numbers that the host knows, which depend on the batch's index only in their type."""
 
@@ -142,8 +158,8 @@ def trained(strategy: Any, case: Case, kind: type[Model] = Model, ckpt_path: Any
     model.train_dataloader = train_dataloader  # type: ignore[method-assign]  # replaced on purpose
     run.fit(model, ckpt_path=ckpt_path)
     return {
-        "gradients": torch.stack(model.gradients),
-        "weights": flat(model.net.parameters()),
+        "gradients": torch.stack(model.gradients).cpu(),
+        "weights": flat(model.net.parameters()).cpu(),
         "steps": run.global_step,
     }
 
@@ -250,6 +266,18 @@ def on_pairs(parts: int) -> dict[str, Any]:
     return trained(strategy, on_a_mesh(parts), TensorParallel, devices=2 * parts)  # type: ignore[no-any-return]  # of Any, on purpose
 
 
+def on_gpus(folder: Path) -> None:
+    """Every case of two ranks by NCCL; then without any read of the host."""
+    found: dict[str, Any] = {}
+    for name, strategy in strategies(2).items():
+        for label, case in cases(2).items():
+            found[f"{label}, {name}"] = trained(
+                strategy(), case, Counted if case.seed % 2 else Model, accelerator="cuda"
+            )
+        trained(strategy(), Case(60, 2, accumulate=2, rounds=10, precision="32-true"), Unread, accelerator="cuda")
+    torch.save(found, folder / f"2-{fulmen.utilities.rank_zero_only.rank}.pt")
+
+
 def main(world: int, folder: Path) -> None:
     found: dict[str, Any] = {}
     if world == 4:
@@ -273,4 +301,7 @@ def main(world: int, folder: Path) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    if sys.argv[3:] == ["cuda"]:
+        on_gpus(Path(sys.argv[2]))
+    else:
+        main(int(sys.argv[1]), Path(sys.argv[2]))

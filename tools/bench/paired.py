@@ -105,7 +105,8 @@ class Paired(fulmen.LightningModule):
         if batch_idx % self.asked.steps == 0:
             self._change()
         loss = self.net(*batch)
-        self.log("loss", loss, prog_bar=True)
+        if not self.asked.bare:
+            self.log("loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -147,6 +148,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="of a turn; by default 1, and 5 on GPUs")
     parser.add_argument("--batch", type=int, help="sequences of a rank on GPUs")
     parser.add_argument("--eager", action="store_true", help="do not compile the blocks")
+    parser.add_argument("--bare", action="store_true", help="the Trainer logs nothing and shows no bar")
     asked = parser.parse_args()
     on_gpus = asked.accelerator == "cuda"
     asked.steps = asked.steps or (5 if on_gpus else 1)
@@ -176,7 +178,8 @@ def main() -> int:
             strategy=strategy_of("fulmen", asked, workload),
             precision="bf16-mixed",
             max_epochs=1,
-            logger=CSVLogger(Path(folder)),
+            logger=False if asked.bare else CSVLogger(Path(folder)),
+            enable_progress_bar=not asked.bare,
             log_every_n_steps=5,
             enable_checkpointing=False,
             enable_model_summary=False,

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import time
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -497,9 +496,7 @@ def test_on_a_gpu_only_the_time_in_which_it_stands_still_counts_and_nobody_waits
     def waits_for(work: int) -> float:
         waits = DataWaits(device)
         waits.begin(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says that its sync debug mode is a prototype
-            torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("error")
         try:
             batches = waits.over(late())
             next(batches)

@@ -234,7 +234,7 @@ def test_a_fit_with_loggers_and_a_row_each_step_waits_for_nothing_and_logs_what_
     losses = []
     for batch in data:
         loss = (batch * weight - 1).pow(2).mean()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         (grad,) = torch.autograd.grad(loss, weight)
         weight = (weight - 1e-3 * grad).detach().requires_grad_()
     with (Path(trainer.log_dir or "") / "metrics.csv").open(encoding="utf-8") as stream:

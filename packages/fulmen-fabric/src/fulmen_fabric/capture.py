@@ -122,7 +122,8 @@ class CapturedStep(Generic[P, R]):
                 return self._run_aside(args, kwargs)
             if len(self._recordings) >= self._max_graphs:
                 self._warn_of_too_many()
-                return self._step(*args, **kwargs)
+                # Not on the stream around: gradients are accumulated where the first backward pass ran.
+                return self._run_aside(args, kwargs)
             recording = self._recordings[key] = self._record(args, kwargs)
         return cast("R", recording.replay(args, kwargs))
 
@@ -143,7 +144,7 @@ class CapturedStep(Generic[P, R]):
         hooks = [one.register_step_pre_hook(self._see_step) for one in self._optimizers()]
         try:
             with torch.cuda.stream(self._stream), warnings.catch_warnings():
-                # The optimizer is right that this step is not captured; a later one will be.
+                # The optimizer is right that this step is not captured; others are.
                 warnings.filterwarnings("ignore", message=".*capturable=True.*without CUDA graph capture")
                 result = step(*args, **kwargs)
         finally:

@@ -106,9 +106,9 @@ class HostSnapshot:
             self._event = None
         on_device = {name: value for name, value in tensors.items() if value.device.type == "cuda"}
         if self._event is None and on_device:
-            stacked = torch.stack([value.detach().reshape(()).to(torch.float64) for value in on_device.values()])
-            if self._pinned is None or self._pinned.numel() != len(on_device):
-                self._pinned = torch.empty(len(on_device), dtype=torch.float64, pin_memory=True)
+            stacked = _stacked(list(on_device.values()))
+            if self._pinned is None or self._pinned.shape != stacked.shape or self._pinned.dtype != stacked.dtype:
+                self._pinned = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
             self._names = tuple(on_device)
             self._pinned.copy_(stacked, non_blocking=True)
             self._event = torch.Event("cuda")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -67,7 +68,10 @@ class Window:
     ) -> None:
         self.step, self.action = step, action
         self.profile = make()
-        self.profile.prepare_trace()
+        with warnings.catch_warnings():
+            # Some versions of torch say so of a first cycle, which has none before it to lose; a window has one.
+            warnings.filterwarnings("ignore", "Warning: Profiler clears events")
+            self.profile.prepare_trace()
         self.is_recording = False
         self.is_last = False
         """Whether the step that runs is the last one to record."""

@@ -232,7 +232,7 @@ class TimeLedger(Profiler):
         device = self._device
         if device is None or device.type == "cpu":
             return ""
-        if self._wait is not None:
+        if self.synchronize:
             return f"The host waited for {device} at each change of category, which made the run slower.\n"
         return (
             f"Times are the host's: {device} works behind it, and its time appears where the host waits for it. "

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["DrawnProgressBar"]
 
 _REDRAW_S = 0.1
+_PLAIN_REDRAW_S = 1.0
+"""Lines without a terminal come every ten seconds: their numbers need not be fresher than this."""
 _SHARE = 50
 """Drawing may take one part in so many of the time: a slow terminal is drawn on less often."""
 _BURST = 30
@@ -114,7 +116,8 @@ class DrawnProgressBar(ProgressBar):
         bar.refresh()
         self._unsaid = False
         end = monotonic()
-        self._due = end + max(self._redraw_s, _SHARE * (end - start))
+        pause = _PLAIN_REDRAW_S if isinstance(bar, PlainBar) else self._redraw_s
+        self._due = end + max(pause, _SHARE * (end - start))
 
     # Training ----------------------------------------------------------------------------------------------------
 
