@@ -363,23 +363,6 @@ def test_a_model_on_the_meta_device_gets_the_values_of_its_constructor(strategie
     assert all(torch.equal(got[name], value) for name, value in expected.items())  # type: ignore[arg-type]
 
 
-def test_a_layer_that_cannot_be_reset_is_named(strategies: list[FSDPStrategy]) -> None:
-    class Silent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(2))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * self.weight
-
-    strategies.append(joined(FSDPStrategy()))
-    with strategies[0].module_context(empty=True):
-        model = Silent()
-
-    with pytest.warns(UserWarning, match=r"Silent.*reset_parameters"):
-        strategies[0].place(model)
-
-
 @pytest.mark.proves("4.23")
 def test_leaving_moves_nothing(strategies: list[FSDPStrategy]) -> None:
     moved: list[Any] = []

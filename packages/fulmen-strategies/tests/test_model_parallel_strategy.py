@@ -298,14 +298,23 @@ def check_meta_parameters_get_the_values_of_one_process(me: Rank) -> None:
             self.dropout = nn.Dropout(0.5)
             self.scale = torch.tensor(1.0, device="cpu")
 
-    torch.manual_seed(5)
-    one = Unseeded()
-    for fn, shape in ((by_both, (2, 2)), (by_layers, (1, 4))):
+    class Ruled(Unseeded):
+        def __init__(self) -> None:
+            super().__init__()
+            self.apply(self._init_weights)
+
+        def _init_weights(self, layer: nn.Module) -> None:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+
+    for kind, fn, shape in ((Unseeded, by_both, (2, 2)), (Unseeded, by_layers, (1, 4)), (Ruled, by_both, (2, 2))):
+        torch.manual_seed(5)
+        one = kind()
         strategy = me.joined(fn, *shape)
         with strategy.module_context(empty=True):
-            module = Unseeded()
+            module = kind()
         assert all(parameter.is_meta for parameter in module.parameters())
-        torch.manual_seed(5)
+        torch.manual_seed(5 if me.rank == 0 else 6)
         placed = strategy.place(module)
         assert not any(parameter.is_meta for parameter in placed.parameters())
         close(me.whole(strategy, placed), one.state_dict(), rtol=0, atol=0)
