@@ -198,6 +198,15 @@ def test_a_trainer_takes_one_plugin_of_each_kind_and_a_fabric_no_layer_sync() ->
         fulmen.Fabric(accelerator="cpu", plugins=[sync])
 
 
+@pytest.mark.parametrize("make", [fulmen.Trainer, fulmen.Fabric])
+def test_a_precision_that_was_made_for_another_kind_of_device_is_refused(make: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=r"device='cuda'\): the run is on 'cpu'.*Give device='cpu', or"):
+        make(accelerator="cpu", devices=1, plugins=MixedPrecision("bf16-mixed", "cuda"))
+    with pytest.raises(MisconfigurationException, match=r"2 conflicts(.|\n)*the run is on 'cpu'"):
+        make(accelerator="cpu", devices=1, strategy="dpp", plugins=MixedPrecision("bf16-mixed", "cuda"))
+    make(accelerator="cpu", devices=1, plugins=MixedPrecision("bf16-mixed", "cpu"))
+
+
 class Normed(fulmen.LightningModule):
     def __init__(self) -> None:
         super().__init__()

@@ -37,6 +37,10 @@ class Regression(fulmen.LightningModule):
         self.losses.append(loss.item())
         return loss
 
+    def validation_step(self, batch: Any) -> None:
+        x, y = batch
+        self.log("val_loss", nn.functional.mse_loss(self.head(self.body(x)).float(), y.float()))
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam((p for p in self.parameters() if p.requires_grad), lr=3e-3)
 
@@ -132,6 +136,20 @@ def test_a_quantized_model_trains_and_goes_on_from_its_checkpoint_bit_for_bit(tm
     assert [*model.losses, *resumed.losses] == whole.losses
     for name, weight in whole.state_dict().items():
         assert not isinstance(weight, torch.Tensor) or torch.equal(resumed.state_dict()[name], weight)
+
+
+@pytest.mark.proves("3.13")
+@has_bitsandbytes
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training"])
+def test_a_run_validates_with_quantized_weights(tmp_path: Path, mode: Any) -> None:
+    torch.manual_seed(1)
+    model, run = Regression(), trainer(tmp_path, plugins=BitsandbytesPrecision(mode, torch.float32, {"head"}))
+
+    run.fit(model, loader(), loader())
+
+    validated = run.callback_metrics["val_loss"].item()
+    assert validated == pytest.approx(sum(model.losses[-4:]) / 4, rel=0.2)
+    assert validated < sum(model.losses[:4]) / 4
 
 
 @pytest.mark.proves("3.13")

@@ -113,6 +113,36 @@ def test_int8_training_trains_the_weights_themselves() -> None:
 
 
 @has_library
+@pytest.mark.parametrize("gradients", [False, True])
+def test_int8_training_evaluates_as_it_trains(gradients: bool) -> None:
+    model = _on_cpu("int8-training", dtype=torch.float32).convert_module(nn.Linear(64, 8))
+    x = torch.randn(4, 64)
+    expected = model(x).detach()
+
+    with torch.set_grad_enabled(gradients):
+        got = model.eval()(x)
+
+    assert torch.equal(got, expected)
+
+
+@has_library
+def test_int8_training_takes_sequences() -> None:
+    model = _on_cpu("int8-training", dtype=torch.float32).convert_module(nn.Linear(64, 8))
+    x = torch.randn(4, 3, 64)
+    model(x.reshape(12, 64)).square().mean().backward()
+    expected = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+
+    out = model(x)
+    out.square().mean().backward()
+
+    assert out.shape == (4, 3, 8)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert gradient is not None
+        assert torch.equal(parameter.grad, gradient)  # type: ignore[arg-type]
+
+
+@has_library
 def test_int8_training_sees_an_update_also_while_gradients_are_kept() -> None:
     model = _on_cpu("int8-training", dtype=torch.float32).convert_module(nn.Linear(64, 8))
     x = torch.randn(4, 64)

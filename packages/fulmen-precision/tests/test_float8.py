@@ -52,6 +52,16 @@ def test_a_device_without_float8_is_refused_with_what_to_use() -> None:
 
 
 @has_torchao
+def test_a_run_on_another_device_is_refused_with_what_to_give() -> None:
+    with pytest.raises(MisconfigurationException, match=r"device='cuda'.*on 'cpu'\. Give device='cpu'"):
+        Float8Precision(emulate=True).check_device("cpu")
+    with pytest.raises(BackendUnavailable, match=r"Float8Precision\(device='cpu', emulate=True\)"):
+        Float8Precision().check_device("cpu")
+    _emulated().check_device("cpu")
+    Float8Precision().check_device("cuda")
+
+
+@has_torchao
 def test_layers_too_small_for_float8_to_pay_are_refused_with_their_sizes() -> None:
     with pytest.raises(
         MisconfigurationException,

@@ -254,6 +254,22 @@ def test_every_level_is_listed_with_minus_one_and_nothing_outside_of_fit(
     assert "body.2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_the_example_is_cast_as_a_batch_is(precision: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = Trainer(
+        precision=precision,
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+
+    trainer.fit(Net(torch.zeros(5, 4)), DataLoader(TensorDataset(torch.ones(4, 4)), batch_size=2))
+
+    assert "[5, 4]" in capsys.readouterr().out
+
+
 def test_how_it_is_printed_can_be_overridden() -> None:
     got: dict[str, Any] = {}
 

@@ -16,6 +16,7 @@ from fulmen_conformance._kit import Kit, need, offers, whole_or_absent
 from fulmen_conformance._reference import TinyNet, batches, equal_bits, sgd, tiny_net
 from fulmen_protocols import (
     Precision,
+    SupportsDeviceCheck,
     SupportsForwardContext,
     SupportsGradScaling,
     SupportsInputConversion,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["PrecisionConformance"]
 
 _ABILITIES = (
+    SupportsDeviceCheck,
     SupportsForwardContext,
     SupportsInputConversion,
     SupportsOutputConversion,
@@ -73,6 +75,13 @@ class PrecisionConformance(Kit):
             assert problems == []
         else:
             assert [p for p in problems if "SupportsGradScaling" not in p] == []
+
+    def test_the_device_that_it_is_for_is_taken(self, precision: Precision, device: torch.device) -> None:
+        """Every run on it would be refused. On failure look at ``check_device``, or at the fixture ``device``."""
+        need(precision, SupportsDeviceCheck)
+        assert isinstance(precision, SupportsDeviceCheck)
+
+        precision.check_device(device.type)
 
     def test_the_plan_names_floating_dtypes_and_the_scaler(self, precision: Precision) -> None:
         """A plain dict of five entries. On failure look at ``plan()``: keys, strings in the place of dtypes."""

@@ -147,6 +147,12 @@ def broken(backend: type[Full], *tests: str) -> type[PrecisionConformance]:
     return Drill
 
 
+class ForAnotherDevice(Full):
+    def check_device(self, kind: str) -> None:
+        if kind != "meta":
+            raise ValueError(f"no run on {kind!r}")
+
+
 class PlanOfText(Full):
     def plan(self) -> PrecisionPlan:
         return super().plan() | {"output": "float32"}
@@ -268,6 +274,7 @@ class TestPlanOfText(PrecisionConformance):
         return PlanOfText()
 
 
+TestForAnotherDevice = broken(ForAnotherDevice, "test_the_device_that_it_is_for_is_taken")
 TestPlanHidesScaler = broken(PlanHidesScaler, "test_the_plan_says_scaler_exactly_when_there_is_one")
 TestLeavesParameters = broken(
     LeavesParameters,

@@ -11,6 +11,7 @@ from fulmen_fabric.rank_zero import rank_zero_warn
 from fulmen_protocols import (
     PRECISIONS,
     BringsParts,
+    SupportsDeviceCheck,
     SupportsPrecisionCheck,
     SupportsPrecisionPlan,
     available,
@@ -44,6 +45,8 @@ def find_precision(
                 f"precision={shown(asked)} and the plugin {type(given).__name__} both set the precision. "
                 "Give one of the two."
             )
+        if device_type is not None and supports(given, SupportsDeviceCheck):
+            notes.conflicts.attempt(lambda: given.check_device(device_type))
         own_name = getattr(given, "precision", None)
         return given, own_name if isinstance(own_name, str) else type(given).__name__
     name = _canonical_precision(asked, notes)

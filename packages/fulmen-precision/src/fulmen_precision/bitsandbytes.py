@@ -39,7 +39,8 @@ class BitsandbytesPrecision:
         mode: "nf4" and "fp4": 4 bits per weight and a scale for every 64 weights; "-dq" quantizes the scales as well.
             "int8": 8 bits, values beyond 6 in half precision (https://arxiv.org/abs/2208.07339). "int8-training".
         dtype: of the products and of everything that is not quantized. None: float16 for the int8 modes, else bfloat16
-            (float16 on a GPU without it).
+            (float16 on a GPU without it). Adam in float16 makes NaN of its default ``eps``, which is 0 there: give it
+            1e-4, or use bfloat16.
         ignore_modules: names of modules that stay as they are, with everything below them.
         device: kind of device the model will run on.
 
@@ -70,13 +71,9 @@ class BitsandbytesPrecision:
                 f"BitsandbytesPrecision(mode={mode!r}) needs bitsandbytes, which is not installed: "
                 "pip install 'fulmen-precision[bitsandbytes]'"
             )
-        kind = torch.device(device).type
-        if kind not in ("cuda", "cpu"):
-            raise BackendUnavailable(
-                f"BitsandbytesPrecision(mode={mode!r}) on device {kind!r}: bitsandbytes quantizes on CUDA and on CPUs. "
-                "Use another device, or another precision."
-            )
         self.mode: str = mode
+        kind = torch.device(device).type
+        self.check_device(kind)
         self.precision = f"bnb-{mode}"
         self.ignore_modules = frozenset(ignore_modules or ())
         self.dtype = dtype or _default_dtype(mode, kind)
@@ -90,6 +87,18 @@ class BitsandbytesPrecision:
             output=torch.get_default_dtype(),
             scaler="none",
         )
+
+    def check_device(self, kind: str) -> None:
+        """Refuse devices that bitsandbytes does not know.
+
+        Raises:
+            BackendUnavailable: ``kind`` is neither "cuda" nor "cpu".
+        """
+        if kind not in ("cuda", "cpu"):
+            raise BackendUnavailable(
+                f"BitsandbytesPrecision(mode={self.mode!r}) on device {kind!r}: bitsandbytes quantizes on CUDA and on "
+                "CPUs. Use another device, or another precision."
+            )
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Quantize the linear layers of ``module`` where they are, and cast everything else to the dtype.
@@ -283,12 +292,19 @@ def _int8_layer(library: Any) -> Any:
             self.weight = parameter if trains else parameter.to(weight.device)
 
         def forward(self, x: Tensor) -> Tensor:
-            """Multiply in 8 bits by the weights of this moment."""
+            """Multiply in 8 bits by the weights of this moment; ``x`` has the shape ``(..., in)``."""
+            state = self.state
+            if not state.has_fp16_weights:
+                return cast("Tensor", super().forward(x))
             # bitsandbytes quantizes trained weights anew only where they have no gradient, which holds if gradients
             # were set to None before the forward pass; after it, the pass would use the weights of long ago.
-            if self.state.has_fp16_weights:
-                self.state.CB = None
-            return cast("Tensor", super().forward(x))
+            state.CB = None
+            # It multiplies trained weights in one way for training and in another for evaluation; on a CPU the second
+            # needs an operator that there is on GPUs only, and the first takes no more than two dimensions.
+            state.is_training = self.training or x.device.type == "cpu"
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            rows = library.matmul(x.reshape(-1, x.shape[-1]), self.weight, bias=bias, state=state)
+            return cast("Tensor", rows.reshape(*x.shape[:-1], self.out_features))
 
         def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
             weight = state_dict.get(f"{prefix}weight")

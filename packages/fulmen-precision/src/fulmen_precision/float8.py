@@ -90,17 +90,13 @@ class Float8Precision:
                 "pip install 'fulmen-precision[fp8]'"
             )
         kind = torch.device(device).type
-        if kind != "cuda" and not emulate:
-            raise BackendUnavailable(
-                f"precision {self.precision!r} on device {kind!r}: float8 products need an NVIDIA GPU of compute "
-                "capability 8.9 or more. Use 'bf16-mixed', or Float8Precision(emulate=True) to see float8's numbers."
-            )
         self.weights = weights
+        self.emulate = emulate
+        self._check_kind(kind)
         self.recipe: str = "tensorwise" if recipe == "auto" else recipe
         self.device = kind
         self.ignore_modules = frozenset(ignore_modules)
         self.min_features = max(min_features, _TILE)
-        self.emulate = emulate
         self.converted: tuple[str, ...] = ()
         """Names of the layers that compute in float8, after ``convert_module``."""
 
@@ -113,6 +109,19 @@ class Float8Precision:
             output=torch.get_default_dtype(),
             scaler="none",
         )
+
+    def check_device(self, kind: str) -> None:
+        """Refuse a run on other devices than this was made for.
+
+        Raises:
+            BackendUnavailable: devices of ``kind`` have no float8.
+            ValueError: they have, or it is emulated, and ``device`` is another one.
+        """
+        self._check_kind(kind)
+        if kind != self.device:
+            raise MisconfigurationException(
+                f"Float8Precision(device={self.device!r}): the run is on {kind!r}. Give device={kind!r}."
+            )
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """``replace_layers``, and parameters in bfloat16 if the weights are to be.
@@ -183,6 +192,14 @@ class Float8Precision:
     def _instead(self) -> str:
         return "bf16-mixed" if self.weights is torch.float32 else "bf16-true"
 
+    def _check_kind(self, kind: str) -> None:
+        if kind != "cuda" and not self.emulate:
+            raise BackendUnavailable(
+                f"precision {self.precision!r} on device {kind!r}: float8 products need an NVIDIA GPU of compute "
+                f"capability 8.9 or more. Use {self._instead!r}, or Float8Precision(device={kind!r}, emulate=True) to "
+                "see float8's numbers."
+            )
+
     def _pays(self, layer: nn.Linear) -> bool:
         smaller = min(layer.in_features, layer.out_features)
         return smaller >= self.min_features and not layer.in_features % _TILE and not layer.out_features % _TILE
@@ -197,7 +214,7 @@ class Float8Precision:
         if not torch.cuda.is_available():
             raise BackendUnavailable(
                 f"precision {self.precision!r}: torch finds no usable CUDA device. Run where "
-                "torch.cuda.is_available() is True, or use Float8Precision(emulate=True)."
+                "torch.cuda.is_available() is True, or use Float8Precision(device='cpu', emulate=True)."
             )
         found = torch.cuda.get_device_capability()
         if found < _CAPABILITY:

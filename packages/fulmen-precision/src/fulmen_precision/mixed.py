@@ -95,6 +95,18 @@ class MixedPrecision:
             scaler="none",
         )
 
+    def check_device(self, kind: str) -> None:
+        """Refuse a run on other devices than autocast was made for: there it would do nothing.
+
+        Raises:
+            ValueError: ``kind`` is another one.
+        """
+        if kind != self.device:
+            raise MisconfigurationException(
+                f"{type(self).__qualname__}({self.precision!r}, device={self.device!r}): the run is on {kind!r}, where "
+                f"this autocast does nothing. Give device={kind!r}, or precision={self.precision!r} in its place."
+            )
+
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Return ``module`` as it is: autocast works from float32 parameters."""
         return module

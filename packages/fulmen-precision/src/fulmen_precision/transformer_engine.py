@@ -63,12 +63,7 @@ class TransformerEnginePrecision:
                 f"precision {self.precision!r} needs Transformer Engine, which is not installed: "
                 "pip install 'transformer-engine[pytorch]' (it is built against your torch and CUDA)"
             )
-        kind = torch.device(device).type
-        if kind != "cuda":
-            raise BackendUnavailable(
-                f"precision {self.precision!r} on device {kind!r}: Transformer Engine runs on NVIDIA GPUs only. "
-                "Use 'bf16-mixed' there."
-            )
+        self.check_device(torch.device(device).type)
         self.weights_dtype = weights_dtype
         self.recipe = _recipe(recipe)
         self._replaces = replace_layers
@@ -83,6 +78,18 @@ class TransformerEnginePrecision:
             output=torch.get_default_dtype(),
             scaler="none",
         )
+
+    def check_device(self, kind: str) -> None:
+        """Refuse devices that Transformer Engine does not know.
+
+        Raises:
+            BackendUnavailable: ``kind`` is not "cuda".
+        """
+        if kind != "cuda":
+            raise BackendUnavailable(
+                f"precision {self.precision!r} on device {kind!r}: Transformer Engine runs on NVIDIA GPUs only. "
+                "Use 'bf16-mixed' there."
+            )
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """``replace_layers``, with parameters in the weights' dtype."""

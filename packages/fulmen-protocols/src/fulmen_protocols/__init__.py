@@ -61,6 +61,7 @@ from fulmen_protocols.nested import map_instances
 from fulmen_protocols.precision import (
     Precision,
     PrecisionPlan,
+    SupportsDeviceCheck,
     SupportsForwardContext,
     SupportsGradScaling,
     SupportsInputConversion,
@@ -196,6 +197,7 @@ __all__ = [
     "SupportsContentCheck",
     "SupportsDataParallel",
     "SupportsDeferredUpload",
+    "SupportsDeviceCheck",
     "SupportsDeviceMesh",
     "SupportsDeviceStats",
     "SupportsDevices",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Precision",
     "PrecisionPlan",
+    "SupportsDeviceCheck",
     "SupportsForwardContext",
     "SupportsGradScaling",
     "SupportsInputConversion",
@@ -59,6 +60,19 @@ class Precision(Protocol):
 
     def init_context(self) -> AbstractContextManager[object]:
         """Within the block, new parameters and floating tensors get the plan's parameter dtype."""
+        ...
+
+
+@runtime_checkable
+class SupportsDeviceCheck(Protocol):
+    """A precision that works on some kinds of device only, or was made for one of them."""
+
+    def check_device(self, kind: str) -> None:
+        """Refuse a run on devices of ``kind`` (``torch.device.type``) before anything is started.
+
+        Raises:
+            ValueError, ImportError: it would not compute as it says there; the message says where it does.
+        """
         ...
 
 

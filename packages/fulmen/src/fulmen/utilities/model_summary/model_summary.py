@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from fulmen_fabric.abilities import supports
 from fulmen_fabric.flops import counting_flops
 from fulmen_fabric.rank_zero import rank_zero_warn
+from fulmen_protocols import SupportsInputConversion, SupportsPrecisionPlan
 from fulmen_protocols.errors import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -143,7 +145,7 @@ class ModelSummary:
 
     def _run(self, example: object) -> None:
         model = self._model
-        arguments = _to_device_of(model, example)
+        arguments = _to_device_of(model, _cast_for(model, example))
         try:
             with _unchanged(model), torch.no_grad(), _precision_of(model), counting_flops() as counter:
                 if isinstance(arguments, Mapping):
@@ -386,8 +388,20 @@ def _unchanged(model: nn.Module) -> Generator[None]:
                 module.training = mode
 
 
+def _cast_for(model: nn.Module, example: object) -> object:
+    """The example in the dtype of a batch, for a module that is attached to a Trainer."""
+    trainer = _trainer_of(model)
+    if trainer is None or supports(trainer.assembly.strategy, SupportsPrecisionPlan):  # which casts in forward itself
+        return example
+    precision = trainer.assembly.precision
+    return precision.convert_input(example) if supports(precision, SupportsInputConversion) else example
+
+
 def _precision_of(model: nn.Module) -> Any:
     """The forward context of the Trainer's precision, for a module that is attached to one."""
-    trainer = getattr(model, "_trainer", None) if "_trainer" in model.__dict__ else None
-    context = getattr(getattr(trainer, "precision_plugin", None), "forward_context", None)
+    context = getattr(getattr(_trainer_of(model), "precision_plugin", None), "forward_context", None)
     return nullcontext() if context is None else context()
+
+
+def _trainer_of(model: nn.Module) -> Any:
+    return model.__dict__.get("_trainer")
