@@ -1,0 +1,294 @@
+"""What ranks of several hosts tell each other of their ends, through the store at which they have met.
+
+The processes of one host are watched by whoever has started them. Between hosts there is only the network, and a lost
+connection says neither who was at fault nor that the run is over. So a rank that fails leaves its last words in the
+store; each rank has a thread that waits there, over a connection of its own and at no cost, for the first of them. It
+says where its rank stands, so that one that hangs is found out, and ends it if it does not end by itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from fulmen_protocols import Whereabouts, current_whereabouts
+from fulmen_protocols.errors import RankFailure
+from fulmen_strategies.launchers._failure import is_consequence, tell
+from fulmen_strategies.launchers._pulse import stack_here
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from torch._C._distributed_c10d import Store
+
+    from fulmen_protocols.topology import Topology
+
+__all__ = ["OtherHosts", "is_told", "tell_other_hosts"]
+
+T = TypeVar("T")
+
+_FOREVER = timedelta(days=10_000)
+_ANSWER_S = 3.0  # how long the store may take; over a network that loses everything it never answers
+_WORDS_S = 2.0  # how long the words that explain a lost connection may be on their way
+_STANDING_S = 0.7  # how long ranks may take to say where they stand
+_NOTICE_S = 6.0  # how long a rank may take to end by itself when the run is over
+
+_here: OtherHosts | None = None
+_told: BaseException | None = None
+
+
+def is_told(error: BaseException) -> None:
+    """The others know already what ``error`` says: a launcher raises it for another process of this host."""
+    global _told
+    _told = error
+
+
+def tell_other_hosts(report: str) -> None:
+    """Leave word of a process of this host that has failed, for those who watch it; nothing on one host.
+
+    Args:
+        report: which rank it was, how it ended and where, and its traceback.
+    """
+    if _here is not None and not _here.is_over:
+        _here.leave_word(report, is_consequence=False)
+
+
+class OtherHosts:
+    """The ranks of the other hosts, seen from this one.
+
+    Args:
+        store: of all ranks, with a prefix of this start of them. Its connections are copied, so that nobody waits for
+            a thread that waits.
+        topology: this process's place.
+    """
+
+    def __init__(self, store: Store, topology: Topology) -> None:
+        self._store, self._watching = store.clone(), store.clone()
+        self._topology = topology
+        self._host = socket.gethostname()
+        self._is_with_us = False
+        self._first: dict[str, str] | None = None
+        self._has_left_word = threading.Event()
+        self._has_failed = threading.Event()
+        self._hook_before = sys.excepthook
+        self._pid = os.getpid()
+        self._call = f"over/{topology.rank}"
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Watch, and take part in every uncaught error of this process from now on."""
+        global _here
+        _here = self
+        self.join()
+        if self._topology.local_rank == 0:
+            _answered(lambda: self._store.set(f"host/{self._topology.node_rank}", self._host))
+        if current_whereabouts() is None:
+            # Nobody on this host has asked where this process is, and the other hosts will.
+            folder = tempfile.mkdtemp(prefix="fulmen-")
+            Whereabouts.open(folder, self._topology.rank)
+            shutil.rmtree(folder, ignore_errors=True)  # it is read from memory
+        self._hook_before, sys.excepthook = sys.excepthook, self._on_uncaught
+        self._thread = threading.Thread(target=self._watch, name="fulmen-other-hosts", daemon=True)
+        self._thread.start()
+        atexit.register(self._stop)
+
+    def join(self) -> None:
+        """From now on the end of another rank is the end of this one."""
+        self._is_with_us = True
+
+    def leave(self) -> None:
+        """This process is done with the others: their ends are no longer its own business."""
+        self._is_with_us = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether some rank has failed already, as far as this process has heard."""
+        return self._first is not None
+
+    def leave_word(self, report: str, *, is_consequence: bool) -> None:
+        """Tell all ranks that the run is over; the first cause is kept."""
+        place = self._topology
+        words = {
+            "rank": str(place.rank), "node": str(place.node_rank), "host": self._host, "report": report,
+        }  # fmt: skip
+        self._has_left_word.set()
+
+        def write() -> None:
+            if not is_consequence:
+                self._store.compare_set("cause", "", json.dumps(words))
+            self._store.append("failed", f"{place.rank} ")
+            self._store.append("failed nodes", f"{place.node_rank} ")
+            ranks = range(place.world_size)
+            self._store.multi_set([f"over/{rank}" for rank in ranks], [json.dumps(words)] * place.world_size)
+
+        _answered(write)
+
+    # ---------------------------------------------------------------- this process fails
+
+    def _on_uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # A launcher's RankFailure tells of another process of this host, for which it has left word.
+        is_ours = os.getpid() == self._pid and error is not _told and not isinstance(error, KeyboardInterrupt)
+        if self._is_with_us and is_ours:
+            self.explain(error)
+        self._hook_before(kind, error, trace)
+
+    def explain(self, error: BaseException) -> None:
+        """Leave word of ``error``; if another host explains it, add a note that says what is known of that."""
+        place = self._topology
+        note = current_whereabouts()
+        at = "" if note is None else f", at {note.read()}"
+        shown = "".join(traceback.format_exception(error))
+        lines = "".join(f"[rank{place.rank}]: {line}\n" for line in shown.splitlines())
+        lost = is_consequence(error) or isinstance(error, RankFailure)
+        self._has_failed.set()
+        self.leave_word(
+            f"rank {place.rank} of {place.world_size} (process {self._pid}) failed{at}. Its own report:\n{lines}",
+            is_consequence=lost,
+        )
+        if lost and (explanation := self._explanation()):
+            error.add_note(explanation)
+
+    def _explanation(self) -> str:
+        until = time.monotonic() + _WORDS_S
+        while True:
+            cause = self._cause()
+            if cause is not None:
+                return "" if cause["node"] == str(self._topology.node_rank) else _quoted(cause)
+            if time.monotonic() > until:
+                return self._who_is_missing()
+            time.sleep(0.05)
+
+    def _cause(self) -> dict[str, str] | None:
+        def read() -> str:
+            return self._store.get("cause").decode() if self._store.check(["cause"]) else ""
+
+        text = _answered(read, 0.5)
+        if text:
+            return cast("dict[str, str]", json.loads(text))
+        return self._first if self._first is not None and self._first.get("is_cause") else None
+
+    def _who_is_missing(self) -> str:
+        """Nobody has an error of its own: of whom nothing is known, or who only waits."""
+        place = self._topology
+
+        def read() -> tuple[set[int], set[int], dict[int, str], dict[int, dict[str, str]]]:
+            failed = _numbers(self._store, "failed")
+            standing: dict[int, dict[str, str]] = {}
+            for rank in sorted(_numbers(self._store, "standing") - failed):
+                standing[rank] = json.loads(self._store.get(f"standing/{rank}"))
+            hosts = {
+                node: self._store.get(f"host/{node}").decode()
+                for node in range(place.num_nodes)
+                if self._store.check([f"host/{node}"])
+            }
+            return failed, _numbers(self._store, "failed nodes"), hosts, standing
+
+        found = _answered(read)
+        if found is None:
+            return (
+                f"Seen from {self._host} (node {place.node_rank}): the host of rank 0, {place.main_address}, does not "
+                "answer any more. It or its process 0 is gone, or the network between the two."
+            )
+        _, nodes, hosts, standing = found
+        if standing:
+            rank, said = next(iter(standing.items()))
+            others = f" (so do {len(standing) - 1} more)" if len(standing) > 1 else ""
+            return (
+                f"rank {rank} of {place.world_size} on {said['host']} (node {said['node']}) kept the others "
+                f"waiting{said['at']}{others}. There it stood:\n{said['stack']}"
+            )
+        silent = [node for node in range(place.num_nodes) if node not in nodes and node != place.node_rank]
+        if not silent:
+            return ""
+        names = ", ".join(f"{hosts.get(node, 'an unknown host')} (node {node})" for node in silent)
+        return (
+            f"Seen from {self._host} (node {place.node_rank}): nothing is heard of {names}. Its processes were killed, "
+            "the host is down, or the network between the two is. What it has printed itself may tell."
+        )
+
+    # ---------------------------------------------------------------- another one fails
+
+    def _stop(self) -> None:
+        """Have the thread end: one that waits in the store when the interpreter is finalised aborts the process."""
+        self.leave()
+        if os.getpid() == self._pid and self._thread is not None and self._thread.is_alive():
+            if not self.is_over:
+                _answered(lambda: self._store.set(self._call, ""), 1.0)
+            self._thread.join(1.0)
+
+    def _watch(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone: connections tell
+            self._watching.wait([self._call], _FOREVER)
+            words = self._watching.get(self._call)
+            if not words:
+                return  # this process ends
+            self._first = json.loads(words)
+            with contextlib.suppress(RuntimeError):
+                if self._watching.check(["cause"]):
+                    self._first = {**json.loads(self._watching.get("cause")), "is_cause": "yes"}
+            self._say_where_we_stand()
+        if self._first is None or not self._is_with_us:
+            return
+        until = time.monotonic() + _NOTICE_S
+        while self._is_with_us and time.monotonic() < until:
+            time.sleep(0.1)
+        if self._is_with_us:
+            self._end(self._first)
+
+    def _say_where_we_stand(self) -> None:
+        """Once the others have had time to see what this one sees; who has an error by then is not waited for."""
+        if not self._is_with_us or self._has_failed.wait(_STANDING_S):
+            return
+        place = self._topology
+        note = current_whereabouts()
+        stack = "".join(f"[rank{place.rank}]: {line}\n" for line in stack_here())
+        said = {
+            "host": self._host, "node": str(place.node_rank), "stack": stack,
+            "at": "" if note is None else f", at {note.read()}",
+        }  # fmt: skip
+        self._watching.set(f"standing/{place.rank}", json.dumps(said))
+        self._watching.append("standing", f"{place.rank} ")
+
+    def _end(self, first: dict[str, str]) -> None:
+        place = self._topology
+        if not self._has_failed.is_set():
+            said = "".join(f"[rank{place.rank}]: {line}\n" for line in stack_here())
+            tell(
+                f"rank {place.rank} of {place.world_size} on {self._host} is ended: the run is over, and it stood at:\n"
+                f"{said}{_quoted(first)}\n"
+            )
+        os._exit(1)
+
+
+def _quoted(words: dict[str, str]) -> str:
+    return f"On {words['host']} (node {words['node']}): {words['report'].rstrip()}"
+
+
+def _numbers(store: Store, key: str) -> set[int]:
+    return {int(word) for word in store.get(key).split()} if store.check([key]) else set()
+
+
+def _answered(question: Callable[[], T], patience_s: float = _ANSWER_S) -> T | None:
+    """What the store answers; None where it does not in time, or is gone."""
+    answers: list[T] = []
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError, ValueError):
+            answers.append(question())
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(patience_s)
+    return answers[0] if answers else None
