@@ -30,17 +30,24 @@ def data() -> TensorDataset:
     return TensorDataset(x, x.sum(dim=1, keepdim=True))
 
 
+def network(width: int) -> torch.nn.Sequential:
+    torch.manual_seed(1)
+    return torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.ReLU(), torch.nn.Linear(width, 1))
+
+
 class Model(fulmen.LightningModule):
     def __init__(self, asked: Namespace) -> None:
         super().__init__()
-        torch.manual_seed(1)
-        self.layers = torch.nn.Sequential(torch.nn.Linear(4, asked.width), torch.nn.ReLU(), torch.nn.Linear(asked.width, 1))
+        self.layers = network(asked.width)
         self.asked = asked
 
     def prepare_data(self) -> None:
         folder = Path(self.asked.folder)
         with (folder / "prepared").open("a") as file:
             file.write(f"{socket.gethostname()} {self.trainer.local_rank}\n")
+
+    def forward(self, x: Any) -> Any:
+        return self.layers(x)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = torch.nn.functional.mse_loss(self.layers(batch[0]), batch[1])
@@ -81,7 +88,7 @@ def strategy(asked: Namespace) -> Any:
     if asked.strategy == "fsdp":
         from fulmen.strategies import FSDPStrategy  # what it needs of torch takes seconds to import
 
-        return FSDPStrategy(timeout=limit)
+        return FSDPStrategy(timeout=limit, state_dict_type="sharded" if asked.sharded else "full")
     return DDPStrategy(timeout=limit)
 
 
@@ -132,7 +139,7 @@ def fabric(asked: Namespace) -> None:
     while step < asked.steps:
         for x, y in loader:
             optimizer.zero_grad()
-            fabric.backward(torch.nn.functional.mse_loss(wrapped(x) if False else wrapped.layers(x), y))
+            fabric.backward(torch.nn.functional.mse_loss(wrapped(x), y))
             optimizer.step()
             step += 1
             if step == asked.steps:
@@ -153,6 +160,7 @@ def main() -> None:
     add("--timeout", type=float, default=60)
     add("--steps", type=int, default=12)
     add("--batch", type=int, default=BATCH)
+    add("--sharded", action="store_true")
     add("--width", type=int, default=6)
     add("--pause", type=float, default=0.0)
     add("--fault", default="")

@@ -1,7 +1,7 @@
 """Hosts on one machine: network namespaces with addresses, a loopback and a name of their own. Needs root and iproute2.
 
-Each host has one interface in a network of its own, and a router joins these networks, as between racks. So a
-network that loses packets silently can be had without help of the kernel's traffic control: the router stops to forward.
+Each host has one interface in a network of its own, and a router joins these networks, as between racks. So packets
+can be lost silently without the kernel's traffic control: the router stops to forward.
 
     with Hosts(2) as (main, other):
         process = main.start([sys.executable, "train.py"])

@@ -8,19 +8,22 @@ import socket
 import sys
 import threading
 import time
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from torch._C._distributed_c10d import Store
 from torch.distributed import TCPStore
 
 from fulmen_protocols.errors import MisconfigurationException
-from fulmen_strategies._meeting import meet
+from fulmen_strategies._marks import STARTER_IS_NO_RANK
+from fulmen_strategies._meeting import another_connection, meet
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from torch._C._distributed_c10d import Store
+
     from fulmen_protocols.topology import Topology
 
-__all__ = ["Waiting", "gather", "open_store", "uses_agents_store"]
+__all__ = ["Waiting", "gather", "may_hold_remains", "open_store", "uses_agents_store"]
 
 _NOTICE_S = 30.0
 _NAME_S = 60.0  # how long a name may be unknown: that of a container is known a while after it has started
@@ -28,8 +31,14 @@ _PROBE_S = 3.0
 
 
 def uses_agents_store() -> bool:
-    """Whether an elastic agent serves the store, one for all its starts of the processes."""
+    """Whether an elastic agent serves the store."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def may_hold_remains() -> bool:
+    """Whether the store may hold what an earlier start of the processes has left there."""
+    starts_once = os.environ.get(STARTER_IS_NO_RANK) == "1" and os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0"
+    return uses_agents_store() and not starts_once
 
 
 def open_store(topology: Topology, timeout: timedelta) -> Store:
@@ -108,7 +117,7 @@ def gather(store: Store, topology: Topology, timeout: timedelta, *, waiting: Wai
                 "a node rank of its own (NODE_RANK; fulmen run: --node-rank)."
             )
         store.append("here", f"{topology.rank} ")
-        waiting.ask(store.clone())
+        waiting.ask(another_connection(store))
     try:
         meet(store, "fulmen/here", topology.rank, topology.world_size, timeout)
     except RuntimeError as error:
@@ -174,7 +183,7 @@ def _answer(address: str, port: int) -> str:
         return "does not answer: the host is down, the address is wrong, or a firewall is between."
     except OSError as error:
         return f"cannot be reached ({error}): is the address right?"
-    return "answers."
+    return "answers, and some ranks have not come there yet."
 
 
 def _is_local(address: str) -> bool:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
     from torch._C._distributed_c10d import Store
 
-__all__ = ["meet"]
+__all__ = ["another_connection", "meet"]
+
+
+def another_connection(store: Store) -> Store:
+    """The same store over a connection of its own: while a thread waits over one, nobody else can use that one."""
+    return cast("Store", cast("Any", store).clone())  # torch's stubs lack it
 
 
 def meet(store: Store, name: str, rank: int, world_size: int, timeout: timedelta) -> None:

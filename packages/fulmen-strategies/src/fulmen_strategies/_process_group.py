@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
 
 from fulmen_protocols.errors import BackendUnavailable, MisconfigurationException
-from fulmen_strategies._gathering import Waiting, gather, open_store, uses_agents_store
+from fulmen_strategies._gathering import Waiting, gather, may_hold_remains, open_store, uses_agents_store
 from fulmen_strategies._interfaces import interface_for_gloo
 from fulmen_strategies._meeting import meet
 from fulmen_strategies.launchers._other_hosts import OtherHosts
@@ -161,7 +161,7 @@ def _common_store(topology: Topology, backend: str, prefix: str, patience: timed
         base = _store(topology, patience)
         store = PrefixStore(prefix, base)
         _watch_other_hosts(base, topology)
-        gather(store, topology, patience, waiting=waiting, is_new=not uses_agents_store())
+        gather(store, topology, patience, waiting=waiting, is_new=not may_hold_remains())
     if "gloo" in backend:
         _lead_gloo(topology)
     return store
@@ -186,8 +186,8 @@ def _lead_gloo(topology: Topology) -> None:
     if topology.local_rank == 0:
         host = socket.gethostname()
         print(
-            f"GLOO_SOCKET_IFNAME={interface} was set on {host}: the name {host!r} gives no address at which other hosts "
-            f"find it, and {interface} leads to {topology.main_address}.",
+            f"GLOO_SOCKET_IFNAME={interface} was set on {host}: the name {host!r} gives no address at which other "
+            f"hosts find it, and {interface} leads to {topology.main_address}.",
             file=sys.stderr,
             flush=True,
         )

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from fulmen_protocols import Whereabouts, current_whereabouts
 from fulmen_protocols.errors import RankFailure
+from fulmen_strategies._meeting import another_connection
 from fulmen_strategies.launchers._failure import is_consequence, tell
 from fulmen_strategies.launchers._pulse import stack_here
 
@@ -40,8 +41,8 @@ __all__ = ["OtherHosts", "is_told", "tell_other_hosts"]
 T = TypeVar("T")
 
 _FOREVER = timedelta(days=10_000)
-_ANSWER_S = 3.0  # how long the store may take; over a network that loses everything it never answers
-_WORDS_S = 2.0  # how long the words that explain a lost connection may be on their way
+_ANSWER_S = 2.0  # how long the store may take; over a network that loses everything it never answers
+_WORDS_S = 1.5  # how long the words that explain a lost connection may be on their way
 _STANDING_S = 0.7  # how long ranks may take to say where they stand
 _NOTICE_S = 6.0  # how long a rank may take to end by itself when the run is over
 
@@ -75,12 +76,12 @@ class OtherHosts:
     """
 
     def __init__(self, store: Store, topology: Topology) -> None:
-        self._store, self._watching = store.clone(), store.clone()
+        self._store, self._watching = another_connection(store), another_connection(store)
         self._topology = topology
         self._host = socket.gethostname()
         self._is_with_us = False
         self._first: dict[str, str] | None = None
-        self._has_left_word = threading.Event()
+        self._is_silent = False  # the store did not answer
         self._has_failed = threading.Event()
         self._hook_before = sys.excepthook
         self._pid = os.getpid()
@@ -123,17 +124,17 @@ class OtherHosts:
         words = {
             "rank": str(place.rank), "node": str(place.node_rank), "host": self._host, "report": report,
         }  # fmt: skip
-        self._has_left_word.set()
 
-        def write() -> None:
+        def write() -> bool:
             if not is_consequence:
                 self._store.compare_set("cause", "", json.dumps(words))
             self._store.append("failed", f"{place.rank} ")
             self._store.append("failed nodes", f"{place.node_rank} ")
             ranks = range(place.world_size)
             self._store.multi_set([f"over/{rank}" for rank in ranks], [json.dumps(words)] * place.world_size)
+            return True
 
-        _answered(write)
+        self._is_silent = _answered(write) is None
 
     # ---------------------------------------------------------------- this process fails
 
@@ -161,7 +162,7 @@ class OtherHosts:
             error.add_note(explanation)
 
     def _explanation(self) -> str:
-        until = time.monotonic() + _WORDS_S
+        until = time.monotonic() + (0.0 if self._is_silent else _WORDS_S)
         while True:
             cause = self._cause()
             if cause is not None:
@@ -174,7 +175,7 @@ class OtherHosts:
         def read() -> str:
             return self._store.get("cause").decode() if self._store.check(["cause"]) else ""
 
-        text = _answered(read, 0.5)
+        text = None if self._is_silent else _answered(read)
         if text:
             return cast("dict[str, str]", json.loads(text))
         return self._first if self._first is not None and self._first.get("is_cause") else None
@@ -195,7 +196,7 @@ class OtherHosts:
             }
             return failed, _numbers(self._store, "failed nodes"), hosts, standing
 
-        found = _answered(read)
+        found = None if self._is_silent else _answered(read)
         if found is None:
             return (
                 f"Seen from {self._host} (node {place.node_rank}): the host of rank 0, {place.main_address}, does not "
@@ -223,7 +224,7 @@ class OtherHosts:
     def _stop(self) -> None:
         """Have the thread end: one that waits in the store when the interpreter is finalised aborts the process."""
         self.leave()
-        if os.getpid() == self._pid and self._thread is not None and self._thread.is_alive():
+        if os.getpid() == self._pid and self._thread is not None and self._thread.is_alive() and not self._is_silent:
             if not self.is_over:
                 _answered(lambda: self._store.set(self._call, ""), 1.0)
             self._thread.join(1.0)
