@@ -269,3 +269,47 @@ def test_a_host_that_waits_says_for_what(run: Run) -> None:
     assert "rank 0 of 2 on hosta (node 0) has waited for 3" in run.output(0)
     assert "rank 1 has not come to " in run.output(0)
     assert "does not answer: the host is down, the address is wrong, or a firewall is between" in run.output(1)
+
+
+def test_a_host_that_was_lost_and_started_again_goes_on_from_the_last_checkpoint(run: Run, tmp_path: Path) -> None:
+    options = ["--steps=60", "--save-every=5", "--ckpt=last", "--pause=0.1"]
+
+    def start(number: int, folder: Path) -> None:
+        shape = ["--num-nodes=2", f"--node-rank={number}", f"--main-address={run.hosts[0].address}", "--devices=1"]
+        command = [*FULMEN, "run", "--accelerator=cpu", *shape, "--max-restarts=3", str(SCRIPT), str(folder), *options]
+        run.start(number, command)
+
+    start(0, tmp_path)
+    start(1, tmp_path)
+    run.reaches(23, 2)
+    run.hosts[1].kill_all()
+    run.processes.pop(1).wait()
+    start(1, tmp_path)
+    found = run.ends_well()
+
+    assert "all processes start again (restart 1 of 3)" in run.output(0)
+    (tmp_path / "whole").mkdir()
+    whole = Run(run.hosts, tmp_path / "whole")
+    for number in (0, 1):
+        whole.by("python", number, "--steps=60", devices=1)
+    expected = whole.ends_well()
+
+    assert [one["step"] for one in found] == [60, 60]
+    assert {one["sha256"] for one in found} == {one["sha256"] for one in expected}, "not one bit may differ"
+
+
+def test_a_folder_that_hosts_do_not_share_holds_no_sharded_checkpoint(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    options = ["--strategy=fsdp", "--sharded", "--save-every=4", f"--timeout={2 * STALL_S}"]
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "--devices=1", "--num-nodes=2", *options]
+    for number in (0, 1):
+        run.start(
+            number, command, own_folders=[str(tmp_path / "saved")] * number,
+            MASTER_ADDR=run.hosts[0].address, MASTER_PORT="29500", NODE_RANK=str(number),
+        )  # fmt: skip
+
+    assert 0 not in run.ends(200), run.all_output()
+
+    for number in (0, 1):
+        assert "on rank 0's host (hosta) the part of rank 1 is not to be seen" in run.output(number)
+    assert list((tmp_path / "saved").rglob("*")) == [], "half a checkpoint is none"
