@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fulmen
 from fulmen.callbacks import Callback, ModelCheckpoint
@@ -45,6 +45,11 @@ class Model(fulmen.LightningModule):
         folder = Path(self.asked.folder)
         with (folder / "prepared").open("a") as file:
             file.write(f"{socket.gethostname()} {self.trainer.local_rank}\n")
+
+    def train_dataloader(self) -> Any:
+        """In the order of the data: a step's samples on all ranks are the next ones, as one process would take them."""
+        place = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+        return DataLoader(data(), self.asked.batch, sampler=DistributedSampler(data(), shuffle=False, **place))
 
     def forward(self, x: Any) -> Any:
         return self.layers(x)
@@ -111,12 +116,10 @@ def train(asked: Namespace) -> None:
         accelerator="cpu", strategy=strategy(asked), max_steps=asked.steps, max_epochs=-1, callbacks=callbacks,
         logger=CSVLogger(str(folder)) if asked.logger else False, enable_progress_bar=asked.bar, log_every_n_steps=4,
         enable_checkpointing=bool(asked.save_every), enable_model_summary=False, default_root_dir=folder,
-        use_distributed_sampler=True, **arguments(asked),
+        use_distributed_sampler=False, **arguments(asked),
     )  # fmt: skip
     model = Model(asked)
-    # Averages of squared errors over all ranks' batches: the same as those of one process over all of their samples.
-    loader = DataLoader(data(), batch_size=asked.batch)
-    trainer.fit(model, loader, ckpt_path=asked.ckpt)
+    trainer.fit(model, ckpt_path=asked.ckpt)
     found = {
         "rank": trainer.global_rank, "local_rank": trainer.local_rank, "node_rank": trainer.node_rank,
         "world_size": trainer.world_size, "host": socket.gethostname(), "step": trainer.global_step,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,19 @@ def why_not() -> str:
 
 def _ip(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["ip", *words], check=check, capture_output=True, text=True)
+
+
+def _remove_leftovers() -> None:
+    """Of processes that were killed before they could remove their hosts."""
+    for line in _ip("netns", "list").stdout.splitlines():
+        name = line.split()[0]
+        found = re.fullmatch(r"fulmen-(\d+)-\d+-\w", name)
+        if found and not Path(f"/proc/{found[1]}").exists():
+            for pid in map(int, _ip("netns", "pids", name, check=False).stdout.split()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            _ip("netns", "del", name, check=False)
+            shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
 
 
 class Host:
@@ -130,6 +144,7 @@ class Hosts:
         ]
 
     def __enter__(self) -> Hosts:
+        _remove_leftovers()
         _ip("netns", "add", self._router)
         self.pass_packets(True)
         for i, host in enumerate(self.hosts):

@@ -10,11 +10,11 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from fulmen_protocols.errors import MisconfigurationException
 from fulmen_strategies._marks import STARTER_IS_NO_RANK
-from fulmen_strategies._meeting import another_connection, meet
+from fulmen_strategies._meeting import another_connection, append, meet
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -116,7 +116,7 @@ def gather(store: Store, topology: Topology, timeout: timedelta, *, waiting: Wai
                 f"two processes are rank {topology.rank}: {other}, and {host}, process {os.getpid()}. Give each host "
                 "a node rank of its own (NODE_RANK; fulmen run: --node-rank)."
             )
-        store.append("here", f"{topology.rank} ")
+        append(store, "here", f"{topology.rank} ")
         waiting.ask(another_connection(store))
     try:
         meet(store, "fulmen/here", topology.rank, topology.world_size, timeout)

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from fulmen_protocols import Whereabouts, current_whereabouts
 from fulmen_protocols.errors import RankFailure
-from fulmen_strategies._meeting import another_connection
-from fulmen_strategies.launchers._failure import is_consequence, tell
-from fulmen_strategies.launchers._pulse import stack_here
+from fulmen_strategies._meeting import another_connection, append, set_all
+from fulmen_strategies.launchers._failure import is_consequence, record_exception, tell
+from fulmen_strategies.launchers._pulse import collectives_begun, stack_here
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,7 +79,7 @@ class OtherHosts:
         self._store, self._watching = another_connection(store), another_connection(store)
         self._topology = topology
         self._host = socket.gethostname()
-        self._is_with_us = False
+        self._with_us = threading.Event()
         self._first: dict[str, str] | None = None
         self._is_silent = False  # the store did not answer
         self._has_failed = threading.Event()
@@ -107,11 +107,11 @@ class OtherHosts:
 
     def join(self) -> None:
         """From now on the end of another rank is the end of this one."""
-        self._is_with_us = True
+        self._with_us.set()
 
     def leave(self) -> None:
         """This process is done with the others: their ends are no longer its own business."""
-        self._is_with_us = False
+        self._with_us.clear()
 
     @property
     def is_over(self) -> bool:
@@ -128,10 +128,10 @@ class OtherHosts:
         def write() -> bool:
             if not is_consequence:
                 self._store.compare_set("cause", "", json.dumps(words))
-            self._store.append("failed", f"{place.rank} ")
-            self._store.append("failed nodes", f"{place.node_rank} ")
+            append(self._store, "failed", f"{place.rank} ")
+            append(self._store, "failed nodes", f"{place.node_rank} ")
             ranks = range(place.world_size)
-            self._store.multi_set([f"over/{rank}" for rank in ranks], [json.dumps(words)] * place.world_size)
+            set_all(self._store, [f"over/{rank}" for rank in ranks], json.dumps(words))
             return True
 
         self._is_silent = _answered(write) is None
@@ -141,7 +141,7 @@ class OtherHosts:
     def _on_uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         # A launcher's RankFailure tells of another process of this host, for which it has left word.
         is_ours = os.getpid() == self._pid and error is not _told and not isinstance(error, KeyboardInterrupt)
-        if self._is_with_us and is_ours:
+        if self._with_us.is_set() and is_ours:
             self.explain(error)
         self._hook_before(kind, error, trace)
 
@@ -187,7 +187,7 @@ class OtherHosts:
         def read() -> tuple[set[int], set[int], dict[int, str], dict[int, dict[str, str]]]:
             failed = _numbers(self._store, "failed")
             standing: dict[int, dict[str, str]] = {}
-            for rank in sorted(_numbers(self._store, "standing") - failed):
+            for rank in sorted(_numbers(self._store, "standing")):
                 standing[rank] = json.loads(self._store.get(f"standing/{rank}"))
             hosts = {
                 node: self._store.get(f"host/{node}").decode()
@@ -202,10 +202,14 @@ class OtherHosts:
                 f"Seen from {self._host} (node {place.node_rank}): the host of rank 0, {place.main_address}, does not "
                 "answer any more. It or its process 0 is gone, or the network between the two."
             )
-        _, nodes, hosts, standing = found
-        if standing:
-            rank, said = next(iter(standing.items()))
-            others = f" (so do {len(standing) - 1} more)" if len(standing) > 1 else ""
+        failed, nodes, hosts, standing = found
+        # Who has begun as many collectives as this rank waits there, too, and has not given up yet.
+        begun = collectives_begun()
+        late = {rank: said for rank, said in standing.items() if rank not in failed and int(said["begun"]) < begun}
+        nodes |= {int(said["node"]) for said in standing.values()}
+        if late:
+            rank, said = next(iter(late.items()))
+            others = f" ({len(late) - 1} more ranks do so, too)" if len(late) > 1 else ""
             return (
                 f"rank {rank} of {place.world_size} on {said['host']} (node {said['node']}) kept the others "
                 f"waiting{said['at']}{others}. There it stood:\n{said['stack']}"
@@ -240,27 +244,28 @@ class OtherHosts:
                 if self._watching.check(["cause"]):
                     self._first = {**json.loads(self._watching.get("cause")), "is_cause": "yes"}
             self._say_where_we_stand()
-        if self._first is None or not self._is_with_us:
+        if self._first is None or not self._with_us.is_set():
             return
         until = time.monotonic() + _NOTICE_S
-        while self._is_with_us and time.monotonic() < until:
+        # A rank that has got an error may be saving because of it, for as long as that takes.
+        while self._with_us.is_set() and (time.monotonic() < until or _is_ending()):
             time.sleep(0.1)
-        if self._is_with_us:
+        if self._with_us.is_set():
             self._end(self._first)
 
     def _say_where_we_stand(self) -> None:
         """Once the others have had time to see what this one sees; who has an error by then is not waited for."""
-        if not self._is_with_us or self._has_failed.wait(_STANDING_S):
+        if not self._with_us.is_set() or self._has_failed.wait(_STANDING_S):
             return
         place = self._topology
         note = current_whereabouts()
         stack = "".join(f"[rank{place.rank}]: {line}\n" for line in stack_here())
         said = {
             "host": self._host, "node": str(place.node_rank), "stack": stack,
-            "at": "" if note is None else f", at {note.read()}",
+            "at": "" if note is None else f", at {note.read()}", "begun": str(collectives_begun()),
         }  # fmt: skip
         self._watching.set(f"standing/{place.rank}", json.dumps(said))
-        self._watching.append("standing", f"{place.rank} ")
+        append(self._watching, "standing", f"{place.rank} ")
 
     def _end(self, first: dict[str, str]) -> None:
         place = self._topology
@@ -270,11 +275,20 @@ class OtherHosts:
                 f"rank {place.rank} of {place.world_size} on {self._host} is ended: the run is over, and it stood at:\n"
                 f"{said}{_quoted(first)}\n"
             )
+            file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+            if file:  # who has started this process shows what is there, and shows it last
+                with contextlib.suppress(OSError):
+                    record_exception(file, RankFailure(_quoted(first)))
         os._exit(1)
 
 
 def _quoted(words: dict[str, str]) -> str:
     return f"On {words['host']} (node {words['node']}): {words['report'].rstrip()}"
+
+
+def _is_ending() -> bool:
+    note = current_whereabouts()
+    return note is not None and note.error is not None
 
 
 def _numbers(store: Store, key: str) -> set[int]:
