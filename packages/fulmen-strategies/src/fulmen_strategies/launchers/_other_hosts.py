@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 _FOREVER = timedelta(days=10_000)
 _ANSWER_S = 2.0  # how long the store may take; over a network that loses everything it never answers
-_WORDS_S = 1.5  # how long the words that explain a lost connection may be on their way
+_WORDS_S = 2.5  # how long the words that explain a lost connection may be on their way
 _STANDING_S = 0.7  # how long ranks may take to say where they stand
 _NOTICE_S = 6.0  # how long a rank may take to end by itself when the run is over
 
@@ -62,7 +62,7 @@ def tell_other_hosts(report: str) -> None:
     Args:
         report: which rank it was, how it ended and where, and its traceback.
     """
-    if _here is not None and not _here.is_over:
+    if _here is not None:
         _here.leave_word(report, is_consequence=False)
 
 
@@ -93,8 +93,7 @@ class OtherHosts:
         global _here
         _here = self
         self.join()
-        if self._topology.local_rank == 0:
-            _answered(lambda: self._store.set(f"host/{self._topology.node_rank}", self._host))
+        _answered(self._enter)
         if current_whereabouts() is None:
             # Nobody on this host has asked where this process is, and the other hosts will.
             folder = tempfile.mkdtemp(prefix="fulmen-")
@@ -104,6 +103,15 @@ class OtherHosts:
         self._thread = threading.Thread(target=self._watch, name="fulmen-other-hosts", daemon=True)
         self._thread.start()
         atexit.register(self._stop)
+
+    def _enter(self) -> None:
+        # An agent's store may hold the words of ranks that it has started before.
+        self._store.delete_key(self._call)
+        if self._topology.rank == 0:
+            for key in ("cause", "failed", "failed nodes", "standing"):
+                self._store.delete_key(key)
+        if self._topology.local_rank == 0:
+            self._store.set(f"host/{self._topology.node_rank}", self._host)
 
     def join(self) -> None:
         """From now on the end of another rank is the end of this one."""
