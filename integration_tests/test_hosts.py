@@ -313,3 +313,16 @@ def test_a_folder_that_hosts_do_not_share_holds_no_sharded_checkpoint(run: Run, 
     for number in (0, 1):
         assert "on rank 0's host (hosta) the part of rank 1 is not to be seen" in run.output(number)
     assert list((tmp_path / "saved").rglob("*")) == [], "half a checkpoint is none"
+
+
+def test_a_rank_that_hangs_on_a_host_that_is_cut_off_does_not_stay(run: Run) -> None:
+    for number in (0, 1):
+        run.by("python", number, "--steps=1000000", f"--timeout={STALL_S}", "--fault=hang:1:30", devices=1)
+    run.reaches(30, 2)
+    run.hosts.pass_packets(False)
+
+    assert 0 not in run.ends(), run.all_output()
+
+    said = run.output(1)
+    assert f"the host of rank 0, {run.hosts[0].address}, has not answered hostb (node 1) for " in said
+    assert "time.sleep(1000)" in said

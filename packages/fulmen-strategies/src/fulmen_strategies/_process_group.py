@@ -68,7 +68,7 @@ class ProcessGroupMembership:
         generation = next(_generations)
         patience = max(timeout, _MEETING)
         try:
-            store = _common_store(topology, backend, f"fulmen/{_attempt()}/{generation}", patience)
+            store = _common_store(topology, backend, f"fulmen/{_attempt()}/{generation}", timeout, patience)
             hook_before = sys.excepthook
             dist.init_process_group(
                 backend,
@@ -153,27 +153,27 @@ def _require(backend: str) -> None:
         )
 
 
-def _common_store(topology: Topology, backend: str, prefix: str, patience: timedelta) -> Store:
+def _common_store(topology: Topology, backend: str, prefix: str, timeout: timedelta, patience: timedelta) -> Store:
     """What all ranks of this group share; on several hosts, when all have come and know of each other."""
     if topology.num_nodes == 1 or topology.world_size == 1:
         return PrefixStore(prefix, _store(topology, patience))
     with Waiting(topology) as waiting:
         base = _store(topology, patience)
         store = PrefixStore(prefix, base)
-        _watch_other_hosts(base, topology)
+        _watch_other_hosts(base, topology, timeout)
         gather(store, topology, patience, waiting=waiting, is_new=not may_hold_remains())
     if "gloo" in backend:
         _lead_gloo(topology)
     return store
 
 
-def _watch_other_hosts(store: Store, topology: Topology) -> None:
+def _watch_other_hosts(store: Store, topology: Topology, timeout: timedelta) -> None:
     """From the first group of this process on, over all that follow."""
     global _other_hosts
     if _other_hosts is None:
         # Agents of several nodes may count their starts differently; then their ranks do not hear of each other.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        _other_hosts = OtherHosts(PrefixStore(f"fulmen/hosts/{attempt}", store), topology)
+        _other_hosts = OtherHosts(PrefixStore(f"fulmen/hosts/{attempt}", store), topology, timeout)
         _other_hosts.begin()
     _other_hosts.join()
 

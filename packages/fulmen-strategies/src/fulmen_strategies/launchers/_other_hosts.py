@@ -44,6 +44,7 @@ _FOREVER = timedelta(days=10_000)
 _ANSWER_S = 2.0  # how long the store may take; over a network that loses everything it never answers
 _WORDS_S = 2.5  # how long the words that explain a lost connection may be on their way
 _STANDING_S = 0.7  # how long ranks may take to say where they stand
+_PING_S = 5.0  # how often other hosts ask whether that of rank 0 is there
 _NOTICE_S = 6.0  # how long a rank may take to end by itself when the run is over
 
 _here: OtherHosts | None = None
@@ -73,11 +74,14 @@ class OtherHosts:
         store: of all ranks, with a prefix of this start of them. Its connections are copied, so that nobody waits for
             a thread that waits.
         topology: this process's place.
+        timeout: after which a host of rank 0 that does not answer is taken for lost.
     """
 
-    def __init__(self, store: Store, topology: Topology) -> None:
+    def __init__(self, store: Store, topology: Topology, timeout: timedelta) -> None:
         self._store, self._watching = another_connection(store), another_connection(store)
         self._topology = topology
+        self._timeout_s = timeout.total_seconds()
+        self._ends = threading.Event()
         self._host = socket.gethostname()
         self._with_us = threading.Event()
         self._first: dict[str, str] | None = None
@@ -102,6 +106,8 @@ class OtherHosts:
         self._hook_before, sys.excepthook = sys.excepthook, self._on_uncaught
         self._thread = threading.Thread(target=self._watch, name="fulmen-other-hosts", daemon=True)
         self._thread.start()
+        if self._topology.node_rank != 0:
+            threading.Thread(target=self._look_for_rank_zero, name="fulmen-ping", daemon=True).start()
         atexit.register(self._stop)
 
     def _enter(self) -> None:
@@ -236,6 +242,7 @@ class OtherHosts:
     def _stop(self) -> None:
         """Have the thread end: one that waits in the store when the interpreter is finalised aborts the process."""
         self.leave()
+        self._ends.set()
         if os.getpid() == self._pid and self._thread is not None and self._thread.is_alive() and not self._is_silent:
             if not self.is_over:
                 _answered(lambda: self._store.set(self._call, ""), 1.0)
@@ -260,6 +267,30 @@ class OtherHosts:
             time.sleep(0.1)
         if self._with_us.is_set():
             self._end(self._first)
+
+    def _look_for_rank_zero(self) -> None:
+        """End this process where rank 0's host says nothing for longer than ranks wait in a collective.
+
+        What the main thread asks the store has no limit of its own, and a network that loses everything never closes a
+        connection.
+        """
+        while not self._ends.wait(min(_PING_S, self._timeout_s / 4)):
+            began = time.monotonic()
+            if _answered(lambda: self._store.check(["host/0"]), self._timeout_s + _ANSWER_S) is not None:
+                continue
+            waited = time.monotonic() - began
+            if waited < self._timeout_s:
+                return  # it has closed the store; connections tell
+            while self._with_us.is_set() and _is_ending():
+                time.sleep(0.1)
+            if self._with_us.is_set():
+                self._is_silent = True
+                words = (
+                    f"the host of rank 0, {self._topology.main_address}, has not answered {self._host} (node "
+                    f"{self._topology.node_rank}) for {waited:.0f} s: it is down, or the network between the two is."
+                )
+                self._end({"host": self._host, "node": str(self._topology.node_rank), "report": words})
+            return
 
     def _say_where_we_stand(self) -> None:
         """Once the others have had time to see what this one sees; who has an error by then is not waited for."""
