@@ -103,13 +103,14 @@ def oldest(session: nox.Session) -> None:
 
 @nox.session
 def clusters(session: nox.Session) -> None:
-    """Install SLURM and Open MPI (as root, on Debian or Ubuntu), start one node, and test the environments on them."""
+    """Install SLURM and Open MPI (as root, on Debian or Ubuntu), start one node, test on them, and on several hosts."""
     python = environment(session, "test", "clusters", at=".nox/clusters")
     session.run("tools/clusters/install.sh", external=True)
     session.run("tools/clusters/slurm_up.sh", external=True)
     # Hydra wants an older omegaconf than the command line's tests.
     session.run(python, "-m", "pip", "install", "--quiet", "hydra-core")
     where = ["integration_tests/test_real_clusters.py", "integration_tests/test_hydra_ranks.py"]
+    where.append("integration_tests/test_hosts.py")  # network namespaces
     session.run(python, "-m", "pytest", "-rs", *where, *session.posargs)
 
 

@@ -119,6 +119,11 @@ def test_the_variables_of_each_starter_are_a_place_among_the_processes(
              "num_nodes=1", "GROUP_WORLD_SIZE=2", "set num_nodes=2", "--nnodes 1", "make 3 processes", "WORLD_SIZE=4",
              "LOCAL_RANK=3", "GROUP_RANK=1"],
         ),
+        (  # what devices="auto" comes to where num_nodes was left out
+            TorchElasticEnvironment, TORCHRUN, 4, 1,
+            ["2 contradictions", "LOCAL_WORLD_SIZE=2 processes on each of GROUP_WORLD_SIZE=2 nodes",
+             "set num_nodes=2 and devices=2 (or 'auto')", "GROUP_RANK=1"],
+        ),
         (
             SLURMEnvironment, SLURM, 4, 3,
             ["3 contradictions", "devices=4", "SLURM_NTASKS_PER_NODE=2", "set devices=2", "--ntasks-per-node=4",

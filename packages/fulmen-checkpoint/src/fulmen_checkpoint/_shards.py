@@ -6,6 +6,8 @@ import io
 import os
 import pickle
 import secrets
+import socket
+import time
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
@@ -145,6 +147,9 @@ def new_token() -> str:
     return secrets.token_hex(8)
 
 
+_IN_SIGHT_S = 5.0  # how long a file that one host has written may take to be seen by another
+
+
 class Save:
     """The files of one save."""
 
@@ -204,6 +209,7 @@ class Save:
 
     def _commit(self, content: Content, written: list[_Shard | None]) -> None:
         """On rank 0, when all shards are in place."""
+        self._require_in_sight(written)
         files: dict[str, tuple[int, str]] = {}
         found: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
         for shard in written:
@@ -239,6 +245,38 @@ class Save:
                 token = _directory.is_part(path.rsplit("/", 1)[-1])
                 if token is not None and token != self._token:
                     self._storage.remove(path)
+
+    def _require_in_sight(self, written: list[_Shard | None]) -> None:
+        """See that what the other ranks have written is where rank 0 will say that it is.
+
+        A folder of a host's own disk looks alike on all hosts, and each would keep a part that nobody can load.
+
+        Raises:
+            CheckpointError: files of other ranks are not there.
+        """
+        missing = {shard.name: rank for rank, shard in enumerate(written) if shard is not None and rank != 0}
+        until = time.monotonic() + _IN_SIGHT_S
+        while True:
+            with storage_errors(self._folder, "written"):
+                there = {path.rsplit("/", 1)[-1] for path in self._storage.list(self._folder)}
+                # A list may be older than the files (NFS keeps it for seconds).
+                missing = {
+                    name: rank
+                    for name, rank in missing.items()
+                    if name not in there and not self._storage.exists(join(self._folder, name))
+                }
+            if not missing:
+                return
+            if time.monotonic() > until:
+                break
+            time.sleep(0.2)
+        ranks = sorted(missing.values())
+        shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+        raise CheckpointError(
+            f"the checkpoint {self._folder!r} was not written: each rank writes its part there, and on rank 0's host "
+            f"({socket.gethostname()}) the part of rank {shown} is not to be seen. The folder must be the same one on "
+            "all hosts: use a shared file system or a storage URL, or save one whole file (state_dict_type='full')."
+        )
 
     def _write(self, name: str, write: Callable[[IO[bytes]], None]) -> tuple[int, str]:
         path = join(self._folder, name)

@@ -8,8 +8,11 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
+import threading
+import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -19,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fulmen_fabric._devices import find_accelerator, find_devices
-from fulmen_fabric._hanging import end_hanging_children
+from fulmen_fabric._hanging import end_hanging_children, has_children
 from fulmen_fabric._notes import Notes
 from fulmen_fabric._precisions import find_precision
 from fulmen_protocols import STRATEGIES, available, did_you_mean, read_positions
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Processes", "endpoint", "plan", "supervise"]
 
 _DEFAULT_ADDRESS, _DEFAULT_PORT = "127.0.0.1", 29400
+_NOTICE_S = 30.0
 _ENDED_BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM)
 _NOT_BY_AN_AGENT = ("spawn", "fork", "notebook", "xla")
 _AGENT = "FULMEN_LAUNCHED"
@@ -174,6 +178,8 @@ def _launch(request: Request, processes: Processes, max_restarts: int) -> None:
     log.addHandler(relay)
     try:
         end_hanging_children()
+        if request.num_nodes > 1:
+            threading.Thread(target=_say_what_we_wait_for, args=(request,), name="fulmen-waiting", daemon=True).start()
         elastic_launch(config, sys.executable)("-u", *request.script, *request.script_args)
     except ChildFailedError as error:
         raise _Failed(error, len(processes.ids) * request.num_nodes, folder) from None
@@ -181,6 +187,23 @@ def _launch(request: Request, processes: Processes, max_restarts: int) -> None:
         log.removeHandler(relay)
         log.propagate = propagated
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _say_what_we_wait_for(request: Request) -> None:
+    """Every half a minute, until this node's processes have started: the agents meet first, and torch's are silent."""
+    began, due = time.monotonic(), _NOTICE_S
+    while not has_children():
+        time.sleep(0.5)
+        waited = time.monotonic() - began
+        if waited >= due:
+            due += _NOTICE_S
+            print(
+                f"fulmen run on {socket.gethostname()} (node {request.node_rank} of {request.num_nodes}) has waited "
+                f"for {waited:.0f} s: the nodes meet at {endpoint(request)} on node 0, and not all have come. Each "
+                "needs the same command with a --node-rank of its own, and must reach that address and port.",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 class _SaysWhoFailed(logging.Handler):

@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-__all__ = ["end_hanging_children"]
+__all__ = ["end_hanging_children", "has_children"]
 
 _LOOK_S = 0.2
 _TERM_S = 5.0
@@ -27,6 +27,11 @@ def end_hanging_children() -> None:
     """
     if sys.platform == "linux":
         threading.Thread(target=_look, name="fulmen-children", daemon=True).start()
+
+
+def has_children() -> bool:
+    """Whether this process has any; True where it cannot tell."""
+    return sys.platform != "linux" or bool(_children())
 
 
 def _look() -> None:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
     from torch._C._distributed_c10d import Store
 
-__all__ = ["meet"]
+__all__ = ["another_connection", "append", "meet", "set_all"]
+
+
+def another_connection(store: Store) -> Store:
+    """The same store over a connection of its own: while a thread waits over one, nobody else can use that one."""
+    return cast("Store", cast("Any", store).clone())  # torch's stubs lack it, and the two below
+
+
+def append(store: Store, key: str, text: str) -> None:
+    """Add ``text`` to the end of what is there; ranks that do so at once lose nothing."""
+    cast("Any", store).append(key, text)
+
+
+def set_all(store: Store, keys: list[str], value: str) -> None:
+    """Set all of them in one message."""
+    cast("Any", store).multi_set(keys, [value] * len(keys))
 
 
 def meet(store: Store, name: str, rank: int, world_size: int, timeout: timedelta) -> None:

@@ -6,6 +6,7 @@ import atexit
 import functools
 import itertools
 import os
+import socket
 import sys
 import time
 from datetime import timedelta
@@ -16,7 +17,10 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
 
 from fulmen_protocols.errors import BackendUnavailable, MisconfigurationException
+from fulmen_strategies._gathering import Waiting, gather, may_hold_remains, open_store, uses_agents_store
+from fulmen_strategies._interfaces import interface_for_gloo
 from fulmen_strategies._meeting import meet
+from fulmen_strategies.launchers._other_hosts import OtherHosts
 from fulmen_strategies.launchers._rank import report_exit_first
 
 if TYPE_CHECKING:
@@ -31,6 +35,7 @@ __all__ = ["ProcessGroupMembership"]
 # group and joins the next could meet the server of the old one and be cut off when the slow rank 0 closes it.
 _stores: dict[tuple[str, int], Store] = {}
 _generations = itertools.count()
+_other_hosts: OtherHosts | None = None
 
 # Processes start minutes apart where a shared disk is slow. A short limit for collectives is not meant for that.
 _MEETING = timedelta(minutes=10)
@@ -51,7 +56,7 @@ class ProcessGroupMembership:
 
         Raises:
             MisconfigurationException: the existing group and ``topology`` contradict each other, or several
-                processes are to meet at port 0.
+                processes are to meet at port 0, or another host has other settings.
             BackendUnavailable: this build of torch lacks the backend.
         """
         if dist.is_initialized():
@@ -63,7 +68,7 @@ class ProcessGroupMembership:
         generation = next(_generations)
         patience = max(timeout, _MEETING)
         try:
-            store = PrefixStore(f"fulmen/{_attempt()}/{generation}", _store(topology, patience))
+            store = _common_store(topology, backend, f"fulmen/{_attempt()}/{generation}", timeout, patience)
             hook_before = sys.excepthook
             dist.init_process_group(
                 backend,
@@ -106,6 +111,8 @@ class ProcessGroupMembership:
         self._meet_others = None
         if made is None:
             return
+        if _other_hosts is not None:
+            _other_hosts.leave()
         atexit.unregister(self.leave)
         if dist.is_initialized() and dist.group.WORLD is made:
             dist.destroy_process_group()
@@ -146,6 +153,46 @@ def _require(backend: str) -> None:
         )
 
 
+def _common_store(topology: Topology, backend: str, prefix: str, timeout: timedelta, patience: timedelta) -> Store:
+    """What all ranks of this group share; on several hosts, when all have come and know of each other."""
+    if topology.num_nodes == 1 or topology.world_size == 1:
+        return PrefixStore(prefix, _store(topology, patience))
+    with Waiting(topology) as waiting:
+        base = _store(topology, patience)
+        store = PrefixStore(prefix, base)
+        _watch_other_hosts(base, topology, timeout)
+        gather(store, topology, patience, waiting=waiting, is_new=not may_hold_remains())
+    if "gloo" in backend:
+        _lead_gloo(topology)
+    return store
+
+
+def _watch_other_hosts(store: Store, topology: Topology, timeout: timedelta) -> None:
+    """From the first group of this process on, over all that follow."""
+    global _other_hosts
+    if _other_hosts is None:
+        # Agents of several nodes may count their starts differently; then their ranks do not hear of each other.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        _other_hosts = OtherHosts(PrefixStore(f"fulmen/hosts/{attempt}", store), topology, timeout)
+        _other_hosts.begin()
+    _other_hosts.join()
+
+
+def _lead_gloo(topology: Topology) -> None:
+    interface = interface_for_gloo(topology.main_address)
+    if interface is None:
+        return
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
+    if topology.local_rank == 0:
+        host = socket.gethostname()
+        print(
+            f"GLOO_SOCKET_IFNAME={interface} was set on {host}: the name {host!r} gives no address at which other "
+            f"hosts find it, and {interface} leads to {topology.main_address}.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def _store(topology: Topology, timeout: timedelta) -> Store:
     if topology.world_size == 1:
         return HashStore()
@@ -154,6 +201,8 @@ def _store(topology: Topology, timeout: timedelta) -> Store:
         raise MisconfigurationException(
             f"{topology.world_size} processes were asked to meet at {place[0]}:0, which is no port: give main_port."
         )
+    if place not in _stores and topology.num_nodes > 1 and not uses_agents_store():
+        _stores[place] = open_store(topology, timeout)
     if place not in _stores:
         host = f"[{place[0]}]" if ":" in place[0] else place[0]
         iterator = rendezvous(

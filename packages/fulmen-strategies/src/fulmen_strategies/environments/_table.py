@@ -134,6 +134,14 @@ def contradictions(row: Row, env: Mapping[str, str], num_devices: int, num_nodes
 
     asked = num_devices * num_nodes
     world, local_size, nodes = found(row.world_size), found(row.local_size), found(row.num_nodes)
+    if world and local_size and nodes and world[1] == local_size[1] * nodes[1] == asked and nodes[1] != num_nodes:
+        # As many processes, on another number of nodes: with devices="auto" their number follows from num_nodes.
+        wrong.append(
+            f"devices={num_devices} and num_nodes={num_nodes}, but {row.starter} has started {local_size[0]}="
+            f"{local_size[1]} processes on each of {nodes[0]}={nodes[1]} nodes: set num_nodes={nodes[1]} and "
+            f"devices={local_size[1]} (or 'auto')."
+        )
+        local_size = nodes = None
     if local_size is not None and local_size[1] != num_devices:
         name, value = local_size
         fix = row.set_local_size.format(num_devices)

@@ -29,6 +29,7 @@ from fulmen_strategies._marks import (
     process_exists,
 )
 from fulmen_strategies.launchers._failure import Failure, exit_of_a_run, is_consequence, read_failure, tell
+from fulmen_strategies.launchers._other_hosts import tell_other_hosts
 from fulmen_strategies.launchers._own_end import OwnEnd
 from fulmen_strategies.launchers._pulse import Collective, Pulse, ask_all, read_standing
 from fulmen_strategies.launchers._verdict import odd_rank, others, recent
@@ -180,6 +181,7 @@ class ElasticRank:
                 os.close(os.open(os.path.join(self._folder, _REPORTED), os.O_CREAT | os.O_EXCL))
             except FileExistsError:
                 return
+            tell_other_hosts(str(failure))
             positions = read_positions(self._folder)
             alive = {rank for rank, each in positions.items() if rank != failure.rank and not has_ended(each.pid)}
             ask_all(self._folder, alive, _PATIENCE_S)

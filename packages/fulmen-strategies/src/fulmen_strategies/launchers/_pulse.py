@@ -17,7 +17,16 @@ from torch.distributed import distributed_c10d
 
 from fulmen_protocols import Whereabouts
 
-__all__ = ["Collective", "Pulse", "Standing", "ask_all", "last_collectives", "read_standing", "stack_here"]
+__all__ = [
+    "Collective",
+    "Pulse",
+    "Standing",
+    "ask_all",
+    "collectives_begun",
+    "last_collectives",
+    "read_standing",
+    "stack_here",
+]
 
 _POLL_S = 0.2
 _ASKED = "asked"
@@ -59,7 +68,7 @@ class Pulse:
 
     def beat(self) -> None:
         """One sign of life, and an answer if one is asked for."""
-        self.note.pulse(_collectives_begun())
+        self.note.pulse(collectives_begun())
         if not self._has_answered and os.path.exists(os.path.join(self._folder, _ASKED)):
             self._has_answered = True
             standing = {"stack": stack_here(), "collectives": last_collectives()}
@@ -119,7 +128,8 @@ def _called(name: str, sizes: object) -> str:
     return name if any(word in name for word in ("scatter", "gather", "all_to_all")) else f"{name} {sizes}"
 
 
-def _collectives_begun() -> int:
+def collectives_begun() -> int:
+    """How many this process has begun, over all its groups."""
     if not dist.is_initialized():
         return 0
     try:

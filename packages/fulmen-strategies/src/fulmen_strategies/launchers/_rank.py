@@ -14,6 +14,7 @@ from fulmen_strategies._marks import LAUNCHED, NOTES, STARTER_IS_NO_RANK, Starte
 from fulmen_strategies.environments._table import is_launched
 from fulmen_strategies.launchers._elastic import ElasticRank, is_elastic
 from fulmen_strategies.launchers._failure import is_consequence, read_stack, tell
+from fulmen_strategies.launchers._other_hosts import tell_other_hosts
 from fulmen_strategies.launchers._own_end import OwnEnd
 from fulmen_strategies.launchers._pulse import Pulse
 
@@ -97,6 +98,7 @@ class _Rank:
                 f"rank {rank} of {world_size} (process {self._starter.pid}) ended first{where}; the run was ended. "
                 "What is known of it:\n" + "".join(f"[rank{rank}]: {line}\n" for line in end.splitlines())
             )
+            tell_other_hosts(report)
             tell(report)
         os._exit(1)
 

@@ -35,6 +35,7 @@ from fulmen_strategies.launchers._failure import (
     stack_file,
     tell,
 )
+from fulmen_strategies.launchers._other_hosts import tell_other_hosts
 from fulmen_strategies.launchers._pulse import Collective, Pulse, ask_all, last_collectives, read_standing, stack_here
 from fulmen_strategies.launchers._rank import MAIN
 from fulmen_strategies.launchers._verdict import odd_rank, others, recent
@@ -371,6 +372,8 @@ class World:
                         culprit = self._who_kept_us_waiting() or culprit
                     self._failure = culprit
                     self._verdict.set()
+                    if not culprit.is_consequence:
+                        tell_other_hosts(str(culprit))
                     self._terminate()
                     return
             if all(process.poll() is not None for process in self._processes()):

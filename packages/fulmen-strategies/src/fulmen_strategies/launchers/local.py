@@ -13,6 +13,7 @@ from fulmen_protocols.errors import BackendUnavailable, MisconfigurationExceptio
 from fulmen_strategies._marks import LAUNCHED, process_exists
 from fulmen_strategies.environments._table import is_launched, number
 from fulmen_strategies.launchers._command import program_again
+from fulmen_strategies.launchers._other_hosts import is_told
 from fulmen_strategies.launchers._rank import become_rank
 from fulmen_strategies.launchers._world import Request, World, refuse_other_request
 
@@ -78,7 +79,9 @@ class LocalLauncher:
             failure = world.settle(error)
             if failure is None:
                 raise
-            raise RankFailure(str(failure)) from error
+            told = RankFailure(str(failure))
+            is_told(told)
+            raise told from error
 
     def kill(self, signum: int) -> None:
         """Send ``signum`` to every process that this one has started and that still lives."""
