@@ -50,7 +50,6 @@ class Watch:
         self._is_first = rank == 0
         self._every = every_n_steps
         self._host = socket.gethostname()
-        self._steps: list[list[float]] = []
         self._seen = self._window_from = 0
         self._in_step = self._in_forward = self._accumulates = self._has_stepped = self._borrows = False
         self._wanted: int | None = None
@@ -131,8 +130,8 @@ class Watch:
         self._seen += 1
         if self._seen % self._every:
             return
-        self._steps = self.times.take()
-        parts = None if self._borrows else usual(self._steps)
+        steps = self.times.take()
+        parts = None if self._borrows else usual(steps)
         window = self._seen // self._every
         self._store.tell(
             window, None if parts is None else RankTimes(self._host, self._window_from, parts, self.work.backward)
