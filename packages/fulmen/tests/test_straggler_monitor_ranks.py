@@ -152,7 +152,7 @@ def tensor_parallel():
 CALLS = {
     "data": lambda: run(late=of_last(0.02)),
     "data of rank 0": lambda: run(late=lambda rank, _: 0.02 if rank == 0 else 0.0),
-    "forward": lambda: run(forward_s=of_last(0.0575, 0.05)),
+    "forward": lambda: run(steps=45, forward_s=of_last(0.1725, 0.15)),  # a busy machine wakes sleepers some ms late
     "backward": lambda: run(backward_s=0.02),
     "transfer": lambda: run(transfer_s=0.02),
     "hooks": lambda: run(callbacks=[SlowHook()]),
@@ -196,6 +196,7 @@ if __name__ == "__main__":
 
 MAIN = ("data", "forward")
 PARTS = ("data of rank 0", "backward", "transfer", "hooks", "fsdp data", "fsdp forward", "tensor parallel")
+FOUR_RANKS = ("data of rank 0", "fsdp forward", "equal")
 CALM = ("equal", "compiling", "validation", "uneven")
 COURSES = ("bursts", "again", "uneven and late", "windows", "short epochs", "logs", "resumed", "with", "without")
 
@@ -249,29 +250,37 @@ def test_a_rank_whose_forward_pass_is_fifteen_percent_slower_is_named_within_fif
 
 @pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(
     ("case", "rank", "part"),
     [
         ("data of rank 0", 0, "data"),  # whose buffers the others wait for in their forward pass
-        ("backward", -1, "backward"),
-        ("transfer", -1, "transfer"),
+        ("backward", 1, "backward"),
+        ("transfer", 1, "transfer"),
         ("hooks", 0, "hooks"),
         ("fsdp data", 0, "data"),
-        ("fsdp forward", -1, "forward"),
-        ("tensor parallel", -1, "data"),
+        ("fsdp forward", 1, "forward"),
+        ("tensor parallel", 1, "data"),
     ],
 )
-def test_the_part_of_the_step_in_which_a_rank_is_slow_is_named(case: str, rank: int, part: str, ranks: int) -> None:
-    assert named(found(ranks, PARTS)[0][case]) == [(rank % ranks, part)]
+def test_the_part_of_the_step_in_which_a_rank_is_slow_is_named(case: str, rank: int, part: str) -> None:
+    assert named(found(2, PARTS)[0][case]) == [(rank, part)]
 
 
 @pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("case", CALM)
-def test_nobody_is_named_for_noise_a_stall_compiling_slow_validation_or_fewer_data(case: str, ranks: int) -> None:
-    assert found(ranks, CALM)[0][case]["found"] == []
+def test_nobody_is_named_for_noise_a_stall_compiling_slow_validation_or_fewer_data(case: str) -> None:
+    assert found(2, CALM)[0][case]["found"] == []
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_of_four_ranks_the_slow_one_is_named_and_of_four_equal_ones_none() -> None:
+    first, *_ = found(4, FOUR_RANKS)
+
+    assert named(first["data of rank 0"]) == [(0, "data")]
+    assert named(first["fsdp forward"]) == [(3, "forward")]
+    assert first["equal"]["found"] == []
 
 
 @pytest.mark.processes
