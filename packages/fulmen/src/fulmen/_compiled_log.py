@@ -22,7 +22,7 @@ from fulmen.module import LightningModule
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["let_log_in_graphs", "recording"]
+__all__ = ["has_compiled_code", "let_log_in_graphs", "recording"]
 
 _waiting: list[tuple[Any, str, Tensor, dict[str, Any]]] = []
 
@@ -36,7 +36,7 @@ def let_log_in_graphs(module: nn.Module) -> bool:
         Whether ``module`` has compiled code of its own: its steps, or another of its methods.
     """
     kind = cast("Any", type(module))
-    if not _has_compiled_code(module) or kind.log is not LightningModule.log:
+    if not has_compiled_code(module) or kind.log is not LightningModule.log:
         return False
     _define_operator()
     _modules[id(module)] = module
@@ -47,7 +47,8 @@ def let_log_in_graphs(module: nn.Module) -> bool:
     return True
 
 
-def _has_compiled_code(module: nn.Module) -> bool:
+def has_compiled_code(module: nn.Module) -> bool:
+    """Whether ``module`` has a method that ``torch.compile`` made."""
     if "torch._dynamo" not in sys.modules:
         return False
     namespaces = (vars(module), *(vars(base) for base in type(module).__mro__))

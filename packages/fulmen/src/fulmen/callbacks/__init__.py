@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from fulmen.callbacks.spike_rewind import SpikeRewind as SpikeRewind
     from fulmen.callbacks.spike_rewind import TooManyRewindsError as TooManyRewindsError
     from fulmen.callbacks.stochastic_weight_avg import StochasticWeightAveraging as StochasticWeightAveraging
+    from fulmen.callbacks.straggler_monitor import Straggler as Straggler
+    from fulmen.callbacks.straggler_monitor import StragglerMonitor as StragglerMonitor
     from fulmen.callbacks.throughput_monitor import ThroughputMonitor as ThroughputMonitor
     from fulmen.callbacks.timer import Timer as Timer
     from fulmen.callbacks.weight_averaging import EMAWeightAveraging as EMAWeightAveraging
@@ -75,6 +77,8 @@ _HOME = {
     "SpikeDetection": "spike",
     "SpikeRewind": "spike_rewind",
     "StochasticWeightAveraging": "stochastic_weight_avg",
+    "Straggler": "straggler_monitor",
+    "StragglerMonitor": "straggler_monitor",
     "TQDMProgressBar": "progress",
     "ThroughputMonitor": "throughput_monitor",
     "Timer": "timer",
@@ -111,6 +115,8 @@ __all__ = [
     "SpikeDetection",
     "SpikeRewind",
     "StochasticWeightAveraging",
+    "Straggler",
+    "StragglerMonitor",
     "TQDMProgressBar",
     "ThroughputMonitor",
     "Timer",

@@ -39,6 +39,7 @@ from fulmen._session import Session
 from fulmen._stopping import Stopping
 from fulmen._storable import leave_out_unstorable
 from fulmen._training import Training
+from fulmen._watched_parts import watched
 from fulmen.datamodule import LightningDataModule
 from fulmen.evaluate import evaluate
 from fulmen.exceptions import _TunerExitException  # pyright: ignore[reportPrivateUsage]  # Lightning's name
@@ -502,6 +503,7 @@ class Trainer(TrainerActions):
             *self.strategy.saving.step_hooks(),
             *self._reporter.step_hooks(self.world.device),
         )
+        parts = watched(self.callbacks, self, parts)
         return parts, replace(hooks, on_train_batch_start=(*first, *hooks.on_train_batch_start))
 
 
