@@ -28,7 +28,14 @@ from fulmen_strategies._marks import (
     has_ended,
     process_exists,
 )
-from fulmen_strategies.launchers._failure import Failure, exit_of_a_run, is_consequence, read_failure, tell
+from fulmen_strategies.launchers._failure import (
+    Failure,
+    exit_of_a_run,
+    is_consequence,
+    outlive_sigterm,
+    read_failure,
+    tell,
+)
 from fulmen_strategies.launchers._other_hosts import tell_other_hosts
 from fulmen_strategies.launchers._own_end import OwnEnd
 from fulmen_strategies.launchers._pulse import Collective, Pulse, ask_all, read_standing
@@ -84,7 +91,7 @@ class ElasticRank:
         if self.end.is_of_this_process:
             first: Failure | None = None
             if is_consequence(error):
-                _outlive_the_agents_signal()
+                outlive_sigterm()
                 cause = self._wait_for_a_cause()
                 if cause is None:
                     self.end.record(error)  # so that others do not take it for the cause
@@ -198,13 +205,6 @@ class ElasticRank:
             standing = read_standing(self._folder, rank)
             found[rank] = list(self._read(rank, position).collectives if standing is None else standing.collectives)
         return found
-
-
-def _outlive_the_agents_signal() -> None:
-    """Be not ended by SIGTERM from here on: this process ends in seconds by itself, and has something to tell first."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _let_end(pid: int) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ __all__ = [
     "Failure",
     "exit_of_a_run",
     "is_consequence",
+    "outlive_sigterm",
     "read_failure",
     "read_stack",
     "record_exception",
@@ -218,3 +220,10 @@ def _signal_name(number: int) -> str:
         return f"{signal.Signals(number).name} (signal {number})"
     except ValueError:
         return f"signal {number}"
+
+
+def outlive_sigterm() -> None:
+    """Be not ended by SIGTERM from here on: this process ends in seconds by itself, and has something to tell first."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from fulmen_protocols import Whereabouts, current_whereabouts
 from fulmen_protocols.errors import RankFailure
 from fulmen_strategies._meeting import another_connection, append, set_all
-from fulmen_strategies.launchers._failure import is_consequence, record_exception, tell
+from fulmen_strategies.launchers._failure import is_consequence, outlive_sigterm, record_exception, tell
 from fulmen_strategies.launchers._pulse import collectives_begun, stack_here
 
 if TYPE_CHECKING:
@@ -167,6 +167,8 @@ class OtherHosts:
         shown = "".join(traceback.format_exception(error))
         lines = "".join(f"[rank{place.rank}]: {line}\n" for line in shown.splitlines())
         lost = is_consequence(error) or isinstance(error, RankFailure)
+        if lost:
+            outlive_sigterm()  # a starter that ends this process may come before the words of who was at fault
         self._has_failed.set()
         self.leave_word(
             f"rank {place.rank} of {place.world_size} (process {self._pid}) failed{at}. Its own report:\n{lines}",
@@ -229,8 +231,20 @@ class OtherHosts:
                 f"waiting{said['at']}{others}. There it stood:\n{said['stack']}"
             )
         silent = [node for node in range(place.num_nodes) if node not in nodes and node != place.node_rank]
+        per_node = place.world_size // place.num_nodes
         if not silent:
-            return ""
+            # Every host has said something, but perhaps not each of its ranks.
+            elsewhere = (rank for rank in range(place.world_size) if rank // per_node != place.node_rank)
+            gone = [rank for rank in elsewhere if rank not in failed and rank not in standing]
+            if not gone:
+                return ""
+            node = gone[0] // per_node
+            ranks, host = ", ".join(map(str, gone)), hosts.get(node, "an unknown host")
+            return (
+                f"Seen from {self._host} (node {place.node_rank}): nothing is heard of rank {ranks} of "
+                f"{place.world_size}, the first of them on {host} (node {node}). It was killed, or has ended without "
+                "a word. What that host has printed itself may tell."
+            )
         names = ", ".join(f"{hosts.get(node, 'an unknown host')} (node {node})" for node in silent)
         return (
             f"Seen from {self._host} (node {place.node_rank}): nothing is heard of {names}. Its processes were killed, "
