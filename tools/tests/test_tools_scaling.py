@@ -84,7 +84,7 @@ def test_the_table_has_speed_efficiency_and_memory_by_their_formulas(capsys: pyt
     scaling.table(rows, {"NVIDIA H100": 1e15}, markdown=True, tiny=False)
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 1b-fsdp | 8 | fulmen")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[3:6] == ["1000.0", "8,192", "0.900"]  # 4 sequences of 2048 tokens a second
+    assert cells[3:6] == ["1000.0", "16,384", "0.900"]  # 8 sequences of 2048 tokens a second
     scaling.table(rows, {}, markdown=True, tiny=False, batch=8)
     assert "| 16,384 | 0.900 |" in capsys.readouterr().out
     assert cells[7:] == ["0.800 (from 1)", "2.00", "4.00", "4.40 (1.10x)", "0.25", "0.12"]

@@ -224,6 +224,7 @@ def named(case: dict[str, Any]) -> list[tuple[int, str]]:
     return [(each["rank"], each["part"]) for each in case["found"]]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("ranks", [2, FOUR])
 def test_a_rank_whose_data_are_late_is_named_within_fifty_steps_once_by_rank_zero(ranks: int) -> None:
