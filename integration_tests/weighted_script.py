@@ -71,7 +71,7 @@ def _micro_batch(draw: torch.Generator) -> MicroBatch:
     return inputs, targets.fill_(PADDED) if lot == 6 else targets
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Embedding(VOCABULARY, 8), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, VOCABULARY))
 
@@ -123,7 +123,7 @@ class Counted(Model):
 
 class TensorParallel(Model):
     def configure_model(self) -> None:
-        if not isinstance(next(self.net[1].parameters()), DTensor):  # type: ignore[index]  # a Sequential
+        if not isinstance(next(self.net[1].parameters()), DTensor):
             mesh: Any = self.device_mesh
             plan: Any = {"1": ColwiseParallel(), "3": RowwiseParallel()}
             parallelize_module(self.net, mesh["tensor_parallel"], plan)

@@ -139,7 +139,8 @@ def test_int8_training_takes_sequences() -> None:
     assert out.shape == (4, 3, 8)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         assert gradient is not None
-        assert torch.equal(parameter.grad, gradient)  # type: ignore[arg-type]
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, gradient)
 
 
 @has_library

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -119,9 +119,9 @@ def test_a_usual_step_counts_delays_that_come_every_few_steps_and_not_a_stall() 
         ({"patience": 0}, "patience=0"),
     ],
 )
-def test_values_that_cannot_be_are_refused(arguments: dict[str, float], message: str) -> None:
+def test_values_that_cannot_be_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
-        StragglerMonitor(**arguments)  # type: ignore[arg-type]
+        StragglerMonitor(**arguments)
 
 
 class SeesParts(Callback):

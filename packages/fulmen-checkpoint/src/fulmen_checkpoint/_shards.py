@@ -150,6 +150,15 @@ def new_token() -> str:
 _IN_SIGHT_S = 5.0  # how long a file that one host has written may take to be seen by another
 
 
+def _not_shared(folder: str, ranks: list[int]) -> CheckpointError:
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return CheckpointError(
+        f"the checkpoint {folder!r} was not written: each rank writes its part there, and on rank 0's host "
+        f"({socket.gethostname()}) the part of rank {shown} is not to be seen. The folder must be the same one on "
+        "all hosts: use a shared file system or a storage URL, or save one whole file (state_dict_type='full')."
+    )
+
+
 class Save:
     """The files of one save."""
 
@@ -256,7 +265,7 @@ class Save:
         """
         missing = {shard.name: rank for rank, shard in enumerate(written) if shard is not None and rank != 0}
         until = time.monotonic() + _IN_SIGHT_S
-        while True:
+        while missing:
             with storage_errors(self._folder, "written"):
                 there = {path.rsplit("/", 1)[-1] for path in self._storage.list(self._folder)}
                 # A list may be older than the files (NFS keeps it for seconds).
@@ -265,18 +274,10 @@ class Save:
                     for name, rank in missing.items()
                     if name not in there and not self._storage.exists(join(self._folder, name))
                 }
-            if not missing:
-                return
-            if time.monotonic() > until:
-                break
-            time.sleep(0.2)
-        ranks = sorted(missing.values())
-        shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-        raise CheckpointError(
-            f"the checkpoint {self._folder!r} was not written: each rank writes its part there, and on rank 0's host "
-            f"({socket.gethostname()}) the part of rank {shown} is not to be seen. The folder must be the same one on "
-            "all hosts: use a shared file system or a storage URL, or save one whole file (state_dict_type='full')."
-        )
+            if missing and time.monotonic() > until:
+                raise _not_shared(self._folder, sorted(missing.values()))
+            if missing:
+                time.sleep(0.2)
 
     def _write(self, name: str, write: Callable[[IO[bytes]], None]) -> tuple[int, str]:
         path = join(self._folder, name)
