@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).parent))
 import memory_script
 
+# Plans are made on the CPU, where there is a GPU too.
+pytestmark = pytest.mark.filterwarnings("ignore:accelerator='cpu' was asked for while")
+
 SMALL = {"width": 64, "layers": 2, "heads": 4, "vocabulary": 128}
 LARGE = {"width": 1024, "layers": 12, "heads": 16, "vocabulary": 32_000}
 

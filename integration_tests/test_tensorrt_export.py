@@ -75,6 +75,7 @@ def close(got: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize(
     ("ir", "output_format"), [("default", "exported_program"), ("dynamo", "torchscript"), ("ts", "torchscript")]
 )
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch.export.load reads from bytes
 @torch.no_grad()
 def test_a_module_is_compiled_on_cuda_and_goes_back_with_its_modes(
     start: str, ir: Any, output_format: Any, tmp_path: Path, library: list[dict[str, Any]]

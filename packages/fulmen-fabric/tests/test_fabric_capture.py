@@ -163,6 +163,25 @@ def test_what_cannot_be_captured_is_one_clear_error():
 
 @pytest.mark.cuda
 @cuda
+def test_after_a_recording_that_failed_cached_memory_goes_back_to_the_device():
+    fabric = Fabric(accelerator="cuda", devices=1)
+    [x] = batches(fabric.device, [8])
+    _, _, step = prepare(fabric)
+    captured = fabric.capture(lambda x: step(x)["loss"].item(), warmup=1)
+    captured(x)
+    for _ in range(2):
+        with pytest.raises(MisconfigurationRuntimeError, match="cannot be captured"):
+            captured(x)
+    before = torch.cuda.memory_reserved()
+    large = torch.empty(1 << 30, dtype=torch.uint8, device=fabric.device)
+    del large
+    assert torch.cuda.memory_reserved() >= before + (1 << 30)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
+
+
+@pytest.mark.cuda
+@cuda
 def test_beyond_the_limit_steps_run_as_they_are_with_one_warning():
     fabric = Fabric(accelerator="cuda", devices=1)
     plain_model, _, plain = prepare(fabric)

@@ -118,6 +118,7 @@ def test_on_one_device_of_the_cpu_it_trains_as_a_plain_loop_does(tmp_path: Any) 
 @pytest.mark.cuda
 @pytest.mark.proves("4.33")
 @needs_two_gpus
+@pytest.mark.filterwarnings("ignore:.*there was no current CUDA context")  # in a new thread of torch's DataParallel
 def test_on_two_gpus_each_gets_half_of_every_batch_in_one_process(tmp_path: Any) -> None:
     fabric = Fabric(accelerator="cuda", devices=2, strategy="dp")
     net, model, loader = train(fabric, tmp_path)

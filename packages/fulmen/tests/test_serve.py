@@ -314,6 +314,7 @@ def test_without_fastapi_the_error_names_the_install() -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_module_on_a_gpu_is_served_from_the_cpu(port: int) -> None:
+    pytest.importorskip("uvicorn")
     validator = ServableModuleValidator(port=port)
     fulmen.Trainer(accelerator="cuda", devices=1, max_epochs=1, barebones=True, callbacks=[validator]).fit(Good())
     assert validator.successful

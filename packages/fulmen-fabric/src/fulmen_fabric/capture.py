@@ -6,6 +6,7 @@ for. Source: PyTorch, "CUDA semantics", section "CUDA Graphs" (whole-network cap
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -177,6 +178,7 @@ class CapturedStep(Generic[P, R]):
                 outputs = step(*own_args, **own_kwargs)
         except RuntimeError as error:
             generator.graphsafe_set_state(before)
+            _end_recording(self._pool)
             raise MisconfigurationRuntimeError(
                 f"{_name(self._step)} cannot be captured: {str(error).splitlines()[0]} Within a captured step nothing "
                 "may wait for the device (.item(), print of a tensor, `if` on one, a copy to the CPU). Move that out, "
@@ -207,6 +209,19 @@ class _Recording:
         self._graph.replay()
         # The next replay writes over its outputs: what the caller gets stays as it is.
         return map_leaves(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, self._outputs)
+
+
+def _end_recording(pool: object) -> None:
+    """Tell the allocator that a recording which failed is over.
+
+    Before 2.12 torch does not (https://github.com/pytorch/pytorch/pull/180395), and for as long as a recording goes on
+    the allocator gives no cached memory back to the device, not even where the program would run out of it.
+    """
+    # Any: torch does not annotate its private functions.
+    end: Any = getattr(torch._C, "_cuda_endAllocateToPool", None)  # pyright: ignore[reportPrivateUsage]
+    if end is not None:
+        with contextlib.suppress(RuntimeError):  # it is over already
+            end(torch.cuda.current_device(), pool)
 
 
 def _own(leaf: object) -> object:
