@@ -1,6 +1,7 @@
 """Trains on some gloo ranks, in part or to the end, and writes down which samples each rank read.
 
 ``python elastic_ranks_script.py FOLDER RANKS KIND STOP RESUME``: STOP batches and a checkpoint, 0 to train to the end;
+of KIND "max_steps" the fit ends there, and the checkpoint is saved after it.
 RESUME is a checkpoint or ``-``.
 """
 
@@ -72,12 +73,14 @@ class Starts(Callback):
 def main(folder: str, ranks: int, kind: str, stop: int, resume: str) -> None:
     fulmen.seed_everything(4, verbose=False)
     starts = Starts()
+    ends = stop > 0 and kind == "max_steps"
     trainer = fulmen.Trainer(
         accelerator="cpu",
         devices=ranks,
         strategy="ddp" if ranks > 1 else "auto",
         max_epochs=EPOCHS,
-        callbacks=[starts, *([StopsAfter(stop, f"{folder}/saved.ckpt")] if stop else [])],
+        max_steps=stop if ends else -1,
+        callbacks=[starts, *([StopsAfter(stop, f"{folder}/saved.ckpt")] if stop and not ends else [])],
         use_distributed_sampler=kind != "user's sampler",
         logger=False,
         enable_checkpointing=False,
@@ -93,6 +96,8 @@ def main(folder: str, ranks: int, kind: str, stop: int, resume: str) -> None:
     report: dict[str, Any] = {}
     try:
         trainer.fit(module, loader, ckpt_path=None if resume == "-" else resume)
+        if ends:
+            trainer.save_checkpoint(f"{folder}/saved.ckpt")
     except KeyboardInterrupt:
         report["saved"] = [value.tolist() for value in module.saved_weights]
     except ValueError as error:

@@ -66,6 +66,18 @@ def test_a_run_goes_on_on_another_number_of_ranks_with_every_sample_of_the_epoch
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_run_that_max_steps_ended_inside_an_epoch_goes_on_there_on_any_number_of_ranks(
+    after: int, tmp_path: Path
+) -> None:
+    first = run(tmp_path / "first", 2, "max_steps", stop=2 * 12 + 5)
+    second = run(tmp_path / "second", after, "max_steps", resume=tmp_path / "first" / "saved.ckpt")
+    assert (first[0]["epoch"], second[0]["epoch"]) == (3, 3)
+    assert Counter(samples(first, 2) + samples(second, 2)) == Counter(range(SIZE))
+    assert second[0]["metrics"]["mean_index"] == pytest.approx((SIZE - 1) / 2)
+
+
+@pytest.mark.slow
 def test_the_metric_of_an_epoch_counts_the_batches_of_all_ranks_before_and_after(tmp_path: Path) -> None:
     run(tmp_path / "first", 2, stop=2 * 12 + 5)  # in the last epoch
     second = run(tmp_path / "second", 1, resume=tmp_path / "first" / "saved.ckpt")

@@ -346,6 +346,9 @@ def _restore_progress(trainer: Trainer, session: Session, checkpoint: dict[str, 
     else:
         require_known_version(exact, trainer.ckpt_path)
         progress.load_state_dict(exact["progress"])
+        may_step = trainer.max_steps == -1 or progress.updates < trainer.max_steps
+        if may_step and progress.go_back_into_cut_epoch():
+            rank_zero_info(f"epoch {progress.epoch} was left after {progress.batch} batches: it goes on there")
     if trainer.max_epochs != -1 and progress.epoch > trainer.max_epochs:
         raise MisconfigurationException(
             f"max_epochs={trainer.max_epochs}, but {trainer.ckpt_path} has already trained {progress.epoch} epochs. "

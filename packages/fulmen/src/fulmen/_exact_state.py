@@ -6,6 +6,7 @@ accumulation window that a save caught open. Plain data and tensors.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fulmen._metric_state import merge_states
@@ -16,12 +17,19 @@ from fulmen_protocols import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
+
     from fulmen._metering import Metering
     from fulmen._session import Session
+    from fulmen._train_loader import TrainLoader
+    from fulmen.metrics import MetricStore
     from fulmen.progress import Progress
     from fulmen.trainer import Trainer
+    from fulmen_fabric.seed import RNGState
 
 __all__ = [
+    "CutEpoch",
+    "cut_epoch",
     "exact_state",
     "foreign_state",
     "loader_states",
@@ -33,6 +41,26 @@ __all__ = [
 _VERSION = 1
 
 
+@dataclass(frozen=True, slots=True)
+class CutEpoch:
+    """What a rank knew of an epoch when it was left before its end."""
+
+    rng: RNGState
+    loader: dict[str, object]
+    metrics: dict[str, Any]
+
+
+def cut_epoch(loader: TrainLoader, metrics: MetricStore, progress: Progress, device: torch.device) -> CutEpoch | None:
+    """To be kept of the epoch that ends, if more of it is left: a run that is resumed goes on there.
+
+    What draws at an epoch's end, or in an evaluation after it, would not have drawn had the run gone on.
+    """
+    if not progress.cut_at:
+        return None
+    place = loader.state_dict(progress.batch, within_epoch=True)
+    return CutEpoch(collect_rng_state(device), place, metrics.state_dict())
+
+
 def exact_state(trainer: Trainer, session: Session, *, full: bool) -> dict[str, Any]:
     """Counters, and each rank's random state, data position, running metrics and open gradients.
 
@@ -42,7 +70,9 @@ def exact_state(trainer: Trainer, session: Session, *, full: bool) -> dict[str, 
     store = trainer._metering.train if trainer._fitting else None  # pyright: ignore[reportPrivateUsage]
     loader = session.train_loader
     within_epoch = progress.epoch_started and not progress.epoch_ended
-    if loader is not None and within_epoch and progress.batch and not progress.epoch_is_whole:
+    cut = session.cut_epoch if progress.cut_at else None
+    is_inside = cut is not None or (within_epoch and progress.batch and not progress.epoch_is_whole)
+    if loader is not None and is_inside:
         loader.warn_of_what_is_lost()
     mine: dict[str, Any] = {
         "data_part": trainer.world.data_parallel_rank,
@@ -52,9 +82,11 @@ def exact_state(trainer: Trainer, session: Session, *, full: bool) -> dict[str, 
         "gradients": own_gradients(session, progress),
         "loss_weights": None if session.loss_weights is None else session.loss_weights.state_dict(),
     }
+    if cut is not None:
+        mine.update(rng=cut.rng, loader=cut.loader, metrics=cut.metrics)
     return {
         "version": _VERSION,
-        "progress": progress.state_dict(),
+        "progress": progress.state_dict() | {"cut_at": progress.cut_at if cut else 0},
         "data_parallel_size": trainer.world.data_parallel_size,
         "ranks": trainer.world.collectives.all_gather_object(mine),
         "gradients": sharded_gradients(session, progress, full=full),

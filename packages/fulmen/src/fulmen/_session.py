@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from fulmen._data_waits import DataWaits
     from fulmen._engine import EngineSettings
+    from fulmen._exact_state import CutEpoch
     from fulmen._loaders import EvalLoaders, LoaderSource
     from fulmen._predictions import PredictionRecord
     from fulmen._train_loader import TrainLoader
@@ -94,6 +95,8 @@ class Session:
     """What the running prediction has found so far."""
     resumed: dict[str, Any] | None = None
     """What the checkpoint holds for an exact resume, until the loop has begun."""
+    cut_epoch: CutEpoch | None = None
+    """What a checkpoint holds of an epoch that was left before its end, until the next one begins."""
     resume: Resume = EVERYTHING
     """What the call takes of its checkpoint."""
     rng_before_validation: RNGState | None = None
@@ -126,6 +129,7 @@ class Session:
             return
         self.optimizers, self.schedulers = previous.optimizers, previous.schedulers
         self.train_loader, self.eval_loaders = previous.train_loader, {}
+        self.cut_epoch = previous.cut_epoch
 
     def scoped(self, name: str, hook: Callable[..., Any], owner: object = None) -> Callable[..., Any]:
         """``hook``, inside which ``self.log`` knows that it is in ``name``.

@@ -109,7 +109,7 @@ class Training:
             schedule_on_metric=schedule_on_metric,
             log=measuring.part("logging", self._log_step if measuring.row is None else self._log_step_and_times),
             end_batch=self._sync_step if metering.train.may_sync_steps else None,
-            end_epoch=self._end_epoch if measuring.is_on or self._borrowing else metering.reduce_train,
+            end_epoch=self._end_epoch,
             log_epoch=measuring.part("logging", metering.log_train_epoch),
             close_epoch=self._close_epoch,
             validate=measuring.part("validation", self._evaluation.validate),
@@ -208,11 +208,13 @@ class Training:
     # ------------------------------------------------------------------ what the loop calls
 
     def _end_epoch(self) -> None:
+        session, progress = self._session, self._progress
         if self._borrowing is not None:
             self._borrowing.end()
-        if self._session.measuring.is_on:
-            self._session.measuring.end("run_training_epoch")
-        self._session.measuring.part("logging", self._metering.reduce_train)()
+        if session.measuring.is_on:
+            session.measuring.end("run_training_epoch")
+        session.cut_epoch = _exact_state.cut_epoch(self._loader, self._metering.train, progress, session.world.device)
+        session.measuring.part("logging", self._metering.reduce_train)()
 
     def _sync_step(self) -> None:
         if self._borrowing is not None:

@@ -141,6 +141,7 @@ def train_epoch(
 def start_epoch(hooks: FitHooks, progress: Progress) -> bool:
     """Tell the hooks that an epoch starts; False if somebody has changed the run, which holds from its first batch."""
     if not progress.epoch_started:
+        progress.cut_at = 0
         for hook in hooks.on_train_epoch_start:
             hook()
         progress.epoch_started = True
@@ -152,6 +153,7 @@ def end_epoch(parts: FitParts, hooks: FitHooks, progress: Progress) -> None:
     resumed_behind_hooks = progress.epoch_ended
     if not resumed_behind_hooks:
         progress.epoch_ended = True
+        progress.cut_at = 0 if progress.epoch_is_whole else progress.batch
         parts.end_epoch()
         for hook in hooks.on_train_epoch_end:
             hook()

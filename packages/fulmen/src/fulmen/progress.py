@@ -43,6 +43,8 @@ class Progress:
     """Whether the hooks at the end of the running epoch have begun; a checkpoint written in them resumes after them."""
     epoch_is_whole: bool = False
     """Whether the running epoch has seen its last batch (schedulers by epoch step only then)."""
+    cut_at: int = 0
+    """Batches of the last epoch, or of the one that ends, where it was left before its end; 0: it was whole."""
     wall_time_s: float = 0.0
     """Seconds spent in ``fit``, over all resumes."""
 
@@ -64,6 +66,16 @@ class Progress:
         self.stop_now = self.stop_now or now
         if self.stop_reason is None:
             self.stop_reason = reason
+
+    def go_back_into_cut_epoch(self) -> bool:
+        """Take up the epoch that was left before its end, where it was left; False if there is none."""
+        if not self.cut_at:
+            return False
+        if not self.epoch_ended:  # it was counted already
+            self.epoch -= 1
+        self.batch, self.cut_at = self.cut_at, 0
+        self.epoch_started, self.epoch_ended = True, False
+        return True
 
     def begin_again(self) -> None:
         """A new call of ``fit``: nobody has asked it to stop, and an epoch that failed midway starts anew.

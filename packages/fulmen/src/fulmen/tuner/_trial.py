@@ -143,6 +143,7 @@ class Trial:
             manual=None,
             gradients=None,
             resumed=None,
+            cut_epoch=None,
         )
         own["_session"] = self.session
         own["_progress"] = replace(
