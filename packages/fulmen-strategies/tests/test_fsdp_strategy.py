@@ -321,6 +321,33 @@ def test_activations_are_recomputed_unless_they_are_already(strategies: list[FSD
             strategies[0].place(again)
 
 
+@pytest.mark.proves("4.19")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo reads it
+def test_layers_that_were_compiled_stay_so_when_their_activations_are_recomputed(
+    strategies: list[FSDPStrategy],
+) -> None:
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append(sum(node.op in ("call_function", "call_module") for node in graph.graph.nodes))
+        return graph.forward
+
+    torch.manual_seed(0)
+    model, plain = Net(), Net()
+    plain.load_state_dict(model.state_dict())
+    for layer in model.layers:
+        layer.compile(backend=backend)
+    strategies.append(joined(FSDPStrategy(activation_checkpointing_policy={Layer}, auto_wrap_policy={Layer})))
+    strategies[0].place(model)(TOKENS).sum().backward()
+    plain(TOKENS).sum().backward()
+
+    assert compiled
+    assert all(compiled), "none of them empty"
+    for mine, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        assert mine.grad is not None
+        torch.testing.assert_close(mine.grad.full_tensor(), expected.grad)
+
+
 @pytest.mark.proves("4.17")
 def test_the_older_argument_for_recomputation_still_works(strategies: list[FSDPStrategy]) -> None:
     with pytest.warns(DeprecationWarning, match="activation_checkpointing_policy"):

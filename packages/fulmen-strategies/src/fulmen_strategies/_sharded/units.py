@@ -174,9 +174,18 @@ def recompute(policy: Policy, root: nn.Module) -> list[nn.Module]:
         return []
     modules = chosen(policy, root)
     for module in modules:
-        forward = module.forward
-        module.__dict__["forward"] = functools.wraps(forward)(
-            functools.partial(cast("Any", checkpoint), forward, use_reentrant=False)
-        )
+        module.__dict__["forward"] = _recomputed(module.forward)
         module.__dict__[_RECOMPUTED] = True
     return modules
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    # A function of its own, which torch.compile sees: nothing is compiled inside of checkpoint where that is called
+    # by code that is not.
+    @functools.wraps(forward)
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(  # pyright: ignore[reportUnknownVariableType]
+            forward, *args, use_reentrant=False, **kwargs
+        )
+
+    return recomputed
