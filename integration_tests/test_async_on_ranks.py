@@ -113,6 +113,7 @@ def test_sharded_ranks_leave_the_folders_of_synchronous_saving_and_go_on_from_th
     assert resumed[0]["digest"] == resumed[1]["digest"] == whole[0]["digest"]
 
 
+@pytest.mark.slow
 @pytest.mark.proves("5.13")
 def test_a_failed_save_of_sharded_ranks_ends_the_run_with_its_error(tmp_path: Path) -> None:
     code, reports, printed = run(tmp_path / "broken", "asynchronous shards", "blocked")

@@ -525,6 +525,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.proves("7.7")
 def test_the_command_exports_from_shards_that_two_ranks_have_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -44,6 +44,7 @@ class TestAsyncCheckpointIO(CheckpointIOConformance):
         io.teardown()
 
 
+@pytest.mark.slow
 @pytest.mark.proves("5.13")
 class TestAsyncShards(CheckpointIOConformance):
     @pytest.fixture
@@ -53,6 +54,7 @@ class TestAsyncShards(CheckpointIOConformance):
         io.teardown()
 
 
+@pytest.mark.slow
 class TestAsyncCheckpointIOInMemory(CheckpointIOConformance):
     @pytest.fixture
     def checkpoint_io(self) -> Iterator[CheckpointIO]:
@@ -73,6 +75,7 @@ class TestAsyncCheckpointIOInMemory(CheckpointIOConformance):
         return _write({})
 
 
+@pytest.mark.slow
 class TestAsyncCheckpointIOOnS3(CheckpointIOConformance):
     @pytest.fixture
     def checkpoint_io(self, s3_options: dict[str, object]) -> Iterator[CheckpointIO]:

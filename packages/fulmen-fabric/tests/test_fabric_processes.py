@@ -233,7 +233,7 @@ def raw(tmp_path_factory):
     return _results(folder)
 
 
-@pytest.fixture(scope="module", params=["plain script", "torchrun"])
+@pytest.fixture(scope="module", params=["plain script", pytest.param("torchrun", marks=pytest.mark.slow)])
 def ours(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ours")
     script = _script(folder, OURS)

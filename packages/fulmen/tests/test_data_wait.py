@@ -461,6 +461,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_of_two_ranks_the_first_says_it_and_both_know_their_own(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+pytestmark = pytest.mark.processes
+
+
 class Numbers(IterableDataset[torch.Tensor]):
     """An iterable data set that knows its place."""
 

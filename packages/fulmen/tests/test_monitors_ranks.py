@@ -131,6 +131,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)], folder
 
 
+@pytest.mark.slow
 @pytest.mark.proves("11.18", "13.7")
 def test_rank_zero_logs_its_own_rates_and_those_of_both(ranks: Any) -> None:
     (zero, one), _ = ranks

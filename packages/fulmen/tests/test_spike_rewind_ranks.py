@@ -203,7 +203,7 @@ def same(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("ranks", [2, FOUR])
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_all_ranks_go_back_together_as_a_raw_loop_on_them_does_by_hand(name: str, ranks: int) -> None:
     for rank in found(ranks):
         for ours in (rank[name], rank[f"{name} on the device"]):
