@@ -37,6 +37,7 @@ def train(*arguments: object) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.proves("5.1", "5.36")
 def test_training_goes_on_from_a_checkpoint_of_lightning_with_the_losses_that_lightning_has(tmp_path: Path) -> None:
     pytest.importorskip("lightning")

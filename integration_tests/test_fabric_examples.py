@@ -62,9 +62,8 @@ def test_the_adversarial_and_the_reinforced_loop_run(tmp_path: Path) -> None:
     assert "Poles stand for" in run(tmp_path, "actor_critic", "--max-updates", "5")
 
 
-@pytest.mark.parametrize(
-    "strategy", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("auto", "ddp")), "fsdp"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp"])
 def test_the_language_model_runs_on_one_process_and_on_two(tmp_path: Path, strategy: str) -> None:
     devices = "1" if strategy == "auto" else "2"
     output = run(tmp_path, "language_model", "--max-steps", "6", "--devices", devices, "--strategy", strategy)

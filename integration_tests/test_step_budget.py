@@ -23,6 +23,7 @@ def other_counts() -> dict[str, dict[str, float]]:
     return measure(OTHERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", QUICK)
 def test_a_step_executes_no_more_than_its_budget(counts: dict[str, dict[str, float]], config: str) -> None:
     hold(config, counts[config])

@@ -134,7 +134,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("strategy", ["'acme'", "AcmeStrategy(board=1)"])
+@pytest.mark.parametrize("strategy", ["'acme'", pytest.param("AcmeStrategy(board=1)", marks=pytest.mark.slow)])
 def test_the_trainer_trains_with_it_bit_for_bit_as_plain_pytorch_does(
     installed: Path, tmp_path: Path, strategy: str
 ) -> None:

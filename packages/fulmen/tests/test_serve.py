@@ -121,6 +121,7 @@ def test_a_good_module_is_asked_over_http_in_a_process_of_its_own(port: int) -> 
     assert model.trainer is fit
 
 
+@pytest.mark.slow
 @pytest.mark.proves("7.6")
 def test_a_wrong_answer_ends_the_run_or_is_a_warning(port: int) -> None:
     with pytest.raises(MisconfigurationException, match=r"Served cannot be served: it answered .*configure_response"):
@@ -155,6 +156,7 @@ def test_an_error_while_serving_is_told_and_its_traceback_printed(port: int, cap
     assert nobody_listens(port)
 
 
+@pytest.mark.slow
 @pytest.mark.proves("7.6")
 def test_a_step_that_returns_no_dict_is_no_answer(port: int, capfd: Any) -> None:
     class ReturnsTensor(Good):
@@ -200,6 +202,7 @@ def test_an_answer_that_does_not_come_in_time_is_a_failure(port: int) -> None:
     assert (validator.successful, validator.resp) == (False, None)
 
 
+@pytest.mark.slow
 @pytest.mark.proves("7.6")
 def test_a_server_that_ends_by_itself_is_told_at_once(port: int, capfd: Any) -> None:
     class Breaks(Good):
