@@ -71,6 +71,9 @@ class Model(fulmen.LightningModule):
     def on_train_epoch_end(self) -> None:
         self.means[self.current_epoch] = float(self.trainer.callback_metrics["loss"])
 
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.parameters(), lr=0.01)
         by_step = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.9)
@@ -175,15 +178,10 @@ def test_a_stop_again_and_again_loses_and_repeats_nothing(tmp_path: Path) -> Non
 
 @pytest.mark.proves("5.39")
 def test_after_an_evaluation_the_checkpoint_still_holds_the_place(tmp_path: Path) -> None:
-    class Evaluated(Model):
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
-
     whole = train(max_epochs=-1, max_steps=13)
     first = train(max_epochs=-1, max_steps=5)
     trainer, model = first
-    model.validation_step = Evaluated.validation_step.__get__(model)  # type: ignore[method-assign]
-    trainer.validate(model, DataLoader(dataset(), batch_size=8), verbose=False)
+    trainer.test(model, DataLoader(dataset(), batch_size=8), verbose=False)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     second = train(ckpt_path=tmp_path / "end.ckpt", max_epochs=-1, max_steps=13)
     assert_goes_on(whole, first, second)
